@@ -1,0 +1,211 @@
+"""What a run leaves on disk: checkpoints that continue it to the bit, and the exported adapter, read back and compared.
+
+OUT/checkpoints/000200/ holds the adapter, state.pt and, written last, state.sha256: a folder without a matching sum
+was cut short and is passed over. OUT/pytorch_lora_weights.safetensors and OUT/kohya/NAME.safetensors are the result,
+and OUT/finished.json, written after both were compared, says so.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import shutil
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import lora
+import model
+from config import Config
+from files import Refusal, digest, sweep_parts, write_whole
+
+if TYPE_CHECKING:
+    from data import Picture
+    from loop import Run
+
+MAY_CHANGE = {  # between two starts of one run; everything else is part of what the run is
+    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "save_dtype", "tensorboard",
+    "validation_prompts", "guidance_scale", "num_inference_steps", "output_dir", "cache_dir", "cache",
+    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "attention", "device",
+    "pretrained_model_name_or_path", "dataset_name",  # names may change: base and data are told by content
+    "image_column", "caption_column", "mixed_precision",  # likewise by the data's fingerprint and the dtype
+}  # fmt: skip
+
+
+def identity(config: Config, dtype: torch.dtype, pictures: list[Picture]) -> dict[str, str]:
+    """What must be the same for a checkpoint to be continued, as text."""
+    fixed = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
+    return fixed | {
+        "train_batch_size x gradient_accumulation_steps": str(config.examples_per_step),
+        "dtype": str(dtype),
+        "base": model.unet_fingerprint(
+            config.pretrained_model_name_or_path, dtype != torch.float32
+        ),
+        "data": digest(*(part for p in pictures for part in (p.digest, p.caption))),
+    }
+
+
+def save_state(run: Run) -> None:
+    """Write the checkpoint of run.step and remove the oldest above checkpoints_total_limit."""
+    root = run.config.out / "checkpoints"
+    folder = root / f"{run.step:06d}"
+    buffer = io.BytesIO()
+    state = {
+        "step": run.step,
+        "flat": run.adapter.flat.detach().cpu(),
+        "optimizer": run.optimizer.state_dict(),
+        "scale": dataclasses.asdict(run.scale),
+        "modules": list(run.adapter.layers),
+        "identity": run.identity,
+        "config": dataclasses.asdict(run.config),
+    }
+    torch.save(state, buffer)
+    lora.save(
+        run.adapter,
+        folder / lora.FILE_NAME,
+        "peft",
+        model.DTYPES[run.config.save_dtype],
+        about(run),
+    )
+    write_whole(folder / "state.pt", buffer.getvalue())
+    write_whole(folder / "state.sha256", hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
+    for old in sorted(p for p in root.iterdir() if p.name.isdigit())[
+        : -run.config.checkpoints_total_limit
+    ]:
+        shutil.rmtree(old)
+
+
+def newest_state(root: Path) -> dict | None:
+    """The newest whole checkpoint's state, on the CPU, or None where there is no checkpoint at all."""
+    folders = sorted((p for p in root.glob("*") if p.name.isdigit()), reverse=True)
+    for folder in folders:
+        sum_file, file = folder / "state.sha256", folder / "state.pt"
+        if sum_file.is_file() and file.is_file():
+            content = file.read_bytes()
+            if hashlib.sha256(content).hexdigest() == sum_file.read_text().strip():
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        print(f"{folder} was cut short and is passed over")
+    if folders:
+        raise Refusal(
+            f"no checkpoint under {root} is whole",
+            "a whole one to continue from",
+            f"rm -r {root} to start again from step 1, or another --output-dir",
+        )
+    return None
+
+
+def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None:
+    """Raise Refusal where the checkpoint `state` is of another run than `mine`, naming field and values."""
+    for key, value in mine.items() if state else ():
+        theirs = state["identity"].get(key, "not set")
+        if theirs != value:
+            raise Refusal(
+                f"{config.out} holds a run with {key} {theirs}, and this command has {key} {value}",
+                "the same options as at its start (max_train_steps, saving, logging and memory options may change)",
+                "give the old value, or another --output-dir for a new run",
+            )
+
+
+def restore(run: Run, state: dict | None) -> None:
+    """Put a checkpoint's numbers into `run`."""
+    if state is None:
+        return
+    if state["modules"] != list(run.adapter.layers):
+        raise Refusal(
+            "the checkpoint adapts other layers",
+            "this diffusers' layers",
+            "use the diffusers it ran with",
+        )
+    with torch.no_grad():
+        run.adapter.flat.copy_(state["flat"])
+    run.optimizer.load_state_dict(state["optimizer"])
+    run.scale = type(run.scale)(**state["scale"])
+    run.step = state["step"]
+
+
+# ---- the end: export, and proof that the files are what was trained --------------------------------------------
+
+
+def about(run: Run) -> dict[str, str]:
+    """What an adapter's header says. Nothing that depends on the clock or on where the run lies."""
+    return {
+        "base_model": run.config.pretrained_model_name_or_path,
+        "base_fingerprint": run.identity["base"],
+        "dataset": run.config.dataset_name,
+        "recipe": run.config.recipe,
+        "resolution": str(run.config.resolution),
+        "steps": str(run.step),
+    }
+
+
+def export(run: Run) -> list[Path]:
+    """Write the adapter in both layouts, read each file back, and refuse if it is not what was trained.
+
+    fp32: every number equal and the UNet's answer to one batch equal to the bit; fp16: equal to the rounded numbers,
+    the answer within 2e-3 of its own length.
+    """
+    flat, dtype = run.adapter.flat, model.DTYPES[run.config.save_dtype]
+    if torch.equal(flat.detach().cpu(), run.start) or not any(
+        layer.lora_B.any() for layer in run.adapter.layers.values()
+    ):
+        raise Refusal(
+            "the adapter did not move: it equals its start",
+            "a trained adapter",
+            "a higher --learning-rate or more --max-train-steps"
+            + f" ({run.scale.skipped} steps were skipped)",
+        )
+    batch = run.examples.batch(range(1), run.device)
+    paths = {"peft": run.config.out / lora.FILE_NAME, "kohya": kohya_path(run.config)}
+    with torch.no_grad():
+        trained, answer = flat.clone(), model.predict(run.unet, batch["noise"], batch)
+        for layout, path in paths.items():
+            lora.save(run.adapter, path, layout, dtype, about(run))
+            flat.zero_()
+            lora.load(run.adapter, path)
+            again = model.predict(run.unet, batch["noise"], batch)
+            off = ((again - answer).norm() / answer.norm()).item()
+            numbers_equal = torch.equal(flat, trained.to(dtype).float())
+            flat.copy_(trained)
+            if not numbers_equal or not off <= (0.0 if dtype == torch.float32 else 2e-3):
+                raise Refusal(
+                    f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
+                    "the trained one",
+                    "check the disk and give the same command again; the training is safe under checkpoints/",
+                )
+    return list(paths.values())
+
+
+def kohya_path(config: Config) -> Path:
+    return config.out / "kohya" / f"{config.out.resolve().name}.safetensors"
+
+
+def mark_finished(config: Config, run: Run) -> None:
+    """Note that the exported files are whole and compared, and what they are."""
+    files = {
+        str(p.relative_to(config.out)): file_sum(p)
+        for p in (config.out / lora.FILE_NAME, kohya_path(config))
+    }
+    write_whole(
+        config.out / "finished.json",
+        json.dumps({"steps": run.step, "files": files}, indent=1).encode(),
+    )
+
+
+def finished(config: Config) -> bool:
+    """Whether max_train_steps were trained and the exported files are still what they were."""
+    sweep_parts(config.out)
+    note = config.out / "finished.json"
+    if not note.is_file():
+        return False
+    said = json.loads(note.read_text())
+    files = {config.out / name: sum_ for name, sum_ in said["files"].items()}
+    return said["steps"] >= config.max_train_steps and all(
+        p.is_file() and file_sum(p) == s for p, s in files.items()
+    )
+
+
+def file_sum(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()

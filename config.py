@@ -1,0 +1,214 @@
+"""Every choice of a run, with the reason for it, and the recipes. Light on purpose: a wrong option is answered
+before torch and diffusers are imported, which takes some twelve seconds."""
+
+import math
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from files import Refusal
+
+NARUTO_PROMPTS = (
+    "Naruto Uzumaki eating ramen",
+    "Bill Gates in Naruto style",
+    "A boy with blue eyes in Naruto style",
+)
+POCKET_PROMPTS = (
+    "red apple",
+    "cat face",
+    "rocket",
+    "house with garden",
+    "bicycle",
+    "guitar",
+    "mushroom",
+    "snowman",
+)
+
+
+@dataclass(frozen=True)
+class Config:
+    """SDXL LoRA fine-tuning. Give a recipe and change what you like."""
+
+    recipe: Annotated[str, tyro.conf.Suppress] = "original"
+
+    # The SDXL model to adapt: a Hub name, or a folder in diffusers' layout.
+    pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg).
+    dataset_name: str = "lambdalabs/naruto-blip-captions"
+    # Column that holds the pictures of a Hub data set; empty finds the first column of pictures.
+    image_column: str = ""
+    # Column that holds the captions; empty finds text, caption or prompt.
+    caption_column: str = ""
+    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE.
+    output_dir: str = ""
+    # Where encoded pictures and captions are kept; runs share it, and it may be deleted at any time.
+    cache_dir: str = "cache"
+    # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
+    cache: bool = True
+
+    # Side of the training square in pixels; a multiple of 8, the VAE's factor.
+    resolution: int = 512
+    # Cut a random square, drawn once per picture, instead of the middle.
+    random_crop: bool = False
+    # Show every other example mirrored; wrong for writing and for faces that must not be mirrored.
+    random_flip: bool = True
+
+    # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in SDXL.
+    lora_rank: int = 16
+    # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
+    lora_alpha: float = 32
+    # Everything random follows from it; two runs with one seed are one run.
+    seed: int = 42
+
+    # Examples in one forward and backward pass: more is faster and needs more memory.
+    train_batch_size: int = 1
+    # Passes summed into one optimizer step; the run depends only on batch x accumulation.
+    gradient_accumulation_steps: int = 4
+    # Optimizer steps of the whole run.
+    max_train_steps: int = 1000
+    # Step size of AdamW: LoRA takes 10 times what full fine-tuning does.
+    learning_rate: float = 5e-5
+    # constant, as published, or a cosine down to --lr-end of the learning rate.
+    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    # Steps over which the learning rate rises from zero: Adam's first estimates are poor.
+    lr_warmup_steps: int = 0
+    # Where the cosine ends, as a share of the learning rate.
+    lr_end: float = 0.0
+    # Keep AdamW's two moments in 8 bits (bitsandbytes): a quarter of the memory.
+    use_8bit_adam: bool = True
+    # AdamW's decay of the adapter towards zero per step, times the learning rate.
+    adam_weight_decay: float = 1e-2
+    # Gradients longer than this are shortened to it.
+    max_grad_norm: float = 0.5
+    # Weigh each example by min(SNR, gamma) / SNR, so that easy timesteps do not drown the rest; 0 is off, 5 usual.
+    snr_gamma: float = 0.0
+    # Share of noise that is constant over the picture, so that overall brightness is learned too; 0 is off.
+    noise_offset: float = 0.0
+    # Share of examples trained without caption, so that guidance keeps something to move away from.
+    caption_dropout: float = 0.0
+
+    # auto, cpu or cuda.
+    device: str = "auto"
+    # The frozen UNet's dtype; auto asks the GPU: bf16 from sm_80, fp16 with loss scaling below, fp32 on a CPU.
+    mixed_precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
+    # PyTorch's attention, or xFormers' where it is usable.
+    attention: Literal["sdpa", "xformers"] = "sdpa"
+    # Keep only block inputs and compute the rest twice: less memory, about a third more time.
+    gradient_checkpointing: bool = False
+
+    # Optimizer steps between checkpoints; what a lost connection costs at most.
+    checkpointing_steps: int = 200
+    # Checkpoints kept; two, so that one is whole while the next is written.
+    checkpoints_total_limit: int = 2
+    # dtype of the adapter files: fp32 is exactly what was trained, fp16 half the size.
+    save_dtype: Literal["fp32", "fp16"] = "fp32"
+    # Write TensorBoard scalars beside the JSON lines.
+    tensorboard: bool = True
+
+    # Prompts of the before/after picture drawn at the end; none draws nothing.
+    validation_prompts: tuple[str, ...] = NARUTO_PROMPTS
+    # How strongly those pictures follow their prompt.
+    guidance_scale: float = 5.0
+    # Denoising steps of those pictures.
+    num_inference_steps: int = 30
+
+    @property
+    def examples_per_step(self) -> int:
+        """n: the examples whose loss one optimizer step sums."""
+        return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def out(self) -> Path:
+        return Path(self.output_dir or f"runs/{self.recipe}")
+
+
+RECIPES = {
+    "original": (
+        "The published run: fp32, xFormers, gradient checkpointing, 512 px.",
+        Config(recipe="original", gradient_checkpointing=True, attention="xformers"),
+    ),
+    "t4": (
+        "The same mathematics for a 16 GB T4: frozen UNet in half precision, no recomputation.",
+        Config(recipe="t4", mixed_precision="auto"),
+    ),
+    "pocket": (
+        "The small embedded SDXL and its ink drawings: minutes on a CPU, no network.",
+        Config(
+            recipe="pocket",
+            pretrained_model_name_or_path="pocket/model",
+            dataset_name="pocket/ink",
+            resolution=128,
+            random_flip=False,
+            lora_alpha=16,
+            train_batch_size=16,
+            gradient_accumulation_steps=1,
+            max_train_steps=500,
+            learning_rate=4e-3,
+            lr_scheduler="cosine",
+            lr_warmup_steps=20,
+            lr_end=0.05,
+            max_grad_norm=1.0,
+            snr_gamma=5.0,
+            caption_dropout=0.1,
+            mixed_precision="auto",
+            validation_prompts=POCKET_PROMPTS,
+            guidance_scale=2.0,
+        ),
+    ),
+}
+
+
+def parse(argv: list[str] | None = None) -> Config:
+    """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown option."""
+    return check(tyro.extras.overridable_config_cli(RECIPES, args=argv, prog="loop.py"))
+
+
+def parse_or_leave(argv: list[str] | None = None) -> None:
+    """Leave with an error now if the command line has one."""
+    try:
+        parse(argv)
+    except Refusal as refusal:
+        sys.exit(f"error: {refusal}")
+
+
+def check(config: Config) -> Config:
+    """`config` itself, or a Refusal naming the first value that cannot be."""
+    bounds = {  # name: (smallest, largest), both allowed
+        "resolution": (8, 4096),
+        "lora_rank": (1, 640),
+        "lora_alpha": (1e-6, 1e6),
+        "seed": (0, 2**32 - 1),
+        "train_batch_size": (1, 4096),
+        "gradient_accumulation_steps": (1, 4096),
+        "max_train_steps": (1, 10**8),
+        "learning_rate": (1e-12, 10),
+        "lr_warmup_steps": (0, 10**8),
+        "lr_end": (0, 1),
+        "adam_weight_decay": (0, 10),
+        "max_grad_norm": (1e-9, math.inf),
+        "snr_gamma": (0, 1e6),
+        "noise_offset": (0, 1),
+        "caption_dropout": (0, 1),
+        "checkpointing_steps": (1, 10**8),
+        "checkpoints_total_limit": (1, 10**6),
+        "guidance_scale": (0, 100),
+        "num_inference_steps": (1, 1000),
+    }
+    for name, (low, high) in bounds.items():
+        value = getattr(config, name)
+        if not low <= value <= high:  # False for nan, too
+            option = "--" + name.replace("_", "-")
+            raise Refusal(
+                f"{name} is {value}", f"{low} to {high}", f"{option} {low if value < low else high}"
+            )
+    if config.resolution % 8:
+        near = config.resolution // 8 * 8
+        raise Refusal(
+            f"resolution is {config.resolution}",
+            "a multiple of 8, the VAE's factor",
+            f"--resolution {near} or --resolution {near + 8}",
+        )
+    return config

@@ -1,0 +1,118 @@
+"""Refusals that help, and files that are either whole or absent.
+
+Three small things every other module needs: the one exception that is shown as a sentence instead
+of a traceback, an atomic write, and a safetensors writer whose bytes depend on nothing but its input.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import safetensors.torch
+from safetensors import SafetensorError, safe_open
+
+
+class Refusal(Exception):
+    """Something the user can mend. The commands print it as one sentence and exit with 1.
+
+    `found`: what is there, with its value; `expected`: what should be there; `remedy`: what to type or do.
+    """
+
+    def __init__(self, found: str, expected: str, remedy: str):
+        super().__init__(f"{found}; expected {expected}. What to do: {remedy}")
+
+
+def digest(*parts: bytes | str) -> str:
+    """First 32 hex digits of SHA-256 over the parts, each preceded by its length (so ab|c != a|bc)."""
+    sha = hashlib.sha256()
+    for part in parts:
+        part = part.encode() if isinstance(part, str) else part
+        sha.update(len(part).to_bytes(8, "little"))
+        sha.update(part)
+    return sha.hexdigest()[:32]
+
+
+def write_whole(path: Path, data: bytes) -> None:
+    """Write `data` so that `path` holds all of it or is untouched: write aside, fsync, rename, fsync the folder.
+
+    Raises Refusal where the folder cannot be written or the disk is full; the part file is removed then.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+        sync_folder(path.parent)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            aside.unlink(missing_ok=True)
+        raise unwritable(path, len(data), error) from error
+
+
+def unwritable(path: Path, size: int, error: OSError) -> Refusal:
+    """The refusal for a path that an OSError kept from being written; `size` in bytes."""
+    return Refusal(
+        f"{path} could not be written ({error.strerror or error})",
+        f"a folder that this user may write to with {size / 1e6:.1f} MB free",
+        "free some space or name another folder with --output-dir or --cache-dir, then give the same command again",
+    )
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames inside `folder` durable: without this a power cut may bring the old name back."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def sweep_parts(folder: Path) -> None:
+    """Remove part files that a killed process left in `folder`; those of a living process stay."""
+    for part in folder.glob(".*.part"):
+        try:
+            os.kill(int(part.name.split(".")[-2]), 0)
+        except (ProcessLookupError, ValueError):
+            part.unlink(missing_ok=True)
+        except PermissionError:
+            pass  # another user's living process
+
+
+def safetensors_bytes(tensors: dict, metadata: dict[str, str]) -> bytes:
+    """The safetensors file of `tensors` with `metadata` in the given order.
+
+    The library's own writer puts metadata in random order, so equal adapters would be unequal files;
+    here the library lays out the tensors and only its header is written again.
+    Format: https://github.com/huggingface/safetensors#format
+    """
+    blob = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    )
+    size = int.from_bytes(blob[:8], "little")
+    entries = json.loads(blob[8 : 8 + size])
+    header = json.dumps({"__metadata__": metadata, **entries}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)  # the data begins at a multiple of 8 bytes
+    return len(header).to_bytes(8, "little") + header + blob[8 + size :]
+
+
+def data_section(blob: bytes) -> bytes:
+    """What follows the header in a safetensors file."""
+    return blob[8 + int.from_bytes(blob[:8], "little") :]
+
+
+def open_safetensors(path: Path, device: str = "cpu"):
+    """`safe_open(path)` whose failures are Refusals that name the file."""
+    try:
+        return safe_open(path, framework="pt", device=device)
+    except (SafetensorError, OSError) as error:
+        size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+        raise Refusal(
+            f"{path} is not a whole safetensors file ({size}: {error})",
+            "a file as its writer left it",
+            "copy or download it again, or delete it if this project wrote it (it is then made anew)",
+        ) from error

@@ -1,0 +1,347 @@
+"""From an adapter to pictures: the same prompts and seeds with the adapter off and on, side by side.
+
+python generate.py runs/t4 --compare        the before/after picture of a run
+python generate.py my.safetensors --prompts "a fox" --seeds 1 2     single pictures
+"""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+import config as configuration
+from files import Refusal
+
+
+@dataclass(frozen=True)
+class Options:
+    """Draw with an adapter: a file in PEFT or kohya keys, or the folder of a run."""
+
+    # Adapter file or run folder; empty takes the newest under runs/.
+    adapter: tyro.conf.Positional[str] = ""
+    # What to draw; empty takes the prompts of the recipe that trained the adapter.
+    prompts: tuple[str, ...] = ()
+    # One picture of every prompt for each seed.
+    seeds: tuple[int, ...] = (0,)
+    # How much of the adapter acts, 0 to 1.
+    strength: float = 1.0
+    # One picture that shows every prompt with the adapter off (above) and on (below).
+    compare: bool = False
+    # Where pictures go; empty means beside the adapter.
+    output_dir: str = ""
+    # Side in pixels, a multiple of 8; 0 is the model's own size.
+    resolution: int = 0
+    # Denoising steps.
+    num_inference_steps: int = 30
+    # How strongly pictures follow their prompt; negative takes the recipe's.
+    guidance_scale: float = -1.0
+    # The base model; empty takes the one that the adapter's header names.
+    pretrained_model_name_or_path: str = ""
+    # Draw even though the adapter was trained on another base.
+    any_base: bool = False
+    # auto, cpu or cuda.
+    device: str = "auto"
+    # The UNet's dtype: auto, fp32, fp16 or bf16.
+    mixed_precision: str = "auto"
+
+
+if __name__ == "__main__":
+    tyro.cli(
+        Options
+    )  # a wrong option is answered now, not after the twelve seconds of the next imports
+
+import diffusers  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image, ImageDraw, ImageFont  # noqa: E402
+from torch import Tensor  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import lora  # noqa: E402
+import model  # noqa: E402
+
+
+def load_pipeline(
+    name: str, unet: torch.nn.Module, device: torch.device
+) -> diffusers.StableDiffusionXLPipeline:
+    """diffusers' SDXL pipeline around `unet`, with an fp32 VAE and the model's own sampler, without text encoders:
+    prompts are encoded first, so that encoders and UNet are never in memory together."""
+    folder = model.fetch(name, "scheduler")
+    kind = diffusers.DiffusionPipeline.load_config(model.fetch(name, ""))["scheduler"][1]
+    return diffusers.StableDiffusionXLPipeline(
+        vae=model.load_vae(name, device), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
+        unet=unet, scheduler=getattr(diffusers, kind).from_pretrained(folder), add_watermarker=False,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def encode(
+    name: str, prompts: list[str], device: torch.device, half: bool
+) -> list[dict[str, Tensor]]:
+    """For each prompt the pipeline's four embedding arguments, on the CPU; the encoders are freed again."""
+    text = model.load_text_encoders(name, device, half)
+    empty, empty_pooled = model.encode_unconditional(text)
+    embeddings = []
+    for prompt in prompts:
+        context, pooled = model.encode_prompts([prompt], text)  # (1, T, D), (1, P)
+        embeddings.append(
+            {
+                "prompt_embeds": context.cpu(),
+                "pooled_prompt_embeds": pooled.cpu(),
+                "negative_prompt_embeds": empty.cpu(),
+                "negative_pooled_prompt_embeds": empty_pooled.cpu(),
+            }
+        )
+    del text
+    model.free_memory()
+    return embeddings
+
+
+@torch.no_grad()
+def sample(
+    pipe: diffusers.StableDiffusionXLPipeline, adapter: lora.Adapter, embeddings: list[dict[str, Tensor]],
+    seeds: list[int], strength: float, resolution: int, num_inference_steps: int, guidance_scale: float,
+) -> list[Tensor]:  # fmt: skip
+    """One latent (1, C, H, W) for each prompt and its seed, drawn with the adapter at `strength`.
+
+    The starting noise comes from the CPU in fp32, so that a seed means the same picture on every device and dtype.
+    """
+    pipe.set_progress_bar_config(disable=True)
+    channels, side = pipe.unet.config.in_channels, resolution // pipe.vae_scale_factor
+    device, dtype = pipe.unet.device, pipe.unet.dtype
+    latents = []
+    lora.set_strength(adapter, strength)
+    pipe.unet.eval()
+    for embedding, seed in tqdm(
+        list(zip(embeddings, seeds, strict=True)),
+        desc=f"drawing at strength {strength:g}",
+        mininterval=1,
+        leave=False,
+    ):
+        noise = torch.randn(1, channels, side, side, generator=torch.Generator().manual_seed(seed))
+        latents.append(
+            pipe(
+                **{key: value.to(device, dtype) for key, value in embedding.items()},
+                latents=noise.to(device, dtype), generator=torch.Generator().manual_seed(seed),
+                height=resolution, width=resolution, num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale, output_type="latent",
+            ).images.float().cpu()
+        )  # fmt: skip
+    pipe.unet.train()
+    lora.set_strength(adapter, 1.0)
+    return latents
+
+
+@torch.no_grad()
+def decode(
+    vae: diffusers.AutoencoderKL, latents: list[Tensor], scaling: tuple[float, float]
+) -> list[Image.Image]:
+    """Latents to pictures, in fp32 and one at a time; in tiles above 1024 px, where one would take over 10 GiB."""
+    factor, shift = scaling
+    vae.use_tiling = latents[0].shape[-1] > 128
+    pictures = []
+    for latent in latents:
+        pixels = vae.decode(latent.to(vae.device) / factor + shift).sample[
+            0
+        ]  # (3, 8H, 8W) in [-1, 1]
+        if not pixels.isfinite().all():
+            raise Refusal(
+                "a picture came out as NaN or Inf",
+                "finite pixels",
+                "draw with --mixed-precision fp32, or with an earlier checkpoint's adapter",
+            )
+        pixels = (
+            ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        )  # (8H, 8W, 3)
+        pictures.append(Image.fromarray(pixels.cpu().numpy()))
+    return pictures
+
+
+def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
+    """A picture of pictures: a row for each label, a column for each title."""
+    side = max(next(iter(rows.values()))[0].size)
+    size = max(11, side // 22)
+    font = ImageFont.load_default(size)
+    margin = int(size * 1.5)
+    lines = [wrap(title, font, side - size) for title in titles]
+    head = int(size * 1.3) * max(len(each) for each in lines) + size // 2
+    left = margin + int(max(font.getlength(label) for label in rows))
+    sheet = Image.new(
+        "RGB", (left + margin // 2 + side * len(titles), head + side * len(rows)), "white"
+    )
+    pen = ImageDraw.Draw(sheet)
+    for column, each in enumerate(lines):
+        pen.multiline_text(
+            (left + side * column + size // 2, 2), "\n".join(each), fill="black", font=font
+        )
+    for row, (label, pictures) in enumerate(rows.items()):
+        middle = head + side * row + side // 2
+        pen.text((margin // 3, middle), label, fill="black", font=font, anchor="lm")
+        for column, picture in enumerate(pictures):
+            sheet.paste(picture, (left + side * column, head + side * row))
+    return sheet
+
+
+def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """`text` in at most three lines that are no wider than `width` pixels."""
+    lines = [""]
+    for word in text.split():
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
+        else:
+            lines[-1] = longer
+    return lines[:3]
+
+
+def compare(
+    name: str, unet: torch.nn.Module, adapter: lora.Adapter, prompts: list[str], seeds: list[int], path: Path,
+    resolution: int, num_inference_steps: int, guidance_scale: float,
+) -> None:  # fmt: skip
+    """Draw every prompt without and with the adapter into one PNG at `path`. Ends the UNet's life: its memory goes to
+    the VAE, whose decoder needs about as much."""
+    device, half = unet.device, unet.dtype != torch.float32
+    embeddings = encode(name, prompts, device, half)
+    pipe = load_pipeline(name, unet, device)
+    settings = (resolution or own_resolution(pipe), num_inference_steps, guidance_scale)
+    drawn = {
+        label: sample(pipe, adapter, embeddings, seeds, strength, *settings)
+        for label, strength in (("before", 0.0), ("after", 1.0))
+    }
+    unet.to("meta")
+    model.free_memory()
+    scaling = model.latent_scaling(name)
+    sheet = grid(
+        {label: decode(pipe.vae, latents, scaling) for label, latents in drawn.items()}, prompts
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.part.png")
+    sheet.save(aside)
+    aside.replace(path)
+
+
+def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
+    """The picture size the model was made for, in pixels: 1024 for SDXL base."""
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+
+
+# ---- the command ----------------------------------------------------------------------------------------------
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter file that `path` names, or the newest run's."""
+    if path:
+        return Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)
+    found = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise Refusal(
+            "there is no finished run under runs/",
+            "an adapter",
+            "make train, or name an adapter file",
+        )
+    return found[-1]
+
+
+def load_adapted(options: Options, file: lora.AdapterFile, device: torch.device):
+    """The base model's name, its UNet with the adapter injected and loaded, and the adapter."""
+    name = options.pretrained_model_name_or_path or file.about.get("base_model", "")
+    if not name:
+        raise Refusal(
+            f"{file.path} does not say which base it was trained on",
+            "an SDXL model to put it on",
+            "--pretrained-model-name-or-path stabilityai/stable-diffusion-xl-base-1.0",
+        )
+    dtype, _ = model.choose_dtype(options.mixed_precision, device)
+    trained_on, here = (
+        file.about.get("base_fingerprint"),
+        model.unet_fingerprint(name, dtype != torch.float32),
+    )
+    if trained_on not in (None, here) and not options.any_base:
+        raise Refusal(
+            f"{file.path} was trained on {file.about.get('base_model')} ({trained_on}), and {name} is {here}",
+            "the base that the adapter was trained on",
+            "--pretrained-model-name-or-path BASE, or --any-base to draw all the same",
+        )
+    unet = model.load_unet(name, device, dtype)
+    adapter = lora.inject(unet, targets_of(file, unet), file.rank, file.alpha)
+    lora.load(adapter, file.path)
+    return name, unet, adapter
+
+
+def targets_of(file: lora.AdapterFile, unet: torch.nn.Module) -> tuple[str, ...]:
+    """Which of the usual targets the file adapts."""
+    ends = [
+        t for t in lora.TARGETS if any(m.endswith((t, t.replace(".", "_"))) for m in file.matrices)
+    ]
+    return tuple(ends) or lora.TARGETS
+
+
+def main(argv: list[str] | None = None) -> int:
+    options = tyro.cli(Options, args=argv)
+    try:
+        run(options)
+        return 0
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+    except torch.cuda.OutOfMemoryError as error:
+        print(
+            f"error: out of GPU memory while drawing ({str(error).splitlines()[0][:120]}). What to do: "
+            "--resolution 512, or --mixed-precision fp16",
+            file=sys.stderr,
+        )
+    return 1
+
+
+def run(options: Options) -> None:
+    if options.resolution % 8 or options.resolution < 0:
+        raise Refusal(
+            f"resolution {options.resolution}", "a multiple of 8, or 0", "--resolution 1024"
+        )
+    if options.mixed_precision not in ("auto", *model.DTYPES):
+        raise Refusal(
+            f"mixed_precision {options.mixed_precision}", "auto, fp32, fp16 or bf16", "leave it out"
+        )
+    device = model.check_device(options.device)
+    path = find_adapter(options.adapter)
+    file = lora.read(path)
+    recipe = configuration.RECIPES.get(file.about.get("recipe"), configuration.RECIPES["t4"])[1]
+    prompts = list(options.prompts or recipe.validation_prompts)
+    guidance = options.guidance_scale if options.guidance_scale >= 0 else recipe.guidance_scale
+    pairs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
+    prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
+    name, unet, adapter = load_adapted(options, file, device)
+    folder = Path(options.output_dir) if options.output_dir else path.parent / "pictures"
+    if options.compare:
+        target = folder / "before-after.png"
+        compare(
+            name,
+            unet,
+            adapter,
+            prompts,
+            seeds,
+            target,
+            options.resolution,
+            options.num_inference_steps,
+            guidance,
+        )
+        print(target)
+        return
+    embeddings = encode(name, prompts, device, unet.dtype != torch.float32)
+    pipe = load_pipeline(name, unet, device)
+    settings = (options.resolution or own_resolution(pipe), options.num_inference_steps, guidance)
+    latents = sample(pipe, adapter, embeddings, seeds, options.strength, *settings)
+    unet.to("meta")
+    model.free_memory()
+    folder.mkdir(parents=True, exist_ok=True)
+    for picture, (prompt, seed) in zip(
+        decode(pipe.vae, latents, model.latent_scaling(name)), pairs, strict=True
+    ):
+        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
+        target = folder / f"{slug}-{seed}-{options.strength:g}.png"
+        picture.save(target)
+        print(target)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

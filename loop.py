@@ -1,0 +1,368 @@
+"""The training loop, written out: python loop.py t4 --max-train-steps 500
+
+Read train() from top to bottom; optimizer_step() is the method itself. A run is a function of its Config: the
+same options give the same adapter, however often it was interrupted and however its batches were cut up.
+
+Letters: `n` examples per optimizer step (batch x accumulation), `B` examples in one pass, others as in model.py.
+"""
+
+import sys
+
+import config as configuration
+
+if __name__ == "__main__":
+    configuration.parse_or_leave()  # a wrong option is answered now, not after the twelve seconds of the next imports
+
+import dataclasses
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import checkpoint
+import data
+import generate
+import lora
+import model
+import report
+from config import Config
+from files import Refusal, write_whole
+
+# ---- the method -----------------------------------------------------------------------------------------------
+
+
+def diffusion_loss(
+    unet: torch.nn.Module, batch: dict[str, Tensor], schedule: model.NoiseSchedule, scaling: tuple[float, float],
+    snr_gamma: float = 0.0,
+) -> Tensor:  # fmt: skip
+    """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and the noise
+    (Ho et al. 2020, eq. 14), at timestep t, under the picture's caption and sizes."""
+    (factor, shift), t, noise = scaling, batch["t"], batch["noise"]
+    x0 = (
+        batch["mean"] + batch["std"] * batch["eps"] - shift
+    ) * factor  # (B, C, H, W): a posterior sample
+    x_t = model.add_noise(x0, noise, t, schedule)  # (B, C, H, W)
+    answer = model.predict(unet, x_t, batch)  # (B, C, H, W) fp32
+    target = model.training_target(x0, noise, t, schedule)
+    each = F.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3))  # (B, C, H, W) -> (B,)
+    return each * snr_weight(t, schedule, snr_gamma)
+
+
+def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor | float:
+    """min(SNR, gamma) / SNR, (B,): min-SNR weighting (Hang et al. 2023, https://arxiv.org/abs/2303.09556, eq. 7);
+    SNR + 1 below the line for v_prediction. gamma 0 is off."""
+    if not gamma:
+        return 1.0
+    abar = schedule.alphas_cumprod[t]
+    snr = abar / (1 - abar)
+    return snr.clamp(max=gamma) / (snr + (schedule.prediction_type == "v_prediction"))
+
+
+def learning_rate(step: int, config: Config) -> float:
+    """The rate of optimizer step `step` (from 0): warm-up, then constant or a cosine down to lr_end of it."""
+    if step < config.lr_warmup_steps:
+        return config.learning_rate * (step + 1) / config.lr_warmup_steps
+    if config.lr_scheduler == "constant":
+        return config.learning_rate
+    done = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
+    return config.learning_rate * (
+        config.lr_end + (1 - config.lr_end) * (1 + math.cos(math.pi * done)) / 2
+    )
+
+
+@dataclass
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2): fp16 gradients
+    vanish below 6e-8, so the loss is multiplied, and the gradient divided, by a scale that halves when a gradient
+    overflows and doubles after `growth_interval` good steps. Not enabled, it is 1 and an overflow is an error."""
+
+    enabled: bool
+    value: float = 1.0
+    good_steps: int = 0
+    skipped: int = 0
+    growth_interval: int = 2000
+
+    def update(self, finite: bool, step: int) -> None:
+        if finite:
+            self.good_steps += 1
+            if self.enabled and self.good_steps % self.growth_interval == 0:
+                self.value *= 2
+            return
+        self.good_steps, self.skipped, self.value = 0, self.skipped + 1, self.value / 2
+        if not self.enabled or self.value < 1:
+            raise Refusal(
+                f"the gradient of step {step + 1} is not finite"
+                + (
+                    f", and the loss scale fell to {self.value:g} after {self.skipped} skipped steps"
+                    if self.enabled
+                    else ""
+                ),
+                "finite gradients",
+                "a lower --learning-rate, --mixed-precision fp32 (or bf16 from sm_80), or look at the step's pictures",
+            )
+
+
+def micro_batches(step: int, n: int, size: int) -> Iterator[range]:
+    """The numbers of step `step`'s n examples in runs of at most `size`: the last may be shorter."""
+    for first in range(step * n, (step + 1) * n, size):
+        yield range(first, min(first + size, (step + 1) * n))
+
+
+@dataclass
+class Run:
+    """Everything that a step touches. identity: what makes it this run and no other; start: the untrained vector."""
+
+    config: Config
+    device: torch.device
+    unet: torch.nn.Module
+    adapter: lora.Adapter
+    optimizer: torch.optim.Optimizer
+    scale: LossScale
+    schedule: model.NoiseSchedule
+    scaling: tuple[float, float]
+    examples: data.Examples
+    identity: dict[str, str]
+    start: Tensor
+    step: int = 0
+
+
+def optimizer_step(run: Run) -> tuple[float, float]:
+    """One step over n examples; returns the loss, as their mean, and the gradient's norm before clipping.
+
+    The loss is a sum over the step's examples divided by n, so 1 x 4, 2 x 2, 3 + 1 and 4 x 1 are the same step.
+    """
+    config, n = run.config, run.config.examples_per_step
+    grad = run.adapter.flat.grad
+    total = torch.zeros((), device=run.device)
+    for numbers in micro_batches(run.step, n, config.train_batch_size):
+        batch = run.examples.batch(numbers, run.device)
+        loss = (
+            diffusion_loss(run.unet, batch, run.schedule, run.scaling, config.snr_gamma).sum() / n
+        )
+        (loss * run.scale.value).backward()  # adds to the flat gradient
+        total += loss.detach()
+
+    grad.div_(run.scale.value)
+    mean_loss, norm = torch.stack(
+        [total, grad.norm()]
+    ).tolist()  # the only time the host waits for the GPU
+    if not math.isfinite(mean_loss):
+        raise not_finite(run, mean_loss)
+    if math.isfinite(norm):
+        grad.mul_(
+            min(1.0, config.max_grad_norm / (norm + 1e-6))
+        )  # one vector: clipping is one norm
+        for group in run.optimizer.param_groups:
+            group["lr"] = learning_rate(run.step, config)
+        run.optimizer.step()
+    grad.zero_()  # not zero_grad(), which would cut the gradients loose from the flat vector
+    run.scale.update(math.isfinite(norm), run.step)
+    run.step += 1
+    return mean_loss, norm
+
+
+# ---- everything below is around the method: setting up, continuing, saving, saying -----------------------------
+
+
+def not_finite(run: Run, loss: float) -> Refusal:
+    """Which pictures a step with a non-finite loss had."""
+    n = run.config.examples_per_step
+    rows = {run.examples.example(i).picture for i in range(run.step * n, (run.step + 1) * n)}
+    names = [run.examples.names[row] for row in sorted(rows)]
+    run.adapter.flat.grad.zero_()
+    return Refusal(
+        f"the loss of step {run.step + 1} is {loss} (pictures {', '.join(names[:8])})",
+        "a finite loss",
+        "a lower --learning-rate, or --mixed-precision fp32 (or bf16 from sm_80) if the UNet overflows in fp16",
+    )
+
+
+def make_optimizer(config: Config, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) on the one flat parameter."""
+    settings = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
+    if not config.use_8bit_adam:
+        return torch.optim.AdamW([flat], **settings)
+    try:
+        from bitsandbytes.optim import AdamW8bit
+    except Exception as error:  # not installed, or built for another CUDA
+        raise Refusal(
+            f"bitsandbytes does not load here ({str(error).splitlines()[0][:120]})",
+            "bitsandbytes 0.50 or newer for 8-bit AdamW",
+            "pip install --upgrade bitsandbytes, or --no-use-8bit-adam",
+        ) from error
+    return AdamW8bit([flat], **settings)
+
+
+def prepare(
+    config: Config,
+    device: torch.device,
+    dtype: torch.dtype,
+    pictures: list[data.Picture],
+    timesteps: int,
+) -> data.Examples:
+    """The run's examples: from the cache, filled where it has gaps, or encoded at every step with --no-cache."""
+    name, half = config.pretrained_model_name_or_path, dtype != torch.float32
+    encoder = data.Encoder(
+        pictures, lambda: model.load_vae(name, device), lambda: model.load_text_encoders(name, device, half),
+        config.resolution, config.random_crop, config.seed,
+    )  # fmt: skip
+    source = encoder
+    if config.cache:
+        text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+        prints = {
+            "vae": model.fingerprint(name, "vae"),
+            "text": "".join(model.fingerprint(name, part, half) for part in text_parts),
+        }
+        source = data.fill_cache(Path(config.cache_dir), encoder, config.random_flip, dtype, prints)
+    else:
+        data.check_pictures(pictures)
+    side = config.resolution // 8  # check() refuses what the VAE's factor does not divide
+    return data.Examples(
+        source, [p.name for p in pictures], config.seed, config.random_flip, config.caption_dropout,
+        config.noise_offset, timesteps, (4, side, side),
+    )  # fmt: skip
+
+
+# ---- the run --------------------------------------------------------------------------------------------------
+
+
+def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
+    """Data first, encoders freed, then the UNet with its adapter. Returns the run and the lines it begins with."""
+    name, out = config.pretrained_model_name_or_path, config.out
+    dtype, reason = model.choose_dtype(config.mixed_precision, device)
+    pictures = data.read_dataset(config.dataset_name, config.image_column, config.caption_column)
+    same = checkpoint.identity(config, dtype, pictures)
+    state = checkpoint.newest_state(out / "checkpoints")
+    checkpoint.check_same(config, same, state)  # before hours of encoding
+    schedule = model.load_noise_schedule(name, device)
+    examples = prepare(config, device, dtype, pictures, len(schedule.alphas_cumprod))
+
+    with model.HostMemory() as host:
+        unet = model.load_unet(name, device, dtype)
+    attention = model.use_attention(unet, config.attention, device, dtype)
+    if config.gradient_checkpointing:
+        model.use_gradient_checkpointing(unet)
+    adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
+    run = Run(
+        config, device, unet, adapter, make_optimizer(config, adapter.flat),
+        LossScale(dtype == torch.float16, 2.0**16 if dtype == torch.float16 else 1.0),
+        schedule, model.latent_scaling(name), examples, same, adapter.flat.detach().cpu().clone(),
+    )  # fmt: skip
+    checkpoint.restore(run, state)
+    lines = report.describe(run, pictures, f"{reason}; {attention}", host)
+    return run, lines
+
+
+def fit(config: Config, interrupts: report.Interrupts) -> int:
+    """Set up, continue, step, save, export. Returns 0, or the exit code of an interrupted run."""
+    device = model.check_device(config.device)
+    # writing the options first shows at once whether the folder can be written
+    write_whole(
+        config.out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode()
+    )
+    run, lines = set_up(config, device)
+    print(lines)
+    if run.step:
+        print(f"continuing after step {run.step} of {config.max_train_steps}")
+    run.adapter.check_tied()
+    interrupts.gently = True
+    with report.Log(config.out, run.step, config) as log:
+        while run.step < config.max_train_steps:
+            began, first = time.perf_counter(), run.step
+            try:
+                loss, norm = optimizer_step(run)
+            except (Refusal, torch.cuda.OutOfMemoryError):
+                if (
+                    run.step == first > 0
+                ):  # this step did not happen, and what came before it is whole
+                    checkpoint.save_state(run)
+                raise
+            # ---- once in a while
+            last = run.step == config.max_train_steps
+            if run.step % config.checkpointing_steps == 0 or last or interrupts.caught:
+                checkpoint.save_state(run)
+            # ---- diagnostics: without them the run is the same
+            log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
+            if interrupts.caught and not last:
+                print(
+                    f"\ninterrupted: step {run.step} is saved; the same command continues from there"
+                )
+                return 128 + interrupts.caught
+    interrupts.gently = (
+        False  # from here on a signal leaves at once: the same command does the rest
+    )
+    for path in checkpoint.export(run):
+        print(f"saved, read back and compared: {path}")
+    checkpoint.mark_finished(config, run)
+    skipped = (
+        f", {run.scale.skipped} of them skipped for fp16 overflow" if run.scale.skipped else ""
+    )
+    print(f"done: {run.step} steps{skipped}")
+    return 0
+
+
+def draw(config: Config) -> None:
+    """The before/after picture, drawn from the exported file as anyone would draw with it."""
+    target = config.out / "pictures" / "before-after.png"
+    if not config.validation_prompts or target.is_file():
+        return
+    options = generate.Options(
+        adapter=str(config.out), prompts=config.validation_prompts, seeds=(config.seed,), compare=True,
+        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path, device=config.device,
+        mixed_precision=config.mixed_precision,
+    )  # fmt: skip
+    try:
+        generate.run(options)
+    except torch.cuda.OutOfMemoryError as error:
+        raise Refusal(
+            "the adapter is saved, but drawing its picture ran out of GPU memory",
+            "room for the model at its own size",
+            f"python generate.py {config.out} --compare --resolution {config.resolution}",
+        ) from error
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code: 0 done, 1 a refusal (said on stderr), 128 + signal interrupted."""
+    try:
+        config = configuration.parse(argv)
+        with report.Interrupts() as interrupts:
+            if checkpoint.finished(config):
+                print(
+                    f"{config.out} is finished: {config.max_train_steps} steps are trained and exported. "
+                    "To go on: a larger --max-train-steps; to draw: make generate"
+                )
+            else:
+                code = fit(config, interrupts)
+                if code:
+                    return code
+                model.free_memory()
+            draw(config)
+            return 0
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 1
+    except torch.cuda.OutOfMemoryError as error:
+        print(
+            f"error: the GPU's memory is full ({str(error).splitlines()[0][:160]}). What to do: add "
+            "--gradient-checkpointing, or --train-batch-size 1 with more --gradient-accumulation-steps; the same run "
+            "continues",
+            file=sys.stderr,
+        )
+        return 1
+    except KeyboardInterrupt:
+        print(
+            "\ninterrupted: what is saved is whole, and the same command continues", file=sys.stderr
+        )
+        return 128 + (interrupts.caught or signal.SIGINT)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

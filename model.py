@@ -1,0 +1,475 @@
+"""SDXL's parts: how they are loaded, and what each does to a picture or a prompt on its way into training.
+
+SDXL (Podell et al. 2023, https://arxiv.org/abs/2307.01952) is a VAE, two CLIP text encoders and a UNet.
+Nothing here knows of LoRA: the UNet that load_unet() returns is diffusers' own.
+
+Letters: `B` batch, `C` latent channels (4), `H W` latent size (picture size / 8), `T` tokens of a prompt (77),
+`D` width of the context (768 + 1280 = 2048), `P` width of the pooled embedding (1280).
+"""
+
+import functools
+import gc
+import hashlib
+import json
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers.utils import logging as transformers_logging
+
+from files import Refusal, open_safetensors
+
+transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+# ---- where the files are --------------------------------------------------------------------------------------
+
+
+def fetch(name: str, part: str, half: bool = False) -> Path:
+    """The local folder of one part of an SDXL model, downloaded if `name` is a Hub name.
+
+    name: a folder in diffusers' layout or a Hub repository; part: "unet", "vae", ..., or "" for the top;
+    half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL model.
+    """
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise Refusal(
+                f"there is no folder {name}",
+                "a Hub name such as stabilityai/stable-diffusion-xl-base-1.0, or a folder in diffusers' layout",
+                "correct --pretrained-model-name-or-path",
+            )
+        root = fetch_from_hub(name, part, half)
+    index = root / "model_index.json"
+    kind = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
+    missing = [
+        p
+        for p in PARTS
+        if part in ("", p) and not (root / p).is_dir() and root == Path(name).expanduser()
+    ]
+    if kind is None or "StableDiffusionXL" not in kind or missing:
+        raise Refusal(
+            f"{name} has {f'no {missing[0]}/' if missing and kind else f'model_index.json of {kind}' if kind else 'no model_index.json'}",
+            "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline), "
+            + "/, ".join(PARTS)
+            + "/",
+            "correct --pretrained-model-name-or-path; one-file checkpoints are converted with diffusers' "
+            "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
+        )
+    return root / part
+
+
+@functools.cache
+def hub_files(name: str) -> tuple[str, ...]:
+    from huggingface_hub import HfApi
+
+    return tuple(HfApi().list_repo_files(name))
+
+
+def fetch_from_hub(name: str, part: str, half: bool) -> Path:
+    """The Hub snapshot's folder with `part` in it; what an earlier download left serves where the Hub does not answer."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        try:
+            files = [f for f in hub_files(name) if part and f.rpartition("/")[0] == part]
+            weights = set(
+                pick_weights(
+                    [f for f in files if f.endswith((".safetensors", ".index.json"))], half
+                )
+            )
+            wanted = [f for f in files if f in weights or f.endswith((".json", ".txt"))]
+            return Path(snapshot_download(name, allow_patterns=["model_index.json", *wanted]))
+        except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
+            folder = Path(snapshot_download(name, local_files_only=True))
+            if not (folder / part).is_dir():
+                raise
+            return folder
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"{name} (part {part or 'model_index.json'}) is not on this disk and the Hub did not give it ({reason})",
+            "a reachable Hub, or the model on this disk",
+            "check the name and the network (hf auth login for gated models), or copy the model here and pass "
+            "--pretrained-model-name-or-path FOLDER",
+        ) from error
+
+
+def pick_weights(files: list[str], half: bool) -> list[str]:
+    """Of a part's weight files, those to read: the fp16 variant first where `half`, else last; shards or one file.
+
+    Names are diffusers': model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors, ...
+    """
+    variant = [f for f in files if ".fp16" in f]
+    plain = [f for f in files if ".fp16" not in f and not f.endswith("non_ema.safetensors")]
+    return next((group for group in ((variant, plain) if half else (plain, variant)) if group), [])
+
+
+def weight_files(folder: Path, half: bool) -> list[Path]:
+    """The safetensors files of `folder`, all of one variant. Raises Refusal where there are none."""
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    files = [folder / name for name in pick_weights(names, half)]
+    if not files:
+        raise Refusal(
+            f"{folder} has no .safetensors file",
+            "the weights of an SDXL model in diffusers' layout",
+            "download the model again, or save it with pipe.save_pretrained(folder, safe_serialization=True)",
+        )
+    return files
+
+
+def fingerprint(name: str, part: str, half: bool = False) -> str:
+    """16 hex digits that tell one encoder or tokenizer from another: its small files whole, 64 samples of its weights.
+
+    Samples of 4 KiB cost milliseconds where hashing 2 GB costs seconds; a fine-tuned model differs everywhere.
+    """
+    folder, sha = fetch(name, part, half), hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt")):
+        sha.update(path.read_bytes())
+    for path in weight_files(folder, half) if "tokenizer" not in part else []:
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(path.stat().st_size * i // 64)
+                sha.update(file.read(4096))
+    return sha.hexdigest()[:16]
+
+
+def unet_fingerprint(name: str, half: bool) -> str:
+    """16 hex digits of the UNet's first and last convolution, rounded to fp16: the same for a model's fp32 file and
+    its fp16 variant, different for a fine-tuned one. Adapters carry it, so that a wrong base is noticed."""
+    sha = hashlib.sha256()
+    for path in weight_files(fetch(name, "unet", half), half):
+        with open_safetensors(path) as file:
+            for key in sorted({"conv_in.weight", "conv_out.weight"} & set(file.keys())):
+                sha.update(file.get_tensor(key).half().numpy().tobytes())
+    return sha.hexdigest()[:16]
+
+
+# ---- device and precision -------------------------------------------------------------------------------------
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
+    """The frozen UNet's dtype and the reason for it. wanted: "auto", "fp32", "fp16" or "bf16".
+
+    Compute capability decides, not torch.cuda.is_bf16_supported(), which says True on a T4 and means emulation.
+    """
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
+    sm = f"sm_{capability[0]}{capability[1]}" if capability else device.type
+    if wanted == "bf16" and capability and capability < (8, 0):
+        raise Refusal(
+            f"bf16 on {sm}, which only emulates it", "sm_80 or newer", "--mixed-precision fp16"
+        )
+    if wanted != "auto":
+        return DTYPES[wanted], f"asked for, on {sm}"
+    if capability is None:
+        return torch.float32, f"{sm} has no fast half precision"
+    if capability >= (8, 0):
+        return torch.bfloat16, f"{sm} has bf16 tensor cores: fp32's range, so no loss scaling"
+    return torch.float16, f"{sm} has fp16 tensor cores and only emulates bf16: with loss scaling"
+
+
+def check_device(name: str) -> torch.device:
+    """ "auto" is the first GPU, else the CPU. Raises Refusal for a device that torch does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Refusal(
+            f"device {name}, and torch sees no GPU", "a CUDA GPU and its driver", "--device cpu"
+        )
+    return torch.device(name)
+
+
+def free_memory() -> None:
+    """Give back what dropped references held, on the host and on the GPU."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class HostMemory:
+    """Samples this process's memory while a block runs. own: peak RssAnon in GiB; mapped: peak RssFile in GiB.
+
+    Pages of a mapped weight file count in RSS although the kernel can drop them at any time; a host runs out of
+    its memory by the first number alone. Both stay 0.0 where there is no /proc.
+    """
+
+    def __enter__(self):
+        self.own = self.mapped = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self):
+        status = Path("/proc/self/status")
+        while status.is_file():
+            kib = dict(line.split(":", 1) for line in status.read_text().splitlines())
+            self.own = max(self.own, int(kib["RssAnon"].split()[0]) / 2**20)
+            self.mapped = max(self.mapped, int(kib["RssFile"].split()[0]) / 2**20)
+            if self._stop.wait(0.02):
+                return
+
+
+# ---- the UNet -------------------------------------------------------------------------------------------------
+
+
+def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
+    """SDXL's UNet on `device` in `dtype`, each weight straight from its file: the host never holds the model.
+
+    It is built without memory (meta device), then every tensor is read, cast on the device, and assigned.
+    """
+    half = dtype != torch.float32
+    folder = fetch(name, "unet", half)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    weights = {}
+    for path in weight_files(folder, half):
+        with open_safetensors(path, str(device)) as file:
+            weights |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}
+    try:
+        unet.load_state_dict(weights, strict=True, assign=True)
+    except RuntimeError as error:
+        raise Refusal(
+            f"{folder}'s weights do not fit its config.json ({str(error).splitlines()[1].strip()[:200]})",
+            "the UNet's own config and weights",
+            "download the model again",
+        ) from error
+    return unet.requires_grad_(
+        False
+    ).train()  # train() only lets checkpointing act: SDXL has no dropout
+
+
+def use_attention(
+    unet: UNet2DConditionModel, kind: str, device: torch.device, dtype: torch.dtype
+) -> str:
+    """Set the UNet's attention kernels and return what was set, with the reason where it is not what was asked.
+
+    "sdpa" is PyTorch's own; "xformers" is tried on a small tensor first, forward and backward, since an
+    installed xformers may have no kernel for this GPU, dtype or torch.
+    """
+    if kind == "sdpa":
+        return "SDPA"
+    try:
+        import xformers.ops
+
+        q = torch.randn(1, 64, 2, 64, device=device, dtype=dtype, requires_grad=True)
+        xformers.ops.memory_efficient_attention(q, q, q).sum().backward()
+        unet.enable_xformers_memory_efficient_attention()
+        return "xFormers"
+    except (
+        Exception
+    ) as error:  # not installed, built for another torch, no kernel for this device: all fall back
+        reason = (
+            str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        )
+        return f"SDPA (xFormers is not usable here: {reason})"
+
+
+def use_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
+    """Keep only block inputs in the forward pass and compute the rest again in the backward pass."""
+    unet.enable_gradient_checkpointing(
+        # no RNG state: nothing in SDXL's UNet is random, and saving it would synchronise with the GPU
+        functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+    )
+
+
+def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -> Tensor:
+    """The UNet's answer (B, C, H, W), fp32, to x_t (B, C, H, W) at timesteps batch["t"] (B,), under batch["context"]
+    (B, T, D), batch["pooled"] (B, P) and batch["time_ids"] (B, 6), which stay fp32 until they are embedded."""
+    dtype = unet.dtype
+    condition = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
+    context = batch["context"].to(dtype)
+    answer = unet(
+        x_t.to(dtype), batch["t"], context, added_cond_kwargs=condition, return_dict=False
+    )
+    return answer[0].float()
+
+
+# ---- prompts --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class TextEncoders:
+    """Both CLIPs with their tokenizers. zero_unconditional: the model's force_zeros_for_empty_prompt."""
+
+    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
+    zero_unconditional: bool
+
+
+def load_text_encoders(name: str, device: torch.device, half: bool = False) -> TextEncoders:
+    """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are some."""
+    encoders = []
+    for part, cls in (
+        ("text_encoder", CLIPTextModel),
+        ("text_encoder_2", CLIPTextModelWithProjection),
+    ):
+        folder = fetch(name, part, half)
+        variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+        encoder, info = cls.from_pretrained(
+            folder,
+            dtype=torch.float32,
+            variant=variant,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+        missing = [key for key in info["missing_keys"] if "position_ids" not in key]
+        if missing:  # transformers would go on with random numbers and a warning
+            raise Refusal(
+                f"{folder} lacks {len(missing)} tensors, such as {min(missing)}",
+                "every weight of the text encoder under the name this transformers reads",
+                "pip install --upgrade transformers, or download the model again",
+            )
+        encoders.append(encoder.to(device).requires_grad_(False).eval())
+    index = json.loads((fetch(name, "") / "model_index.json").read_text())
+    zero = index.get("force_zeros_for_empty_prompt", True)
+    return TextEncoders(load_tokenizers(name), tuple(encoders), zero)
+
+
+def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
+    first, second = (
+        CLIPTokenizer.from_pretrained(fetch(name, p)) for p in ("tokenizer", "tokenizer_2")
+    )
+    return first, second
+
+
+@torch.no_grad()
+def encode_prompts(prompts: list[str], text: TextEncoders) -> tuple[Tensor, Tensor]:
+    """What StableDiffusionXLPipeline.encode_prompt gives: context (B, T, D) and pooled (B, P), fp32.
+
+    The context is the penultimate hidden state of both encoders side by side; pooled is the second's projection.
+    """
+    states = []
+    for tokenizer, encoder in zip(text.tokenizers, text.encoders, strict=True):
+        tokens = tokenizer(
+            prompts,
+            padding="max_length",
+            max_length=tokenizer.model_max_length,
+            truncation=True,
+            return_tensors="pt",
+        ).input_ids.to(encoder.device)  # (B, T)
+        output = encoder(tokens, output_hidden_states=True)
+        states.append(output.hidden_states[-2])  # (B, T, 768), then (B, T, 1280)
+    return torch.cat(states, dim=-1), output.text_embeds
+
+
+def encode_unconditional(text: TextEncoders) -> tuple[Tensor, Tensor]:
+    """The embedding that guidance moves away from, (1, T, D) and (1, P), exactly as the pipeline makes it:
+    zeros where the model says force_zeros_for_empty_prompt (SDXL base does), else the encoded empty text."""
+    context, pooled = encode_prompts([""], text)
+    if text.zero_unconditional:
+        return torch.zeros_like(context), torch.zeros_like(pooled)
+    return context, pooled
+
+
+def count_cut(prompts: list[str], name: str) -> int:
+    """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their end."""
+    tokenizer, _ = load_tokenizers(name)
+    ids = tokenizer(prompts, truncation=False, verbose=False).input_ids if prompts else []
+    return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
+
+
+# ---- pictures -------------------------------------------------------------------------------------------------
+
+
+def load_vae(name: str, device: torch.device) -> AutoencoderKL:
+    """The VAE in fp32: in fp16 its activations overflow and pictures turn black."""
+    folder = fetch(name, "vae")
+    variant = "fp16" if ".fp16" in weight_files(folder, half=False)[0].name else None
+    # diffusers' own loader, since it also renames the attention weights of older VAE files
+    vae = AutoencoderKL.from_pretrained(
+        folder, variant=variant, torch_dtype=torch.float32, low_cpu_mem_usage=False
+    )
+    return vae.to(device).requires_grad_(False).eval()
+
+
+@torch.no_grad()
+def encode_images(pixels: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
+    """Pictures (B, 3, 8H, 8W) in [-1, 1] to mean and std (B, C, H, W) of the VAE's posterior, fp32, not yet scaled.
+
+    Both, not one sample: mean + std * eps with a fresh eps at every step is then what encoding at every step gives.
+    """
+    posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+    return posterior.mean, posterior.std
+
+
+def latent_scaling(name: str) -> tuple[float, float]:
+    """(scaling_factor, shift_factor) of the VAE's config: x0 = (latent - shift) * scaling."""
+    config = json.loads((fetch(name, "vae") / "config.json").read_text())
+    return config["scaling_factor"], config.get("shift_factor") or 0.0
+
+
+def add_time_ids(original_size: tuple, crop_top_left: tuple, target_size: tuple) -> Tensor:
+    """SDXL's size conditioning (Podell et al. 2023, section 2.2): (6,) fp32, heights before widths.
+
+    original_size: before resizing; crop_top_left: in the resized picture's frame; target_size: as trained.
+    fp32 until the UNet embeds them: bf16 would turn 1365 into 1368.
+    """
+    return torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)
+
+
+# ---- noise ----------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class NoiseSchedule:
+    """DDPM's forward process. alphas_cumprod: (1000,) fp32; prediction_type: "epsilon" or "v_prediction"."""
+
+    alphas_cumprod: Tensor
+    prediction_type: str
+
+
+def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
+    """The schedule that the model's scheduler_config.json describes (Ho et al. 2020, https://arxiv.org/abs/2006.11239)."""
+    config = json.loads((fetch(name, "scheduler") / "scheduler_config.json").read_text())
+    kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
+    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
+    prediction = config.get("prediction_type", "epsilon")
+    if prediction not in ("epsilon", "v_prediction") or kind not in ("linear", "scaled_linear"):
+        raise Refusal(
+            f"{name}'s scheduler has prediction_type {prediction} and beta_schedule {kind}",
+            "epsilon or v_prediction, linear or scaled_linear",
+            "choose an SDXL model: others train by another objective",
+        )
+    if kind == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float32)
+    else:
+        betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
+    if config.get("rescale_betas_zero_snr"):
+        betas = rescale_zero_terminal_snr(betas)
+    return NoiseSchedule(torch.cumprod(1.0 - betas, dim=0).to(device), prediction)
+
+
+def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
+    """Betas (1000,) such that the last timestep is pure noise (Lin et al. 2023, https://arxiv.org/abs/2305.08891, alg. 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))  # last to 0, first where it was
+    alphas_cumprod = root**2
+    alphas = torch.cat([alphas_cumprod[:1], alphas_cumprod[1:] / alphas_cumprod[:-1]])
+    return 1 - alphas
+
+
+def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4): (B, C, H, W) each, t (B,)."""
+    abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B,) -> (B, 1, 1, 1)
+    return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
+
+
+def training_target(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
+    """What the UNet should answer: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho 2022,
+    https://arxiv.org/abs/2202.00512, appendix D). (B, C, H, W)."""
+    if schedule.prediction_type == "epsilon":
+        return noise
+    abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
+    return abar.sqrt() * noise - (1 - abar).sqrt() * x0

@@ -1,0 +1,123 @@
+"""What a run says, and how it hears signals. Deleting any of it changes no number of the run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from tqdm import tqdm
+
+import model
+from config import Config
+from files import write_whole
+
+if TYPE_CHECKING:
+    from data import Picture
+    from loop import Run
+
+
+class Log:
+    """A progress bar, one JSON line and one set of TensorBoard scalars for each step."""
+
+    def __init__(self, out: Path, start: int, config: Config):
+        path = out / "log.jsonl"
+        old = path.read_text().splitlines() if path.is_file() else []
+        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
+        write_whole(
+            path, "".join(line + "\n" for line in kept).encode()
+        )  # steps done again are not said twice
+        self.file = open(path, "a")
+        self.bar = tqdm(total=config.max_train_steps, initial=start, desc="training", mininterval=1)
+        self.board = None
+        if config.tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.bar.close()
+        self.file.close()
+        if self.board:
+            self.board.close()
+
+    def write(self, run: Run, loss: float, norm: float, rate: float, seconds: float) -> None:
+        values = {
+            "loss": loss,
+            "lr": rate,
+            "grad_norm": norm,
+            "loss_scale": run.scale.value,
+            "seconds": seconds,
+        }
+        sayable = {
+            k: v if math.isfinite(v) else None for k, v in values.items()
+        }  # JSON knows no Inf
+        print(json.dumps({"step": run.step} | sayable), file=self.file, flush=True)
+        for name, value in values.items() if self.board else ():
+            self.board.add_scalar(name, value, run.step)
+        skipped = f", {run.scale.skipped} skipped" if run.scale.skipped else ""
+        self.bar.set_postfix_str(
+            f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {peak_gib(run.device):.1f} GiB{skipped}"
+        )
+        self.bar.update()
+
+
+class Interrupts:
+    """Ctrl-C and SIGTERM. Until train() sets `gently`, they leave at once (nothing is lost: encoded blocks are kept);
+    then the step is finished first."""
+
+    def __init__(self):
+        self.gently, self.caught = False, 0
+
+    def __enter__(self):
+        self.old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self.old.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number, _frame):
+        second_time, self.caught = bool(self.caught), number
+        if not self.gently or second_time:
+            raise KeyboardInterrupt
+
+
+def peak_gib(device: torch.device) -> float:
+    """GiB: the GPU's peak, or on a CPU this process's own memory now."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    with contextlib.suppress(OSError):
+        kib = dict(line.split(":", 1) for line in open("/proc/self/status"))
+        return int(kib["RssAnon"].split()[0]) / 2**20
+    return 0.0
+
+
+def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory) -> str:
+    """The lines a run begins with; every number is computed."""
+    config, n = run.config, run.config.examples_per_step
+    total = sum(p.numel() for p in run.unet.parameters())
+    bare = sum(not p.caption.strip() for p in pictures)
+    cut = model.count_cut(
+        [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
+    )
+    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    return "\n".join(
+        (
+            f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]} ({how}); host memory "
+            f"while loading: {host.own:.1f} GiB own, {host.mapped:.1f} GiB mapped file pages",
+            f"{len(pictures)} pictures at {config.resolution} px; captions: {bare} missing or empty, {cut} cut at the "
+            "tokenizer's length",
+            f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
+            f"{config.gradient_accumulation_steps}) = {config.max_train_steps * n / len(pictures):.1f} epochs",
+            f"{run.adapter.trainable:,} trainable parameters of {total:,} "
+            f"({100 * run.adapter.trainable / total:.2f} %) in {len(run.adapter.layers)} layers",
+        )
+    )
