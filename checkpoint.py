@@ -1,8 +1,10 @@
-"""What a run leaves on disk: checkpoints that continue it to the bit, and the exported adapter, read back and compared.
+"""What a run leaves on disk: checkpoints that continue it to the bit, and the exported adapter,
+read back and compared.
 
-OUT/checkpoints/000200/ holds the adapter, state.pt and, written last, state.sha256: a folder without a matching sum
-was cut short and is passed over. OUT/pytorch_lora_weights.safetensors and OUT/kohya/NAME.safetensors are the result,
-and OUT/finished.json, written after both were compared, says so.
+OUT/checkpoints/000200/ holds the adapter, state.pt and, written last, state.sha256: a folder
+without a matching sum was cut short and is passed over. OUT/pytorch_lora_weights.safetensors and
+OUT/kohya/NAME.safetensors are the result, and OUT/finished.json, written after both were compared,
+says so.
 """
 
 from __future__ import annotations
@@ -98,7 +100,9 @@ def newest_state(root: Path) -> dict | None:
 
 
 def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None:
-    """Raise Refusal where the checkpoint `state` is of another run than `mine`, naming field and values."""
+    """Raise Refusal where the checkpoint `state` is of another run than `mine`, naming field and
+    values.
+    """
     for key, value in mine.items() if state else ():
         theirs = state["identity"].get(key, "not set")
         if theirs != value:
@@ -126,7 +130,7 @@ def restore(run: Run, state: dict | None) -> None:
     run.step = state["step"]
 
 
-# ---- the end: export, and proof that the files are what was trained --------------------------------------------
+# ---- the end: export, and proof that the files are what was trained ------------------------------
 
 
 def about(run: Run) -> dict[str, str]:
@@ -142,10 +146,11 @@ def about(run: Run) -> dict[str, str]:
 
 
 def export(run: Run) -> list[Path]:
-    """Write the adapter in both layouts, read each file back, and refuse if it is not what was trained.
+    """Write the adapter in both layouts, read each file back, and refuse if it is not what was
+    trained.
 
-    fp32: every number equal and the UNet's answer to one batch equal to the bit; fp16: equal to the rounded numbers,
-    the answer within 2e-3 of its own length.
+    fp32: every number equal and the UNet's answer to one batch equal to the bit; fp16: equal to the
+    rounded numbers, the answer within 2e-3 of its own length.
     """
     flat, dtype = run.adapter.flat, model.DTYPES[run.config.save_dtype]
     if torch.equal(flat.detach().cpu(), run.start) or not any(

@@ -1,5 +1,6 @@
-"""Every choice of a run, with the reason for it, and the recipes. Light on purpose: a wrong option is answered
-before torch and diffusers are imported, which takes some twelve seconds."""
+"""Every choice of a run, with the reason for it, and the recipes. Light on purpose: a wrong option
+is answered before torch and diffusers are imported, which takes some twelve seconds.
+"""
 
 import math
 import sys
@@ -44,7 +45,8 @@ class Config:
     caption_column: str = ""
     # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE.
     output_dir: str = ""
-    # Where encoded pictures and captions are kept; runs share it, and it may be deleted at any time.
+    # Where encoded pictures and captions are kept; runs share it, and it may be deleted at any
+    # time.
     cache_dir: str = "cache"
     # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
     cache: bool = True
@@ -56,7 +58,8 @@ class Config:
     # Show every other example mirrored; wrong for writing and for faces that must not be mirrored.
     random_flip: bool = True
 
-    # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in SDXL.
+    # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in
+    # SDXL.
     lora_rank: int = 16
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: float = 32
@@ -83,16 +86,19 @@ class Config:
     adam_weight_decay: float = 1e-2
     # Gradients longer than this are shortened to it.
     max_grad_norm: float = 0.5
-    # Weigh each example by min(SNR, gamma) / SNR, so that easy timesteps do not drown the rest; 0 is off, 5 usual.
+    # Weigh each example by min(SNR, gamma) / SNR, so that easy timesteps do not drown the rest; 0
+    # is off, 5 usual.
     snr_gamma: float = 0.0
-    # Share of noise that is constant over the picture, so that overall brightness is learned too; 0 is off.
+    # Share of noise that is constant over the picture, so that overall brightness is learned too; 0
+    # is off.
     noise_offset: float = 0.0
     # Share of examples trained without caption, so that guidance keeps something to move away from.
     caption_dropout: float = 0.0
 
     # auto, cpu or cuda.
     device: str = "auto"
-    # The frozen UNet's dtype; auto asks the GPU: bf16 from sm_80, fp16 with loss scaling below, fp32 on a CPU.
+    # The frozen UNet's dtype; auto asks the GPU: bf16 from sm_80, fp16 with loss scaling below,
+    # fp32 on a CPU.
     mixed_precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
     # PyTorch's attention, or xFormers' where it is usable.
     attention: Literal["sdpa", "xformers"] = "sdpa"
@@ -162,7 +168,9 @@ RECIPES = {
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown option."""
+    """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
+    option.
+    """
     return check(tyro.extras.overridable_config_cli(RECIPES, args=argv, prog="loop.py"))
 
 

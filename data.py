@@ -1,10 +1,12 @@
 """From captioned pictures to the batch of optimizer step s.
 
-Whatever the frozen encoders give for a picture or a caption is the same at every step, so it is computed once and
-kept on disk. Whatever is random about example number i of a run is drawn from (seed, i) alone, so a run needs no
-data-loader state to be continued, and its batches do not depend on how they are cut up.
+Whatever the frozen encoders give for a picture or a caption is the same at every step, so it is
+computed once and kept on disk. Whatever is random about example number i of a run is drawn from
+(seed, i) alone, so a run needs no data-loader state to be continued, and its batches do not depend
+on how they are cut up.
 
-Letters: `R` training resolution in pixels, `F` views of a picture (2 with flips, else 1), `B C H W T D P` as in model.py.
+Letters: `R` training resolution in pixels, `F` views of a picture (2 with flips, else 1), `B C H W
+T D P` as in model.py.
 """
 
 import functools
@@ -34,7 +36,7 @@ EXAMPLE, EPOCH, CROP = (
     3,
 )  # what a random stream is for; never 0, since numpy's seeds ignore trailing zeros
 
-# ---- sources --------------------------------------------------------------------------------------------------
+# ---- sources -------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -50,9 +52,10 @@ class Picture:
 def read_dataset(name: str, image_column: str = "", caption_column: str = "") -> list[Picture]:
     """The captioned pictures of a local folder or a Hub data set.
 
-    A folder holds metadata.jsonl (file_name and a caption column), or name.txt beside name.jpg, or files that the
-    `datasets` library reads (parquet). A folder's pictures come sorted by name, so that the order on disk is nothing.
-    Raises Refusal for a picture without caption file and the reverse, a column that is not there, and an empty set.
+    A folder holds metadata.jsonl (file_name and a caption column), or name.txt beside name.jpg, or
+    files that the `datasets` library reads (parquet). A folder's pictures come sorted by name, so
+    that the order on disk is nothing. Raises Refusal for a picture without caption file and the
+    reverse, a column that is not there, and an empty set.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and (folder / "metadata.jsonl").is_file():
@@ -85,7 +88,9 @@ def picture_files(folder: Path) -> set[Path]:
 
 
 def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
-    """metadata.jsonl: one JSON object a line with file_name, relative to the folder, and the caption."""
+    """metadata.jsonl: one JSON object a line with file_name, relative to the folder, and the
+    caption.
+    """
     captions: dict[Path, str] = {}
     lines = (folder / "metadata.jsonl").read_bytes().splitlines()
     for number, line in enumerate(lines, 1):
@@ -145,7 +150,9 @@ def from_caption_files(folder: Path) -> list[Picture]:
 
 
 def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]:
-    """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded until they are needed."""
+    """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded until
+    they are needed.
+    """
     import datasets
 
     try:
@@ -189,11 +196,13 @@ def find_column(columns: list[str], wanted: str, usual: tuple[str, ...], where: 
     return found[0]
 
 
-# ---- one picture ----------------------------------------------------------------------------------------------
+# ---- one picture ---------------------------------------------------------------------------------
 
 
 def decode(picture: Picture) -> Image.Image:
-    """The picture upright (EXIF) and in RGB, transparency onto white. Raises Refusal, naming it, if it is damaged."""
+    """The picture upright (EXIF) and in RGB, transparency onto white. Raises Refusal, naming it, if
+    it is damaged.
+    """
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -226,9 +235,9 @@ def prepare(
 ) -> tuple[Tensor, Tensor]:
     """Pixels (3, R, R) in [-1, 1] and time ids (6,) of one view.
 
-    Resize the short side to R (Lanczos), cut R x R from the middle or from where (seed, picture) says, flip.
-    The crop offset is in the resized picture's frame; a flipped view is a crop of the flipped picture, whose left
-    edge lies where the right edge was.
+    Resize the short side to R (Lanczos), cut R x R from the middle or from where (seed, picture)
+    says, flip. The crop offset is in the resized picture's frame; a flipped view is a crop of the
+    flipped picture, whose left edge lies where the right edge was.
     """
     image = decode(picture)
     original = (image.height, image.width)
@@ -248,7 +257,9 @@ def prepare(
 
 
 def check_pictures(pictures: list[Picture]) -> None:
-    """Decode every picture once, so that all damaged ones are named before hours of work, not one a run."""
+    """Decode every picture once, so that all damaged ones are named before hours of work, not one a
+    run.
+    """
     refusals = []
     for picture in tqdm(pictures, desc="checking pictures", leave=False, mininterval=1):
         try:
@@ -266,12 +277,14 @@ def check_pictures(pictures: list[Picture]) -> None:
         raise refusals[0]
 
 
-# ---- encoded once, or at every step ---------------------------------------------------------------------------
+# ---- encoded once, or at every step --------------------------------------------------------------
 
 
 class Encoder:
-    """Encodes at every call: the reference, and what --no-cache trains from. Index len(pictures) of prompt() is
-    the unconditional embedding. vae and text are loaded when first needed and freed with the object."""
+    """Encodes at every call: the reference, and what --no-cache trains from. Index len(pictures) of
+    prompt() is the unconditional embedding. vae and text are loaded when first needed and freed
+    with the object.
+    """
 
     def __init__(
         self, pictures: list[Picture], load_vae: Callable, load_text: Callable,
@@ -298,7 +311,9 @@ class Encoder:
         return mean[0].cpu(), std[0].cpu(), time_ids
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
-        """context (T, D) and pooled (P,) of a picture's caption, fp32; unconditional where there is no caption."""
+        """context (T, D) and pooled (P,) of a picture's caption, fp32; unconditional where there is
+        no caption.
+        """
         caption = self.pictures[index].caption.strip() if index < len(self.pictures) else ""
         context, pooled = (
             model.encode_prompts([caption], self.text)
@@ -343,8 +358,9 @@ def fill(
 ) -> list[Path]:
     """One file for each BLOCK of keys, encoding only the blocks that are not on disk yet.
 
-    keys: what each row depends on (content, encoder, resolution); a block's file is named by its keys, so changed
-    data or encoders give other files and nothing stale is ever read. Returns the files in order.
+    keys: what each row depends on (content, encoder, resolution); a block's file is named by its
+    keys, so changed data or encoders give other files and nothing stale is ever read. Returns the
+    files in order.
     """
     blocks = [range(at, min(at + BLOCK, len(keys))) for at in range(0, len(keys), BLOCK)]
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
@@ -399,7 +415,7 @@ def fill_cache(
     return Cache(latents, prompts)
 
 
-# ---- what example i of the run is -----------------------------------------------------------------------------
+# ---- what example i of the run is ----------------------------------------------------------------
 
 
 @dataclass
@@ -415,8 +431,9 @@ class Example:
 
 
 def offset_noise(noise: np.ndarray, stream: np.random.Generator, amount: float) -> np.ndarray:
-    """noise (C, H, W) plus `amount` times one normal number a channel, so that a picture's mean is learned, too
-    (https://www.crosslabs.org/blog/diffusion-with-offset-noise)."""
+    """noise (C, H, W) plus `amount` times one normal number a channel, so that a picture's mean is
+    learned, too (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
+    """
     return noise + np.float32(amount) * stream.standard_normal((len(noise), 1, 1), dtype=np.float32)
 
 
@@ -436,9 +453,11 @@ class Examples:
         return np.random.default_rng([self.seed, epoch, EPOCH]).permutation(self.count)
 
     def example(self, i: int) -> Example:
-        """Example number i of the run, from (seed, i) alone. numpy's generator: the same on every device.
+        """Example number i of the run, from (seed, i) alone. numpy's generator: the same on every
+        device.
 
-        All is drawn whether used or not, so that switching flips or dropout off leaves t, eps and noise as they are.
+        All is drawn whether used or not, so that switching flips or dropout off leaves t, eps and
+        noise as they are.
         """
         stream = np.random.default_rng([self.seed, i, EXAMPLE])
         flip, drop = stream.random(2)
@@ -455,8 +474,9 @@ class Examples:
         )
 
     def batch(self, numbers: range, device: torch.device) -> dict[str, Tensor]:
-        """Examples `numbers` (B of them) on `device`: mean, std, eps, noise (B, C, H, W), t (B,), context (B, T, D),
-        pooled (B, P), time_ids (B, 6)."""
+        """Examples `numbers` (B of them) on `device`: mean, std, eps, noise (B, C, H, W), t (B,),
+        context (B, T, D), pooled (B, P), time_ids (B, 6).
+        """
         rows = []
         for e in map(self.example, numbers):
             mean, std, time_ids = self.source.latent(e.picture, e.flip)

@@ -1,7 +1,8 @@
 """Refusals that help, and files that are either whole or absent.
 
 Three small things every other module needs: the one exception that is shown as a sentence instead
-of a traceback, an atomic write, and a safetensors writer whose bytes depend on nothing but its input.
+of a traceback, an atomic write, and a safetensors writer whose bytes depend on nothing but its
+input.
 """
 
 import contextlib
@@ -17,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 class Refusal(Exception):
     """Something the user can mend. The commands print it as one sentence and exit with 1.
 
-    `found`: what is there, with its value; `expected`: what should be there; `remedy`: what to type or do.
+    `found`: what is there, with its value; `expected`: what should be there; `remedy`: what to type
+    or do.
     """
 
     def __init__(self, found: str, expected: str, remedy: str):
@@ -35,9 +37,11 @@ def digest(*parts: bytes | str) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is untouched: write aside, fsync, rename, fsync the folder.
+    """Write `data` so that `path` holds all of it or is untouched: write aside, fsync, rename,
+    fsync the folder.
 
-    Raises Refusal where the folder cannot be written or the disk is full; the part file is removed then.
+    Raises Refusal where the folder cannot be written or the disk is full; the part file is removed
+    then.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -86,9 +90,9 @@ def sweep_parts(folder: Path) -> None:
 def safetensors_bytes(tensors: dict, metadata: dict[str, str]) -> bytes:
     """The safetensors file of `tensors` with `metadata` in the given order.
 
-    The library's own writer puts metadata in random order, so equal adapters would be unequal files;
-    here the library lays out the tensors and only its header is written again.
-    Format: https://github.com/huggingface/safetensors#format
+    The library's own writer puts metadata in random order, so equal adapters would be unequal
+    files; here the library lays out the tensors and only its header is written again. Format:
+    https://github.com/huggingface/safetensors#format
     """
     blob = safetensors.torch.save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}

@@ -1,7 +1,8 @@
-"""From an adapter to pictures: the same prompts and seeds with the adapter off and on, side by side.
+"""From an adapter to pictures: the same prompts and seeds with the adapter off and on, side by
+side.
 
-python generate.py runs/t4 --compare        the before/after picture of a run
-python generate.py my.safetensors --prompts "a fox" --seeds 1 2     single pictures
+python generate.py runs/t4 --compare        the before/after picture of a run python generate.py
+my.safetensors --prompts "a fox" --seeds 1 2     single pictures
 """
 
 import re
@@ -65,8 +66,10 @@ import model  # noqa: E402
 def load_pipeline(
     name: str, unet: torch.nn.Module, device: torch.device
 ) -> diffusers.StableDiffusionXLPipeline:
-    """diffusers' SDXL pipeline around `unet`, with an fp32 VAE and the model's own sampler, without text encoders:
-    prompts are encoded first, so that encoders and UNet are never in memory together."""
+    """diffusers' SDXL pipeline around `unet`, with an fp32 VAE and the model's own sampler, without
+    text encoders: prompts are encoded first, so that encoders and UNet are never in memory
+    together.
+    """
     folder = model.fetch(name, "scheduler")
     kind = diffusers.DiffusionPipeline.load_config(model.fetch(name, ""))["scheduler"][1]
     return diffusers.StableDiffusionXLPipeline(
@@ -79,7 +82,9 @@ def load_pipeline(
 def encode(
     name: str, prompts: list[str], device: torch.device, half: bool
 ) -> list[dict[str, Tensor]]:
-    """For each prompt the pipeline's four embedding arguments, on the CPU; the encoders are freed again."""
+    """For each prompt the pipeline's four embedding arguments, on the CPU; the encoders are freed
+    again.
+    """
     text = model.load_text_encoders(name, device, half)
     empty, empty_pooled = model.encode_unconditional(text)
     embeddings = []
@@ -105,7 +110,8 @@ def sample(
 ) -> list[Tensor]:  # fmt: skip
     """One latent (1, C, H, W) for each prompt and its seed, drawn with the adapter at `strength`.
 
-    The starting noise comes from the CPU in fp32, so that a seed means the same picture on every device and dtype.
+    The starting noise comes from the CPU in fp32, so that a seed means the same picture on every
+    device and dtype.
     """
     pipe.set_progress_bar_config(disable=True)
     channels, side = pipe.unet.config.in_channels, resolution // pipe.vae_scale_factor
@@ -137,7 +143,9 @@ def sample(
 def decode(
     vae: diffusers.AutoencoderKL, latents: list[Tensor], scaling: tuple[float, float]
 ) -> list[Image.Image]:
-    """Latents to pictures, in fp32 and one at a time; in tiles above 1024 px, where one would take over 10 GiB."""
+    """Latents to pictures, in fp32 and one at a time; in tiles above 1024 px, where one would take
+    over 10 GiB.
+    """
     factor, shift = scaling
     vae.use_tiling = latents[0].shape[-1] > 128
     pictures = []
@@ -199,8 +207,9 @@ def compare(
     name: str, unet: torch.nn.Module, adapter: lora.Adapter, prompts: list[str], seeds: list[int], path: Path,
     resolution: int, num_inference_steps: int, guidance_scale: float,
 ) -> None:  # fmt: skip
-    """Draw every prompt without and with the adapter into one PNG at `path`. Ends the UNet's life: its memory goes to
-    the VAE, whose decoder needs about as much."""
+    """Draw every prompt without and with the adapter into one PNG at `path`. Ends the UNet's life:
+    its memory goes to the VAE, whose decoder needs about as much.
+    """
     device, half = unet.device, unet.dtype != torch.float32
     embeddings = encode(name, prompts, device, half)
     pipe = load_pipeline(name, unet, device)
@@ -226,7 +235,7 @@ def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
     return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
-# ---- the command ----------------------------------------------------------------------------------------------
+# ---- the command ---------------------------------------------------------------------------------
 
 
 def find_adapter(path: str) -> Path:

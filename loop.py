@@ -1,9 +1,11 @@
 """The training loop, written out: python loop.py t4 --max-train-steps 500
 
-Read train() from top to bottom; optimizer_step() is the method itself. A run is a function of its Config: the
-same options give the same adapter, however often it was interrupted and however its batches were cut up.
+Read train() from top to bottom; optimizer_step() is the method itself. A run is a function of its
+Config: the same options give the same adapter, however often it was interrupted and however its
+batches were cut up.
 
-Letters: `n` examples per optimizer step (batch x accumulation), `B` examples in one pass, others as in model.py.
+Letters: `n` examples per optimizer step (batch x accumulation), `B` examples in one pass, others as
+in model.py.
 """
 
 import sys
@@ -35,15 +37,16 @@ import report
 from config import Config
 from files import Refusal, write_whole
 
-# ---- the method -----------------------------------------------------------------------------------------------
+# ---- the method ----------------------------------------------------------------------------------
 
 
 def diffusion_loss(
     unet: torch.nn.Module, batch: dict[str, Tensor], schedule: model.NoiseSchedule, scaling: tuple[float, float],
     snr_gamma: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and the noise
-    (Ho et al. 2020, eq. 14), at timestep t, under the picture's caption and sizes."""
+    """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and the
+    noise (Ho et al. 2020, eq. 14), at timestep t, under the picture's caption and sizes.
+    """
     (factor, shift), t, noise = scaling, batch["t"], batch["noise"]
     x0 = (
         batch["mean"] + batch["std"] * batch["eps"] - shift
@@ -56,8 +59,10 @@ def diffusion_loss(
 
 
 def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor | float:
-    """min(SNR, gamma) / SNR, (B,): min-SNR weighting (Hang et al. 2023, https://arxiv.org/abs/2303.09556, eq. 7);
-    SNR + 1 below the line for v_prediction. gamma 0 is off."""
+    """min(SNR, gamma) / SNR, (B,): min-SNR weighting (Hang et al. 2023,
+    https://arxiv.org/abs/2303.09556, eq. 7); SNR + 1 below the line for v_prediction. gamma 0 is
+    off.
+    """
     if not gamma:
         return 1.0
     abar = schedule.alphas_cumprod[t]
@@ -66,7 +71,9 @@ def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of optimizer step `step` (from 0): warm-up, then constant or a cosine down to lr_end of it."""
+    """The rate of optimizer step `step` (from 0): warm-up, then constant or a cosine down to lr_end
+    of it.
+    """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     if config.lr_scheduler == "constant":
@@ -79,9 +86,11 @@ def learning_rate(step: int, config: Config) -> float:
 
 @dataclass
 class LossScale:
-    """Dynamic loss scaling (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section 3.2): fp16 gradients
-    vanish below 6e-8, so the loss is multiplied, and the gradient divided, by a scale that halves when a gradient
-    overflows and doubles after `growth_interval` good steps. Not enabled, it is 1 and an overflow is an error."""
+    """Dynamic loss scaling (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section
+    3.2): fp16 gradients vanish below 6e-8, so the loss is multiplied, and the gradient divided,
+    by a scale that halves when a gradient overflows and doubles after `growth_interval` good
+    steps. Not enabled, it is 1 and an overflow is an error.
+    """
 
     enabled: bool
     value: float = 1.0
@@ -117,7 +126,9 @@ def micro_batches(step: int, n: int, size: int) -> Iterator[range]:
 
 @dataclass
 class Run:
-    """Everything that a step touches. identity: what makes it this run and no other; start: the untrained vector."""
+    """Everything that a step touches. identity: what makes it this run and no other; start: the
+    untrained vector.
+    """
 
     config: Config
     device: torch.device
@@ -134,9 +145,11 @@ class Run:
 
 
 def optimizer_step(run: Run) -> tuple[float, float]:
-    """One step over n examples; returns the loss, as their mean, and the gradient's norm before clipping.
+    """One step over n examples; returns the loss, as their mean, and the gradient's norm before
+    clipping.
 
-    The loss is a sum over the step's examples divided by n, so 1 x 4, 2 x 2, 3 + 1 and 4 x 1 are the same step.
+    The loss is a sum over the step's examples divided by n, so 1 x 4, 2 x 2, 3 + 1 and 4 x 1 are
+    the same step.
     """
     config, n = run.config, run.config.examples_per_step
     grad = run.adapter.flat.grad
@@ -168,7 +181,7 @@ def optimizer_step(run: Run) -> tuple[float, float]:
     return mean_loss, norm
 
 
-# ---- everything below is around the method: setting up, continuing, saving, saying -----------------------------
+# ---- everything below is around the method: setting up, continuing, saving, saying ---------------
 
 
 def not_finite(run: Run, loss: float) -> Refusal:
@@ -207,7 +220,9 @@ def prepare(
     pictures: list[data.Picture],
     timesteps: int,
 ) -> data.Examples:
-    """The run's examples: from the cache, filled where it has gaps, or encoded at every step with --no-cache."""
+    """The run's examples: from the cache, filled where it has gaps, or encoded at every step with
+    --no-cache.
+    """
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32
     encoder = data.Encoder(
         pictures, lambda: model.load_vae(name, device), lambda: model.load_text_encoders(name, device, half),
@@ -230,11 +245,13 @@ def prepare(
     )  # fmt: skip
 
 
-# ---- the run --------------------------------------------------------------------------------------------------
+# ---- the run -------------------------------------------------------------------------------------
 
 
 def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
-    """Data first, encoders freed, then the UNet with its adapter. Returns the run and the lines it begins with."""
+    """Data first, encoders freed, then the UNet with its adapter. Returns the run and the lines it
+    begins with.
+    """
     name, out = config.pretrained_model_name_or_path, config.out
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = data.read_dataset(config.dataset_name, config.image_column, config.caption_column)
@@ -330,7 +347,9 @@ def draw(config: Config) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 0 done, 1 a refusal (said on stderr), 128 + signal interrupted."""
+    """The command. Returns its exit code: 0 done, 1 a refusal (said on stderr), 128 + signal
+    interrupted.
+    """
     try:
         config = configuration.parse(argv)
         with report.Interrupts() as interrupts:

@@ -1,10 +1,12 @@
 """The adapter: low-rank corrections to frozen Linear layers, kept in one vector.
 
-LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1) leaves a pretrained weight W as it is
-and learns a correction of rank r beside it: W x + (alpha / r) B A x, with A (r, in) and B (out, r).
+LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1) leaves a pretrained weight W as
+it is and learns a correction of rank r beside it: W x + (alpha / r) B A x, with A (r, in) and B
+(out, r).
 
-Every A and B of the model is a slice of one flat fp32 vector, and every gradient a slice of one flat
-gradient. The optimizer therefore has a single parameter, clipping is one norm and a checkpoint one tensor.
+Every A and B of the model is a slice of one flat fp32 vector, and every gradient a slice of one
+flat gradient. The optimizer therefore has a single parameter, clipping is one norm and a checkpoint
+one tensor.
 
 Letters: `r` rank, `N` numbers in the flat vector (padding included).
 """
@@ -32,16 +34,18 @@ FILE_NAME = (
     "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights(folder) looks for
 )
 
-# bitsandbytes quantises optimizer state in blocks of 256 numbers. Starting every matrix at a multiple of
-# that keeps a block from straddling two matrices, so the flat vector steps as separate tensors would.
+# bitsandbytes quantises optimizer state in blocks of 256 numbers. Starting every matrix at a
+# multiple of that keeps a block from straddling two matrices, so the flat vector steps as separate
+# tensors would.
 BLOCK = 256
 
 
 class LoRALinear(nn.Module):
     """A frozen Linear with a trainable low-rank branch beside it.
 
-    base: nn.Linear or a bitsandbytes Linear (its packed weight has another shape: sizes are the layer's own).
-    lora_A (r, in) and lora_B (out, r): fp32 Parameters, views of the adapter's flat vector.
+    base: nn.Linear or a bitsandbytes Linear (its packed weight has another shape: sizes are the
+    layer's own). lora_A (r, in) and lora_B (out, r): fp32 Parameters, views of the adapter's flat
+    vector.
     """
 
     def __init__(self, base: nn.Module, lora_A: nn.Parameter, lora_B: nn.Parameter, alpha: float):
@@ -95,8 +99,8 @@ class Adapter:
     def check_tied(self) -> None:
         """Assert that every A, B and gradient still lives in the flat vectors.
 
-        `model.to(dtype)`, `copy.deepcopy(model)` and `model.zero_grad()` untie them without a word: the
-        optimizer would then step a vector that the model no longer reads.
+        `model.to(dtype)`, `copy.deepcopy(model)` and `model.zero_grad()` untie them without a word:
+        the optimizer would then step a vector that the model no longer reads.
         """
         at = 0
         for name, matrix in self.parts():
@@ -123,7 +127,8 @@ def padded(count: int) -> int:
 def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
     """The Linear layers of `model` whose dotted name is, or ends in, one of `targets`, by name.
 
-    Raises Refusal where none matches, where one is no Linear, or where the model has an adapter already.
+    Raises Refusal where none matches, where one is no Linear, or where the model has an adapter
+    already.
     """
     if any(isinstance(module, LoRALinear) for module in model.modules()):
         raise Refusal(
@@ -155,10 +160,10 @@ def inject(
 ) -> Adapter:
     """Freeze `model`, replace each target Linear in place by a LoRALinear, and return the adapter.
 
-    Call it once the model has its device and dtype: moving or casting afterwards unties the flat vector.
-    A: Kaiming uniform with a = sqrt(5), PEFT's default, seeded by name so that it depends on no order;
-    B: zero, so that the adapted model starts out equal to the bare one.
-    Raises Refusal for a rank below 1 and as find_targets() does.
+    Call it once the model has its device and dtype: moving or casting afterwards unties the flat
+    vector. A: Kaiming uniform with a = sqrt(5), PEFT's default, seeded by name so that it depends
+    on no order; B: zero, so that the adapted model starts out equal to the bare one. Raises Refusal
+    for a rank below 1 and as find_targets() does.
     """
     if rank < 1:
         raise Refusal(f"lora_rank {rank}", "at least 1", "--lora-rank 16")
@@ -182,7 +187,8 @@ def inject(
     layers = {}
     for i, (name, base) in enumerate(bases.items()):
         lora_A, lora_B = matrices[i], matrices[len(bases) + i]
-        # One crc32 over the name, started at the seed: torch's CPU generator uses only 32 bits of its seed.
+        # One crc32 over the name, started at the seed: torch's CPU generator uses only 32 bits of
+        # its seed.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         start = nn.init.kaiming_uniform_(
             torch.empty(lora_A.shape), a=math.sqrt(5), generator=generator
@@ -207,10 +213,12 @@ def set_strength(adapter: Adapter, strength: float) -> None:
 
 @torch.no_grad()
 def merge(adapter: Adapter) -> None:
-    """Add each branch, at its strength, into its base weight: W + strength * alpha / r * B A, product in fp32.
+    """Add each branch, at its strength, into its base weight: W + strength * alpha / r * B A,
+    product in fp32.
 
-    The old weights are kept (the model grows by their size), so that unmerge() gives them back bit for bit:
-    subtracting the product from a rounded sum would not. Raises Refusal for quantised layers.
+    The old weights are kept (the model grows by their size), so that unmerge() gives them back bit
+    for bit: subtracting the product from a rounded sum would not. Raises Refusal for quantised
+    layers.
     """
     for name, layer in adapter.layers.items():
         weight = layer.base.weight
@@ -237,13 +245,16 @@ def unmerge(adapter: Adapter) -> None:
             layer.base.weight.data, layer.unmerged = layer.unmerged, None
 
 
-# ---- files ---------------------------------------------------------------------------------------------------
-# Two formats hold the same numbers. PEFT keys are what diffusers writes; kohya keys are what ComfyUI, A1111 and
-# Forge read. alpha travels in the PEFT file's header and in the kohya file's .alpha tensors: it is never lost.
+# ---- files ---------------------------------------------------------------------------------------
+# Two formats hold the same numbers. PEFT keys are what diffusers writes; kohya keys are what
+# ComfyUI, A1111 and Forge read. alpha travels in the PEFT file's header and in the kohya file's
+# .alpha tensors: it is never lost.
 
 
 def peft_file(adapter: Adapter, dtype: torch.dtype, about: dict[str, str]) -> bytes:
-    """The bytes of a PEFT-keyed file: unet.<module>.lora_A.weight (r, in), unet.<module>.lora_B.weight (out, r)."""
+    """The bytes of a PEFT-keyed file: unet.<module>.lora_A.weight (r, in),
+    unet.<module>.lora_B.weight (out, r).
+    """
     tensors = {f"unet.{name}.weight": matrix.to(dtype) for name, matrix in adapter.parts()}
     config = {
         "r": adapter.rank,
@@ -258,7 +269,8 @@ def peft_file(adapter: Adapter, dtype: torch.dtype, about: dict[str, str]) -> by
 
 
 def kohya_file(adapter: Adapter, dtype: torch.dtype, about: dict[str, str]) -> bytes:
-    """The bytes of a kohya-keyed file: lora_unet_<module>.lora_down/.lora_up.weight and .alpha, one for all modules.
+    """The bytes of a kohya-keyed file: lora_unet_<module>.lora_down/.lora_up.weight and .alpha, one
+    for all modules.
 
     A1111 hides files whose ss_base_model_version does not begin with sdxl_.
     """
@@ -284,10 +296,11 @@ def kohya_file(adapter: Adapter, dtype: torch.dtype, about: dict[str, str]) -> b
 def save(
     adapter: Adapter, path: Path, layout: str, dtype: torch.dtype, about: dict[str, str]
 ) -> None:
-    """Write the adapter to `path`, atomically. layout: "peft" or "kohya"; dtype: torch.float16 or float32.
+    """Write the adapter to `path`, atomically. layout: "peft" or "kohya"; dtype: torch.float16 or
+    float32.
 
-    about: what the header says besides rank and alpha (base model, steps, recipe, data set), all strings and
-    nothing that depends on the clock: equal adapters give equal files.
+    about: what the header says besides rank and alpha (base model, steps, recipe, data set), all
+    strings and nothing that depends on the clock: equal adapters give equal files.
     """
     about = {"rank": str(adapter.rank), "alpha": str(float(adapter.alpha))} | about
     write_whole(path, {"peft": peft_file, "kohya": kohya_file}[layout](adapter, dtype, about))
@@ -295,8 +308,9 @@ def save(
 
 @dataclass
 class AdapterFile:
-    """An adapter as a file holds it. matrices: {module: {"A": (r, in), "B": (out, r)}}; a kohya file's modules
-    have underscores for dots. about: the file's header."""
+    """An adapter as a file holds it. matrices: {module: {"A": (r, in), "B": (out, r)}}; a kohya
+    file's modules have underscores for dots. about: the file's header.
+    """
 
     path: Path
     layout: str
@@ -309,9 +323,10 @@ class AdapterFile:
 def read(path: Path | str) -> AdapterFile:
     """Read a PEFT- or kohya-keyed file, or the folder a run wrote.
 
-    alpha comes from the kohya file's .alpha tensors or the PEFT file's header; a PEFT file without that header
-    means alpha = rank, as it does to diffusers. Raises Refusal for other formats, mixed ranks, differing alphas,
-    numbers that are not finite, and keys that no LoRA on the UNet's Linear layers uses.
+    alpha comes from the kohya file's .alpha tensors or the PEFT file's header; a PEFT file without
+    that header means alpha = rank, as it does to diffusers. Raises Refusal for other formats, mixed
+    ranks, differing alphas, numbers that are not finite, and keys that no LoRA on the UNet's Linear
+    layers uses.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -370,8 +385,8 @@ def read(path: Path | str) -> AdapterFile:
 def load(adapter: Adapter, path: Path | str) -> AdapterFile:
     """Copy a file's numbers into `adapter`, strictly.
 
-    Raises Refusal where a key is missing, unused or misshapen, or where rank or alpha differ, naming it;
-    the adapter is unchanged then.
+    Raises Refusal where a key is missing, unused or misshapen, or where rank or alpha differ,
+    naming it; the adapter is unchanged then.
     """
     file = read(path)
     mine = {

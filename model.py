@@ -1,10 +1,11 @@
-"""SDXL's parts: how they are loaded, and what each does to a picture or a prompt on its way into training.
+"""SDXL's parts: how they are loaded, and what each does to a picture or a prompt on its way into
+training.
 
-SDXL (Podell et al. 2023, https://arxiv.org/abs/2307.01952) is a VAE, two CLIP text encoders and a UNet.
-Nothing here knows of LoRA: the UNet that load_unet() returns is diffusers' own.
+SDXL (Podell et al. 2023, https://arxiv.org/abs/2307.01952) is a VAE, two CLIP text encoders and a
+UNet. Nothing here knows of LoRA: the UNet that load_unet() returns is diffusers' own.
 
-Letters: `B` batch, `C` latent channels (4), `H W` latent size (picture size / 8), `T` tokens of a prompt (77),
-`D` width of the context (768 + 1280 = 2048), `P` width of the pooled embedding (1280).
+Letters: `B` batch, `C` latent channels (4), `H W` latent size (picture size / 8), `T` tokens of a
+prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pooled embedding (1280).
 """
 
 import functools
@@ -27,14 +28,15 @@ from files import Refusal, open_safetensors
 transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
 PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
 
-# ---- where the files are --------------------------------------------------------------------------------------
+# ---- where the files are -------------------------------------------------------------------------
 
 
 def fetch(name: str, part: str, half: bool = False) -> Path:
     """The local folder of one part of an SDXL model, downloaded if `name` is a Hub name.
 
-    name: a folder in diffusers' layout or a Hub repository; part: "unet", "vae", ..., or "" for the top;
-    half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL model.
+    name: a folder in diffusers' layout or a Hub repository; part: "unet", "vae", ..., or "" for the
+    top; half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL
+    model.
     """
     root = Path(name).expanduser()
     if not root.is_dir():
@@ -72,7 +74,9 @@ def hub_files(name: str) -> tuple[str, ...]:
 
 
 def fetch_from_hub(name: str, part: str, half: bool) -> Path:
-    """The Hub snapshot's folder with `part` in it; what an earlier download left serves where the Hub does not answer."""
+    """The Hub snapshot's folder with `part` in it; what an earlier download left serves where the
+    Hub does not answer.
+    """
     from huggingface_hub import snapshot_download
 
     try:
@@ -101,9 +105,11 @@ def fetch_from_hub(name: str, part: str, half: bool) -> Path:
 
 
 def pick_weights(files: list[str], half: bool) -> list[str]:
-    """Of a part's weight files, those to read: the fp16 variant first where `half`, else last; shards or one file.
+    """Of a part's weight files, those to read: the fp16 variant first where `half`, else last;
+    shards or one file.
 
-    Names are diffusers': model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, model.safetensors, ...
+    Names are diffusers': model.fp16.safetensors, model.fp16-00001-of-00002.safetensors,
+    model.safetensors, ...
     """
     variant = [f for f in files if ".fp16" in f]
     plain = [f for f in files if ".fp16" not in f and not f.endswith("non_ema.safetensors")]
@@ -124,9 +130,11 @@ def weight_files(folder: Path, half: bool) -> list[Path]:
 
 
 def fingerprint(name: str, part: str, half: bool = False) -> str:
-    """16 hex digits that tell one encoder or tokenizer from another: its small files whole, 64 samples of its weights.
+    """16 hex digits that tell one encoder or tokenizer from another: its small files whole, 64
+    samples of its weights.
 
-    Samples of 4 KiB cost milliseconds where hashing 2 GB costs seconds; a fine-tuned model differs everywhere.
+    Samples of 4 KiB cost milliseconds where hashing 2 GB costs seconds; a fine-tuned model differs
+    everywhere.
     """
     folder, sha = fetch(name, part, half), hashlib.sha256()
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt")):
@@ -140,8 +148,10 @@ def fingerprint(name: str, part: str, half: bool = False) -> str:
 
 
 def unet_fingerprint(name: str, half: bool) -> str:
-    """16 hex digits of the UNet's first and last convolution, rounded to fp16: the same for a model's fp32 file and
-    its fp16 variant, different for a fine-tuned one. Adapters carry it, so that a wrong base is noticed."""
+    """16 hex digits of the UNet's first and last convolution, rounded to fp16: the same for a
+    model's fp32 file and its fp16 variant, different for a fine-tuned one. Adapters carry it, so
+    that a wrong base is noticed.
+    """
     sha = hashlib.sha256()
     for path in weight_files(fetch(name, "unet", half), half):
         with open_safetensors(path) as file:
@@ -150,7 +160,7 @@ def unet_fingerprint(name: str, half: bool) -> str:
     return sha.hexdigest()[:16]
 
 
-# ---- device and precision -------------------------------------------------------------------------------------
+# ---- device and precision ------------------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -158,7 +168,8 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     """The frozen UNet's dtype and the reason for it. wanted: "auto", "fp32", "fp16" or "bf16".
 
-    Compute capability decides, not torch.cuda.is_bf16_supported(), which says True on a T4 and means emulation.
+    Compute capability decides, not torch.cuda.is_bf16_supported(), which says True on a T4 and
+    means emulation.
     """
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     sm = f"sm_{capability[0]}{capability[1]}" if capability else device.type
@@ -194,10 +205,11 @@ def free_memory() -> None:
 
 
 class HostMemory:
-    """Samples this process's memory while a block runs. own: peak RssAnon in GiB; mapped: peak RssFile in GiB.
+    """Samples this process's memory while a block runs. own: peak RssAnon in GiB; mapped: peak
+    RssFile in GiB.
 
-    Pages of a mapped weight file count in RSS although the kernel can drop them at any time; a host runs out of
-    its memory by the first number alone. Both stay 0.0 where there is no /proc.
+    Pages of a mapped weight file count in RSS although the kernel can drop them at any time; a host
+    runs out of its memory by the first number alone. Both stay 0.0 where there is no /proc.
     """
 
     def __enter__(self):
@@ -221,13 +233,15 @@ class HostMemory:
                 return
 
 
-# ---- the UNet -------------------------------------------------------------------------------------------------
+# ---- the UNet ------------------------------------------------------------------------------------
 
 
 def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
-    """SDXL's UNet on `device` in `dtype`, each weight straight from its file: the host never holds the model.
+    """SDXL's UNet on `device` in `dtype`, each weight straight from its file: the host never holds
+    the model.
 
-    It is built without memory (meta device), then every tensor is read, cast on the device, and assigned.
+    It is built without memory (meta device), then every tensor is read, cast on the device, and
+    assigned.
     """
     half = dtype != torch.float32
     folder = fetch(name, "unet", half)
@@ -253,10 +267,11 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
 def use_attention(
     unet: UNet2DConditionModel, kind: str, device: torch.device, dtype: torch.dtype
 ) -> str:
-    """Set the UNet's attention kernels and return what was set, with the reason where it is not what was asked.
+    """Set the UNet's attention kernels and return what was set, with the reason where it is not
+    what was asked.
 
-    "sdpa" is PyTorch's own; "xformers" is tried on a small tensor first, forward and backward, since an
-    installed xformers may have no kernel for this GPU, dtype or torch.
+    "sdpa" is PyTorch's own; "xformers" is tried on a small tensor first, forward and backward,
+    since an installed xformers may have no kernel for this GPU, dtype or torch.
     """
     if kind == "sdpa":
         return "SDPA"
@@ -279,14 +294,17 @@ def use_attention(
 def use_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
     """Keep only block inputs in the forward pass and compute the rest again in the backward pass."""
     unet.enable_gradient_checkpointing(
-        # no RNG state: nothing in SDXL's UNet is random, and saving it would synchronise with the GPU
+        # no RNG state: nothing in SDXL's UNet is random, and saving it would synchronise with the
+        # GPU
         functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     )
 
 
 def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -> Tensor:
-    """The UNet's answer (B, C, H, W), fp32, to x_t (B, C, H, W) at timesteps batch["t"] (B,), under batch["context"]
-    (B, T, D), batch["pooled"] (B, P) and batch["time_ids"] (B, 6), which stay fp32 until they are embedded."""
+    """The UNet's answer (B, C, H, W), fp32, to x_t (B, C, H, W) at timesteps batch["t"] (B,), under
+    batch["context"] (B, T, D), batch["pooled"] (B, P) and batch["time_ids"] (B, 6), which stay
+    fp32 until they are embedded.
+    """
     dtype = unet.dtype
     condition = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
     context = batch["context"].to(dtype)
@@ -296,12 +314,14 @@ def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -
     return answer[0].float()
 
 
-# ---- prompts --------------------------------------------------------------------------------------------------
+# ---- prompts -------------------------------------------------------------------------------------
 
 
 @dataclass
 class TextEncoders:
-    """Both CLIPs with their tokenizers. zero_unconditional: the model's force_zeros_for_empty_prompt."""
+    """Both CLIPs with their tokenizers. zero_unconditional: the model's
+    force_zeros_for_empty_prompt.
+    """
 
     tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
@@ -309,7 +329,9 @@ class TextEncoders:
 
 
 def load_text_encoders(name: str, device: torch.device, half: bool = False) -> TextEncoders:
-    """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are some."""
+    """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are
+    some.
+    """
     encoders = []
     for part, cls in (
         ("text_encoder", CLIPTextModel),
@@ -346,9 +368,11 @@ def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
 
 @torch.no_grad()
 def encode_prompts(prompts: list[str], text: TextEncoders) -> tuple[Tensor, Tensor]:
-    """What StableDiffusionXLPipeline.encode_prompt gives: context (B, T, D) and pooled (B, P), fp32.
+    """What StableDiffusionXLPipeline.encode_prompt gives: context (B, T, D) and pooled (B, P),
+    fp32.
 
-    The context is the penultimate hidden state of both encoders side by side; pooled is the second's projection.
+    The context is the penultimate hidden state of both encoders side by side; pooled is the
+    second's projection.
     """
     states = []
     for tokenizer, encoder in zip(text.tokenizers, text.encoders, strict=True):
@@ -365,8 +389,10 @@ def encode_prompts(prompts: list[str], text: TextEncoders) -> tuple[Tensor, Tens
 
 
 def encode_unconditional(text: TextEncoders) -> tuple[Tensor, Tensor]:
-    """The embedding that guidance moves away from, (1, T, D) and (1, P), exactly as the pipeline makes it:
-    zeros where the model says force_zeros_for_empty_prompt (SDXL base does), else the encoded empty text."""
+    """The embedding that guidance moves away from, (1, T, D) and (1, P), exactly as the pipeline
+    makes it: zeros where the model says force_zeros_for_empty_prompt (SDXL base does), else the
+    encoded empty text.
+    """
     context, pooled = encode_prompts([""], text)
     if text.zero_unconditional:
         return torch.zeros_like(context), torch.zeros_like(pooled)
@@ -374,13 +400,15 @@ def encode_unconditional(text: TextEncoders) -> tuple[Tensor, Tensor]:
 
 
 def count_cut(prompts: list[str], name: str) -> int:
-    """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their end."""
+    """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
+    end.
+    """
     tokenizer, _ = load_tokenizers(name)
     ids = tokenizer(prompts, truncation=False, verbose=False).input_ids if prompts else []
     return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
 
 
-# ---- pictures -------------------------------------------------------------------------------------------------
+# ---- pictures ------------------------------------------------------------------------------------
 
 
 def load_vae(name: str, device: torch.device) -> AutoencoderKL:
@@ -396,9 +424,11 @@ def load_vae(name: str, device: torch.device) -> AutoencoderKL:
 
 @torch.no_grad()
 def encode_images(pixels: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
-    """Pictures (B, 3, 8H, 8W) in [-1, 1] to mean and std (B, C, H, W) of the VAE's posterior, fp32, not yet scaled.
+    """Pictures (B, 3, 8H, 8W) in [-1, 1] to mean and std (B, C, H, W) of the VAE's posterior, fp32,
+    not yet scaled.
 
-    Both, not one sample: mean + std * eps with a fresh eps at every step is then what encoding at every step gives.
+    Both, not one sample: mean + std * eps with a fresh eps at every step is then what encoding at
+    every step gives.
     """
     posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
     return posterior.mean, posterior.std
@@ -413,25 +443,29 @@ def latent_scaling(name: str) -> tuple[float, float]:
 def add_time_ids(original_size: tuple, crop_top_left: tuple, target_size: tuple) -> Tensor:
     """SDXL's size conditioning (Podell et al. 2023, section 2.2): (6,) fp32, heights before widths.
 
-    original_size: before resizing; crop_top_left: in the resized picture's frame; target_size: as trained.
-    fp32 until the UNet embeds them: bf16 would turn 1365 into 1368.
+    original_size: before resizing; crop_top_left: in the resized picture's frame; target_size: as
+    trained. fp32 until the UNet embeds them: bf16 would turn 1365 into 1368.
     """
     return torch.tensor([*original_size, *crop_top_left, *target_size], dtype=torch.float32)
 
 
-# ---- noise ----------------------------------------------------------------------------------------------------
+# ---- noise ---------------------------------------------------------------------------------------
 
 
 @dataclass
 class NoiseSchedule:
-    """DDPM's forward process. alphas_cumprod: (1000,) fp32; prediction_type: "epsilon" or "v_prediction"."""
+    """DDPM's forward process. alphas_cumprod: (1000,) fp32; prediction_type: "epsilon" or
+    "v_prediction".
+    """
 
     alphas_cumprod: Tensor
     prediction_type: str
 
 
 def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
-    """The schedule that the model's scheduler_config.json describes (Ho et al. 2020, https://arxiv.org/abs/2006.11239)."""
+    """The schedule that the model's scheduler_config.json describes (Ho et al. 2020,
+    https://arxiv.org/abs/2006.11239).
+    """
     config = json.loads((fetch(name, "scheduler") / "scheduler_config.json").read_text())
     kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
@@ -452,7 +486,9 @@ def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
-    """Betas (1000,) such that the last timestep is pure noise (Lin et al. 2023, https://arxiv.org/abs/2305.08891, alg. 1)."""
+    """Betas (1000,) such that the last timestep is pure noise (Lin et al. 2023,
+    https://arxiv.org/abs/2305.08891, alg. 1).
+    """
     root = torch.cumprod(1.0 - betas, dim=0).sqrt()
     root = (root - root[-1]) * (root[0] / (root[0] - root[-1]))  # last to 0, first where it was
     alphas_cumprod = root**2
@@ -461,14 +497,17 @@ def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:
 
 
 def add_noise(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4): (B, C, H, W) each, t (B,)."""
+    """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise (Ho et al. 2020, eq. 4): (B, C, H, W) each, t
+    (B,).
+    """
     abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)  # (B,) -> (B, 1, 1, 1)
     return abar.sqrt() * x0 + (1 - abar).sqrt() * noise
 
 
 def training_target(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedule) -> Tensor:
-    """What the UNet should answer: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans & Ho 2022,
-    https://arxiv.org/abs/2202.00512, appendix D). (B, C, H, W)."""
+    """What the UNet should answer: the noise, or v = sqrt(abar) noise - sqrt(1 - abar) x0 (Salimans
+    & Ho 2022, https://arxiv.org/abs/2202.00512, appendix D). (B, C, H, W).
+    """
     if schedule.prediction_type == "epsilon":
         return noise
     abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)

@@ -70,8 +70,9 @@ class Log:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM. Until train() sets `gently`, they leave at once (nothing is lost: encoded blocks are kept);
-    then the step is finished first."""
+    """Ctrl-C and SIGTERM. Until train() sets `gently`, they leave at once (nothing is lost: encoded
+    blocks are kept); then the step is finished first.
+    """
 
     def __init__(self):
         self.gently, self.caught = False, 0

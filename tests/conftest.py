@@ -1,0 +1,77 @@
+"""What the tests share. No network, no GPU: a tiny random UNet for unit tests, the pocket model for whole runs."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never reaches for the network
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+from diffusers import UNet2DConditionModel  # noqa: E402
+
+POCKET = ROOT / "pocket" / "model"
+INK = ROOT / "pocket" / "ink"
+SDXL = ROOT / "tests" / "sdxl"  # SDXL base's own config files, without weights
+
+TINY = {
+    "sample_size": 8,
+    "in_channels": 4,
+    "out_channels": 4,
+    "block_out_channels": (32, 64),
+    "layers_per_block": 1,
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2),
+    "attention_head_dim": (2, 4),
+    "norm_num_groups": 8,
+    "cross_attention_dim": 48,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 8,
+    "projection_class_embeddings_input_dim": 24 + 6 * 8,
+}
+
+
+def make_unet(seed: int = 0, **changes) -> UNet2DConditionModel:
+    """A UNet of SDXL's shape with random weights: context width 48, pooled width 24."""
+    torch.manual_seed(seed)
+    return UNet2DConditionModel(**(TINY | changes)).requires_grad_(False)
+
+
+def make_batch(count: int = 2, seed: int = 0) -> dict[str, torch.Tensor]:
+    """A batch that fits make_unet(), with the keys of data.Examples.batch()."""
+    g = torch.Generator().manual_seed(seed)
+    latent = (count, 4, 8, 8)
+    return {
+        "mean": torch.randn(latent, generator=g),
+        "std": torch.rand(latent, generator=g),
+        "eps": torch.randn(latent, generator=g),
+        "noise": torch.randn(latent, generator=g),
+        "t": torch.randint(0, 1000, (count,), generator=g),
+        "context": torch.randn(count, 7, 48, generator=g),
+        "pooled": torch.randn(count, 24, generator=g),
+        "time_ids": torch.tensor([[512.0, 683, 0, 85, 512, 512]] * count),
+    }
+
+
+@pytest.fixture
+def unet() -> UNet2DConditionModel:
+    return make_unet()
+
+
+@pytest.fixture
+def batch() -> dict[str, torch.Tensor]:
+    return make_batch()
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """One cache of the pocket's encoded pictures for all whole runs."""
+    return tmp_path_factory.mktemp("cache")
