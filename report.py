@@ -55,16 +55,15 @@ class Log:
             "grad_norm": norm,
             "loss_scale": run.scale.value,
             "seconds": seconds,
+            "gib": peak_gib(run.device),
         }
-        sayable = {
-            k: v if math.isfinite(v) else None for k, v in values.items()
-        }  # JSON knows no Inf
+        sayable = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
         print(json.dumps({"step": run.step} | sayable), file=self.file, flush=True)
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
         skipped = f", {run.scale.skipped} skipped" if run.scale.skipped else ""
         self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {peak_gib(run.device):.1f} GiB{skipped}"
+            f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {values['gib']:.1f} GiB{skipped}"
         )
         self.bar.update()
 
