@@ -1,0 +1,45 @@
+# make train | generate | test | check | clean | help          PYTHON=python3 uses the current environment (Colab)
+VENV   := .venv
+PYTHON ?= $(VENV)/bin/python
+RECIPE ?=
+ARGS   ?=
+SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+setup: $(SETUP)  ## build .venv from requirements.txt (train and test do it by themselves)
+
+$(VENV)/.ready: requirements.txt constraints.txt
+	python3 -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --upgrade pip
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt $(if $(CI),-c constraints.txt)
+	touch $@
+
+train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original ARGS="--seed 1" overrides
+	@recipe="$(RECIPE)"; \
+	if [ -z "$$recipe" ]; then \
+	  if nvidia-smi -L 2>/dev/null | grep -q GPU; then recipe=t4; why="this machine has a GPU"; \
+	  else recipe=pocket; why="no GPU found"; fi; \
+	else why="as asked"; fi; \
+	echo "recipe $$recipe ($$why)"; \
+	$(PYTHON) loop.py $$recipe $(ARGS)
+
+generate: $(SETUP)  ## before/after picture of the newest run; ARGS="runs/t4 --prompts 'a fox'"
+	$(PYTHON) generate.py $(if $(ARGS),$(ARGS),--compare)
+
+test: $(SETUP)  ## the mathematics, the laws and the whole job on a small model; CPU, no network
+	$(PYTHON) -m pytest
+
+check: $(SETUP)  ## lint and format
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+check-all: check test  ## everything, the slow parts too
+
+clean:  ## remove .venv, caches and part files; runs/ and the encoded pictures in cache/ stay
+	rm -rf $(VENV) .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: help setup train generate test check check-all clean
+.DEFAULT_GOAL := help
