@@ -19,22 +19,26 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import hub
 import lora
 import model
 from config import Config
 from files import Refusal, digest, sweep_parts, write_whole
 
 if TYPE_CHECKING:
-    from data import Picture
     from loop import Run
+    from sources import Picture
 
-MAY_CHANGE = {  # between two starts of one run; everything else is part of what the run is
-    "max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "save_dtype", "tensorboard",
-    "validation_prompts", "guidance_scale", "num_inference_steps", "output_dir", "cache_dir", "cache",
-    "train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing", "attention", "device",
-    "pretrained_model_name_or_path", "dataset_name",  # names may change: base and data are told by content
-    "image_column", "caption_column", "mixed_precision",  # likewise by the data's fingerprint and the dtype
-}  # fmt: skip
+# What may change between two starts of one run; everything else is part of what the run is.
+MAY_CHANGE = {
+    *("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "save_dtype"),
+    *("tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
+    *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
+    *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
+    # base, data and dtype are told by content, not by the name they were asked for
+    *("pretrained_model_name_or_path", "dataset_name", "image_column", "caption_column"),
+    "mixed_precision",
+}
 
 
 def identity(config: Config, dtype: torch.dtype, pictures: list[Picture]) -> dict[str, str]:
@@ -43,9 +47,7 @@ def identity(config: Config, dtype: torch.dtype, pictures: list[Picture]) -> dic
     return fixed | {
         "train_batch_size x gradient_accumulation_steps": str(config.examples_per_step),
         "dtype": str(dtype),
-        "base": model.unet_fingerprint(
-            config.pretrained_model_name_or_path, dtype != torch.float32
-        ),
+        "base": hub.unet_fingerprint(config.pretrained_model_name_or_path, dtype != torch.float32),
         "data": digest(*(part for p in pictures for part in (p.digest, p.caption))),
     }
 
@@ -81,7 +83,7 @@ def save_state(run: Run) -> None:
 
 
 def newest_state(root: Path) -> dict | None:
-    """The newest whole checkpoint's state, on the CPU, or None where there is no checkpoint at all."""
+    """The newest whole checkpoint's state, on the CPU; None where there is no checkpoint."""
     folders = sorted((p for p in root.glob("*") if p.name.isdigit()), reverse=True)
     for folder in folders:
         sum_file, file = folder / "state.sha256", folder / "state.pt"
@@ -108,7 +110,8 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
         if theirs != value:
             raise Refusal(
                 f"{config.out} holds a run with {key} {theirs}, and this command has {key} {value}",
-                "the same options as at its start (max_train_steps, saving, logging and memory options may change)",
+                "the same options as at its start (max_train_steps, saving, logging and memory "
+                "options may change)",
                 "give the old value, or another --output-dir for a new run",
             )
 
@@ -178,7 +181,8 @@ def export(run: Run) -> list[Path]:
                 raise Refusal(
                     f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
                     "the trained one",
-                    "check the disk and give the same command again; the training is safe under checkpoints/",
+                    "check the disk and give the same command again; the training is safe under "
+                    "checkpoints/",
                 )
     return list(paths.values())
 

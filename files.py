@@ -27,7 +27,7 @@ class Refusal(Exception):
 
 
 def digest(*parts: bytes | str) -> str:
-    """First 32 hex digits of SHA-256 over the parts, each preceded by its length (so ab|c != a|bc)."""
+    """32 hex digits of SHA-256 over the parts, each preceded by its length: ab, c is not a, bc."""
     sha = hashlib.sha256()
     for part in parts:
         part = part.encode() if isinstance(part, str) else part
@@ -63,12 +63,13 @@ def unwritable(path: Path, size: int, error: OSError) -> Refusal:
     return Refusal(
         f"{path} could not be written ({error.strerror or error})",
         f"a folder that this user may write to with {size / 1e6:.1f} MB free",
-        "free some space or name another folder with --output-dir or --cache-dir, then give the same command again",
+        "free some space or name another folder with --output-dir or --cache-dir, then give the "
+        "same command again",
     )
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable: without this a power cut may bring the old name back."""
+    """Make renames inside `folder` durable: else a power cut may bring the old name back."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -118,5 +119,6 @@ def open_safetensors(path: Path, device: str = "cpu"):
         raise Refusal(
             f"{path} is not a whole safetensors file ({size}: {error})",
             "a file as its writer left it",
-            "copy or download it again, or delete it if this project wrote it (it is then made anew)",
+            "copy or download it again, or delete it if this project wrote it (it is then made "
+            "anew)",
         ) from error

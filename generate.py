@@ -59,6 +59,7 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import hub  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 
@@ -70,12 +71,18 @@ def load_pipeline(
     text encoders: prompts are encoded first, so that encoders and UNet are never in memory
     together.
     """
-    folder = model.fetch(name, "scheduler")
-    kind = diffusers.DiffusionPipeline.load_config(model.fetch(name, ""))["scheduler"][1]
+    folder = hub.fetch(name, "scheduler")
+    kind = diffusers.DiffusionPipeline.load_config(hub.fetch(name, ""))["scheduler"][1]
     return diffusers.StableDiffusionXLPipeline(
-        vae=model.load_vae(name, device), text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None,
-        unet=unet, scheduler=getattr(diffusers, kind).from_pretrained(folder), add_watermarker=False,
-    )  # fmt: skip
+        vae=model.load_vae(name, device),
+        text_encoder=None,
+        text_encoder_2=None,
+        tokenizer=None,
+        tokenizer_2=None,
+        unet=unet,
+        scheduler=getattr(diffusers, kind).from_pretrained(folder),
+        add_watermarker=False,
+    )
 
 
 @torch.no_grad()
@@ -105,9 +112,15 @@ def encode(
 
 @torch.no_grad()
 def sample(
-    pipe: diffusers.StableDiffusionXLPipeline, adapter: lora.Adapter, embeddings: list[dict[str, Tensor]],
-    seeds: list[int], strength: float, resolution: int, num_inference_steps: int, guidance_scale: float,
-) -> list[Tensor]:  # fmt: skip
+    pipe: diffusers.StableDiffusionXLPipeline,
+    adapter: lora.Adapter,
+    embeddings: list[dict[str, Tensor]],
+    seeds: list[int],
+    strength: float,
+    resolution: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> list[Tensor]:
     """One latent (1, C, H, W) for each prompt and its seed, drawn with the adapter at `strength`.
 
     The starting noise comes from the CPU in fp32, so that a seed means the same picture on every
@@ -129,11 +142,17 @@ def sample(
         latents.append(
             pipe(
                 **{key: value.to(device, dtype) for key, value in embedding.items()},
-                latents=noise.to(device, dtype), generator=torch.Generator().manual_seed(seed),
-                height=resolution, width=resolution, num_inference_steps=num_inference_steps,
-                guidance_scale=guidance_scale, output_type="latent",
-            ).images.float().cpu()
-        )  # fmt: skip
+                latents=noise.to(device, dtype),
+                generator=torch.Generator().manual_seed(seed),
+                height=resolution,
+                width=resolution,
+                num_inference_steps=num_inference_steps,
+                guidance_scale=guidance_scale,
+                output_type="latent",
+            )
+            .images.float()
+            .cpu()
+        )
     pipe.unet.train()
     lora.set_strength(adapter, 1.0)
     return latents
@@ -204,9 +223,16 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
 
 
 def compare(
-    name: str, unet: torch.nn.Module, adapter: lora.Adapter, prompts: list[str], seeds: list[int], path: Path,
-    resolution: int, num_inference_steps: int, guidance_scale: float,
-) -> None:  # fmt: skip
+    name: str,
+    unet: torch.nn.Module,
+    adapter: lora.Adapter,
+    prompts: list[str],
+    seeds: list[int],
+    path: Path,
+    resolution: int,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> None:
     """Draw every prompt without and with the adapter into one PNG at `path`. Ends the UNet's life:
     its memory goes to the VAE, whose decoder needs about as much.
     """
@@ -264,11 +290,12 @@ def load_adapted(options: Options, file: lora.AdapterFile, device: torch.device)
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     trained_on, here = (
         file.about.get("base_fingerprint"),
-        model.unet_fingerprint(name, dtype != torch.float32),
+        hub.unet_fingerprint(name, dtype != torch.float32),
     )
     if trained_on not in (None, here) and not options.any_base:
         raise Refusal(
-            f"{file.path} was trained on {file.about.get('base_model')} ({trained_on}), and {name} is {here}",
+            f"{file.path} was trained on {file.about.get('base_model')} ({trained_on}), and "
+            f"{name} is {here}",
             "the base that the adapter was trained on",
             "--pretrained-model-name-or-path BASE, or --any-base to draw all the same",
         )
@@ -295,7 +322,8 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {refusal}", file=sys.stderr)
     except torch.cuda.OutOfMemoryError as error:
         print(
-            f"error: out of GPU memory while drawing ({str(error).splitlines()[0][:120]}). What to do: "
+            f"error: out of GPU memory while drawing ({str(error).splitlines()[0][:120]}). What "
+            "to do: "
             "--resolution 512, or --mixed-precision fp16",
             file=sys.stderr,
         )

@@ -1,8 +1,8 @@
 """The training loop, written out: python loop.py t4 --max-train-steps 500
 
-Read train() from top to bottom; optimizer_step() is the method itself. A run is a function of its
-Config: the same options give the same adapter, however often it was interrupted and however its
-batches were cut up.
+Read diffusion_loss() and optimizer_step() first: they are the method. fit() is the run around it. A run is a
+function of its Config: the same options give the same adapter, however often it was interrupted and
+however its batches were cut up.
 
 Letters: `n` examples per optimizer step (batch x accumulation), `B` examples in one pass, others as
 in model.py.
@@ -13,7 +13,7 @@ import sys
 import config as configuration
 
 if __name__ == "__main__":
-    configuration.parse_or_leave()  # a wrong option is answered now, not after the twelve seconds of the next imports
+    configuration.parse_or_leave()  # a wrong option is answered before twelve seconds of imports
 
 import dataclasses
 import json
@@ -31,9 +31,11 @@ from torch import Tensor
 import checkpoint
 import data
 import generate
+import hub
 import lora
 import model
 import report
+import sources
 from config import Config
 from files import Refusal, write_whole
 
@@ -41,9 +43,12 @@ from files import Refusal, write_whole
 
 
 def diffusion_loss(
-    unet: torch.nn.Module, batch: dict[str, Tensor], schedule: model.NoiseSchedule, scaling: tuple[float, float],
+    unet: torch.nn.Module,
+    batch: dict[str, Tensor],
+    schedule: model.NoiseSchedule,
+    scaling: tuple[float, float],
     snr_gamma: float = 0.0,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and the
     noise (Ho et al. 2020, eq. 14), at timestep t, under the picture's caption and sizes.
     """
@@ -109,17 +114,19 @@ class LossScale:
             raise Refusal(
                 f"the gradient of step {step + 1} is not finite"
                 + (
-                    f", and the loss scale fell to {self.value:g} after {self.skipped} skipped steps"
+                    f", and the loss scale fell to {self.value:g} after {self.skipped} skipped "
+                    "steps"
                     if self.enabled
                     else ""
                 ),
                 "finite gradients",
-                "a lower --learning-rate, --mixed-precision fp32 (or bf16 from sm_80), or look at the step's pictures",
+                "a lower --learning-rate, --mixed-precision fp32 (or bf16 from sm_80), or look at "
+                "the step's pictures",
             )
 
 
 def micro_batches(step: int, n: int, size: int) -> Iterator[range]:
-    """The numbers of step `step`'s n examples in runs of at most `size`: the last may be shorter."""
+    """The numbers of step `step`'s n examples, at most `size` at a time: the last may be fewer."""
     for first in range(step * n, (step + 1) * n, size):
         yield range(first, min(first + size, (step + 1) * n))
 
@@ -193,12 +200,13 @@ def not_finite(run: Run, loss: float) -> Refusal:
     return Refusal(
         f"the loss of step {run.step + 1} is {loss} (pictures {', '.join(names[:8])})",
         "a finite loss",
-        "a lower --learning-rate, or --mixed-precision fp32 (or bf16 from sm_80) if the UNet overflows in fp16",
+        "a lower --learning-rate, or --mixed-precision fp32 (or bf16 from sm_80) if the UNet "
+        "overflows in fp16",
     )
 
 
 def make_optimizer(config: Config, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
-    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) on the one flat parameter."""
+    """AdamW (Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101) on the flat parameter."""
     settings = {"lr": config.learning_rate, "weight_decay": config.adam_weight_decay}
     if not config.use_8bit_adam:
         return torch.optim.AdamW([flat], **settings)
@@ -217,7 +225,7 @@ def prepare(
     config: Config,
     device: torch.device,
     dtype: torch.dtype,
-    pictures: list[data.Picture],
+    pictures: list[sources.Picture],
     timesteps: int,
 ) -> data.Examples:
     """The run's examples: from the cache, filled where it has gaps, or encoded at every step with
@@ -225,24 +233,34 @@ def prepare(
     """
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32
     encoder = data.Encoder(
-        pictures, lambda: model.load_vae(name, device), lambda: model.load_text_encoders(name, device, half),
-        config.resolution, config.random_crop, config.seed,
-    )  # fmt: skip
+        pictures,
+        lambda: model.load_vae(name, device),
+        lambda: model.load_text_encoders(name, device, half),
+        config.resolution,
+        config.random_crop,
+        config.seed,
+    )
     source = encoder
     if config.cache:
         text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         prints = {
-            "vae": model.fingerprint(name, "vae"),
-            "text": "".join(model.fingerprint(name, part, half) for part in text_parts),
+            "vae": hub.fingerprint(name, "vae"),
+            "text": "".join(hub.fingerprint(name, part, half) for part in text_parts),
         }
         source = data.fill_cache(Path(config.cache_dir), encoder, config.random_flip, dtype, prints)
     else:
         data.check_pictures(pictures)
     side = config.resolution // 8  # check() refuses what the VAE's factor does not divide
     return data.Examples(
-        source, [p.name for p in pictures], config.seed, config.random_flip, config.caption_dropout,
-        config.noise_offset, timesteps, (4, side, side),
-    )  # fmt: skip
+        source,
+        [p.name for p in pictures],
+        config.seed,
+        config.random_flip,
+        config.caption_dropout,
+        config.noise_offset,
+        timesteps,
+        (4, side, side),
+    )
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -254,7 +272,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     """
     name, out = config.pretrained_model_name_or_path, config.out
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    pictures = data.read_dataset(config.dataset_name, config.image_column, config.caption_column)
+    pictures = sources.read_dataset(config.dataset_name, config.image_column, config.caption_column)
     same = checkpoint.identity(config, dtype, pictures)
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before hours of encoding
@@ -268,10 +286,18 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
         model.use_gradient_checkpointing(unet)
     adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
     run = Run(
-        config, device, unet, adapter, make_optimizer(config, adapter.flat),
+        config,
+        device,
+        unet,
+        adapter,
+        make_optimizer(config, adapter.flat),
         LossScale(dtype == torch.float16, 2.0**16 if dtype == torch.float16 else 1.0),
-        schedule, model.latent_scaling(name), examples, same, adapter.flat.detach().cpu().clone(),
-    )  # fmt: skip
+        schedule,
+        model.latent_scaling(name),
+        examples,
+        same,
+        adapter.flat.detach().cpu().clone(),
+    )
     checkpoint.restore(run, state)
     lines = report.describe(run, pictures, f"{reason}; {attention}", host)
     return run, lines
@@ -309,7 +335,8 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
             log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
             if interrupts.caught and not last:
                 print(
-                    f"\ninterrupted: step {run.step} is saved; the same command continues from there"
+                    f"\ninterrupted: step {run.step} is saved; the same command continues from "
+                    "there"
                 )
                 return 128 + interrupts.caught
     interrupts.gently = (
@@ -331,11 +358,16 @@ def draw(config: Config) -> None:
     if not config.validation_prompts or target.is_file():
         return
     options = generate.Options(
-        adapter=str(config.out), prompts=config.validation_prompts, seeds=(config.seed,), compare=True,
-        num_inference_steps=config.num_inference_steps, guidance_scale=config.guidance_scale,
-        pretrained_model_name_or_path=config.pretrained_model_name_or_path, device=config.device,
+        adapter=str(config.out),
+        prompts=config.validation_prompts,
+        seeds=(config.seed,),
+        compare=True,
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        device=config.device,
         mixed_precision=config.mixed_precision,
-    )  # fmt: skip
+    )
     try:
         generate.run(options)
     except torch.cuda.OutOfMemoryError as error:
@@ -355,7 +387,8 @@ def main(argv: list[str] | None = None) -> int:
         with report.Interrupts() as interrupts:
             if checkpoint.finished(config):
                 print(
-                    f"{config.out} is finished: {config.max_train_steps} steps are trained and exported. "
+                    f"{config.out} is finished: {config.max_train_steps} steps are trained and "
+                    "exported. "
                     "To go on: a larger --max-train-steps; to draw: make generate"
                 )
             else:
@@ -370,8 +403,10 @@ def main(argv: list[str] | None = None) -> int:
         return 1
     except torch.cuda.OutOfMemoryError as error:
         print(
-            f"error: the GPU's memory is full ({str(error).splitlines()[0][:160]}). What to do: add "
-            "--gradient-checkpointing, or --train-batch-size 1 with more --gradient-accumulation-steps; the same run "
+            f"error: the GPU's memory is full ({str(error).splitlines()[0][:160]}). What to do: "
+            "add "
+            "--gradient-checkpointing, or --train-batch-size 1 with more "
+            "--gradient-accumulation-steps; the same run "
             "continues",
             file=sys.stderr,
         )

@@ -113,7 +113,8 @@ class Adapter:
                     raise Refusal(
                         f"{name}{kind} no longer lives in the adapter's flat vector",
                         "views of one fp32 vector",
-                        "call inject() after the model has its device and dtype; clear gradients with "
+                        "call inject() after the model has its device and dtype; clear gradients "
+                        "with "
                         "adapter.flat.grad.zero_(), never model.zero_grad()",
                     )
             at += padded(matrix.numel())
@@ -144,7 +145,8 @@ def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Mod
     wrong = [name for name, module in found.items() if not hasattr(module, "in_features")]
     if wrong or not found:
         raise Refusal(
-            f"targets {', '.join(targets)} match {f'{wrong[0]}, which is no Linear' if wrong else 'no layer'}",
+            f"targets {', '.join(targets)} match "
+            f"{f'{wrong[0]}, which is no Linear' if wrong else 'no layer'}",
             "names that Linear layers end in, such as " + ", ".join(TARGETS),
             "correct the targets",
         )
@@ -350,9 +352,11 @@ def read(path: Path | str) -> AdapterFile:
         if ending is None:
             raise Refusal(
                 f"{path} has the key {key}",
-                "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or lora_unet_<module>.lora_down.weight, "
+                "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or "
+                "lora_unet_<module>.lora_down.weight, "
                 ".lora_up.weight and .alpha (kohya), of plain LoRA on the UNet's Linear layers",
-                "convert the adapter to one of these; text-encoder, DoRA, LoHa and LoKr keys are not read",
+                "convert the adapter to one of these; text-encoder, DoRA, LoHa and LoKr keys are "
+                "not read",
             )
         if not tensor.isfinite().all():
             raise Refusal(

@@ -10,7 +10,6 @@ prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pool
 
 import functools
 import gc
-import hashlib
 import json
 import threading
 from dataclasses import dataclass
@@ -24,141 +23,9 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from files import Refusal, open_safetensors
+from hub import fetch, weight_files
 
 transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
-
-# ---- where the files are -------------------------------------------------------------------------
-
-
-def fetch(name: str, part: str, half: bool = False) -> Path:
-    """The local folder of one part of an SDXL model, downloaded if `name` is a Hub name.
-
-    name: a folder in diffusers' layout or a Hub repository; part: "unet", "vae", ..., or "" for the
-    top; half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL
-    model.
-    """
-    root = Path(name).expanduser()
-    if not root.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise Refusal(
-                f"there is no folder {name}",
-                "a Hub name such as stabilityai/stable-diffusion-xl-base-1.0, or a folder in diffusers' layout",
-                "correct --pretrained-model-name-or-path",
-            )
-        root = fetch_from_hub(name, part, half)
-    index = root / "model_index.json"
-    kind = json.loads(index.read_text()).get("_class_name") if index.is_file() else None
-    missing = [
-        p
-        for p in PARTS
-        if part in ("", p) and not (root / p).is_dir() and root == Path(name).expanduser()
-    ]
-    if kind is None or "StableDiffusionXL" not in kind or missing:
-        raise Refusal(
-            f"{name} has {f'no {missing[0]}/' if missing and kind else f'model_index.json of {kind}' if kind else 'no model_index.json'}",
-            "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline), "
-            + "/, ".join(PARTS)
-            + "/",
-            "correct --pretrained-model-name-or-path; one-file checkpoints are converted with diffusers' "
-            "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
-        )
-    return root / part
-
-
-@functools.cache
-def hub_files(name: str) -> tuple[str, ...]:
-    from huggingface_hub import HfApi
-
-    return tuple(HfApi().list_repo_files(name))
-
-
-def fetch_from_hub(name: str, part: str, half: bool) -> Path:
-    """The Hub snapshot's folder with `part` in it; what an earlier download left serves where the
-    Hub does not answer.
-    """
-    from huggingface_hub import snapshot_download
-
-    try:
-        try:
-            files = [f for f in hub_files(name) if part and f.rpartition("/")[0] == part]
-            weights = set(
-                pick_weights(
-                    [f for f in files if f.endswith((".safetensors", ".index.json"))], half
-                )
-            )
-            wanted = [f for f in files if f in weights or f.endswith((".json", ".txt"))]
-            return Path(snapshot_download(name, allow_patterns=["model_index.json", *wanted]))
-        except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
-            folder = Path(snapshot_download(name, local_files_only=True))
-            if not (folder / part).is_dir():
-                raise
-            return folder
-    except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refusal(
-            f"{name} (part {part or 'model_index.json'}) is not on this disk and the Hub did not give it ({reason})",
-            "a reachable Hub, or the model on this disk",
-            "check the name and the network (hf auth login for gated models), or copy the model here and pass "
-            "--pretrained-model-name-or-path FOLDER",
-        ) from error
-
-
-def pick_weights(files: list[str], half: bool) -> list[str]:
-    """Of a part's weight files, those to read: the fp16 variant first where `half`, else last;
-    shards or one file.
-
-    Names are diffusers': model.fp16.safetensors, model.fp16-00001-of-00002.safetensors,
-    model.safetensors, ...
-    """
-    variant = [f for f in files if ".fp16" in f]
-    plain = [f for f in files if ".fp16" not in f and not f.endswith("non_ema.safetensors")]
-    return next((group for group in ((variant, plain) if half else (plain, variant)) if group), [])
-
-
-def weight_files(folder: Path, half: bool) -> list[Path]:
-    """The safetensors files of `folder`, all of one variant. Raises Refusal where there are none."""
-    names = sorted(p.name for p in folder.glob("*.safetensors"))
-    files = [folder / name for name in pick_weights(names, half)]
-    if not files:
-        raise Refusal(
-            f"{folder} has no .safetensors file",
-            "the weights of an SDXL model in diffusers' layout",
-            "download the model again, or save it with pipe.save_pretrained(folder, safe_serialization=True)",
-        )
-    return files
-
-
-def fingerprint(name: str, part: str, half: bool = False) -> str:
-    """16 hex digits that tell one encoder or tokenizer from another: its small files whole, 64
-    samples of its weights.
-
-    Samples of 4 KiB cost milliseconds where hashing 2 GB costs seconds; a fine-tuned model differs
-    everywhere.
-    """
-    folder, sha = fetch(name, part, half), hashlib.sha256()
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt")):
-        sha.update(path.read_bytes())
-    for path in weight_files(folder, half) if "tokenizer" not in part else []:
-        with open(path, "rb") as file:
-            for i in range(64):
-                file.seek(path.stat().st_size * i // 64)
-                sha.update(file.read(4096))
-    return sha.hexdigest()[:16]
-
-
-def unet_fingerprint(name: str, half: bool) -> str:
-    """16 hex digits of the UNet's first and last convolution, rounded to fp16: the same for a
-    model's fp32 file and its fp16 variant, different for a fine-tuned one. Adapters carry it, so
-    that a wrong base is noticed.
-    """
-    sha = hashlib.sha256()
-    for path in weight_files(fetch(name, "unet", half), half):
-        with open_safetensors(path) as file:
-            for key in sorted({"conv_in.weight", "conv_out.weight"} & set(file.keys())):
-                sha.update(file.get_tensor(key).half().numpy().tobytes())
-    return sha.hexdigest()[:16]
-
 
 # ---- device and precision ------------------------------------------------------------------------
 
@@ -187,7 +54,10 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
 
 
 def check_device(name: str) -> torch.device:
-    """ "auto" is the first GPU, else the CPU. Raises Refusal for a device that torch does not have."""
+    """The device that `name` means: auto is the first GPU, else the CPU.
+
+    Raises Refusal for a GPU that torch does not see.
+    """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name.startswith("cuda") and not torch.cuda.is_available():
@@ -255,7 +125,8 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
         unet.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         raise Refusal(
-            f"{folder}'s weights do not fit its config.json ({str(error).splitlines()[1].strip()[:200]})",
+            f"{folder}'s weights do not fit its config.json "
+            f"({str(error).splitlines()[1].strip()[:200]})",
             "the UNet's own config and weights",
             "download the model again",
         ) from error
@@ -292,7 +163,7 @@ def use_attention(
 
 
 def use_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
-    """Keep only block inputs in the forward pass and compute the rest again in the backward pass."""
+    """Keep only block inputs in the forward pass; compute the rest again in the backward pass."""
     unet.enable_gradient_checkpointing(
         # no RNG state: nothing in SDXL's UNet is random, and saving it would synchronise with the
         # GPU

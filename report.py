@@ -17,8 +17,8 @@ from config import Config
 from files import write_whole
 
 if TYPE_CHECKING:
-    from data import Picture
     from loop import Run
+    from sources import Picture
 
 
 class Log:
@@ -63,7 +63,8 @@ class Log:
             self.board.add_scalar(name, value, run.step)
         skipped = f", {run.scale.skipped} skipped" if run.scale.skipped else ""
         self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {values['gib']:.1f} GiB{skipped}"
+            f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {values['gib']:.1f} "
+            f"GiB{skipped}"
         )
         self.bar.update()
 
@@ -111,12 +112,15 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     return "\n".join(
         (
-            f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]} ({how}); host memory "
+            f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]} ({how}); host "
+            "memory "
             f"while loading: {host.own:.1f} GiB own, {host.mapped:.1f} GiB mapped file pages",
-            f"{len(pictures)} pictures at {config.resolution} px; captions: {bare} missing or empty, {cut} cut at the "
+            f"{len(pictures)} pictures at {config.resolution} px; captions: {bare} missing or "
+            f"empty, {cut} cut at the "
             "tokenizer's length",
             f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
-            f"{config.gradient_accumulation_steps}) = {config.max_train_steps * n / len(pictures):.1f} epochs",
+            f"{config.gradient_accumulation_steps}) = "
+            f"{config.max_train_steps * n / len(pictures):.1f} epochs",
             f"{run.adapter.trainable:,} trainable parameters of {total:,} "
             f"({100 * run.adapter.trainable / total:.2f} %) in {len(run.adapter.layers)} layers",
         )

@@ -1,0 +1,143 @@
+"""Where an SDXL model's files are, and what tells one model from another.
+
+A folder in diffusers' layout, or the Hub, from which only what is needed is downloaded, part by part.
+"""
+
+import functools
+import hashlib
+import json
+from pathlib import Path
+
+from files import Refusal, open_safetensors
+
+PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+
+
+def fetch(name: str, part: str, half: bool = False) -> Path:
+    """The local folder of one part of an SDXL model, downloaded if `name` is a Hub name.
+
+    name: a folder in diffusers' layout or a Hub repository; part: "unet", "vae", ..., or "" for the
+    top; half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL
+    model.
+    """
+    root = Path(name).expanduser()
+    if not root.is_dir():
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            raise Refusal(
+                f"there is no folder {name}",
+                "a Hub name such as stabilityai/stable-diffusion-xl-base-1.0, or a folder in "
+                "diffusers' layout",
+                "correct --pretrained-model-name-or-path",
+            )
+        root = fetch_from_hub(name, part, half)
+    check_layout(root, name, (part,) if part else ())
+    return root / part
+
+
+def check_layout(root: Path, name: str, parts: tuple[str, ...] = PARTS) -> None:
+    """Raise Refusal where `root` is no SDXL model in diffusers' layout, or lacks one of `parts`."""
+    index = root / "model_index.json"
+    try:
+        kind = json.loads(index.read_text())["_class_name"] if index.is_file() else ""
+    except (ValueError, KeyError, TypeError):
+        kind = "something else"
+    missing = [part for part in parts if not (root / part).is_dir()]
+    if "StableDiffusionXL" in kind and not missing:
+        return
+    found = f"a model_index.json of {kind}" if kind else "no model_index.json"
+    raise Refusal(
+        f"{name} has {f'no folder {missing[0]}/' if 'StableDiffusionXL' in kind else found}",
+        "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and the "
+        f"folders {', '.join(PARTS)}",
+        "correct --pretrained-model-name-or-path; a one-file checkpoint is converted with "
+        "diffusers' "
+        "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
+    )
+
+
+@functools.cache
+def hub_files(name: str) -> tuple[str, ...]:
+    from huggingface_hub import HfApi
+
+    return tuple(HfApi().list_repo_files(name))
+
+
+def fetch_from_hub(name: str, part: str, half: bool) -> Path:
+    """The snapshot's folder with `part` in it; an earlier download serves where the Hub is away."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        try:
+            files = [f for f in hub_files(name) if part and f.rpartition("/")[0] == part]
+            weights = pick_weights([f for f in files if f.endswith(".safetensors")], half)
+            small = [f for f in files if f.endswith((".json", ".txt"))]
+            wanted = ["model_index.json", *small, *weights]
+            return Path(snapshot_download(name, allow_patterns=wanted))
+        except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
+            folder = Path(snapshot_download(name, local_files_only=True))
+            if not (folder / part).is_dir():
+                raise
+            return folder
+    except Exception as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"{name} ({part or 'model_index.json'}) is not on this disk, and the Hub did not give "
+            f"it ({reason})",
+            "a reachable Hub, or the model on this disk",
+            "check the name and the network (hf auth login for gated models), or copy the model "
+            "here and pass --pretrained-model-name-or-path FOLDER",
+        ) from error
+
+
+def pick_weights(files: list[str], half: bool) -> list[str]:
+    """Of a part's weight files, one file or shards, the variant to read: fp16 first where `half`.
+
+    Names are diffusers': model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ...
+    """
+    variant = [f for f in files if ".fp16" in f]
+    plain = [f for f in files if ".fp16" not in f and not f.endswith("non_ema.safetensors")]
+    return next((group for group in ((variant, plain) if half else (plain, variant)) if group), [])
+
+
+def weight_files(folder: Path, half: bool) -> list[Path]:
+    """The safetensors files of `folder`, all of one variant. Raises Refusal for none."""
+    names = sorted(p.name for p in folder.glob("*.safetensors"))
+    files = [folder / name for name in pick_weights(names, half)]
+    if not files:
+        raise Refusal(
+            f"{folder} has no .safetensors file",
+            "the weights of an SDXL model in diffusers' layout",
+            "download the model again, or write it with pipe.save_pretrained(folder)",
+        )
+    return files
+
+
+def fingerprint(name: str, part: str, half: bool = False) -> str:
+    """16 hex digits that tell one encoder or tokenizer from another: its small files whole, 64
+    samples of its weights.
+
+    Samples of 4 KiB cost milliseconds where hashing 2 GB costs seconds; a fine-tuned model differs
+    everywhere.
+    """
+    folder, sha = fetch(name, part, half), hashlib.sha256()
+    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt")):
+        sha.update(path.read_bytes())
+    for path in weight_files(folder, half) if "tokenizer" not in part else []:
+        with open(path, "rb") as file:
+            for i in range(64):
+                file.seek(path.stat().st_size * i // 64)
+                sha.update(file.read(4096))
+    return sha.hexdigest()[:16]
+
+
+def unet_fingerprint(name: str, half: bool) -> str:
+    """16 hex digits of the UNet's first and last convolution, rounded to fp16: the same for a
+    model's fp32 file and its fp16 variant, different for a fine-tuned one. Adapters carry it, so
+    that a wrong base is noticed.
+    """
+    sha = hashlib.sha256()
+    for path in weight_files(fetch(name, "unet", half), half):
+        with open_safetensors(path) as file:
+            for key in sorted({"conv_in.weight", "conv_out.weight"} & set(file.keys())):
+                sha.update(file.get_tensor(key).half().numpy().tobytes())
+    return sha.hexdigest()[:16]

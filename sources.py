@@ -1,0 +1,175 @@
+"""Captioned pictures from a folder or the Hub. What does not fit is refused by name, never left
+out.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tqdm import tqdm
+
+from files import Refusal, digest
+
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture of the data set. read() gives the encoded file; digest tells its content."""
+
+    name: str
+    caption: str
+    digest: str
+    read: Callable[[], bytes]
+
+
+def read_dataset(name: str, image_column: str = "", caption_column: str = "") -> list[Picture]:
+    """The captioned pictures of a local folder or a Hub data set.
+
+    A folder holds metadata.jsonl (file_name and a caption column), or name.txt beside name.jpg, or
+    files that the `datasets` library reads (parquet). A folder's pictures come sorted by name, so
+    that the order on disk is nothing. Raises Refusal for a picture without caption file and the
+    reverse, a column that is not there, and an empty set.
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir() and (folder / "metadata.jsonl").is_file():
+        pictures = from_metadata(folder, caption_column)
+    elif folder.is_dir() and not any(folder.rglob("*.parquet")):
+        pictures = from_caption_files(folder)
+    else:
+        pictures = from_hub(name, image_column, caption_column)
+    if not pictures:
+        raise Refusal(
+            f"{name} holds no pictures",
+            "metadata.jsonl with its pictures, or name.txt beside name.jpg, or a Hub data set "
+            "with an image column",
+            "--dataset-name FOLDER",
+        )
+    return pictures
+
+
+def from_files(captions: dict[Path, str], folder: Path) -> list[Picture]:
+    """Pictures of local files, sorted by their name inside `folder`."""
+    pictures = []
+    for path in sorted(captions):
+        content = path.read_bytes()
+        name = path.relative_to(folder).as_posix()
+        pictures.append(Picture(name, captions[path], digest(content), path.read_bytes))
+    return pictures
+
+
+def picture_files(folder: Path) -> set[Path]:
+    return {p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()}
+
+
+def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
+    """metadata.jsonl: one JSON object a line with file_name, relative to the folder, and the
+    caption.
+    """
+    captions: dict[Path, str] = {}
+    lines = (folder / "metadata.jsonl").read_bytes().splitlines()
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        where = f"{folder / 'metadata.jsonl'} line {number}"
+        try:
+            row = json.loads(line)
+            name = row["file_name"]
+            path = folder / name
+            inside = path.resolve().is_relative_to(folder.resolve())
+        except (ValueError, TypeError, KeyError) as error:
+            raise Refusal(
+                f"{where} is not a row ({type(error).__name__}: {error})",
+                '{"file_name": "a.png", "text": "a caption"}',
+                "correct the line",
+            ) from error
+        if not inside or not path.is_file():
+            raise Refusal(
+                f"{where} names {name!r}, which is "
+                f"{'no file' if inside else 'outside the data folder'}",
+                f"a picture inside {folder}",
+                "add the picture or remove the line",
+            )
+        column = find_column(list(row), caption_column, ("text", "caption", "prompt"), where)
+        captions[path] = row[column] or ""
+        if not isinstance(captions[path], str):
+            raise Refusal(
+                f"{where} has the caption {row[column]!r}", "text", "put the caption in quotes"
+            )
+    forgotten = sorted(picture_files(folder) - captions.keys())
+    if forgotten:
+        raise Refusal(
+            f"{len(forgotten)} pictures in {folder}, such as {forgotten[0].name}, have no line in "
+            "metadata.jsonl",
+            "a line for each picture",
+            "add the lines or move the pictures elsewhere",
+        )
+    return from_files(captions, folder)
+
+
+def from_caption_files(folder: Path) -> list[Picture]:
+    """name.txt beside name.jpg."""
+    pictures = {p.with_suffix(""): p for p in sorted(picture_files(folder))}
+    texts = {p.with_suffix(""): p for p in sorted(folder.rglob("*.txt"))}
+    for kind, found, other in (("picture", pictures, texts), ("caption file", texts, pictures)):
+        lonely = sorted(found.keys() - other.keys())
+        if lonely:
+            want = "a .txt file" if kind == "picture" else "a picture"
+            raise Refusal(
+                f"{len(lonely)} {kind}s in {folder}, such as {found[lonely[0]].name}, stand alone",
+                f"{want} of the same name beside each",
+                f"add {want} or remove the {kind}",
+            )
+    return from_files(
+        {path: texts[stem].read_text(errors="replace").strip() for stem, path in pictures.items()},
+        folder,
+    )
+
+
+def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]:
+    """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded until
+    they are needed.
+    """
+    import datasets
+
+    try:
+        table = datasets.load_dataset(name, split="train")
+    except Exception as error:  # offline, gated, misspelt: many classes, one meaning
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refusal(
+            f"the data set {name} is no folder here and could not be loaded ({reason})",
+            "a folder of pictures with captions, or a reachable Hub data set with a train split",
+            "check the name and the network, or pass --dataset-name FOLDER",
+        ) from error
+    images = [c for c, feature in table.features.items() if isinstance(feature, datasets.Image)]
+    image_column = find_column(
+        images, image_column, tuple(images[:1]), f"{name} (columns {table.column_names})"
+    )
+    caption_column = find_column(
+        table.column_names, caption_column, ("text", "caption", "prompt"), name
+    )
+    table = table.cast_column(image_column, datasets.Image(decode=False))
+
+    def read(i: int) -> bytes:
+        cell = table[i][image_column]
+        return cell["bytes"] or Path(cell["path"]).read_bytes()
+
+    captions = table[caption_column]
+    return [
+        Picture(f"{name} row {i}", captions[i] or "", digest(read(i)), functools.partial(read, i))
+        for i in tqdm(range(len(table)), desc="reading pictures", leave=False, mininterval=1)
+    ]
+
+
+def find_column(columns: list[str], wanted: str, usual: tuple[str, ...], where: str) -> str:
+    """`wanted`, or the first of the usual names that is there."""
+    found = [c for c in ((wanted,) if wanted else usual) if c in columns]
+    if not found:
+        raise Refusal(
+            f"{where} has the columns {', '.join(columns) or 'none that hold pictures'}",
+            f"{' or '.join((wanted,) if wanted else usual) or 'a column of pictures'}",
+            "--caption-column NAME (or --image-column NAME)",
+        )
+    return found[0]
