@@ -1,7 +1,7 @@
 """What a run leaves on disk: checkpoints that continue it to the bit, and the exported adapter,
 read back and compared.
 
-OUT/checkpoints/000200/ holds the adapter, state.pt and, written last, state.sha256: a folder
+OUT/checkpoints/000200/ holds the adapter, state.pt and its sum, state.sha256: a folder
 without a matching sum was cut short and is passed over. OUT/pytorch_lora_weights.safetensors and
 OUT/kohya/NAME.safetensors are the result, and OUT/finished.json, written after both were compared,
 says so.
@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import io
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,7 @@ import hub
 import lora
 import model
 from config import Config
-from files import Refusal, digest, sweep_parts, write_whole
+from files import Refusal, digest, sweep_parts, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from loop import Run
@@ -53,9 +54,10 @@ def identity(config: Config, dtype: torch.dtype, pictures: list[Picture]) -> dic
 
 
 def save_state(run: Run) -> None:
-    """Write the checkpoint of run.step and remove the oldest above checkpoints_total_limit."""
+    """Write the checkpoint of run.step, whole or not at all; keep checkpoints_total_limit of them."""
     root = run.config.out / "checkpoints"
     folder = root / f"{run.step:06d}"
+    aside = root / f".{folder.name}.{os.getpid()}.part"
     buffer = io.BytesIO()
     state = {
         "step": run.step,
@@ -67,18 +69,15 @@ def save_state(run: Run) -> None:
         "config": dataclasses.asdict(run.config),
     }
     torch.save(state, buffer)
-    lora.save(
-        run.adapter,
-        folder / lora.FILE_NAME,
-        "peft",
-        model.DTYPES[run.config.save_dtype],
-        about(run),
-    )
-    write_whole(folder / "state.pt", buffer.getvalue())
-    write_whole(folder / "state.sha256", hashlib.sha256(buffer.getbuffer()).hexdigest().encode())
-    for old in sorted(p for p in root.iterdir() if p.name.isdigit())[
-        : -run.config.checkpoints_total_limit
-    ]:
+    dtype = model.DTYPES[run.config.save_dtype]
+    lora.save(run.adapter, aside / lora.FILE_NAME, "peft", dtype, about(run))
+    write_whole(aside / "state.pt", buffer.getvalue())
+    write_whole(aside / "state.sha256", sum_of(buffer.getvalue()).encode())
+    shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
+    os.replace(aside, folder)
+    sync_folder(root)
+    whole = sorted(p for p in root.iterdir() if p.name.isdigit())
+    for old in whole[: -run.config.checkpoints_total_limit]:
         shutil.rmtree(old)
 
 
@@ -89,7 +88,7 @@ def newest_state(root: Path) -> dict | None:
         sum_file, file = folder / "state.sha256", folder / "state.pt"
         if sum_file.is_file() and file.is_file():
             content = file.read_bytes()
-            if hashlib.sha256(content).hexdigest() == sum_file.read_text().strip():
+            if sum_of(content) == sum_file.read_text().strip():
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         print(f"{folder} was cut short and is passed over")
     if folders:
@@ -194,7 +193,7 @@ def kohya_path(config: Config) -> Path:
 def mark_finished(config: Config, run: Run) -> None:
     """Note that the exported files are whole and compared, and what they are."""
     files = {
-        str(p.relative_to(config.out)): file_sum(p)
+        str(p.relative_to(config.out)): sum_of(p.read_bytes())
         for p in (config.out / lora.FILE_NAME, kohya_path(config))
     }
     write_whole(
@@ -206,15 +205,13 @@ def mark_finished(config: Config, run: Run) -> None:
 def finished(config: Config) -> bool:
     """Whether max_train_steps were trained and the exported files are still what they were."""
     sweep_parts(config.out)
-    note = config.out / "finished.json"
-    if not note.is_file():
+    try:
+        said = json.loads((config.out / "finished.json").read_text())
+        sums = {name: sum_of((config.out / name).read_bytes()) for name in said["files"]}
+    except (OSError, ValueError):  # not there, or not as it was written
         return False
-    said = json.loads(note.read_text())
-    files = {config.out / name: sum_ for name, sum_ in said["files"].items()}
-    return said["steps"] >= config.max_train_steps and all(
-        p.is_file() and file_sum(p) == s for p, s in files.items()
-    )
+    return said["steps"] >= config.max_train_steps and sums == said["files"]
 
 
-def file_sum(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
+def sum_of(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()

@@ -2,6 +2,7 @@
 is answered before torch and diffusers are imported, which takes some twelve seconds.
 """
 
+import logging
 import math
 import sys
 from dataclasses import dataclass
@@ -11,6 +12,9 @@ from typing import Annotated, Literal
 import tyro
 
 from files import Refusal
+
+# It says on a CPU that its 4-bit kernels are missing; only its 8-bit AdamW is used there.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 NARUTO_PROMPTS = (
     "Naruto Uzumaki eating ramen",

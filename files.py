@@ -9,9 +9,9 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 from pathlib import Path
 
-import safetensors.torch
 from safetensors import SafetensorError, safe_open
 
 
@@ -78,12 +78,15 @@ def sync_folder(folder: Path) -> None:
 
 
 def sweep_parts(folder: Path) -> None:
-    """Remove part files that a killed process left in `folder`; those of a living process stay."""
-    for part in folder.glob(".*.part"):
+    """Remove what killed processes left half-written in `folder`; living ones' parts stay."""
+    for part in list(folder.rglob(".*.part")):
         try:
             os.kill(int(part.name.split(".")[-2]), 0)
         except (ProcessLookupError, ValueError):
-            part.unlink(missing_ok=True)
+            if part.is_dir():
+                shutil.rmtree(part, ignore_errors=True)
+            else:
+                part.unlink(missing_ok=True)
         except PermissionError:
             pass  # another user's living process
 
@@ -95,6 +98,8 @@ def safetensors_bytes(tensors: dict, metadata: dict[str, str]) -> bytes:
     files; here the library lays out the tensors and only its header is written again. Format:
     https://github.com/huggingface/safetensors#format
     """
+    import safetensors.torch  # here, since it imports torch, and options are checked before that
+
     blob = safetensors.torch.save(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     )

@@ -5,6 +5,7 @@ python generate.py runs/t4 --compare        the before/after picture of a run py
 my.safetensors --prompts "a fox" --seeds 1 2     single pictures
 """
 
+import io
 import re
 import sys
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from pathlib import Path
 import tyro
 
 import config as configuration
-from files import Refusal
+from files import Refusal, write_whole
 
 
 @dataclass(frozen=True)
@@ -250,10 +251,14 @@ def compare(
     sheet = grid(
         {label: decode(pipe.vae, latents, scaling) for label, latents in drawn.items()}, prompts
     )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.part.png")
-    sheet.save(aside)
-    aside.replace(path)
+    save_picture(sheet, path)
+
+
+def save_picture(picture: Image.Image, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    png = io.BytesIO()
+    picture.save(png, "PNG")
+    write_whole(path, png.getvalue())
 
 
 def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
@@ -370,13 +375,12 @@ def run(options: Options) -> None:
     latents = sample(pipe, adapter, embeddings, seeds, options.strength, *settings)
     unet.to("meta")
     model.free_memory()
-    folder.mkdir(parents=True, exist_ok=True)
     for picture, (prompt, seed) in zip(
         decode(pipe.vae, latents, model.latent_scaling(name)), pairs, strict=True
     ):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         target = folder / f"{slug}-{seed}-{options.strength:g}.png"
-        picture.save(target)
+        save_picture(picture, target)
         print(target)
 
 

@@ -1,6 +1,6 @@
 """Where an SDXL model's files are, and what tells one model from another.
 
-A folder in diffusers' layout, or the Hub, from which only what is needed is downloaded, part by part.
+A folder in diffusers' layout, or the Hub, of which only what is needed is downloaded, part by part.
 """
 
 import functools

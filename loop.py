@@ -1,6 +1,6 @@
 """The training loop, written out: python loop.py t4 --max-train-steps 500
 
-Read diffusion_loss() and optimizer_step() first: they are the method. fit() is the run around it. A run is a
+diffusion_loss() and optimizer_step() are the method; fit() is the run around it. A run is a
 function of its Config: the same options give the same adapter, however often it was interrupted and
 however its batches were cut up.
 

@@ -1,0 +1,434 @@
+"""The five laws, through the command: main(argv) on the pocket model, which draws."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+
+import checkpoint
+import files
+import generate
+import hub
+import lora
+import loop
+import model
+from config import RECIPES
+from conftest import INK, POCKET, ROOT
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Six of the ink drawings."""
+    folder = tmp_path_factory.mktemp("few")
+    rows = (INK / "metadata.jsonl").read_text().splitlines()[:6]
+    for row in rows:
+        shutil.copy(INK / json.loads(row)["file_name"], folder)
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def train(few, cache, tmp_path):
+    """train("name", "--option", ...): one run in tmp_path/name, 64 px, 4 examples a step; returns its exit code."""
+
+    def run(name: str, *options: str) -> int:
+        return loop.main(
+            ["pocket", "--pretrained-model-name-or-path", str(POCKET), "--dataset-name", str(few),
+             "--cache-dir", str(cache), "--output-dir", str(tmp_path / name), "--resolution", "64",
+             "--train-batch-size", "2", "--gradient-accumulation-steps", "2", "--max-train-steps", "4",
+             "--checkpointing-steps", "2", "--learning-rate", "1e-3", "--lr-scheduler", "constant",
+             "--lr-warmup-steps", "0", "--no-tensorboard", "--random-flip", "--validation-prompts", *options]
+        )  # fmt: skip
+
+    return run
+
+
+def adapter(folder) -> bytes:
+    return (folder / lora.FILE_NAME).read_bytes()
+
+
+def vector(folder) -> torch.Tensor:
+    state = torch.load(max((folder / "checkpoints").iterdir()) / "state.pt", weights_only=True)
+    return state["flat"]
+
+
+def moved(folder, few) -> torch.Tensor:
+    """What training added to the start."""
+    unet = model.load_unet(str(POCKET), torch.device("cpu"), torch.float32)
+    start = lora.inject(unet, lora.TARGETS, 16, 16, RECIPES["pocket"][1].seed).flat.detach()
+    return vector(folder) - start
+
+
+# ---- law 1: a run is a function of its config --------------------------------------------------------
+
+
+@pytest.mark.parametrize(("optimizer", "bound"), [("--no-use-8bit-adam", 1e-3), ("--use-8bit-adam", 1e-2)])
+def test_1x4_equals_2x2_equals_4x1(train, tmp_path, few, optimizer, bound):
+    for size in (1, 2, 4):
+        cut = ("--train-batch-size", str(size), "--gradient-accumulation-steps", str(4 // size))
+        assert train(f"b{size}", *cut, "--max-train-steps", "20", optimizer) == 0
+    want = moved(tmp_path / "b1", few)
+    for size in (2, 4):
+        off = (moved(tmp_path / f"b{size}", few) - want).norm() / want.norm()
+        assert off <= bound
+
+
+def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache, tmp_path):
+    base = dataclasses.replace(
+        RECIPES["pocket"][1], pretrained_model_name_or_path=str(POCKET), dataset_name=str(few), resolution=64,
+        cache_dir=str(cache), output_dir=str(tmp_path / "g"), train_batch_size=4, max_grad_norm=1e9,
+    )  # fmt: skip
+    run, _ = loop.set_up(base, torch.device("cpu"))
+    gradients = []
+    for size in (1, 2, 3, 4):
+        run.adapter.flat.grad.zero_()
+        for numbers in loop.micro_batches(0, 4, size):
+            rows = run.examples.batch(numbers, run.device)
+            loss = loop.diffusion_loss(run.unet, rows, run.schedule, run.scaling, base.snr_gamma)
+            (loss.sum() / 4).backward()
+        gradients.append(run.adapter.flat.grad.clone())
+    assert gradients[0].norm() > 0
+    for gradient in gradients[1:]:
+        assert (gradient - gradients[0]).norm() <= 1e-4 * gradients[0].norm()
+
+
+def test_the_same_command_gives_the_same_bytes_and_another_seed_others(train, tmp_path):
+    assert train("a") == train("b") == train("c", "--seed", "7") == 0
+    assert adapter(tmp_path / "a") == adapter(tmp_path / "b") != adapter(tmp_path / "c")
+
+
+# ---- law 2: interrupted equals uninterrupted ----------------------------------------------------------
+
+
+class Killed(BaseException):
+    """Stands for the process being gone: nothing of ours catches it."""
+
+
+def test_killed_while_writing_and_started_again_equals_uninterrupted(train, tmp_path, few, monkeypatch):
+    """Every file is written through os.replace; the run dies before one of them, at every third of them in turn."""
+    cold = ("--cache-dir", str(tmp_path / "cold"))
+    assert train("whole", *cold) == 0
+    replace, left = os.replace, [0]
+
+    def dying(source, target):
+        left[0] -= 1
+        if left[0] == 0:
+            raise Killed
+        replace(source, target)
+
+    at, deaths = 1, 0
+    while True:
+        shutil.rmtree(tmp_path / "cold")
+        left[0] = at
+        monkeypatch.setattr(files.os, "replace", dying)
+        try:
+            assert train(f"killed{at}", *cold) == 0
+            finished = True
+        except Killed:
+            finished, deaths = False, deaths + 1
+        monkeypatch.setattr(files.os, "replace", replace)
+        assert train(f"killed{at}", *cold) == 0
+        assert adapter(tmp_path / f"killed{at}") == adapter(tmp_path / "whole")
+        assert not list((tmp_path / f"killed{at}").rglob("*.part"))
+        if finished:
+            break
+        at += 3
+    assert deaths >= 4
+
+
+def test_sigkill_in_a_process_of_its_own_then_the_same_command(train, tmp_path, few, cache):
+    assert train("whole", "--max-train-steps", "30") == 0
+    script = "import sys, loop; sys.exit(loop.main(sys.argv[1:]))"
+    state = json.loads((tmp_path / "whole" / "config.json").read_text())
+    argv = ["pocket", "--validation-prompts", "--no-tensorboard", "--random-flip"]
+    for key in ("pretrained_model_name_or_path", "dataset_name", "cache_dir", "resolution", "train_batch_size",
+                "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "learning_rate",
+                "lr_scheduler", "lr_warmup_steps"):  # fmt: skip
+        argv += ["--" + key.replace("_", "-"), str(state[key])]
+    argv += ["--output-dir", str(tmp_path / "killed")]
+    process = subprocess.Popen([sys.executable, "-c", script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.DEVNULL)  # fmt: skip
+    log, until = tmp_path / "killed" / "log.jsonl", time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 7) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed" / lora.FILE_NAME).exists()
+    assert train("killed", "--max-train-steps", "30") == 0
+    assert adapter(tmp_path / "killed") == adapter(tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in log.read_text().splitlines()]
+    assert steps == list(range(1, 31))  # no step is logged twice
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_finishes_the_step_saves_and_says_so(train, tmp_path, monkeypatch, capsys, number):
+    assert train("whole") == 0
+    step = loop.optimizer_step
+
+    def signalled(run):
+        if run.step == 2:
+            os.kill(os.getpid(), number)
+        return step(run)
+
+    monkeypatch.setattr(loop, "optimizer_step", signalled)
+    assert train("stopped") == 128 + number
+    assert "step 3 is saved; the same command continues" in capsys.readouterr().out
+    monkeypatch.setattr(loop, "optimizer_step", step)
+    assert train("stopped") == 0
+    assert "continuing after step 3 of 4" in capsys.readouterr().out
+    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
+def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(train, tmp_path, monkeypatch, capsys):
+    encode = model.encode_images
+
+    def signalled(pixels, vae):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return encode(pixels, vae)
+
+    monkeypatch.setattr(model, "encode_images", signalled)
+    assert train("r", "--cache-dir", str(tmp_path / "own")) == 128 + signal.SIGTERM
+    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(model, "encode_images", encode)
+    assert train("r", "--cache-dir", str(tmp_path / "own")) == 0
+
+
+def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(train, tmp_path, capsys):
+    assert train("whole") == 0
+    assert train("cut", "--max-train-steps", "2") == 0
+    shutil.copytree(tmp_path / "whole" / "checkpoints" / "000004", tmp_path / "cut" / "checkpoints" / "000004")
+    file = tmp_path / "cut" / "checkpoints" / "000004" / "state.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    assert train("cut") == 0
+    assert "000004 was cut short and is passed over" in (said := capsys.readouterr().out)
+    assert "continuing after step 2" in said
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+def test_no_whole_checkpoint_left_is_refused_with_the_way_out(train, tmp_path, capsys):
+    assert train("r", "--max-train-steps", "2") == 0
+    for file in (tmp_path / "r").rglob("state.pt"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert train("r") == 1
+    assert "no checkpoint" in (said := capsys.readouterr().err) and "rm -r" in said
+
+
+def test_more_steps_go_on_where_a_finished_run_ended(train, tmp_path, capsys):
+    assert train("once") == 0
+    assert train("twice", "--max-train-steps", "2") == train("twice") == 0
+    assert adapter(tmp_path / "once") == adapter(tmp_path / "twice")
+    capsys.readouterr()
+    assert train("twice") == 0
+    assert "is finished: 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [(("--learning-rate", "2e-3"), "learning_rate 0.001, and this command has learning_rate 0.002"),
+     (("--lora-rank", "8"), "lora_rank 16, and this command has lora_rank 8"),
+     (("--train-batch-size", "3"), "gradient_accumulation_steps 4, and this command has"),
+     (("--mixed-precision", "bf16"), "dtype torch.float32, and this command has dtype torch.bfloat16"),
+     (("--dataset-name", str(INK)), "data ")],
+)  # fmt: skip
+def test_another_run_in_the_same_folder_is_refused_by_field(train, tmp_path, capsys, options, said):
+    assert train("r", "--max-train-steps", "2") == 0
+    before = adapter(tmp_path / "r")
+    assert train("r", *options) == 1
+    assert said in capsys.readouterr().err
+    assert adapter(tmp_path / "r") == before
+
+
+def test_memory_options_may_change_between_two_starts(train, tmp_path):
+    assert train("r", "--max-train-steps", "2") == 0
+    cut = ("--train-batch-size", "4", "--gradient-accumulation-steps", "1", "--gradient-checkpointing")
+    assert train("r", *cut) == 0
+    assert json.loads((tmp_path / "r" / "finished.json").read_text())["steps"] == 4
+
+
+def test_only_the_newest_checkpoints_are_kept_each_with_a_loadable_adapter(train, tmp_path):
+    assert train("r", "--checkpointing-steps", "1", "--checkpoints-total-limit", "2") == 0
+    kept = sorted((tmp_path / "r" / "checkpoints").iterdir())
+    assert [folder.name for folder in kept] == ["000003", "000004"]
+    assert lora.read(kept[0]).about["steps"] == "3"
+    assert adapter(kept[1]) == adapter(tmp_path / "r")
+
+
+# ---- law 3: cached equals uncached ---------------------------------------------------------------------
+
+
+def test_training_from_the_cache_equals_encoding_at_every_step(train, tmp_path):
+    options = ("--random-crop", "--caption-dropout", "0.5", "--resolution", "56")
+    assert train("cached", *options, "--cache-dir", str(tmp_path / "new")) == 0
+    assert train("warm", *options, "--cache-dir", str(tmp_path / "new")) == 0
+    assert train("uncached", *options, "--no-cache") == 0
+    assert adapter(tmp_path / "cached") == adapter(tmp_path / "warm") == adapter(tmp_path / "uncached")
+
+
+def test_a_second_run_loads_no_encoder(train, monkeypatch):
+    assert train("first") == 0
+
+    def never(*_):
+        raise AssertionError("an encoder was loaded")
+
+    monkeypatch.setattr(model, "load_vae", never)
+    monkeypatch.setattr(model, "load_text_encoders", never)
+    assert train("second") == 0
+
+
+# ---- law 4: exported equals trained --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_diffusers_draws_our_picture_from_our_files(train, tmp_path, dtype):
+    """Both files, loaded by load_lora_weights (peft), draw what generate.py draws; strength 0 is the bare model."""
+    assert train("r", "--save-dtype", dtype, "--learning-rate", "1e-2") == 0
+    options = ("--prompts", "red apple", "--seeds", "3", "--num-inference-steps", "4")
+    for strength in ("1", "0", "0.5"):
+        assert generate.main([str(tmp_path / "r"), *options, "--strength", strength]) == 0
+    ours = {s: picture(tmp_path / "r" / "pictures" / f"red-apple-3-{s}.png") for s in ("0", "0.5", "1")}
+    bare = reference(None)
+    assert np.array_equal(ours["0"], bare)
+    assert np.abs(ours["1"] - bare).mean() > 2
+    half = np.abs(ours["0.5"] - bare).mean()
+    assert 0 < half < np.abs(ours["1"] - bare).mean()
+    for path in (tmp_path / "r", tmp_path / "r" / "kohya" / "r.safetensors"):
+        assert np.abs(ours["1"] - reference(path)).max() <= 1  # of 255
+
+
+def picture(path) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(path)).astype(int)
+
+
+def reference(path) -> np.ndarray:
+    """The same prompt and seed through diffusers alone."""
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
+    if path:
+        pipe.load_lora_weights(path)
+    pipe.set_progress_bar_config(disable=True)
+    noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
+    guidance = RECIPES["pocket"][1].guidance_scale
+    image = pipe("red apple", latents=noise, num_inference_steps=4, guidance_scale=guidance).images[0]
+    return np.asarray(image).astype(int)
+
+
+def test_a_file_that_is_not_what_was_trained_ends_the_run_without_done(train, tmp_path, monkeypatch, capsys):
+    save = lora.save
+
+    def wrong(adapter, path, *rest):
+        with torch.no_grad():
+            adapter.flat[0] += 1e-3 if "kohya" in str(path) else 0
+            save(adapter, path, *rest)
+            adapter.flat[0] -= 1e-3 if "kohya" in str(path) else 0
+
+    monkeypatch.setattr(lora, "save", wrong)
+    assert train("r") == 1
+    assert "read back, gives another UNet" in (said := capsys.readouterr()).err
+    assert "done" not in said.out
+    monkeypatch.setattr(lora, "save", save)
+    assert train("r") == 0
+
+
+# ---- law 5: nothing fails silently ---------------------------------------------------------------------
+
+
+def test_an_adapter_that_did_not_move_is_an_error(train, tmp_path, monkeypatch, capsys):
+    from bitsandbytes.optim import AdamW8bit
+
+    monkeypatch.setattr(AdamW8bit, "step", lambda self: None)
+    assert train("r") == 1
+    assert "did not move" in capsys.readouterr().err
+    assert not (tmp_path / "r" / lora.FILE_NAME).exists()
+
+
+def test_a_loss_that_is_not_finite_stops_and_names_the_pictures(train, tmp_path, monkeypatch, capsys):
+    predict = model.predict
+    monkeypatch.setattr(model, "predict", lambda *a: predict(*a) * float("nan"))
+    assert train("r") == 1
+    assert "loss of step 1 is nan (pictures " in (said := capsys.readouterr().err) and ".png" in said
+
+
+def test_a_gradient_that_is_not_finite_stops_in_fp32_and_keeps_the_steps_before(train, tmp_path, monkeypatch, capsys):
+    step = loop.optimizer_step
+
+    def poisoned(run):
+        if run.step == 3:
+            next(iter(run.adapter.layers.values())).lora_B.register_hook(lambda g: g * float("inf"))
+        return step(run)
+
+    monkeypatch.setattr(loop, "optimizer_step", poisoned)
+    assert train("r") == 1
+    assert "gradient of step 4 is not finite" in capsys.readouterr().err
+    assert checkpoint.newest_state(tmp_path / "r" / "checkpoints")["step"] == 3
+
+
+def test_running_out_of_memory_says_what_to_change_and_keeps_the_steps_before(train, tmp_path, monkeypatch, capsys):
+    step = loop.optimizer_step
+
+    def full(run):
+        if run.step == 3:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+        return step(run)
+
+    monkeypatch.setattr(loop, "optimizer_step", full)
+    assert train("r") == 1
+    assert "--gradient-checkpointing" in capsys.readouterr().err
+    assert checkpoint.newest_state(tmp_path / "r" / "checkpoints")["step"] == 3
+
+
+def test_fp16_overflow_skips_the_step_halves_the_scale_and_is_counted(train, tmp_path, monkeypatch, capsys):
+    scale = loop.LossScale
+    monkeypatch.setattr(loop, "LossScale", lambda enabled, value: scale(enabled, 2.0**40))
+    assert train("r", "--mixed-precision", "fp16", "--max-train-steps", "40") == 0
+    lines = [json.loads(line) for line in (tmp_path / "r" / "log.jsonl").read_text().splitlines()]
+    skipped = [line for line in lines if line["grad_norm"] is None]
+    assert skipped and len(skipped) < 40
+    assert lines[-1]["loss_scale"] == 2.0 ** (40 - len(skipped))
+    assert f"{len(skipped)} of them skipped" in capsys.readouterr().out
+
+
+def test_fp16_resumed_equals_uninterrupted_loss_scale_included(train, tmp_path, monkeypatch):
+    scale = loop.LossScale
+    monkeypatch.setattr(loop, "LossScale", lambda enabled, value: scale(enabled, 2.0**17, growth_interval=2))
+    fp16 = ("--mixed-precision", "fp16", "--max-train-steps", "6")
+    assert train("whole", *fp16) == 0
+    assert train("cut", *fp16[:2], "--max-train-steps", "3") == 0
+    monkeypatch.setattr(loop, "LossScale", scale)
+    assert train("cut", *fp16) == 0
+    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    scales = [json.loads(x)["loss_scale"] for x in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
+    assert scales == [json.loads(x)["loss_scale"] for x in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    assert len(set(scales)) > 1
+
+
+def test_loss_scale_grows_backs_off_and_ends_the_run_when_it_collapses():
+    scale = loop.LossScale(True, 4.0, growth_interval=3)
+    for _ in range(3):
+        scale.update(True, 0)
+    assert scale.value == 8
+    for want in (4, 2, 1):
+        scale.update(False, 0)
+        assert scale.value == want
+    with pytest.raises(files.Refusal, match="after 4 skipped steps"):
+        scale.update(False, 7)
+    with pytest.raises(files.Refusal, match="gradient of step 1 is not finite"):
+        loop.LossScale(False).update(False, 0)
+
+
+def test_the_state_file_holds_what_the_run_is_and_loads_weights_only(train, tmp_path):
+    assert train("r") == 0
+    state = checkpoint.newest_state(tmp_path / "r" / "checkpoints")
+    assert state["step"] == 4 and state["config"]["resolution"] == 64
+    assert state["identity"]["dtype"] == "torch.float32"
+    assert state["identity"]["base"] == hub.unet_fingerprint(str(POCKET), half=False)
+    assert vector(tmp_path / "r").shape == state["flat"].shape
