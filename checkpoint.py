@@ -54,7 +54,7 @@ def identity(config: Config, dtype: torch.dtype, pictures: list[Picture]) -> dic
 
 
 def save_state(run: Run) -> None:
-    """Write the checkpoint of run.step, whole or not at all; keep checkpoints_total_limit of them."""
+    """Write the checkpoint of run.step, whole or not at all; remove what is over the limit."""
     root = run.config.out / "checkpoints"
     folder = root / f"{run.step:06d}"
     aside = root / f".{folder.name}.{os.getpid()}.part"
@@ -70,9 +70,13 @@ def save_state(run: Run) -> None:
     }
     torch.save(state, buffer)
     dtype = model.DTYPES[run.config.save_dtype]
-    lora.save(run.adapter, aside / lora.FILE_NAME, "peft", dtype, about(run))
-    write_whole(aside / "state.pt", buffer.getvalue())
-    write_whole(aside / "state.sha256", sum_of(buffer.getvalue()).encode())
+    try:
+        lora.save(run.adapter, aside / lora.FILE_NAME, "peft", dtype, about(run))
+        write_whole(aside / "state.pt", buffer.getvalue())
+        write_whole(aside / "state.sha256", sum_of(buffer.getvalue()).encode())
+    except Refusal:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+        raise
     shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
     os.replace(aside, folder)
     sync_folder(root)

@@ -10,6 +10,7 @@ import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -46,7 +47,7 @@ class Options:
     # auto, cpu or cuda.
     device: str = "auto"
     # The UNet's dtype: auto, fp32, fp16 or bf16.
-    mixed_precision: str = "auto"
+    mixed_precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
 
 
 if __name__ == "__main__":
@@ -223,37 +224,6 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
     return lines[:3]
 
 
-def compare(
-    name: str,
-    unet: torch.nn.Module,
-    adapter: lora.Adapter,
-    prompts: list[str],
-    seeds: list[int],
-    path: Path,
-    resolution: int,
-    num_inference_steps: int,
-    guidance_scale: float,
-) -> None:
-    """Draw every prompt without and with the adapter into one PNG at `path`. Ends the UNet's life:
-    its memory goes to the VAE, whose decoder needs about as much.
-    """
-    device, half = unet.device, unet.dtype != torch.float32
-    embeddings = encode(name, prompts, device, half)
-    pipe = load_pipeline(name, unet, device)
-    settings = (resolution or own_resolution(pipe), num_inference_steps, guidance_scale)
-    drawn = {
-        label: sample(pipe, adapter, embeddings, seeds, strength, *settings)
-        for label, strength in (("before", 0.0), ("after", 1.0))
-    }
-    unet.to("meta")
-    model.free_memory()
-    scaling = model.latent_scaling(name)
-    sheet = grid(
-        {label: decode(pipe.vae, latents, scaling) for label, latents in drawn.items()}, prompts
-    )
-    save_picture(sheet, path)
-
-
 def save_picture(picture: Image.Image, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     png = io.BytesIO()
@@ -283,8 +253,8 @@ def find_adapter(path: str) -> Path:
     return found[-1]
 
 
-def load_adapted(options: Options, file: lora.AdapterFile, device: torch.device):
-    """The base model's name, its UNet with the adapter injected and loaded, and the adapter."""
+def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
+    """The name of the base model to draw with. Raises Refusal where it is not the adapter's own."""
     name = options.pretrained_model_name_or_path or file.about.get("base_model", "")
     if not name:
         raise Refusal(
@@ -292,11 +262,7 @@ def load_adapted(options: Options, file: lora.AdapterFile, device: torch.device)
             "an SDXL model to put it on",
             "--pretrained-model-name-or-path stabilityai/stable-diffusion-xl-base-1.0",
         )
-    dtype, _ = model.choose_dtype(options.mixed_precision, device)
-    trained_on, here = (
-        file.about.get("base_fingerprint"),
-        hub.unet_fingerprint(name, dtype != torch.float32),
-    )
+    trained_on, here = file.about.get("base_fingerprint"), hub.unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
         raise Refusal(
             f"{file.path} was trained on {file.about.get('base_model')} ({trained_on}), and "
@@ -304,18 +270,13 @@ def load_adapted(options: Options, file: lora.AdapterFile, device: torch.device)
             "the base that the adapter was trained on",
             "--pretrained-model-name-or-path BASE, or --any-base to draw all the same",
         )
-    unet = model.load_unet(name, device, dtype)
-    adapter = lora.inject(unet, targets_of(file, unet), file.rank, file.alpha)
-    lora.load(adapter, file.path)
-    return name, unet, adapter
+    return name
 
 
-def targets_of(file: lora.AdapterFile, unet: torch.nn.Module) -> tuple[str, ...]:
+def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
     """Which of the usual targets the file adapts."""
-    ends = [
-        t for t in lora.TARGETS if any(m.endswith((t, t.replace(".", "_"))) for m in file.matrices)
-    ]
-    return tuple(ends) or lora.TARGETS
+    modules = [module.replace("_", ".") for module in file.matrices]
+    return tuple(t for t in lora.TARGETS if any(m.endswith(t.replace("_", ".")) for m in modules))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -336,50 +297,49 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def run(options: Options) -> None:
+    """Encode the prompts, sample with the UNet, decode with the VAE: one in memory at a time."""
     if options.resolution % 8 or options.resolution < 0:
         raise Refusal(
             f"resolution {options.resolution}", "a multiple of 8, or 0", "--resolution 1024"
         )
-    if options.mixed_precision not in ("auto", *model.DTYPES):
-        raise Refusal(
-            f"mixed_precision {options.mixed_precision}", "auto, fp32, fp16 or bf16", "leave it out"
-        )
     device = model.check_device(options.device)
+    dtype, _ = model.choose_dtype(options.mixed_precision, device)
+    half = dtype != torch.float32
     path = find_adapter(options.adapter)
     file = lora.read(path)
     recipe = configuration.RECIPES.get(file.about.get("recipe"), configuration.RECIPES["t4"])[1]
-    prompts = list(options.prompts or recipe.validation_prompts)
-    guidance = options.guidance_scale if options.guidance_scale >= 0 else recipe.guidance_scale
+    prompts = options.prompts or recipe.validation_prompts
+    guidance = recipe.guidance_scale if options.guidance_scale < 0 else options.guidance_scale
     pairs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
-    prompts, seeds = [p for p, _ in pairs], [s for _, s in pairs]
-    name, unet, adapter = load_adapted(options, file, device)
-    folder = Path(options.output_dir) if options.output_dir else path.parent / "pictures"
-    if options.compare:
-        target = folder / "before-after.png"
-        compare(
-            name,
-            unet,
-            adapter,
-            prompts,
-            seeds,
-            target,
-            options.resolution,
-            options.num_inference_steps,
-            guidance,
-        )
-        print(target)
-        return
-    embeddings = encode(name, prompts, device, unet.dtype != torch.float32)
+    name = find_base(options, file, half)
+
+    embeddings = encode(name, [prompt for prompt, _ in pairs], device, half)
+    unet = model.load_unet(name, device, dtype)
+    adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
+    lora.load(adapter, path)
     pipe = load_pipeline(name, unet, device)
     settings = (options.resolution or own_resolution(pipe), options.num_inference_steps, guidance)
-    latents = sample(pipe, adapter, embeddings, seeds, options.strength, *settings)
-    unet.to("meta")
+    seeds = [seed for _, seed in pairs]
+    strengths = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
+    latents = {
+        label: sample(pipe, adapter, embeddings, seeds, strength, *settings)
+        for label, strength in strengths.items()
+    }
+    unet.to("meta")  # its memory goes to the VAE, whose decoder needs about as much
     model.free_memory()
-    for picture, (prompt, seed) in zip(
-        decode(pipe.vae, latents, model.latent_scaling(name)), pairs, strict=True
-    ):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        target = folder / f"{slug}-{seed}-{options.strength:g}.png"
+    scaling = model.latent_scaling(name)
+    pictures = {label: decode(pipe.vae, each, scaling) for label, each in latents.items()}
+
+    folder = Path(options.output_dir) if options.output_dir else path.parent / "pictures"
+    if options.compare:
+        drawn = {folder / "before-after.png": grid(pictures, [prompt for prompt, _ in pairs])}
+    else:
+        slugs = [re.sub(r"[^a-z0-9]+", "-", p.lower()).strip("-")[:60] for p, _ in pairs]
+        drawn = {
+            folder / f"{slug}-{seed}-{options.strength:g}.png": picture
+            for slug, seed, picture in zip(slugs, seeds, pictures[""], strict=True)
+        }
+    for target, picture in drawn.items():
         save_picture(picture, target)
         print(target)
 

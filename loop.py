@@ -411,6 +411,9 @@ def main(argv: list[str] | None = None) -> int:
             file=sys.stderr,
         )
         return 1
+    except OSError as error:  # a disk that fills up while the log is written, say
+        print(f"error: {error}. What to do: mend that, then the same command", file=sys.stderr)
+        return 1
     except KeyboardInterrupt:
         print(
             "\ninterrupted: what is saved is whole, and the same command continues", file=sys.stderr

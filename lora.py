@@ -327,49 +327,14 @@ def read(path: Path | str) -> AdapterFile:
 
     alpha comes from the kohya file's .alpha tensors or the PEFT file's header; a PEFT file without
     that header means alpha = rank, as it does to diffusers. Raises Refusal for other formats, mixed
-    ranks, differing alphas, numbers that are not finite, and keys that no LoRA on the UNet's Linear
-    layers uses.
+    ranks, differing alphas, and numbers that are not finite, naming the key.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
     with open_safetensors(path) as file:
         about = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-    layouts = {
-        "peft": ("unet.", {".lora_A.weight": "A", ".lora_B.weight": "B"}),
-        "kohya": (
-            "lora_unet_",
-            {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha"},
-        ),
-    }
-    layout = next(
-        (k for k, (prefix, _) in layouts.items() if any(t.startswith(prefix) for t in tensors)), ""
-    )
-    prefix, endings = layouts.get(layout, ("", {}))
-    matrices: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        ending = next((e for e in endings if key.startswith(prefix) and key.endswith(e)), None)
-        if ending is None:
-            raise Refusal(
-                f"{path} has the key {key}",
-                "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or "
-                "lora_unet_<module>.lora_down.weight, "
-                ".lora_up.weight and .alpha (kohya), of plain LoRA on the UNet's Linear layers",
-                "convert the adapter to one of these; text-encoder, DoRA, LoHa and LoKr keys are "
-                "not read",
-            )
-        if not tensor.isfinite().all():
-            raise Refusal(
-                f"{path}: {key} holds NaN or Inf",
-                "finite numbers",
-                "use an earlier checkpoint's adapter",
-            )
-        matrices.setdefault(key[len(prefix) : -len(ending)], {})[endings[ending]] = tensor
-    for module, pair in matrices.items():
-        if not {"A", "B"} <= pair.keys() or any(pair[k].ndim != 2 for k in "AB"):
-            raise Refusal(
-                f"{path}: {module} has {sorted(pair)}", "a 2-D A and B", "use a whole adapter file"
-            )
+    layout, matrices = sort_keys(path, tensors)
     ranks = {pair["A"].shape[0] for pair in matrices.values()}
     alphas = {float(pair.pop("alpha")) for pair in matrices.values() if "alpha" in pair}
     if layout == "peft":
@@ -383,6 +348,46 @@ def read(path: Path | str) -> AdapterFile:
         )
     rank = ranks.pop()
     return AdapterFile(path, layout, matrices, rank, alphas.pop() if alphas else float(rank), about)
+
+
+LAYOUTS = {  # name: (what every key begins with, {what it ends in: what it holds})
+    "peft": ("unet.", {".lora_A.weight": "A", ".lora_B.weight": "B"}),
+    "kohya": (
+        "lora_unet_",
+        {".lora_down.weight": "A", ".lora_up.weight": "B", ".alpha": "alpha"},
+    ),
+}
+
+
+def sort_keys(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, dict[str, Tensor]]]:
+    """The file's layout, and {module: {"A", "B", perhaps "alpha"}}. Raises Refusal for any key that
+    is not of plain LoRA on Linear layers in one of the two layouts.
+    """
+    kinds = [k for k, (begin, _) in LAYOUTS.items() if any(t.startswith(begin) for t in tensors)]
+    layout = kinds[0] if kinds else "peft"
+    begin, endings = LAYOUTS[layout]
+    matrices: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        ending = next((e for e in endings if key.startswith(begin) and key.endswith(e)), None)
+        if ending is None:
+            raise Refusal(
+                f"{path} has the key {key}",
+                "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or lora_unet_<module>"
+                ".lora_down.weight, .lora_up.weight and .alpha (kohya), of plain LoRA on Linears",
+                "convert the adapter to one of these; text-encoder, DoRA, LoHa and LoKr keys are "
+                "not read",
+            )
+        if not tensor.isfinite().all():
+            raise Refusal(f"{path}: {key} holds NaN or Inf", "finite numbers", "use another file")
+        matrices.setdefault(key[len(begin) : -len(ending)], {})[endings[ending]] = tensor
+    for module, pair in matrices.items():
+        if not {"A", "B"} <= pair.keys() or any(pair[k].ndim != 2 for k in "AB"):
+            raise Refusal(
+                f"{path}: {module} has {', '.join(sorted(pair))}",
+                "a matrix A and a matrix B",
+                "use a whole adapter file",
+            )
+    return layout, matrices
 
 
 @torch.no_grad()

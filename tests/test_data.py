@@ -1,0 +1,1117 @@
+"""Pictures and captions become the same examples whatever the order, the batch, the interruption;
+what is damaged is refused by name."""
+
+import dataclasses
+import functools
+import io
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import numpy as np
+import pytest
+import torch
+from conftest import INK, POCKET
+from PIL import Image, ImageOps
+
+import data
+import hub
+import loop
+import model
+from config import RECIPES
+from files import Refusal, digest
+from sources import Picture, read_dataset
+
+CPU = torch.device("cpu")
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    """The bytes of a picture file."""
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def picture(content: Image.Image | bytes, name: str = "a.png", caption: str = "a") -> Picture:
+    content = content if isinstance(content, bytes) else encoded(content)
+    return Picture(name, caption, digest(content), lambda: content)
+
+
+def noisy(width: int, height: int, seed: int = 0) -> Image.Image:
+    """A picture in which no two places are alike."""
+    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    return Image.fromarray(pixels)
+
+
+def whole_numbers(pixels: torch.Tensor) -> np.ndarray:
+    """(3, R, R) in [-1, 1] back to the (R, R, 3) bytes that it came from."""
+    scaled = (pixels.double() + 1) * 127.5
+    assert (scaled - scaled.round()).abs().max() < 1e-4
+    return scaled.round().permute(1, 2, 0).numpy().astype(np.uint8)
+
+
+def write_folder(folder: Path, files: dict[str, bytes | str | list]) -> Path:
+    """A folder with these files; a list becomes JSON lines."""
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, list):
+            content = "".join(json.dumps(row) + "\n" for row in content)
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    return folder
+
+
+def contents(pictures: list[Picture]) -> list[tuple]:
+    return [(p.name, p.caption, p.digest) for p in pictures]
+
+
+RED, BLUE = (encoded(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
+
+# ---- sources -------------------------------------------------------------------------------------
+
+
+def test_metadata_jsonl_gives_pictures_and_captions_also_in_sub_folders(tmp_path):
+    rows = [
+        {"file_name": "b/c/blue.png", "text": "a blue square"},
+        {"file_name": "red.png", "text": "a red square", "extra": 1},
+    ]
+    files = {"metadata.jsonl": rows, "b/c/blue.png": BLUE, "red.png": RED}
+    pictures = read_dataset(str(write_folder(tmp_path, files)))
+    assert contents(pictures) == [
+        ("b/c/blue.png", "a blue square", digest(BLUE)),
+        ("red.png", "a red square", digest(RED)),
+    ]
+    assert [p.read() for p in pictures] == [BLUE, RED]
+
+
+def test_name_txt_beside_name_jpg(tmp_path):
+    files = {"x/a.b.JPG": RED, "x/a.b.txt": " a red square\n", "c.webp": BLUE, "c.txt": "blué"}
+    pictures = read_dataset(str(write_folder(tmp_path, files)))
+    assert contents(pictures) == [
+        ("c.webp", "blué", digest(BLUE)),
+        ("x/a.b.JPG", "a red square", digest(RED)),
+    ]
+
+
+def test_the_ink_pictures_are_160_and_captioned():
+    pictures = read_dataset(str(INK))
+    assert len(pictures) == len({p.digest for p in pictures}) == 160
+    assert all(p.caption.strip() for p in pictures)
+    assert [p.name for p in pictures] == sorted(p.name for p in pictures)
+
+
+@pytest.mark.parametrize("kind", ["metadata", "txt"])
+def test_the_order_on_disk_is_nothing(tmp_path, kind):
+    names = [f"{folder}{i}" for folder in ("", "z/", "a-b/", "a/") for i in range(5)]
+    pngs = {name: encoded(noisy(8, 8, i)) for i, name in enumerate(names)}
+    read = []
+    for turn in range(3):
+        random.Random(turn).shuffle(names)
+        files: dict = {f"{name}.png": pngs[name] for name in names}
+        if kind == "metadata":
+            rows = [{"file_name": f"{name}.png", "text": f"caption {name}"} for name in names]
+            files["metadata.jsonl"] = rows
+        else:
+            files |= {f"{name}.txt": f"caption {name}" for name in reversed(names)}
+        read.append(contents(read_dataset(str(write_folder(tmp_path / str(turn), files)))))
+    assert read[0] == read[1] == read[2] and len(read[0]) == 20
+    assert all(caption == f"caption {name[:-4]}" for name, caption, _ in read[0])
+
+
+def test_a_missing_caption_is_an_empty_one(tmp_path):
+    rows = [{"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": ""}]
+    files = {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE}
+    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "m", files)))] == ["", ""]
+    files = {"a.png": RED, "a.txt": "", "b.png": BLUE, "b.txt": "\n"}
+    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "t", files)))] == ["", ""]
+
+
+@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
+def test_the_usual_caption_columns_are_found(tmp_path, column):
+    rows = [{"other": "no", "file_name": "a.png", column: "yes"}]
+    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
+    assert read_dataset(str(folder))[0].caption == "yes"
+
+
+def test_a_named_caption_column_is_taken(tmp_path):
+    rows = [{"file_name": "a.png", "text": "no", "title": "yes"}]
+    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
+    assert read_dataset(str(folder), caption_column="title")[0].caption == "yes"
+
+
+def test_a_wrong_caption_column_is_refused_with_those_that_are_there(tmp_path):
+    rows = [{"file_name": "a.png", "title": "t"}]
+    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
+    for wanted, expected in (("", "text or caption or prompt"), ("label", "label")):
+        with pytest.raises(Refusal) as refusal:
+            read_dataset(str(folder), caption_column=wanted)
+        said = str(refusal.value)
+        assert "title" in said and expected in said and "--caption-column" in said
+
+
+GOOD = {"file_name": "a.png", "text": "a"}
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("{", "line 2 is not a row"),
+        ('{"file_name": "a.png", "text": "a"', "line 2 is not a row"),
+        ("a.png a red square", "line 2 is not a row"),
+        ("[]", "line 2 is not a row"),
+        ("7", "line 2 is not a row"),
+        ('{"text": "a"}', "line 2 is not a row.*file_name"),
+        ('{"file_name": 7, "text": "a"}', "line 2 is not a row"),
+        ('{"file_name": "", "text": "a"}', "line 2 names ''"),
+        ('{"file_name": "gone.png", "text": "a"}', "line 2 names 'gone.png', which is no file"),
+        ('{"file_name": "../x.png", "text": "a"}', "line 2 names '../x.png', which is outside"),
+        ('{"file_name": "/etc/hostname", "text": "a"}', "names '/etc/hostname', which is outside"),
+        ('{"file_name": "a.png", "text": 7}', "line 2 has the caption 7"),
+        ('{"file_name": "a.png", "text": ["a"]}', "line 2 has the caption"),
+        ('{"file_name": "a.png"}', "line 2 has the columns file_name"),
+    ],
+)
+def test_a_bad_metadata_line_is_refused_by_number(tmp_path, line, said):
+    write_folder(tmp_path, {"x.png": RED})  # what ../x.png would reach
+    files = {"metadata.jsonl": json.dumps(GOOD) + "\n" + line, "a.png": RED}
+    folder = write_folder(tmp_path / "set", files)
+    with pytest.raises(Refusal, match=said) as refusal:
+        read_dataset(str(folder))
+    assert "metadata.jsonl" in str(refusal.value)
+
+
+def test_blank_lines_in_metadata_are_nothing(tmp_path):
+    files = {"metadata.jsonl": "\n" + json.dumps(GOOD) + "\r\n\n  \n", "a.png": RED}
+    assert len(read_dataset(str(write_folder(tmp_path, files)))) == 1
+
+
+def test_a_picture_without_a_metadata_line_is_refused(tmp_path):
+    files = {"metadata.jsonl": [GOOD], "a.png": RED, "sub/b.png": BLUE}
+    with pytest.raises(Refusal, match=r"1 pictures .*b\.png, have no line"):
+        read_dataset(str(write_folder(tmp_path, files)))
+
+
+def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_path):
+    rows = [{"file_name": "a.png", "text": "first"}, {"file_name": "a.png", "text": "second"}]
+    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
+    try:
+        captions = sorted(p.caption for p in read_dataset(str(folder)))
+    except Refusal as refusal:
+        assert "a.png" in str(refusal)
+    else:
+        assert captions == ["first", "second"]
+
+
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        ({"a.png": RED, "a.txt": "a", "b.png": BLUE}, r"1 pictures .*b\.png, stand alone"),
+        ({"a.png": RED, "a.txt": "a", "b.txt": "b"}, r"1 caption files .*b\.txt, stand alone"),
+        ({"x/a.png": RED, "y/a.txt": "a"}, r"1 pictures .*a\.png, stand alone"),
+    ],
+)
+def test_a_picture_or_a_caption_file_alone_is_refused(tmp_path, files, said):
+    with pytest.raises(Refusal, match=said):
+        read_dataset(str(write_folder(tmp_path, files)))
+
+
+def test_two_pictures_that_share_a_caption_file_are_never_reduced_to_one_in_silence(tmp_path):
+    folder = write_folder(tmp_path, {"a.png": RED, "a.jpg": BLUE, "a.txt": "a"})
+    try:
+        names = {p.name for p in read_dataset(str(folder))}
+    except Refusal as refusal:
+        assert "a.png" in str(refusal) or "a.jpg" in str(refusal)
+    else:
+        assert names == {"a.png", "a.jpg"}
+
+
+def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
+    bom = b"\xef\xbb\xbf"  # as Windows' editors write it
+    files = {"a.png": RED, "a.txt": bom + b"a red square"}
+    assert read_dataset(str(write_folder(tmp_path / "t", files)))[0].caption == "a red square"
+    files = {"a.png": RED, "metadata.jsonl": bom + json.dumps(GOOD).encode()}
+    assert read_dataset(str(write_folder(tmp_path / "m", files)))[0].caption == "a"
+
+
+@pytest.mark.parametrize("files", [{}, {"metadata.jsonl": ""}, {"notes.md": "nothing here"}])
+def test_an_empty_data_set_is_refused(tmp_path, files):
+    folder = write_folder(tmp_path, files)
+    with pytest.raises(Refusal, match="holds no pictures") as refusal:
+        read_dataset(str(folder))
+    assert str(folder) in str(refusal.value) and "--dataset-name" in str(refusal.value)
+
+
+@pytest.fixture
+def parquet(tmp_path, monkeypatch):
+    """Writes a folder of one parquet file; `datasets` caches inside tmp_path."""
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+
+    def write(folder: Path = tmp_path / "set", **columns) -> str:
+        kinds = {
+            name: datasets.Image() if isinstance(cells[0], dict) else None
+            for name, cells in columns.items()
+        }
+        table = datasets.Dataset.from_dict(columns)
+        for name, kind in kinds.items():
+            table = table.cast_column(name, kind) if kind else table
+        (folder / "data").mkdir(parents=True)
+        table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        return str(folder)
+
+    return write
+
+
+def cell(content: bytes | None) -> dict:
+    return {"bytes": content, "path": None}
+
+
+def test_a_parquet_folder_is_read_with_its_columns_found(parquet):
+    name = parquet(image=[cell(RED), cell(BLUE)], text=["red", None])
+    pictures = read_dataset(name)
+    assert [(p.caption, p.digest) for p in pictures] == [("red", digest(RED)), ("", digest(BLUE))]
+    assert [p.read() for p in pictures] == [RED, BLUE]
+    assert len({p.name for p in pictures}) == 2 and all("row" in p.name for p in pictures)
+
+
+def test_a_parquet_folders_columns_can_be_named(parquet):
+    name = parquet(
+        first=[cell(BLUE), cell(BLUE)],
+        second=[cell(RED), cell(RED)],
+        text=["no", "no"],
+        title=["yes", "yes"],
+    )
+    pictures = read_dataset(name, "second", "title")
+    assert [p.read() for p in pictures] == [RED, RED]
+    assert [p.caption for p in pictures] == ["yes", "yes"]
+    assert [p.read() for p in read_dataset(name, caption_column="title")] == [BLUE, BLUE]
+
+
+@pytest.mark.parametrize(
+    ("image", "caption", "said"),
+    [
+        ("", "label", r"image, title.*expected label.*--caption-column"),
+        ("", "", r"image, title.*expected text or caption or prompt.*--caption-column"),
+        ("photo", "title", r"expected photo.*--image-column"),
+        ("title", "title", r"expected title.*--image-column"),
+    ],
+)
+def test_a_wrong_column_of_a_parquet_folder_is_refused(parquet, image, caption, said):
+    name = parquet(image=[cell(RED)], title=["red"])
+    with pytest.raises(Refusal, match=said):
+        read_dataset(name, image, caption)
+
+
+def test_a_parquet_folder_without_a_picture_column_is_refused(parquet):
+    name = parquet(text=["red"], number=[1])
+    with pytest.raises(Refusal, match=r"expected a column of pictures.*--image-column"):
+        read_dataset(name)
+
+
+def test_a_parquet_caption_that_is_no_text_is_refused(parquet, tmp_path):
+    for i, captions in enumerate([[1, 2], [["a"], ["b", "c"]]]):
+        name = parquet(tmp_path / f"set{i}", image=[cell(RED), cell(BLUE)], text=captions)
+        with pytest.raises(Refusal, match="text"):
+            read_dataset(name)
+
+
+@pytest.mark.parametrize("bad", [None, cell(None), cell(b"")], ids=["none", "nothing", "empty"])
+def test_a_parquet_row_without_a_picture_is_refused_by_its_number(parquet, bad):
+    name = parquet(image=[cell(RED), bad, cell(BLUE)], text=["a", "b", "c"])
+    with pytest.raises(Refusal, match="row 1"):
+        data.check_pictures(read_dataset(name))
+
+
+def test_a_parquet_folder_below_the_home_folder_may_be_written_with_a_tilde(
+    parquet, monkeypatch, tmp_path
+):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    parquet(image=[cell(RED)], text=["red"])
+    assert read_dataset("~/set")[0].read() == RED
+
+
+@pytest.mark.parametrize("name", ["nowhere", "./no/such/folder", "someone/pictures"])
+def test_a_data_set_that_is_neither_folder_nor_reachable_is_one_refusal(
+    monkeypatch, tmp_path, name
+):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    with pytest.raises(Refusal, match=name) as refusal:
+        read_dataset(name)
+    assert "--dataset-name FOLDER" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+# ---- decoding ------------------------------------------------------------------------------------
+
+STORED = {  # EXIF orientation: how the file holds an upright picture (TIFF 6.0, tag 274)
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,  # the camera was turned: shown turned clockwise
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", STORED)
+def test_a_picture_is_turned_upright_and_its_size_is_the_upright_one(orientation):
+    upright, how = noisy(60, 40), STORED[orientation]
+    stored = upright if how is None else upright.transpose(how)
+    exif = Image.Exif()
+    exif[274] = orientation
+    turned = picture(encoded(stored, exif=exif))
+    assert np.array_equal(np.asarray(data.decode(turned)), np.asarray(upright))
+    _, time_ids = data.prepare(turned, 40, False, 0, False)
+    assert time_ids.tolist() == [40, 60, 0, 10, 40, 40]
+
+
+def test_jpegs_are_turned_too():
+    exif = Image.Exif()
+    exif[274] = 6
+    turned = picture(encoded(noisy(60, 40), "JPEG", exif=exif), "a.jpg")
+    assert data.decode(turned).size == (40, 60)
+
+
+def with_palette(transparency: int | bytes) -> bytes:
+    """Left half palette colour 0 (blue), right half 1 (red)."""
+    image = Image.fromarray(np.repeat([[0] * 4 + [1] * 4], 8, axis=0).astype(np.uint8), "P")
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    return encoded(image, transparency=transparency)
+
+
+def left_and_right(content: bytes) -> tuple[tuple, tuple]:
+    image = data.decode(picture(content))
+    assert image.mode == "RGB"
+    return image.getpixel((1, 4)), image.getpixel((6, 4))
+
+
+def test_transparency_becomes_white():
+    half = (255, 127, 127)  # half red on white
+    white, red = (255, 255, 255), (255, 0, 0)
+    rgba = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    rgba.paste((0, 0, 255, 0), (0, 0, 4, 8))  # blue, but not to be seen
+    assert left_and_right(encoded(rgba)) == (white, half)
+    grey = Image.new("LA", (8, 8), (0, 128))
+    grey.paste((0, 0), (0, 0, 4, 8))
+    assert left_and_right(encoded(grey)) == (white, (127, 127, 127))
+    assert left_and_right(with_palette(0)) == (white, red)
+    assert left_and_right(with_palette(bytes([0, 128]))) == (white, half)
+    key = Image.new("RGB", (8, 8), "red")
+    key.paste((0, 0, 255), (0, 0, 4, 8))
+    assert left_and_right(encoded(key, transparency=(0, 0, 255))) == (white, red)
+    assert left_and_right(encoded(rgba, "WEBP", lossless=True, exact=True)) == (white, half)
+
+
+def test_cmyk_becomes_rgb():
+    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
+    assert left_and_right(encoded(red, "TIFF"))[0] == (255, 0, 0)
+    r, g, b = left_and_right(encoded(red, "JPEG", quality=95))[0]
+    assert r > 245 and g < 10 and b < 10
+
+
+@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+def test_16_bit_grey_keeps_its_range(kind):
+    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
+    image = data.decode(picture(encoded(Image.fromarray(grey * 257), kind)))
+    assert np.array_equal(np.asarray(image), np.repeat(grey[..., None], 3, axis=2))
+
+
+def test_one_bit_and_eight_bit_grey():
+    bits = Image.new("1", (8, 8), 1)
+    bits.paste(0, (0, 0, 4, 8))
+    assert left_and_right(encoded(bits)) == ((0, 0, 0), (255, 255, 255))
+    grey = Image.new("L", (8, 8), 77)
+    assert left_and_right(encoded(grey)) == ((77, 77, 77), (77, 77, 77))
+
+
+def test_of_an_animation_the_first_picture_is_taken():
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
+    for kind in ("GIF", "PNG", "WEBP"):
+        more = {"lossless": True} if kind == "WEBP" else {}
+        animation = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **more)
+        assert Image.open(io.BytesIO(animation)).n_frames == 3
+        assert left_and_right(animation)[0] == (255, 0, 0), kind
+
+
+PNG = encoded(noisy(64, 64))
+JPEG = encoded(noisy(64, 64), "JPEG")
+DAMAGED = {
+    "zero bytes": b"",
+    "garbage": bytes(range(256)) * 20,
+    "text": b"<html>404 Not Found</html>",
+    "truncated png": PNG[: len(PNG) // 2],
+    "truncated jpeg": JPEG[: len(JPEG) // 2],
+    "only a header": PNG[:33],
+    "damaged png": PNG[: len(PNG) // 2] + bytes(100) + PNG[len(PNG) // 2 + 100 :],
+}
+
+
+@pytest.mark.parametrize("how", DAMAGED)
+def test_a_damaged_picture_is_refused_by_name(how):
+    with pytest.raises(Refusal, match=r"picture sub/cat\.png cannot be read"):
+        data.decode(picture(DAMAGED[how], "sub/cat.png"))
+
+
+def test_a_picture_that_vanished_is_refused_by_name(tmp_path):
+    folder = write_folder(tmp_path, {"a.png": RED, "a.txt": "a"})
+    (gone,) = read_dataset(str(folder))
+    (folder / "a.png").unlink()
+    with pytest.raises(Refusal, match=r"picture a\.png cannot be read"):
+        data.decode(gone)
+
+
+@pytest.mark.parametrize("side", [33, 60])  # Pillow warns above the limit, and raises above twice
+def test_a_decompression_bomb_is_refused(monkeypatch, side):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    assert data.decode(picture(noisy(31, 31))).size == (31, 31)
+    with pytest.raises(Refusal, match=r"picture bomb\.png cannot be read \(Decompression"):
+        data.decode(picture(noisy(side, side), "bomb.png"))
+
+
+@pytest.mark.parametrize("size", [(1, 21), (21, 1), (5000, 3)])
+def test_an_absurd_aspect_ratio_is_refused(size):
+    with pytest.raises(Refusal, match=rf"strip\.png cannot be read.*{size[0]} x {size[1]}"):
+        data.prepare(picture(noisy(*size), "strip.png"), 64, False, 0, False)
+    assert data.decode(picture(noisy(20, 1))).size == (20, 1)
+
+
+def test_all_damaged_pictures_are_named_at_once():
+    pictures = [picture(PNG, f"good{i}.png") for i in range(3)]
+    data.check_pictures(pictures)
+    pictures[1:1] = [picture(b"", "bad1.png"), picture(PNG[:200], "bad2.png")]
+    with pytest.raises(Refusal) as refusal:
+        data.check_pictures(pictures)
+    said = str(refusal.value)
+    assert "bad1.png" in said and "bad2.png" in said and "good" not in said
+    assert said.count("What to do") == 1
+    many = [picture(b"", f"bad{i}.png") for i in range(25)]
+    with pytest.raises(Refusal, match=r"bad0\.png.*and 15 more"):
+        data.check_pictures(many)
+    with pytest.raises(Refusal, match=r"^picture bad1\.png cannot be read"):
+        data.check_pictures([picture(PNG), picture(b"", "bad1.png")])
+
+
+# ---- one view ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("size", "resolution", "flip", "time_ids"),
+    [  # width x height; time ids: original height, width, crop top, left, target height, width
+        ((300, 200), 100, False, [200, 300, 0, 25, 100, 100]),  # resized to 150 x 100
+        ((300, 200), 100, True, [200, 300, 0, 25, 100, 100]),
+        ((200, 300), 100, False, [300, 200, 25, 0, 100, 100]),
+        ((200, 300), 100, True, [300, 200, 25, 0, 100, 100]),
+        ((200, 200), 64, False, [200, 200, 0, 0, 64, 64]),
+        ((200, 200), 64, True, [200, 200, 0, 0, 64, 64]),
+        ((303, 200), 100, False, [200, 303, 0, 25, 100, 100]),  # to 151 x 100: 51 to spare
+        ((303, 200), 100, True, [200, 303, 0, 26, 100, 100]),  # 25 on the left were 26 on the right
+        ((200, 303), 100, False, [303, 200, 25, 0, 100, 100]),
+        ((200, 303), 100, True, [303, 200, 25, 0, 100, 100]),  # a flip moves nothing up or down
+        ((101, 67), 64, False, [67, 101, 0, 16, 64, 64]),  # to 96 x 64
+        ((50, 75), 100, False, [75, 50, 25, 0, 100, 100]),  # to 100 x 150
+        ((64, 64), 64, False, [64, 64, 0, 0, 64, 64]),
+        ((65, 64), 64, False, [64, 65, 0, 0, 64, 64]),
+        ((65, 64), 64, True, [64, 65, 0, 1, 64, 64]),
+    ],
+)
+def test_time_ids_by_hand(size, resolution, flip, time_ids):
+    pixels, ids = data.prepare(picture(noisy(*size)), resolution, False, 0, flip)
+    assert ids.tolist() == time_ids and ids.dtype == torch.float32
+    assert pixels.shape == (3, resolution, resolution) and pixels.dtype == torch.float32
+
+
+SIZES = [(303, 200), (200, 303), (151, 100), (97, 64), (64, 64), (300, 65)]
+
+
+def resized(image: Image.Image, resolution: int) -> Image.Image:
+    """The short side to `resolution`, by Pillow alone."""
+    width, height = image.size
+    short = min(width, height)
+    return image.resize(
+        (int(resolution * width / short), int(resolution * height / short)),
+        Image.Resampling.LANCZOS,
+    )
+
+
+def cut(image: Image.Image, time_ids: torch.Tensor, side: int) -> np.ndarray:
+    """The square whose corner the time ids tell."""
+    top, left = (int(number) for number in time_ids[2:4])
+    assert 0 <= top <= image.height - side and 0 <= left <= image.width - side
+    return np.asarray(image.crop((left, top, left + side, top + side)))
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_pixels_are_pillows_lanczos_cut_where_the_time_ids_say(size, random_crop):
+    image = noisy(*size)
+    pixels, time_ids = data.prepare(picture(image), 64, random_crop, 5, False)
+    assert np.array_equal(whole_numbers(pixels), cut(resized(image, 64), time_ids, 64))
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize("size", SIZES)
+def test_the_flipped_view_is_cut_from_the_mirrored_picture_where_its_time_ids_say(
+    size, random_crop
+):
+    image = noisy(*size)
+    pixels, time_ids = data.prepare(picture(image), 64, random_crop, 5, True)
+    mirrored = ImageOps.mirror(resized(image, 64))
+    assert np.array_equal(whole_numbers(pixels), cut(mirrored, time_ids, 64))
+    unflipped, _ = data.prepare(picture(image), 64, random_crop, 5, False)
+    assert torch.equal(pixels, unflipped.flip(-1))  # and shows the very same part of it
+
+
+def test_pixels_range_from_minus_one_to_one():
+    image = Image.new("RGB", (64, 64), "black")
+    image.paste("white", (0, 0, 32, 64))
+    pixels, _ = data.prepare(picture(image), 64, False, 0, False)
+    assert pixels.min() == -1 and pixels.max() == 1
+    assert (pixels[:, :, :32] == 1).all() and (pixels[:, :, 32:] == -1).all()
+    colour, _ = data.prepare(picture(Image.new("RGB", (9, 9), (255, 0, 51))), 8, False, 0, False)
+    torch.testing.assert_close(colour[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
+
+
+def crop_of(image: Image.Image, seed: int, resolution: int = 64) -> tuple:
+    _, ids = data.prepare(picture(image), resolution, True, seed, False)
+    return tuple(ids[2:4].tolist())
+
+
+def test_a_random_crop_is_drawn_once_from_seed_and_picture():
+    wide = [noisy(96, 64, i) for i in range(60)]
+    lefts = [crop_of(image, 1)[1] for image in wide]
+    assert lefts == [crop_of(image, 1)[1] for image in wide]  # not from when or how often
+    assert lefts != [crop_of(image, 2)[1] for image in wide]
+    assert min(lefts) < 4 and max(lefts) > 28 and len(set(lefts)) > 20  # all of 0 to 32
+    assert {crop_of(image, 1)[0] for image in wide} == {0}
+    assert len({crop_of(wide[0], seed) for seed in range(60)}) > 20
+    one_to_spare = {crop_of(noisy(65, 64, i), 0)[1] for i in range(20)}
+    assert one_to_spare == {0, 1}  # both ends are reached
+
+
+# ---- encoded once --------------------------------------------------------------------------------
+
+
+@functools.cache
+def encoders() -> tuple:
+    return model.load_vae(str(POCKET), CPU), model.load_text_encoders(str(POCKET), CPU)
+
+
+@functools.cache
+def ink(count: int = 20) -> list[Picture]:
+    """Ink drawings cut to many sizes, two with one caption and one with none."""
+    pictures = read_dataset(str(INK))[:count]
+    cuts = []
+    for i, drawing in enumerate(pictures):
+        image, less = Image.open(io.BytesIO(drawing.read())).convert("RGB"), 3 * i % 50
+        size = (128 - less, 128) if i % 2 else (128, 128 - less)
+        content = encoded(image.crop((0, 0, *size)))
+        caption = {3: "", 5: pictures[4].caption}.get(i, drawing.caption)
+        cuts.append(Picture(drawing.name, caption, digest(content), lambda c=content: c))
+    return cuts
+
+
+class Counting(data.Encoder):
+    """An Encoder that notes what it was asked for."""
+
+    def __init__(self, pictures=None, resolution=64, random_crop=False, seed=0):
+        vae, text = encoders()
+        pictures = ink() if pictures is None else pictures
+        super().__init__(pictures, lambda: vae, lambda: text, resolution, random_crop, seed)
+        self.latents, self.prompts = [], []
+
+    def latent(self, index, flip):
+        self.latents.append(index)
+        return super().latent(index, flip)
+
+    def prompt(self, index):
+        self.prompts.append(index)
+        return super().prompt(index)
+
+
+PRINTS = {"vae": "v", "text": "t"}
+
+
+def fill(
+    folder: Path, encoder: data.Encoder, flip=False, dtype=torch.float32, prints=PRINTS
+) -> data.Cache:
+    return data.fill_cache(folder, encoder, flip, dtype, prints)
+
+
+def examples_of(source, count=20, seed=3, flip=False, dropout=0.0, offset=0.0) -> data.Examples:
+    names = [str(i) for i in range(count)]
+    return data.Examples(source, names, seed, flip, dropout, offset, 1000, (4, 8, 8))
+
+
+@pytest.mark.parametrize("random_crop", [False, True])
+@pytest.mark.parametrize("random_flip", [False, True])
+def test_cached_equals_uncached_to_the_bit(tmp_path, random_flip, random_crop):
+    encoder = Counting(random_crop=random_crop)
+    cache = fill(tmp_path, encoder, random_flip)
+    batches = [
+        examples_of(source, flip=random_flip, dropout=0.3, offset=0.1).batch(range(30), CPU)
+        for source in (Counting(random_crop=random_crop), cache)
+    ]
+    shapes = {key: tuple(value.shape) for key, value in batches[0].items()}
+    latent = (30, 4, 8, 8)
+    assert shapes == {
+        **dict.fromkeys(("mean", "std", "eps", "noise"), latent),
+        "t": (30,),
+        "context": (30, 32, 224),
+        "pooled": (30, 128),
+        "time_ids": (30, 6),
+    }
+    unequal = [key for key in shapes if not torch.equal(batches[0][key], batches[1][key])]
+    assert not unequal
+    assert {value.dtype for key, value in batches[1].items() if key != "t"} == {torch.float32}
+
+
+def test_both_views_are_cached_and_differ(tmp_path):
+    cache, encoder = fill(tmp_path, Counting(random_crop=True), flip=True), Counting()
+    encoder.crop = (64, True, 0)
+    for index in range(20):
+        for flip in (False, True):
+            for got, want in zip(
+                cache.latent(index, flip), encoder.latent(index, flip), strict=True
+            ):
+                assert torch.equal(got, want)
+        assert not torch.equal(cache.latent(index, False)[0], cache.latent(index, True)[0])
+
+
+def test_contexts_are_kept_in_the_unets_dtype_and_latents_in_fp32(tmp_path):
+    cache, encoder = fill(tmp_path, Counting(), dtype=torch.bfloat16), Counting()
+    for index in (0, 3, 20):
+        for got, want in zip(cache.prompt(index), encoder.prompt(index), strict=True):
+            assert torch.equal(got, want.bfloat16()) and got.dtype == torch.bfloat16
+    assert {part.dtype for part in cache.latent(0, False)} == {torch.float32}
+
+
+def test_an_empty_caption_is_the_unconditional_embedding(tmp_path):
+    cache = fill(tmp_path, Counting())
+    context, pooled = model.encode_unconditional(encoders()[1])
+    for index in (3, 20):  # the picture without caption, and what dropout uses
+        assert torch.equal(cache.prompt(index)[0], context[0])
+        assert torch.equal(cache.prompt(index)[1], pooled[0])
+    assert not torch.equal(cache.prompt(0)[0], context[0])
+    assert torch.equal(cache.prompt(4)[0], cache.prompt(5)[0])
+
+
+def test_a_second_run_encodes_nothing_and_loads_no_encoder(tmp_path):
+    first = fill(tmp_path, Counting(), flip=True)
+
+    def load():
+        raise AssertionError("an encoder was loaded")
+
+    again = data.Encoder(ink(), load, load, 64, False, 0)
+    second = fill(tmp_path, again, flip=True)
+    assert (second.latents, second.prompts) == (first.latents, first.prompts)
+    assert torch.equal(second.latent(7, True)[0], first.latent(7, True)[0])
+
+
+def test_encoders_are_freed_when_they_are_done(tmp_path):
+    encoder = Counting()
+    fill(tmp_path, encoder)
+    assert "vae" not in encoder.__dict__ and "text" not in encoder.__dict__
+
+
+BLOCK0, ALL = list(range(16)), list(range(20))
+
+
+def changed(pictures: list[Picture], index: int, **change) -> list[Picture]:
+    pictures = list(pictures)
+    pictures[index] = dataclasses.replace(pictures[index], **change)
+    return pictures
+
+
+def other_content() -> dict:
+    content = encoded(noisy(80, 70))
+    return {"digest": digest(content), "read": lambda: content}
+
+
+@pytest.mark.parametrize(
+    ("options", "fill_options", "latents", "prompts"),
+    [
+        ({}, {}, [], []),
+        ({"pictures": lambda: changed(ink(), 2, caption="other")}, {}, [], BLOCK0),
+        ({"pictures": lambda: changed(ink(), 17, caption="other")}, {}, [], [16, 17, 18, 19, 20]),
+        ({"pictures": lambda: changed(ink(), 2, **other_content())}, {}, BLOCK0, []),
+        ({"pictures": lambda: changed(ink(), 2, name="renamed.png")}, {}, [], []),
+        ({"resolution": 72}, {}, ALL, []),
+        ({"seed": 1}, {}, [], []),  # a centre crop knows no seed
+        ({}, {"dtype": torch.float16}, [], [*ALL, 20]),
+        ({}, {"prints": {"vae": "other", "text": "t"}}, ALL, []),
+        ({}, {"prints": {"vae": "v", "text": "other"}}, [], [*ALL, 20]),
+        ({"random_crop": True}, {}, ALL, []),
+    ],
+    ids=(
+        "nothing caption last-caption picture name resolution seed dtype vae text random-crop"
+    ).split(),
+)
+def test_what_changed_is_encoded_again_and_nothing_else(
+    tmp_path, options, fill_options, latents, prompts
+):
+    """By blocks of 16, since a block is one file; row 20 is the unconditional embedding."""
+    fill(tmp_path, Counting())
+    options = {k: value() if callable(value) else value for k, value in options.items()}
+    encoder = Counting(**options)
+    cache = fill(tmp_path, encoder, **fill_options)
+    assert (encoder.latents, encoder.prompts) == (latents, prompts)
+    want = Counting(**options)
+    for index in (2, 17):
+        assert torch.equal(cache.latent(index, False)[0], want.latent(index, False)[0])
+        dtype = fill_options.get("dtype", torch.float32)
+        assert torch.equal(cache.prompt(index)[0], want.prompt(index)[0].to(dtype))
+
+
+def test_another_seed_is_another_random_crop(tmp_path):
+    fill(tmp_path, Counting(random_crop=True, seed=1))
+    encoder = Counting(random_crop=True, seed=2)
+    cache = fill(tmp_path, encoder)
+    assert (encoder.latents, encoder.prompts) == (ALL, [])
+    want = Counting(random_crop=True, seed=2).latent(1, False)
+    assert all(torch.equal(a, b) for a, b in zip(cache.latent(1, False), want, strict=True))
+
+
+def test_the_flip_is_part_of_what_is_encoded(tmp_path):
+    fill(tmp_path, Counting())
+    encoder = Counting()
+    cache = fill(tmp_path, encoder, flip=True)
+    assert len(encoder.latents) == 40 and encoder.prompts == []
+    assert torch.equal(cache.latent(1, True)[0], Counting().latent(1, True)[0])
+
+
+def test_a_new_picture_at_the_end_costs_its_own_block(tmp_path):
+    fill(tmp_path, Counting(ink()[:19]))
+    encoder = Counting(ink())
+    fill(tmp_path, encoder)
+    assert encoder.latents == [16, 17, 18, 19] and encoder.prompts == [16, 17, 18, 19, 20]
+
+
+def row(i: int) -> dict[str, torch.Tensor]:
+    return {"mean": torch.full((2, 3), float(i)), "time_ids": torch.tensor([i])}
+
+
+KEYS = [f"key {i}" for i in range(40)]
+
+
+def files_in(folder: Path) -> set[str]:
+    return {p.name for p in folder.iterdir()} if folder.exists() else set()
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, Refusal("a", "b", "c"), MemoryError])
+def test_an_interrupted_fill_leaves_whole_blocks_and_is_continued(tmp_path, error):
+    whole = data.fill(tmp_path / "whole", "latent", KEYS, row)
+    done = []
+
+    def encode(i):
+        if i == 20:
+            raise error
+        done.append(i)
+        return row(i)
+
+    folder = tmp_path / "cut"
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        data.fill(folder, "latent", KEYS, encode)
+    assert files_in(folder) == {whole[0].name} and done == list(range(20))
+    done.clear()
+    rest = data.fill(folder, "latent", KEYS, lambda i: done.append(i) or row(i))
+    assert done == list(range(16, 40))
+    assert [p.read_bytes() for p in rest] == [p.read_bytes() for p in whole]
+    assert files_in(folder) == {p.name for p in whole}
+
+
+def test_a_filled_block_is_not_encoded_again(tmp_path):
+    def encode(i):
+        raise AssertionError(f"row {i} was encoded")
+
+    files = data.fill(tmp_path, "latent", KEYS, row)
+    assert data.fill(tmp_path, "latent", KEYS, encode) == files and len(files) == 3
+    with pytest.raises(AssertionError, match="row 0"):
+        data.fill(tmp_path, "prompt", KEYS, encode)  # another kind is another file
+
+
+@pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 33])
+def test_rows_come_back_by_their_index_whatever_their_number(tmp_path, count):
+    cache = data.Cache(data.fill(tmp_path, "latent", KEYS[:count], row), [])
+    assert [int(cache.row(cache.latents, i, "time_ids")) for i in range(count)] == list(
+        range(count)
+    )
+
+
+def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
+    dead = tmp_path / f".latent-abc.safetensors.{2**30}.part"
+    alive = tmp_path / f".latent-abc.safetensors.{os.getppid()}.part"
+    for path in (dead, alive):
+        path.write_bytes(b"half")
+    data.fill(tmp_path, "latent", KEYS[:3], row)
+    assert not dead.exists() and alive.exists()
+
+
+@pytest.mark.parametrize("size", [0, 5, 100, -1])
+def test_a_cache_file_cut_short_is_refused_by_name(tmp_path, size):
+    cache = fill(tmp_path, Counting())
+    file = cache.latents[1]
+    os.truncate(file, size if size >= 0 else file.stat().st_size + size)
+    cache.latent(0, False)
+    with pytest.raises(Refusal, match=file.name) as refusal:
+        cache.latent(18, False)
+    assert "delete it" in str(refusal.value)
+    file.unlink()  # as told
+    encoder = Counting()
+    assert torch.equal(
+        fill(tmp_path, encoder).latent(18, False)[0], Counting().latent(18, False)[0]
+    )
+    assert encoder.latents == [16, 17, 18, 19]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("where", ["mean", "std"])
+def test_latents_that_are_not_finite_stop_with_the_pictures_name(tmp_path, value, where):
+    good = torch.ones(1, 4, 8, 8)
+    bad = good.clone()
+    bad[0, 1, 2, 3] = value
+    calls = []
+
+    def encode(pixels):
+        calls.append(pixels)
+        parts = {"mean": good, "std": good}
+        if len(calls) == 18:
+            parts[where] = bad
+        return SimpleNamespace(latent_dist=SimpleNamespace(**parts))
+
+    vae = SimpleNamespace(device=CPU, encode=encode)
+    encoder = data.Encoder(ink(), lambda: vae, lambda: encoders()[1], 64, False, 0)
+    with pytest.raises(Refusal, match=f"picture {ink()[17].name}"):
+        fill(tmp_path, encoder)
+    assert len([name for name in files_in(tmp_path) if name.startswith("latent")]) == 1
+
+
+@pytest.mark.parametrize("part", [0, 1])
+def test_embeddings_that_are_not_finite_stop_with_the_caption(tmp_path, monkeypatch, part):
+    def encode_prompts(prompts, text):
+        embeddings = torch.zeros(1, 32, 224), torch.zeros(1, 128)
+        if prompts == [ink()[2].caption]:
+            embeddings[part][0, 0] = float("nan")
+        return embeddings
+
+    monkeypatch.setattr(model, "encode_prompts", encode_prompts)
+    with pytest.raises(Refusal, match=ink()[2].caption):
+        fill(tmp_path, Counting())
+    assert files_in(tmp_path) == set()
+
+
+def test_a_damaged_picture_stops_the_fill_by_name_and_keeps_what_is_encoded(tmp_path):
+    pictures = changed(ink(), 18, digest="0" * 32, read=lambda: b"")
+    with pytest.raises(Refusal, match=f"picture {ink()[18].name} cannot be read"):
+        fill(tmp_path, Counting(pictures))
+    encoder = Counting()
+    fill(tmp_path, encoder)
+    assert encoder.latents == [16, 17, 18, 19] and encoder.prompts == []
+
+
+def pocket_config(folder: Path, **change):
+    return dataclasses.replace(
+        RECIPES["pocket"][1],
+        pretrained_model_name_or_path=str(POCKET),
+        cache_dir=str(folder / "cache"),
+        resolution=64,
+        **change,
+    )
+
+
+def test_models_that_differ_in_their_unconditional_embedding_do_not_share_it(tmp_path):
+    """force_zeros_for_empty_prompt stands in model_index.json, outside the encoders' folders."""
+    other = tmp_path / "model"
+    other.mkdir()
+    for part in hub.PARTS:
+        (other / part).symlink_to(POCKET / part)
+    index = json.loads((POCKET / "model_index.json").read_text())
+    index["force_zeros_for_empty_prompt"] = False
+    (other / "model_index.json").write_text(json.dumps(index))
+    for name in (str(POCKET), str(other)):
+        config = pocket_config(tmp_path)
+        config = dataclasses.replace(config, pretrained_model_name_or_path=name)
+        examples = loop.prepare(config, CPU, torch.float32, ink()[:3], 1000)
+        want, _ = model.encode_unconditional(model.load_text_encoders(name, CPU))
+        assert torch.equal(examples.source.prompt(3)[0], want[0]), name
+
+
+@pytest.mark.parametrize("cache", [True, False])
+def test_a_run_names_all_damaged_pictures_before_it_encodes(tmp_path, cache):
+    pictures = changed(ink()[:4], 1, name="bad1.png", digest="0" * 32, read=lambda: b"")
+    pictures = changed(pictures, 2, name="bad2.png", digest="1" * 32, read=lambda: PNG[:99])
+    config = pocket_config(tmp_path, cache=cache)
+    with pytest.raises(Refusal, match=r"bad1\.png.*bad2\.png"):
+        loop.prepare(config, CPU, torch.float32, pictures, 1000)
+
+
+# ---- what example i of the run is ----------------------------------------------------------------
+
+
+def same(a: data.Example, b: data.Example, but: tuple[str, ...] = ()) -> bool:
+    fields = [f.name for f in dataclasses.fields(a) if f.name not in but]
+    return all(
+        torch.equal(torch.as_tensor(getattr(a, name)), torch.as_tensor(getattr(b, name)))
+        for name in fields
+    )
+
+
+EVERYTHING = {"flip": True, "dropout": 0.5, "offset": 0.1}
+
+
+def test_an_example_is_a_function_of_seed_and_number_alone():
+    in_order, at_random = (examples_of(None, **EVERYTHING) for _ in range(2))
+    wanted = [in_order.example(i) for i in range(100)]
+    numbers = list(range(100)) * 2
+    random.Random(0).shuffle(numbers)
+    assert all(same(at_random.example(i), wanted[i]) for i in numbers)
+    other = examples_of(None, seed=4, **EVERYTHING)
+    assert not any(same(other.example(i), wanted[i]) for i in range(100))
+    assert len({(e.t, float(e.eps[0, 0, 0]), float(e.noise[0, 0, 0])) for e in wanted}) == 100
+
+
+def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own():
+    examples = examples_of(None)
+    epochs = [[examples.example(20 * e + i).picture for i in range(20)] for e in range(5)]
+    assert all(sorted(epoch) == ALL for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 5
+    other = examples_of(None, seed=4)
+    assert [other.example(i).picture for i in range(20)] not in epochs
+
+
+@pytest.mark.parametrize(
+    ("switched", "may_differ"),
+    [
+        ({"flip": True}, ("flip",)),
+        ({"dropout": 0.5}, ("drop_caption",)),
+        ({"offset": 0.1}, ("noise",)),
+        ({"flip": True, "dropout": 1.0, "offset": 0.3}, ("flip", "drop_caption", "noise")),
+    ],
+)
+def test_switching_one_thing_on_leaves_all_else_as_it_is(switched, may_differ):
+    plain, other = examples_of(None), examples_of(None, **switched)
+    pairs = [(plain.example(i), other.example(i)) for i in range(60)]
+    assert all(same(a, b, but=may_differ) for a, b in pairs)
+    assert not all(same(a, b) for a, b in pairs)
+
+
+def test_more_dropout_drops_what_less_dropped_and_more():
+    few, many = examples_of(None, dropout=0.2), examples_of(None, dropout=0.6)
+    dropped = [
+        {i for i in range(400) if e.example(i).drop_caption} for e in (examples_of(None), few, many)
+    ]
+    assert dropped[0] == set() < dropped[1] < dropped[2]
+
+
+def test_what_is_drawn_has_the_distribution_that_the_method_asks_for():
+    names = [str(i) for i in range(20)]
+    examples = data.Examples(None, names, 0, True, 0.3, 0.0, 1000, (1, 1, 2))
+    drawn = [examples.example(i) for i in range(20000)]
+    t = torch.tensor([e.t for e in drawn]).double()
+    assert t.min() == 0 and t.max() == 999
+    assert abs(t.mean() - 499.5) < 4 * 288.7 / 20000**0.5
+    flips, drops = (
+        torch.tensor([getattr(e, name) for e in drawn]).double() for name in ("flip", "drop_caption")
+    )
+    assert abs(flips.mean() - 0.5) < 4 * 0.5 / 20000**0.5
+    assert abs(drops.mean() - 0.3) < 4 * 0.46 / 20000**0.5
+    table = torch.stack([torch.stack([e.eps, e.noise]).flatten() for e in drawn]).double()
+    table = torch.cat([table, t[:, None], flips[:, None], drops[:, None]], dim=1)
+    assert table[:, :4].mean(0).abs().max() < 4 / 20000**0.5
+    assert (table[:, :4].std(0) - 1).abs().max() < 0.03
+    correlation = torch.corrcoef(table.T) - torch.eye(7)
+    assert correlation.abs().max() < 4.5 / 20000**0.5  # all independent of each other
+
+
+def test_streams_of_different_purposes_never_coincide(monkeypatch):
+    """numpy's SeedSequence takes [a, b, 0] for [a, b]: a purpose of 0 would be no purpose."""
+    keys, default_rng = [], np.random.default_rng
+
+    def noted(key):
+        keys.append(tuple(key))
+        return default_rng(key)
+
+    monkeypatch.setattr(np.random, "default_rng", noted)
+    image = encoded(Image.new("RGB", (10, 9)))
+    for seed in (0, 1, 2, 2**32 - 1):
+        examples = examples_of(None, count=1, seed=seed)  # one picture: every example an epoch
+        for i in range(40):
+            examples.example(i)
+            chosen = Picture("a", "a", f"{i:08x}{'0' * 24}", lambda: image)
+            data.prepare(chosen, 8, True, seed, False)
+    states = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
+    assert len(keys) == 4 * 3 * 40 and len(set(states)) == len(states)
+
+
+def test_caption_dropout_one_trains_the_unconditional_embedding_only():
+    batch = examples_of(Counting(), dropout=1.0).batch(range(20), CPU)
+    context, pooled = model.encode_unconditional(encoders()[1])
+    assert torch.equal(batch["context"], context.expand(20, -1, -1))
+    assert torch.equal(batch["pooled"], pooled.expand(20, -1))
+    encoder = Counting()
+    examples_of(encoder, dropout=0.0).batch(range(20), CPU)
+    assert sorted(encoder.prompts) == ALL
+
+
+def test_noise_offset_shifts_each_channels_mean_and_nothing_else():
+    plain, shifted = examples_of(None), examples_of(None, offset=0.1)
+    twice = examples_of(None, offset=0.2)
+    shifts = []
+    for i in range(300):
+        noise = plain.example(i).noise
+        difference = shifted.example(i).noise - noise  # (C, H, W)
+        shift = difference.mean(dim=(1, 2))
+        assert (difference - shift[:, None, None]).abs().max() < 1e-6
+        doubled = (twice.example(i).noise - noise).mean(dim=(1, 2))
+        torch.testing.assert_close(doubled, 2 * shift, atol=1e-6, rtol=0)
+        shifts.append(shift)
+    shifts = torch.stack(shifts)  # (300, C)
+    assert abs(shifts.std() - 0.1) < 0.01 and shifts.mean().abs() < 0.01
+    assert (torch.corrcoef(shifts.T) - torch.eye(4)).abs().max() < 0.25
+
+
+def test_a_batch_is_its_examples_however_they_are_cut_up():
+    examples = examples_of(Counting(), **EVERYTHING)
+    together = examples.batch(range(17, 25), CPU)
+    for cuts in ([17, 25], [17, 18, 21, 25], list(range(17, 26))):
+        parts = [
+            examples.batch(range(a, b), CPU) for a, b in zip(cuts, cuts[1:], strict=False)
+        ]
+        for key, value in together.items():
+            assert torch.equal(torch.cat([part[key] for part in parts]), value), key
+
+
+def test_a_batch_holds_what_its_examples_say():
+    encoder = Counting()
+    examples = examples_of(encoder, **EVERYTHING)
+    batch = examples.batch(range(12), CPU)
+    for i in range(12):
+        e = examples.example(i)
+        mean, std, time_ids = encoder.latent(e.picture, e.flip)
+        context, pooled = encoder.prompt(20 if e.drop_caption else e.picture)
+        want = {
+            "mean": mean, "std": std, "eps": e.eps, "noise": e.noise, "t": torch.tensor(e.t),
+            "context": context, "pooled": pooled, "time_ids": time_ids,
+        }  # fmt: skip
+        assert want.keys() == batch.keys()
+        assert all(torch.equal(batch[key][i], value) for key, value in want.items())
+    assert len({examples.example(i).flip for i in range(12)}) == 2
+
+
+def test_copied_pictures_are_two_examples_with_one_crop():
+    """A picture is told by its content: the same file twice is the same view twice."""
+    image = noisy(96, 64)
+    encoder = Counting([picture(image, "a.png"), picture(image, "b.png")], random_crop=True)
+    assert all(
+        torch.equal(a, b)
+        for a, b in zip(encoder.latent(0, False), encoder.latent(1, False), strict=True)
+    )
+
+
+def test_the_cache_may_be_deleted_at_any_time(tmp_path):
+    first = fill(tmp_path / "cache", Counting()).latent(0, False)[0]
+    shutil.rmtree(tmp_path / "cache")
+    assert torch.equal(fill(tmp_path / "cache", Counting()).latent(0, False)[0], first)

@@ -1,0 +1,102 @@
+"""What the README and the design promise about the code itself."""
+
+import ast
+import io
+import re
+import tokenize
+
+import pytest
+
+from conftest import ROOT
+
+MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
+BUDGET = {  # lines of code: without blanks, comments and docstrings
+    "config": 200, "files": 100, "hub": 130, "sources": 150, "model": 260, "data": 270, "lora": 310,
+    "checkpoint": 180, "report": 110, "generate": 270, "loop": 310,
+}  # fmt: skip
+MAY_IMPORT = {
+    "files": set(),
+    "config": {"files"},
+    "lora": {"files"},
+    "hub": {"files"},
+    "sources": {"files"},
+    "model": {"files", "hub"},
+    "data": {"files", "model", "sources"},
+    "generate": {"config", "files", "hub", "lora", "model"},
+    "checkpoint": {"config", "files", "hub", "lora", "model"},
+    "report": {"config", "files", "model"},
+    "loop": {"checkpoint", "config", "data", "files", "generate", "hub", "lora", "model", "report", "sources"},
+}
+
+
+def code_lines(name: str) -> int:
+    source = (ROOT / f"{name}.py").read_text()
+    docs = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Module | ast.FunctionDef | ast.ClassDef) and ast.get_docstring(node):
+            docs |= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    skip = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
+    lines = set()
+    for token in tokenize.generate_tokens(io.StringIO(source).readline):
+        if token.type not in skip:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - docs)
+
+
+def imports(name: str, top_level_only: bool = False) -> set[str]:
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    found = set()
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            found.add(node.module.split(".")[0])
+    return found
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_keeps_to_its_budget_and_imports_what_the_house_allows(name):
+    assert code_lines(name) <= BUDGET[name]
+    assert imports(name, top_level_only=True) & set(MODULES) <= MAY_IMPORT[name]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_functions_fit_a_screen_and_public_ones_say_what_they_do(name):
+    lengths = []
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text())):
+        if isinstance(node, ast.FunctionDef):
+            lengths.append(node.end_lineno - node.lineno + 1)
+            assert lengths[-1] <= 60, node.name
+    assert sum(length <= 40 for length in lengths) > 0.8 * len(lengths)
+
+
+def test_nothing_at_run_time_needs_accelerate_peft_or_a_trainer():
+    for name in MODULES:
+        assert not imports(name) & {"accelerate", "peft", "pytorch_lightning", "lightning"}
+        assert "Trainer" not in (ROOT / f"{name}.py").read_text()
+
+
+def test_the_readme_table_tells_the_true_size_of_every_module():
+    readme = (ROOT / "README.md").read_text()
+    rows = dict(re.findall(r"^\| `(\w+)\.py` \|.*\| (\d+) \|$", readme, flags=re.MULTILINE))
+    assert {name: int(count) for name, count in rows.items()} == {name: code_lines(name) for name in MODULES}
+
+
+def test_every_make_target_and_local_link_in_the_readme_exists():
+    readme = (ROOT / "README.md").read_text()
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"make ([a-z][a-z-]+)", readme))
+    assert named and named <= targets
+    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
+    assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_every_option_has_its_reason():
+    """In Config and generate's Options, the line above each field is the comment that --help shows."""
+    for name, first in (("config", "recipe"), ("generate", "")):
+        lines = (ROOT / f"{name}.py").read_text().splitlines()
+        fields = [i for i, line in enumerate(lines) if re.match(r"    \w+: .* = ", line)]
+        assert len(fields) > 10
+        for i in fields:
+            if not lines[i].strip().startswith(f"{first}:") or not first:
+                assert lines[i - 1].strip().startswith("# "), lines[i]
