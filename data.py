@@ -257,7 +257,11 @@ def fill_cache(
     prompts = fill(folder, "prompt", prompt_keys, encode_prompt)
     encoder.__dict__.pop("text", None)
     model.free_memory()
-    latents = fill(folder, "latent", latent_keys, encode_latent)
+    try:
+        latents = fill(folder, "latent", latent_keys, encode_latent)
+    except Refusal:
+        check_pictures(encoder.pictures)  # name every damaged picture, not the first alone
+        raise
     encoder.__dict__.pop("vae", None)
     model.free_memory()
     return Cache(latents, prompts)

@@ -53,20 +53,19 @@ def diffusion_loss(
     noise (Ho et al. 2020, eq. 14), at timestep t, under the picture's caption and sizes.
     """
     (factor, shift), t, noise = scaling, batch["t"], batch["noise"]
-    x0 = (
-        batch["mean"] + batch["std"] * batch["eps"] - shift
-    ) * factor  # (B, C, H, W): a posterior sample
+    latent = batch["mean"] + batch["std"] * batch["eps"]  # (B, C, H, W): one of the posterior
+    x0 = (latent - shift) * factor
     x_t = model.add_noise(x0, noise, t, schedule)  # (B, C, H, W)
     answer = model.predict(unet, x_t, batch)  # (B, C, H, W) fp32
     target = model.training_target(x0, noise, t, schedule)
-    each = F.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3))  # (B, C, H, W) -> (B,)
+    each = F.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
     return each * snr_weight(t, schedule, snr_gamma)
 
 
 def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor | float:
-    """min(SNR, gamma) / SNR, (B,): min-SNR weighting (Hang et al. 2023,
-    https://arxiv.org/abs/2303.09556, eq. 7); SNR + 1 below the line for v_prediction. gamma 0 is
-    off.
+    """min(SNR, gamma) / SNR, (B,): min-SNR weighting; for v_prediction over SNR + 1. 0 is off.
+
+    Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4.
     """
     if not gamma:
         return 1.0
@@ -76,9 +75,7 @@ def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of optimizer step `step` (from 0): warm-up, then constant or a cosine down to lr_end
-    of it.
-    """
+    """The rate of step `step` (from 0): warm-up, then constant or a cosine to lr_end of it."""
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     if config.lr_scheduler == "constant":
@@ -133,8 +130,9 @@ def micro_batches(step: int, n: int, size: int) -> Iterator[range]:
 
 @dataclass
 class Run:
-    """Everything that a step touches. identity: what makes it this run and no other; start: the
-    untrained vector.
+    """Everything that a step touches.
+
+    identity: what makes it this run and no other; start: the untrained vector, on the CPU.
     """
 
     config: Config
@@ -152,35 +150,30 @@ class Run:
 
 
 def optimizer_step(run: Run) -> tuple[float, float]:
-    """One step over n examples; returns the loss, as their mean, and the gradient's norm before
-    clipping.
+    """One step over n examples. Returns their mean loss and the gradient's norm before clipping.
 
     The loss is a sum over the step's examples divided by n, so 1 x 4, 2 x 2, 3 + 1 and 4 x 1 are
-    the same step.
+    the same step. Raises Refusal where the loss is not finite, or the gradient and the loss scale
+    cannot back off.
     """
     config, n = run.config, run.config.examples_per_step
     grad = run.adapter.flat.grad
     total = torch.zeros((), device=run.device)
     for numbers in micro_batches(run.step, n, config.train_batch_size):
         batch = run.examples.batch(numbers, run.device)
-        loss = (
-            diffusion_loss(run.unet, batch, run.schedule, run.scaling, config.snr_gamma).sum() / n
-        )
+        each = diffusion_loss(run.unet, batch, run.schedule, run.scaling, config.snr_gamma)  # (B,)
+        loss = each.sum() / n
         (loss * run.scale.value).backward()  # adds to the flat gradient
         total += loss.detach()
 
     grad.div_(run.scale.value)
-    mean_loss, norm = torch.stack(
-        [total, grad.norm()]
-    ).tolist()  # the only time the host waits for the GPU
+    # Here, and nowhere else in the step, the host waits for a result.
+    mean_loss, norm = torch.stack([total, grad.norm()]).tolist()
     if not math.isfinite(mean_loss):
         raise not_finite(run, mean_loss)
     if math.isfinite(norm):
-        grad.mul_(
-            min(1.0, config.max_grad_norm / (norm + 1e-6))
-        )  # one vector: clipping is one norm
-        for group in run.optimizer.param_groups:
-            group["lr"] = learning_rate(run.step, config)
+        grad.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))  # clip: one vector, one norm
+        run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
         run.optimizer.step()
     grad.zero_()  # not zero_grad(), which would cut the gradients loose from the flat vector
     run.scale.update(math.isfinite(norm), run.step)
@@ -228,9 +221,7 @@ def prepare(
     pictures: list[sources.Picture],
     timesteps: int,
 ) -> data.Examples:
-    """The run's examples: from the cache, filled where it has gaps, or encoded at every step with
-    --no-cache.
-    """
+    """The run's examples, from the cache, its gaps filled; or encoded anew every step."""
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32
     encoder = data.Encoder(
         pictures,
@@ -267,15 +258,17 @@ def prepare(
 
 
 def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
-    """Data first, encoders freed, then the UNet with its adapter. Returns the run and the lines it
-    begins with.
+    """The data, encoded and the encoders freed; the UNet with its adapter; the checkpoint.
+
+    Returns the run and the lines it begins with.
     """
     name, out = config.pretrained_model_name_or_path, config.out
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = sources.read_dataset(config.dataset_name, config.image_column, config.caption_column)
     same = checkpoint.identity(config, dtype, pictures)
     state = checkpoint.newest_state(out / "checkpoints")
-    checkpoint.check_same(config, same, state)  # before hours of encoding
+    checkpoint.check_same(config, same, state)  # before an hour of encoding, as is the next line:
+    write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
     schedule = model.load_noise_schedule(name, device)
     examples = prepare(config, device, dtype, pictures, len(schedule.alphas_cumprod))
 
@@ -285,18 +278,19 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet)
     adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
+    half = dtype == torch.float16
     run = Run(
-        config,
-        device,
-        unet,
-        adapter,
-        make_optimizer(config, adapter.flat),
-        LossScale(dtype == torch.float16, 2.0**16 if dtype == torch.float16 else 1.0),
-        schedule,
-        model.latent_scaling(name),
-        examples,
-        same,
-        adapter.flat.detach().cpu().clone(),
+        config=config,
+        device=device,
+        unet=unet,
+        adapter=adapter,
+        optimizer=make_optimizer(config, adapter.flat),
+        scale=LossScale(enabled=half, value=2.0**16 if half else 1.0),
+        schedule=schedule,
+        scaling=model.latent_scaling(name),
+        examples=examples,
+        identity=same,
+        start=adapter.flat.detach().cpu().clone(),
     )
     checkpoint.restore(run, state)
     lines = report.describe(run, pictures, f"{reason}; {attention}", host)
@@ -305,12 +299,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
 
 def fit(config: Config, interrupts: report.Interrupts) -> int:
     """Set up, continue, step, save, export. Returns 0, or the exit code of an interrupted run."""
-    device = model.check_device(config.device)
-    # writing the options first shows at once whether the folder can be written
-    write_whole(
-        config.out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode()
-    )
-    run, lines = set_up(config, device)
+    run, lines = set_up(config, model.check_device(config.device))
     print(lines)
     if run.step:
         print(f"continuing after step {run.step} of {config.max_train_steps}")
@@ -322,9 +311,7 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
             try:
                 loss, norm = optimizer_step(run)
             except (Refusal, torch.cuda.OutOfMemoryError):
-                if (
-                    run.step == first > 0
-                ):  # this step did not happen, and what came before it is whole
+                if run.step == first > 0:  # this step did not happen; those before it are whole
                     checkpoint.save_state(run)
                 raise
             # ---- once in a while
@@ -334,21 +321,13 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
             # ---- diagnostics: without them the run is the same
             log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
             if interrupts.caught and not last:
-                print(
-                    f"\ninterrupted: step {run.step} is saved; the same command continues from "
-                    "there"
-                )
+                print(f"\ninterrupted: step {run.step} is saved; the same command continues")
                 return 128 + interrupts.caught
-    interrupts.gently = (
-        False  # from here on a signal leaves at once: the same command does the rest
-    )
+    interrupts.gently = False  # now a signal may leave at once: the same command does the rest
     for path in checkpoint.export(run):
         print(f"saved, read back and compared: {path}")
     checkpoint.mark_finished(config, run)
-    skipped = (
-        f", {run.scale.skipped} of them skipped for fp16 overflow" if run.scale.skipped else ""
-    )
-    print(f"done: {run.step} steps{skipped}")
+    print(f"done: {run.step} steps, {run.scale.skipped} of them skipped for overflow in fp16")
     return 0
 
 

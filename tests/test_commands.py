@@ -210,7 +210,7 @@ def test_no_run_to_draw_from_is_refused(tmp_path, monkeypatch, capsys):
 
 def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(train, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(loop, "set_up", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was begun"))
     refused(train("--output-dir", str(tmp_path / "file" / "out")), "could not be written", "--output-dir")
 
 

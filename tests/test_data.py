@@ -15,6 +15,7 @@ import datasets
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import INK, POCKET
 from PIL import Image, ImageOps
 
@@ -595,9 +596,35 @@ def test_a_random_crop_is_drawn_once_from_seed_and_picture():
 # ---- encoded once --------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small convolutions on a busy machine wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @functools.cache
-def encoders() -> tuple:
-    return model.load_vae(str(POCKET), CPU), model.load_text_encoders(str(POCKET), CPU)
+def pocket_vae():
+    return model.load_vae(str(POCKET), CPU)
+
+
+@functools.cache
+def pocket_text() -> model.TextEncoders:
+    return model.load_text_encoders(str(POCKET), CPU)
+
+
+def fake_vae(spoil=lambda mean, std: None):
+    """What model.encode_images needs of a VAE: means of 8 x 8 pixels. `spoil` may change them."""
+
+    def encode(pixels):
+        mean = F.avg_pool2d(pixels, 8)[:, [0, 1, 2, 0]]
+        std = mean.abs() + 0.1
+        spoil(mean, std)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=mean, std=std))
+
+    return SimpleNamespace(device=CPU, encode=encode)
 
 
 @functools.cache
@@ -617,10 +644,9 @@ def ink(count: int = 20) -> list[Picture]:
 class Counting(data.Encoder):
     """An Encoder that notes what it was asked for."""
 
-    def __init__(self, pictures=None, resolution=64, random_crop=False, seed=0):
-        vae, text = encoders()
+    def __init__(self, pictures=None, resolution=64, random_crop=False, seed=0, load_vae=fake_vae):
         pictures = ink() if pictures is None else pictures
-        super().__init__(pictures, lambda: vae, lambda: text, resolution, random_crop, seed)
+        super().__init__(pictures, load_vae, pocket_text, resolution, random_crop, seed)
         self.latents, self.prompts = [], []
 
     def latent(self, index, flip):
@@ -649,11 +675,11 @@ def examples_of(source, count=20, seed=3, flip=False, dropout=0.0, offset=0.0) -
 @pytest.mark.parametrize("random_crop", [False, True])
 @pytest.mark.parametrize("random_flip", [False, True])
 def test_cached_equals_uncached_to_the_bit(tmp_path, random_flip, random_crop):
-    encoder = Counting(random_crop=random_crop)
-    cache = fill(tmp_path, encoder, random_flip)
+    uncached = Counting(random_crop=random_crop, load_vae=pocket_vae)
+    cache = fill(tmp_path, Counting(random_crop=random_crop, load_vae=pocket_vae), random_flip)
     batches = [
         examples_of(source, flip=random_flip, dropout=0.3, offset=0.1).batch(range(30), CPU)
-        for source in (Counting(random_crop=random_crop), cache)
+        for source in (uncached, cache)
     ]
     shapes = {key: tuple(value.shape) for key, value in batches[0].items()}
     latent = (30, 4, 8, 8)
@@ -691,7 +717,7 @@ def test_contexts_are_kept_in_the_unets_dtype_and_latents_in_fp32(tmp_path):
 
 def test_an_empty_caption_is_the_unconditional_embedding(tmp_path):
     cache = fill(tmp_path, Counting())
-    context, pooled = model.encode_unconditional(encoders()[1])
+    context, pooled = model.encode_unconditional(pocket_text())
     for index in (3, 20):  # the picture without caption, and what dropout uses
         assert torch.equal(cache.prompt(index)[0], context[0])
         assert torch.equal(cache.prompt(index)[1], pooled[0])
@@ -870,20 +896,14 @@ def test_a_cache_file_cut_short_is_refused_by_name(tmp_path, size):
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("where", ["mean", "std"])
 def test_latents_that_are_not_finite_stop_with_the_pictures_name(tmp_path, value, where):
-    good = torch.ones(1, 4, 8, 8)
-    bad = good.clone()
-    bad[0, 1, 2, 3] = value
     calls = []
 
-    def encode(pixels):
-        calls.append(pixels)
-        parts = {"mean": good, "std": good}
+    def spoil(mean, std):
+        calls.append(1)
         if len(calls) == 18:
-            parts[where] = bad
-        return SimpleNamespace(latent_dist=SimpleNamespace(**parts))
+            {"mean": mean, "std": std}[where][0, 1, 2, 3] = value
 
-    vae = SimpleNamespace(device=CPU, encode=encode)
-    encoder = data.Encoder(ink(), lambda: vae, lambda: encoders()[1], 64, False, 0)
+    encoder = Counting(load_vae=lambda: fake_vae(spoil))
     with pytest.raises(Refusal, match=f"picture {ink()[17].name}"):
         fill(tmp_path, encoder)
     assert len([name for name in files_in(tmp_path) if name.startswith("latent")]) == 1
@@ -1014,7 +1034,8 @@ def test_what_is_drawn_has_the_distribution_that_the_method_asks_for():
     assert t.min() == 0 and t.max() == 999
     assert abs(t.mean() - 499.5) < 4 * 288.7 / 20000**0.5
     flips, drops = (
-        torch.tensor([getattr(e, name) for e in drawn]).double() for name in ("flip", "drop_caption")
+        torch.tensor([getattr(e, name) for e in drawn]).double()
+        for name in ("flip", "drop_caption")
     )
     assert abs(flips.mean() - 0.5) < 4 * 0.5 / 20000**0.5
     assert abs(drops.mean() - 0.3) < 4 * 0.46 / 20000**0.5
@@ -1048,7 +1069,7 @@ def test_streams_of_different_purposes_never_coincide(monkeypatch):
 
 def test_caption_dropout_one_trains_the_unconditional_embedding_only():
     batch = examples_of(Counting(), dropout=1.0).batch(range(20), CPU)
-    context, pooled = model.encode_unconditional(encoders()[1])
+    context, pooled = model.encode_unconditional(pocket_text())
     assert torch.equal(batch["context"], context.expand(20, -1, -1))
     assert torch.equal(batch["pooled"], pooled.expand(20, -1))
     encoder = Counting()
@@ -1077,9 +1098,7 @@ def test_a_batch_is_its_examples_however_they_are_cut_up():
     examples = examples_of(Counting(), **EVERYTHING)
     together = examples.batch(range(17, 25), CPU)
     for cuts in ([17, 25], [17, 18, 21, 25], list(range(17, 26))):
-        parts = [
-            examples.batch(range(a, b), CPU) for a, b in zip(cuts, cuts[1:], strict=False)
-        ]
+        parts = [examples.batch(range(a, b), CPU) for a, b in zip(cuts, cuts[1:], strict=False)]
         for key, value in together.items():
             assert torch.equal(torch.cat([part[key] for part in parts]), value), key
 

@@ -122,7 +122,9 @@ def test_the_right_answer_costs_nothing_and_one_off_costs_one(kind):
     ddpm, schedule = ddpm_and_ours(kind)
     batch = early_and_late()
     x0 = (batch["mean"] + batch["std"] * batch["eps"]) * SCALING[0]
-    right = batch["noise"] if kind == "epsilon" else ddpm.get_velocity(x0, batch["noise"], batch["t"])
+    right = (
+        batch["noise"] if kind == "epsilon" else ddpm.get_velocity(x0, batch["noise"], batch["t"])
+    )
     loss = loop.diffusion_loss(Oracle(right), batch, schedule, SCALING)
     assert torch.equal(loss, torch.zeros(6))
     loss = loop.diffusion_loss(Oracle(right + 1), batch, schedule, SCALING)

@@ -290,9 +290,7 @@ def test_load_unet_equals_from_pretrained_on_the_pocket_and_answers_the_same():
 @pytest.mark.parametrize("shard", [{}, {"max_shard_size": "200KB"}], ids=["whole", "sharded"])
 def test_the_fp16_variant_is_read_for_half_precision_and_the_full_file_for_fp32(tmp_path, shard):
     full, variant = make_unet(1), make_unet(2).half()
-    folder = pocket_with_unet(
-        tmp_path / "m", (full, shard), (variant, {"variant": "fp16"} | shard)
-    )
+    folder = pocket_with_unet(tmp_path / "m", (full, shard), (variant, {"variant": "fp16"} | shard))
     read = model.load_unet(str(folder), CPU, torch.float32).conv_in.weight
     assert torch.equal(read, full.conv_in.weight)
     for dtype in (torch.float16, torch.bfloat16):
@@ -320,7 +318,11 @@ def test_the_vae_is_read_from_its_full_file_where_there_is_a_variant_too(tmp_pat
         (["m.safetensors"], True, ["m.safetensors"]),
         (["m.non_ema.safetensors", "m.safetensors"], False, ["m.safetensors"]),
         (
-            ["m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors", "m.safetensors"],
+            [
+                "m.fp16-00001-of-00002.safetensors",
+                "m.fp16-00002-of-00002.safetensors",
+                "m.safetensors",
+            ],
             True,
             ["m.fp16-00001-of-00002.safetensors", "m.fp16-00002-of-00002.safetensors"],
         ),
@@ -360,9 +362,7 @@ def test_an_encoders_fingerprint_changes_with_its_weights_and_with_its_config(tm
         f.write("\n")
     prints = {before, *(hub.fingerprint(str(m), "vae") for m in (weights, config))}
     assert len(prints) == 3
-    assert hub.fingerprint(str(POCKET), "tokenizer") != hub.fingerprint(
-        str(POCKET), "tokenizer_2"
-    )
+    assert hub.fingerprint(str(POCKET), "tokenizer") != hub.fingerprint(str(POCKET), "tokenizer_2")
 
 
 # ---- from the Hub --------------------------------------------------------------------------------
