@@ -25,6 +25,9 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original AR
 	echo "recipe $$recipe ($$why)"; \
 	$(PYTHON) loop.py $$recipe $(ARGS)
 
+xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
+	-$(PYTHON) -m pip install --quiet --no-deps xformers
+
 generate: $(SETUP)  ## before/after picture of the newest run; ARGS="runs/t4 --prompts 'a fox'"
 	$(PYTHON) generate.py $(if $(ARGS),$(ARGS),--compare)
 
@@ -41,5 +44,5 @@ clean:  ## remove .venv, caches and part files; runs/ and the encoded pictures i
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train generate test check check-all clean
+.PHONY: help setup train xformers generate test check check-all clean
 .DEFAULT_GOAL := help

@@ -95,9 +95,7 @@ def prepare(
 
 
 def check_pictures(pictures: list[Picture]) -> None:
-    """Decode every picture once, so that all damaged ones are named before hours of work, not one a
-    run.
-    """
+    """Decode every picture, so that all damaged ones are named at once, not one a run."""
     refusals = []
     for picture in tqdm(pictures, desc="checking pictures", leave=False, mininterval=1):
         try:
@@ -119,9 +117,10 @@ def check_pictures(pictures: list[Picture]) -> None:
 
 
 class Encoder:
-    """Encodes at every call: the reference, and what --no-cache trains from. Index len(pictures) of
-    prompt() is the unconditional embedding. vae and text are loaded when first needed and freed
-    with the object.
+    """Encodes at every call: the reference, and what --no-cache trains from.
+
+    Index len(pictures) of prompt() is the unconditional embedding. The VAE ("vae") and the text
+    encoders ("text") are loaded when they are first needed, and stay until free().
     """
 
     def __init__(
@@ -139,12 +138,15 @@ class Encoder:
     vae = functools.cached_property(lambda self: self.load_vae())
     text = functools.cached_property(lambda self: self.load_text())
 
+    def free(self, part: str) -> None:
+        self.__dict__.pop(part, None)  # where cached_property keeps it
+        model.free_memory()
+
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
         """mean, std (C, H, W) of the picture's posterior and time ids (6,), fp32."""
         pixels, time_ids = prepare(self.pictures[index], *self.crop, flip)
-        mean, std = model.encode_images(
-            pixels[None], self.vae
-        )  # one at a time: its bits depend on the batch
+        # one at a time: the bits of a VAE's answer depend on the batch that a picture is in
+        mean, std = model.encode_images(pixels[None], self.vae)
         if not (mean.isfinite().all() and std.isfinite().all()):
             raise Refusal(
                 f"the VAE gives NaN or Inf for picture {self.pictures[index].name}",
@@ -255,15 +257,13 @@ def fill_cache(
     crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {views}"
     latent_keys = [digest(p.digest, prints["vae"], crop) for p in encoder.pictures]
     prompts = fill(folder, "prompt", prompt_keys, encode_prompt)
-    encoder.__dict__.pop("text", None)
-    model.free_memory()
+    encoder.free("text")
     try:
         latents = fill(folder, "latent", latent_keys, encode_latent)
     except Refusal:
         check_pictures(encoder.pictures)  # name every damaged picture, not the first alone
         raise
-    encoder.__dict__.pop("vae", None)
-    model.free_memory()
+    encoder.free("vae")
     return Cache(latents, prompts)
 
 

@@ -69,9 +69,10 @@ import model  # noqa: E402
 def load_pipeline(
     name: str, unet: torch.nn.Module, device: torch.device
 ) -> diffusers.StableDiffusionXLPipeline:
-    """diffusers' SDXL pipeline around `unet`, with an fp32 VAE and the model's own sampler, without
-    text encoders: prompts are encoded first, so that encoders and UNet are never in memory
-    together.
+    """diffusers' SDXL pipeline around `unet`, with an fp32 VAE and the model's own sampler.
+
+    It has no text encoders: prompts are encoded before, so that they and the UNet never share
+    the memory.
     """
     folder = hub.fetch(name, "scheduler")
     kind = diffusers.DiffusionPipeline.load_config(hub.fetch(name, ""))["scheduler"][1]
@@ -164,25 +165,20 @@ def sample(
 def decode(
     vae: diffusers.AutoencoderKL, latents: list[Tensor], scaling: tuple[float, float]
 ) -> list[Image.Image]:
-    """Latents to pictures, in fp32 and one at a time; in tiles above 1024 px, where one would take
-    over 10 GiB.
-    """
+    """Latents to pictures, in fp32 and one at a time; above 1024 px in tiles, to save memory."""
     factor, shift = scaling
     vae.use_tiling = latents[0].shape[-1] > 128
     pictures = []
     for latent in latents:
-        pixels = vae.decode(latent.to(vae.device) / factor + shift).sample[
-            0
-        ]  # (3, 8H, 8W) in [-1, 1]
+        pixels = vae.decode(latent.to(vae.device) / factor + shift).sample  # (1, 3, 8H, 8W)
         if not pixels.isfinite().all():
             raise Refusal(
                 "a picture came out as NaN or Inf",
                 "finite pixels",
                 "draw with --mixed-precision fp32, or with an earlier checkpoint's adapter",
             )
-        pixels = (
-            ((pixels / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
-        )  # (8H, 8W, 3)
+        pixels = (pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)  # (8H, 8W, 3) in [0, 1]
+        pixels = (pixels * 255).round().byte()
         pictures.append(Image.fromarray(pixels.cpu().numpy()))
     return pictures
 

@@ -50,7 +50,7 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
         return torch.float32, f"{sm} has no fast half precision"
     if capability >= (8, 0):
         return torch.bfloat16, f"{sm} has bf16 tensor cores: fp32's range, so no loss scaling"
-    return torch.float16, f"{sm} has fp16 tensor cores and only emulates bf16: with loss scaling"
+    return torch.float16, f"{sm} computes fp16 and only emulates bf16: with loss scaling"
 
 
 def check_device(name: str) -> torch.device:

@@ -28,9 +28,8 @@ class Log:
         path = out / "log.jsonl"
         old = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
-        write_whole(
-            path, "".join(line + "\n" for line in kept).encode()
-        )  # steps done again are not said twice
+        # Steps that a killed run did after its last checkpoint are done again, not said twice.
+        write_whole(path, "".join(line + "\n" for line in kept).encode())
         self.file = open(path, "a")
         self.bar = tqdm(total=config.max_train_steps, initial=start, desc="training", mininterval=1)
         self.board = None
@@ -70,8 +69,8 @@ class Log:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM. Until train() sets `gently`, they leave at once (nothing is lost: encoded
-    blocks are kept); then the step is finished first.
+    """Ctrl-C and SIGTERM. While `gently` is set they let the step finish, else they leave at once:
+    nothing is lost, since encoded blocks and checkpoints are whole. A second one leaves anyway.
     """
 
     def __init__(self):
@@ -110,18 +109,16 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
         [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
     )
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    return "\n".join(
-        (
-            f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]} ({how}); host "
-            "memory "
-            f"while loading: {host.own:.1f} GiB own, {host.mapped:.1f} GiB mapped file pages",
-            f"{len(pictures)} pictures at {config.resolution} px; captions: {bare} missing or "
-            f"empty, {cut} cut at the "
-            "tokenizer's length",
-            f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
-            f"{config.gradient_accumulation_steps}) = "
-            f"{config.max_train_steps * n / len(pictures):.1f} epochs",
-            f"{run.adapter.trainable:,} trainable parameters of {total:,} "
-            f"({100 * run.adapter.trainable / total:.2f} %) in {len(run.adapter.layers)} layers",
-        )
+    lines = (
+        f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]} ({how})",
+        f"host memory while the UNet was loaded: {host.own:.1f} GiB own, {host.mapped:.1f} GiB "
+        "mapped file pages",
+        f"{len(pictures)} pictures at {config.resolution} px; captions: {bare} missing or empty, "
+        f"{cut} cut at the tokenizer's length",
+        f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
+        f"{config.gradient_accumulation_steps}) = "
+        f"{config.max_train_steps * n / len(pictures):.1f} epochs",
+        f"{run.adapter.trainable:,} trainable parameters of {total:,} "
+        f"({100 * run.adapter.trainable / total:.2f} %) in {len(run.adapter.layers)} layers",
     )
+    return "\n".join(lines)
