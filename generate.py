@@ -134,7 +134,6 @@ def sample(
     device, dtype = pipe.unet.device, pipe.unet.dtype
     latents = []
     lora.set_strength(adapter, strength)
-    pipe.unet.eval()
     for embedding, seed in tqdm(
         list(zip(embeddings, seeds, strict=True)),
         desc=f"drawing at strength {strength:g}",
@@ -156,7 +155,6 @@ def sample(
             .images.float()
             .cpu()
         )
-    pipe.unet.train()
     lora.set_strength(adapter, 1.0)
     return latents
 

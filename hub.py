@@ -10,7 +10,11 @@ from pathlib import Path
 
 from files import Refusal, open_safetensors
 
-PARTS = ("unet", "vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler")
+PARTS = {  # and the file without which each is nothing
+    **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
+    **dict.fromkeys(("tokenizer", "tokenizer_2"), "tokenizer_config.json"),
+    "scheduler": "scheduler_config.json",
+}
 
 
 def fetch(name: str, part: str, half: bool = False) -> Path:
@@ -34,19 +38,19 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     return root / part
 
 
-def check_layout(root: Path, name: str, parts: tuple[str, ...] = PARTS) -> None:
+def check_layout(root: Path, name: str, parts: tuple[str, ...]) -> None:
     """Raise Refusal where `root` is no SDXL model in diffusers' layout, or lacks one of `parts`."""
     index = root / "model_index.json"
     try:
         kind = json.loads(index.read_text())["_class_name"] if index.is_file() else ""
     except (ValueError, KeyError, TypeError):
         kind = "something else"
-    missing = [part for part in parts if not (root / part).is_dir()]
+    missing = [part for part in parts if not (root / part / PARTS[part]).is_file()]
     if "StableDiffusionXL" in kind and not missing:
         return
     found = f"a model_index.json of {kind}" if kind else "no model_index.json"
     raise Refusal(
-        f"{name} has {f'no folder {missing[0]}/' if 'StableDiffusionXL' in kind else found}",
+        f"{name} has {f'no {missing[0]}/{PARTS[missing[0]]}' if missing and kind else found}",
         "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and the "
         f"folders {', '.join(PARTS)}",
         "correct --pretrained-model-name-or-path; a one-file checkpoint is converted with "

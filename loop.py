@@ -71,7 +71,9 @@ def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor
         return 1.0
     abar = schedule.alphas_cumprod[t]
     snr = abar / (1 - abar)
-    return snr.clamp(max=gamma) / (snr + (schedule.prediction_type == "v_prediction"))
+    if schedule.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # finite at SNR 0, too
 
 
 def learning_rate(step: int, config: Config) -> float:
@@ -236,7 +238,8 @@ def prepare(
         text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
         prints = {
             "vae": hub.fingerprint(name, "vae"),
-            "text": "".join(hub.fingerprint(name, part, half) for part in text_parts),
+            "text": "".join(hub.fingerprint(name, part, half) for part in text_parts)
+            + f" zeros: {model.zeros_for_empty_prompt(name)}",
         }
         source = data.fill_cache(Path(config.cache_dir), encoder, config.random_flip, dtype, prints)
     else:

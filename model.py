@@ -11,6 +11,7 @@ prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pool
 import functools
 import gc
 import json
+import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,6 +61,8 @@ def check_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise Refusal(f"device {name}", "auto, cpu, cuda or cuda:1", "leave --device out")
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise Refusal(
             f"device {name}, and torch sees no GPU", "a CUDA GPU and its driver", "--device cpu"
@@ -130,9 +133,7 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
             "the UNet's own config and weights",
             "download the model again",
         ) from error
-    return unet.requires_grad_(
-        False
-    ).train()  # train() only lets checkpointing act: SDXL has no dropout
+    return unet.requires_grad_(False).eval()
 
 
 def use_attention(
@@ -203,31 +204,40 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
     """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are
     some.
     """
-    encoders = []
-    for part, cls in (
-        ("text_encoder", CLIPTextModel),
-        ("text_encoder_2", CLIPTextModelWithProjection),
-    ):
-        folder = fetch(name, part, half)
-        variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
+    return TextEncoders(load_tokenizers(name), tuple(encoders), zeros_for_empty_prompt(name))
+
+
+def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.device):
+    """A frozen encoder, through its library's own loader, which knows older files' names, in fp32.
+
+    Raises Refusal where weights are missing or do not fit: the libraries would go on with random
+    numbers and a warning.
+    """
+    folder = fetch(name, part, half)
+    variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+    try:
         encoder, info = cls.from_pretrained(
-            folder,
-            dtype=torch.float32,
-            variant=variant,
-            use_safetensors=True,
-            output_loading_info=True,
+            folder, variant=variant, use_safetensors=True, output_loading_info=True
         )
-        missing = [key for key in info["missing_keys"] if "position_ids" not in key]
-        if missing:  # transformers would go on with random numbers and a warning
-            raise Refusal(
-                f"{folder} lacks {len(missing)} tensors, such as {min(missing)}",
-                "every weight of the text encoder under the name this transformers reads",
-                "pip install --upgrade transformers, or download the model again",
-            )
-        encoders.append(encoder.to(device).requires_grad_(False).eval())
+        missing = [k for k in info["missing_keys"] if "position_ids" not in k]
+        problem = f"lacks {len(missing)} tensors, such as {min(missing)}" if missing else ""
+    except Exception as error:  # damaged or misfitting files: many classes, one meaning
+        problem = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    if problem:
+        raise Refusal(
+            f"{folder} {problem}",
+            "a config.json and the weights that fit it",
+            "download the model again, or pip install --upgrade transformers diffusers",
+        )
+    return encoder.to(device, torch.float32).requires_grad_(False).eval()
+
+
+def zeros_for_empty_prompt(name: str) -> bool:
+    """Whether the unconditional embedding is zeros (SDXL base) or the encoded empty text."""
     index = json.loads((fetch(name, "") / "model_index.json").read_text())
-    zero = index.get("force_zeros_for_empty_prompt", True)
-    return TextEncoders(load_tokenizers(name), tuple(encoders), zero)
+    return index.get("force_zeros_for_empty_prompt", True)
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -284,13 +294,7 @@ def count_cut(prompts: list[str], name: str) -> int:
 
 def load_vae(name: str, device: torch.device) -> AutoencoderKL:
     """The VAE in fp32: in fp16 its activations overflow and pictures turn black."""
-    folder = fetch(name, "vae")
-    variant = "fp16" if ".fp16" in weight_files(folder, half=False)[0].name else None
-    # diffusers' own loader, since it also renames the attention weights of older VAE files
-    vae = AutoencoderKL.from_pretrained(
-        folder, variant=variant, torch_dtype=torch.float32, low_cpu_mem_usage=False
-    )
-    return vae.to(device).requires_grad_(False).eval()
+    return load_encoder(AutoencoderKL, name, "vae", False, device)
 
 
 @torch.no_grad()
@@ -341,10 +345,15 @@ def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
     kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     prediction = config.get("prediction_type", "epsilon")
-    if prediction not in ("epsilon", "v_prediction") or kind not in ("linear", "scaled_linear"):
+    if (
+        prediction not in ("epsilon", "v_prediction")
+        or kind not in ("linear", "scaled_linear")
+        or config.get("trained_betas")
+    ):
         raise Refusal(
-            f"{name}'s scheduler has prediction_type {prediction} and beta_schedule {kind}",
-            "epsilon or v_prediction, linear or scaled_linear",
+            f"{name}'s scheduler has prediction_type {prediction}, beta_schedule {kind} and "
+            f"trained_betas {config.get('trained_betas')}",
+            "epsilon or v_prediction, linear or scaled_linear, and none",
             "choose an SDXL model: others train by another objective",
         )
     if kind == "linear":

@@ -2,8 +2,10 @@
 out.
 """
 
+import codecs
 import functools
 import json
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +41,8 @@ def read_dataset(name: str, image_column: str = "", caption_column: str = "") ->
     elif folder.is_dir() and not any(folder.rglob("*.parquet")):
         pictures = from_caption_files(folder)
     else:
-        pictures = from_hub(name, image_column, caption_column)
+        found = str(folder) if folder.is_dir() else name
+        pictures = from_hub(found, image_column, caption_column)
     if not pictures:
         raise Refusal(
             f"{name} holds no pictures",
@@ -69,7 +72,8 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
     caption.
     """
     captions: dict[Path, str] = {}
-    lines = (folder / "metadata.jsonl").read_bytes().splitlines()
+    content = (folder / "metadata.jsonl").read_bytes().removeprefix(codecs.BOM_UTF8)
+    lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
@@ -78,7 +82,8 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
             row = json.loads(line)
             name = row["file_name"]
             path = folder / name
-            inside = path.resolve().is_relative_to(folder.resolve())
+            # by name: links inside the folder are allowed (a Hub snapshot is made of them)
+            inside = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
         except (ValueError, TypeError, KeyError) as error:
             raise Refusal(
                 f"{where} is not a row ({type(error).__name__}: {error})",
@@ -93,11 +98,18 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
                 "add the picture or remove the line",
             )
         column = find_column(list(row), caption_column, ("text", "caption", "prompt"), where)
-        captions[path] = row[column] or ""
-        if not isinstance(captions[path], str):
+        caption = row[column] or ""
+        if not isinstance(caption, str):
             raise Refusal(
                 f"{where} has the caption {row[column]!r}", "text", "put the caption in quotes"
             )
+        if path in captions:
+            raise Refusal(
+                f"{where} names {name} again",
+                "one line for each picture",
+                "remove one, or copy the picture under another name",
+            )
+        captions[path] = caption
     forgotten = sorted(picture_files(folder) - captions.keys())
     if forgotten:
         raise Refusal(
@@ -111,7 +123,15 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
 
 def from_caption_files(folder: Path) -> list[Picture]:
     """name.txt beside name.jpg."""
-    pictures = {p.with_suffix(""): p for p in sorted(picture_files(folder))}
+    pictures: dict[Path, Path] = {}
+    for path in sorted(picture_files(folder)):
+        twin = pictures.setdefault(path.with_suffix(""), path)
+        if twin != path:
+            raise Refusal(
+                f"{twin.name} and {path.name} in {path.parent} share one caption file",
+                "a name of its own for each picture",
+                "rename one and give it a .txt file",
+            )
     texts = {p.with_suffix(""): p for p in sorted(folder.rglob("*.txt"))}
     for kind, found, other in (("picture", pictures, texts), ("caption file", texts, pictures)):
         lonely = sorted(found.keys() - other.keys())
@@ -122,16 +142,22 @@ def from_caption_files(folder: Path) -> list[Picture]:
                 f"{want} of the same name beside each",
                 f"add {want} or remove the {kind}",
             )
-    return from_files(
-        {path: texts[stem].read_text(errors="replace").strip() for stem, path in pictures.items()},
-        folder,
-    )
+    captions = {path: read_text(texts[stem]).strip() for stem, path in pictures.items()}
+    return from_files(captions, folder)
+
+
+def read_text(path: Path) -> str:
+    """A UTF-8 file without its byte order mark. Raises Refusal for other encodings."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise Refusal(
+            f"{path} is not UTF-8 ({error})", "text in UTF-8", "save it as UTF-8"
+        ) from error
 
 
 def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]:
-    """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded until
-    they are needed.
-    """
+    """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded."""
     import datasets
 
     try:
@@ -143,18 +169,25 @@ def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]
             "a folder of pictures with captions, or a reachable Hub data set with a train split",
             "check the name and the network, or pass --dataset-name FOLDER",
         ) from error
+    where = f"{name} (columns {', '.join(table.column_names)})"
     images = [c for c, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    image_column = find_column(
-        images, image_column, tuple(images[:1]), f"{name} (columns {table.column_names})"
-    )
-    caption_column = find_column(
-        table.column_names, caption_column, ("text", "caption", "prompt"), name
-    )
+    image_column = find_column(images, image_column, tuple(images[:1]), where)
+    usual = ("text", "caption", "prompt")
+    caption_column = find_column(table.column_names, caption_column, usual, where)
+    kind = getattr(table.features[caption_column], "dtype", "")
+    if kind not in ("string", "large_string", "string_view", "null"):
+        raise Refusal(
+            f"the column {caption_column} of {name} holds {kind or 'lists'}",
+            "text",
+            "--caption-column NAME",
+        )
     table = table.cast_column(image_column, datasets.Image(decode=False))
 
     def read(i: int) -> bytes:
-        cell = table[i][image_column]
-        return cell["bytes"] or Path(cell["path"]).read_bytes()
+        cell = table[i][image_column] or {}
+        if cell.get("path") and not cell.get("bytes"):
+            return Path(cell["path"]).read_bytes()
+        return cell.get("bytes") or b""  # decode() then names the row
 
     captions = table[caption_column]
     return [

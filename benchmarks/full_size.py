@@ -1,12 +1,13 @@
-"""The whole job at full size: SDXL with random weights in the Hub's folder layout, under a T4's memory.
+"""The whole job at full size: SDXL with random weights in the Hub's folder layout, under a T4's
+memory.
 
-    python benchmarks/full_size.py make MODEL            write the model (26 GB), once
-    python benchmarks/full_size.py run MODEL PHOTOS OUT   the runs below; OUT/full_size.json is the result
+python benchmarks/full_size.py make MODEL            write the model (26 GB), once python
+benchmarks/full_size.py run MODEL PHOTOS OUT   the runs below; OUT/full_size.json is the result
 
-Runs, each a process of its own that may use 14.5 GiB of the GPU: recipe t4 in fp16 for 60 steps, killed
-(SIGKILL) after step 27 and started again; recipe original for 10 steps; then the adapter of t4, in both
-layouts, loaded by diffusers' load_lora_weights and compared with ours. PHOTOS is a folder of pictures
-with metadata.jsonl.
+Runs, each a process of its own that may use 14.5 GiB of the GPU: recipe t4 in fp16 for 60 steps,
+killed (SIGKILL) after step 27 and started again; recipe original for 10 steps; then the adapter of
+t4, in both layouts, loaded by diffusers' load_lora_weights and compared with ours. PHOTOS is a
+folder of pictures with metadata.jsonl.
 """
 
 import json
@@ -26,8 +27,10 @@ SEEN_LAST = 27  # t4 is killed once it has logged this step
 
 
 def make(folder: Path) -> None:
-    """SDXL base's folder with random weights: fp32 and fp16 files, as on the Hub. Tokenizers: the pocket's own, with 77
-    tokens (no CLIP vocabulary lies here), and the text encoders' end token set to theirs."""
+    """SDXL base's folder with random weights: fp32 and fp16 files, as on the Hub. Tokenizers: the
+    pocket's own, with 77 tokens (no CLIP vocabulary lies here), and the text encoders' end token
+    set to theirs.
+    """
     import diffusers
     import torch
     import transformers
@@ -126,9 +129,22 @@ def run(folder: Path, photos: Path, out: Path) -> None:
     } | measured(out / "t4")
     for name, argv in (
         ("t4", t4),
-        ("original", ["original", *common, "--max-train-steps", "10", "--output-dir", str(out / "original"),
-                      "--validation-prompts", "a dog on a beach", "--num-inference-steps", "10"]),
-    ):  # fmt: skip
+        (
+            "original",
+            [
+                "original",
+                *common,
+                "--max-train-steps",
+                "10",
+                "--output-dir",
+                str(out / "original"),
+                "--validation-prompts",
+                "a dog on a beach",
+                "--num-inference-steps",
+                "10",
+            ],
+        ),
+    ):
         began = time.time()
         start(out / f"{name}.json", argv).wait()
         results[name] = {"wall_s": round(time.time() - began, 1)}
@@ -143,7 +159,9 @@ def run(folder: Path, photos: Path, out: Path) -> None:
 
 
 def check(folder: Path, run_folder: Path) -> dict:
-    """diffusers' load_lora_weights on both files against ours: UNet outputs in fp16 on one random batch."""
+    """diffusers' load_lora_weights on both files against ours: UNet outputs in fp16 on one random
+    batch.
+    """
     import diffusers
     import torch
 

@@ -1,8 +1,12 @@
-"""What the tests share. No network, no GPU: a tiny random UNet for unit tests, the pocket model for whole runs."""
+"""What the tests share. No network, no GPU: a tiny random UNet for unit tests, the pocket model for
+whole runs.
+"""
 
 import os
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before huggingface_hub is imported: a test never reaches for the network
+os.environ["HF_HUB_OFFLINE"] = (
+    "1"  # before huggingface_hub is imported: a test never reaches for the network
+)
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 
 import sys

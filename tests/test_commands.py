@@ -1,5 +1,6 @@
-"""The two commands under bad input: one sentence with what was found, what was expected and what to do, exit code 1
-(2 for an unknown option), no traceback, and nothing lost."""
+"""The two commands under bad input: one sentence with what was found, what was expected and what to
+do, exit code 1 (2 for an unknown option), no traceback, and nothing lost.
+"""
 
 import errno
 import json
@@ -15,8 +16,8 @@ from PIL import Image
 
 import files
 import generate
-import lora
 import loop
+import lora
 import model
 from conftest import INK, POCKET, ROOT
 
@@ -37,12 +38,29 @@ def train(pictures, cache, tmp_path, capsys):
     """train("--option", ...) -> (exit code, what was said on stderr) of a run of two steps."""
 
     def run(*options: str) -> tuple[int, str]:
-        argv = ["pocket", "--pretrained-model-name-or-path", str(POCKET), "--dataset-name", str(pictures),
-                "--cache-dir", str(cache), "--output-dir", str(tmp_path / "out"), "--resolution", "64",
-                "--train-batch-size", "1", "--max-train-steps", "2", "--no-tensorboard",
-                "--validation-prompts"]  # fmt: skip
+        argv = [
+            "pocket",
+            "--pretrained-model-name-or-path",
+            str(POCKET),
+            "--dataset-name",
+            str(pictures),
+            "--cache-dir",
+            str(cache),
+            "--output-dir",
+            str(tmp_path / "out"),
+            "--resolution",
+            "64",
+            "--train-batch-size",
+            "1",
+            "--max-train-steps",
+            "2",
+            "--no-tensorboard",
+            "--validation-prompts",
+        ]
         code = loop.main(argv + list(options))
-        return code, capsys.readouterr().err.split("\r")[-1].strip().splitlines()[-1] if code else ""
+        return code, capsys.readouterr().err.split("\r")[-1].strip().splitlines()[
+            -1
+        ] if code else ""
 
     return run
 
@@ -55,27 +73,42 @@ def refused(answer: tuple[int, str], *words: str) -> None:
         assert word in said
 
 
-# ---- options ---------------------------------------------------------------------------------------
+# ---- options -------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("option", "value", "said"),
-    [("resolution", "500", "--resolution 496 or --resolution 504"), ("lora-rank", "0", "--lora-rank 1"),
-     ("lora-rank", "-3", "lora_rank is -3"), ("max-train-steps", "0", "--max-train-steps 1"),
-     ("train-batch-size", "0", "train_batch_size is 0"), ("learning-rate", "0", "learning_rate is 0"),
-     ("learning-rate", "nan", "learning_rate is nan"), ("lora-alpha", "0", "lora_alpha is 0"),
-     ("seed", "-1", "seed is -1"), ("caption-dropout", "1.5", "caption_dropout is 1.5"),
-     ("checkpointing-steps", "0", "checkpointing_steps is 0"), ("max-grad-norm", "0", "max_grad_norm is 0")],
-)  # fmt: skip
+    [
+        ("resolution", "500", "--resolution 496 or --resolution 504"),
+        ("lora-rank", "0", "--lora-rank 1"),
+        ("lora-rank", "-3", "lora_rank is -3"),
+        ("max-train-steps", "0", "--max-train-steps 1"),
+        ("train-batch-size", "0", "train_batch_size is 0"),
+        ("learning-rate", "0", "learning_rate is 0"),
+        ("learning-rate", "nan", "learning_rate is nan"),
+        ("lora-alpha", "0", "lora_alpha is 0"),
+        ("seed", "-1", "seed is -1"),
+        ("caption-dropout", "1.5", "caption_dropout is 1.5"),
+        ("checkpointing-steps", "0", "checkpointing_steps is 0"),
+        ("max-grad-norm", "0", "max_grad_norm is 0"),
+    ],
+)
 def test_a_value_that_cannot_be_is_refused_by_name(train, tmp_path, option, value, said):
     refused(train(f"--{option}={value}"), said)
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("argv", [["t4", "--leerning-rate", "1"], ["t5"], ["t4", "--lora-rank", "many"]])
+@pytest.mark.parametrize(
+    "argv", [["t4", "--leerning-rate", "1"], ["t5"], ["t4", "--lora-rank", "many"]]
+)
 def test_an_unknown_option_leaves_with_2_before_anything_heavy_is_imported(argv):
-    guard = "import sys, config\ntry:\n    config.parse_or_leave(sys.argv[1:])\nfinally:\n    assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", guard, *argv], cwd=ROOT, capture_output=True, text=True)
+    guard = (
+        "import sys, config\ntry:\n    config.parse_or_leave(sys.argv[1:])\n"
+        "finally:\n    assert 'torch' not in sys.modules"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", guard, *argv], cwd=ROOT, capture_output=True, text=True
+    )
     assert done.returncode == 2
     assert argv[-1].lstrip("-").split("-")[0] in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
@@ -88,7 +121,7 @@ def test_the_scripts_check_their_options_first():
         assert 0 < source.index('if __name__ == "__main__":') < source.index("import torch")
 
 
-# ---- data ------------------------------------------------------------------------------------------
+# ---- data ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("damage", ["zero bytes", "garbage", "cut", "bomb"])
@@ -99,7 +132,9 @@ def test_a_damaged_picture_is_named(train, pictures, monkeypatch, damage):
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)
     else:
         whole = victim.read_bytes()
-        victim.write_bytes({"zero bytes": b"", "garbage": b"no picture", "cut": whole[: len(whole) // 2]}[damage])
+        victim.write_bytes(
+            {"zero bytes": b"", "garbage": b"no picture", "cut": whole[: len(whole) // 2]}[damage]
+        )
     refused(train(), victim.name, "replace or remove it")
     refused(train("--no-cache"), victim.name)
 
@@ -121,7 +156,9 @@ def test_an_empty_data_set_and_one_that_is_not_there_are_refused(train, tmp_path
 
 
 def test_a_wrong_column_is_refused_with_the_columns_there_are(train, tmp_path):
-    table = datasets.Dataset.from_dict({"image": [Image.new("RGB", (64, 64))] * 2, "words": ["a", "b"]})
+    table = datasets.Dataset.from_dict(
+        {"image": [Image.new("RGB", (64, 64))] * 2, "words": ["a", "b"]}
+    )
     (tmp_path / "table").mkdir()
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "table" / "train.parquet")
     refused(train("--dataset-name", str(tmp_path / "table")), "image, words", "--caption-column")
@@ -132,24 +169,48 @@ def test_captions_missing_and_cut_are_counted_and_shown(pictures, cache, tmp_pat
     texts = sorted(pictures.glob("*.txt"))
     texts[0].write_text("  ")
     texts[1].write_text("very " * 100 + "long")
-    assert loop.main(
-        ["pocket", "--pretrained-model-name-or-path", str(POCKET), "--dataset-name", str(pictures), "--cache-dir",
-         str(cache), "--output-dir", str(tmp_path / "out"), "--resolution", "64", "--max-train-steps", "1",
-         "--train-batch-size", "1", "--validation-prompts"]
-    ) == 0  # fmt: skip
+    assert (
+        loop.main(
+            [
+                "pocket",
+                "--pretrained-model-name-or-path",
+                str(POCKET),
+                "--dataset-name",
+                str(pictures),
+                "--cache-dir",
+                str(cache),
+                "--output-dir",
+                str(tmp_path / "out"),
+                "--resolution",
+                "64",
+                "--max-train-steps",
+                "1",
+                "--train-batch-size",
+                "1",
+                "--validation-prompts",
+            ]
+        )
+        == 0
+    )
     said = capsys.readouterr().out
-    assert "3 pictures at 64 px; captions: 1 missing or empty, 1 cut at the tokenizer's length" in said
+    assert (
+        "3 pictures at 64 px; captions: 1 missing or empty, 1 cut at the tokenizer's length" in said
+    )
     assert "1 optimizer steps x 1 images (1 x 1) = 0.3 epochs" in said
     assert "243,712 trainable parameters" in said
     assert any((tmp_path / "out" / "tensorboard").glob("events*"))
 
 
-# ---- model and adapters ----------------------------------------------------------------------------
+# ---- model and adapters --------------------------------------------------------------------------
 
 
 def test_a_folder_that_is_no_model_is_refused(train, pictures, tmp_path):
-    refused(train("--pretrained-model-name-or-path", str(pictures)), "model_index.json", str(pictures))
-    refused(train("--pretrained-model-name-or-path", str(tmp_path / "none")), str(tmp_path / "none"))
+    refused(
+        train("--pretrained-model-name-or-path", str(pictures)), "model_index.json", str(pictures)
+    )
+    refused(
+        train("--pretrained-model-name-or-path", str(tmp_path / "none")), str(tmp_path / "none")
+    )
 
 
 def test_a_model_that_is_not_on_this_disk_names_the_way_out(train, monkeypatch):
@@ -184,7 +245,10 @@ def test_an_adapter_of_another_base_is_refused_unless_told_so(trained, tmp_path,
 
 def test_an_adapter_of_another_architecture_rank_or_format_is_refused(trained, tmp_path, capsys):
     file = trained / lora.FILE_NAME
-    tensors = {f"unet.{k}": torch.zeros(s) for k, s in (("a.lora_A.weight", (4, 8)), ("a.lora_B.weight", (8, 4)))}
+    tensors = {
+        f"unet.{k}": torch.zeros(s)
+        for k, s in (("a.lora_A.weight", (4, 8)), ("a.lora_B.weight", (8, 4)))
+    }
     alien = tmp_path / "alien.safetensors"
     alien.write_bytes(files.safetensors_bytes(tensors, {}))
     base = ("--pretrained-model-name-or-path", str(POCKET))
@@ -205,13 +269,19 @@ def test_no_run_to_draw_from_is_refused(tmp_path, monkeypatch, capsys):
     refused(draw(capsys), "no finished run under runs/", "make train")
 
 
-# ---- disk ------------------------------------------------------------------------------------------
+# ---- disk ----------------------------------------------------------------------------------------
 
 
-def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(train, tmp_path, monkeypatch):
+def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(
+    train, tmp_path, monkeypatch
+):
     (tmp_path / "file").write_text("in the way")
     monkeypatch.setattr(loop, "prepare", lambda *_: pytest.fail("work was begun"))
-    refused(train("--output-dir", str(tmp_path / "file" / "out")), "could not be written", "--output-dir")
+    refused(
+        train("--output-dir", str(tmp_path / "file" / "out")),
+        "could not be written",
+        "--output-dir",
+    )
 
 
 def test_a_full_disk_while_saving_loses_no_whole_checkpoint(train, trained, monkeypatch):
@@ -231,7 +301,7 @@ def test_a_full_disk_while_saving_loses_no_whole_checkpoint(train, trained, monk
     assert train("--max-train-steps", "4") == (0, "")
 
 
-# ---- what is drawn ---------------------------------------------------------------------------------
+# ---- what is drawn -------------------------------------------------------------------------------
 
 
 def test_a_run_ends_with_its_before_after_picture_and_draws_it_again_if_it_is_gone(train, tmp_path):
@@ -246,7 +316,9 @@ def test_a_run_ends_with_its_before_after_picture_and_draws_it_again_if_it_is_go
     assert picture.read_bytes() == first
 
 
-def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(train, tmp_path, monkeypatch):
+def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(
+    train, tmp_path, monkeypatch
+):
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 

@@ -3,7 +3,9 @@ what is damaged is refused by name."""
 
 import dataclasses
 import functools
+import gc
 import io
+import itertools
 import json
 import os
 import random
@@ -16,7 +18,6 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import INK, POCKET
 from PIL import Image, ImageOps
 
 import data
@@ -24,6 +25,7 @@ import hub
 import loop
 import model
 from config import RECIPES
+from conftest import INK, POCKET
 from files import Refusal, digest
 from sources import Picture, read_dataset
 
@@ -605,6 +607,14 @@ def one_thread():
     torch.set_num_threads(before)
 
 
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections():
+    """fill_cache() collects garbage; what was imported is none, and takes half a second to walk."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @functools.cache
 def pocket_vae():
     return model.load_vae(str(POCKET), CPU)
@@ -1065,6 +1075,7 @@ def test_streams_of_different_purposes_never_coincide(monkeypatch):
             data.prepare(chosen, 8, True, seed, False)
     states = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
     assert len(keys) == 4 * 3 * 40 and len(set(states)) == len(states)
+    assert all(key[-1] for key in keys)
 
 
 def test_caption_dropout_one_trains_the_unconditional_embedding_only():
@@ -1098,7 +1109,7 @@ def test_a_batch_is_its_examples_however_they_are_cut_up():
     examples = examples_of(Counting(), **EVERYTHING)
     together = examples.batch(range(17, 25), CPU)
     for cuts in ([17, 25], [17, 18, 21, 25], list(range(17, 26))):
-        parts = [examples.batch(range(a, b), CPU) for a, b in zip(cuts, cuts[1:], strict=False)]
+        parts = [examples.batch(range(a, b), CPU) for a, b in itertools.pairwise(cuts)]
         for key, value in together.items():
             assert torch.equal(torch.cat([part[key] for part in parts]), value), key
 

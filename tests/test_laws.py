@@ -18,8 +18,8 @@ import checkpoint
 import files
 import generate
 import hub
-import lora
 import loop
+import lora
 import model
 from config import RECIPES
 from conftest import INK, POCKET, ROOT
@@ -38,16 +38,44 @@ def few(tmp_path_factory):
 
 @pytest.fixture
 def train(few, cache, tmp_path):
-    """train("name", "--option", ...): one run in tmp_path/name, 64 px, 4 examples a step; returns its exit code."""
+    """train("name", "--option", ...): one run in tmp_path/name, 64 px, 4 examples a step; returns
+    its exit code.
+    """
 
     def run(name: str, *options: str) -> int:
         return loop.main(
-            ["pocket", "--pretrained-model-name-or-path", str(POCKET), "--dataset-name", str(few),
-             "--cache-dir", str(cache), "--output-dir", str(tmp_path / name), "--resolution", "64",
-             "--train-batch-size", "2", "--gradient-accumulation-steps", "2", "--max-train-steps", "4",
-             "--checkpointing-steps", "2", "--learning-rate", "1e-3", "--lr-scheduler", "constant",
-             "--lr-warmup-steps", "0", "--no-tensorboard", "--random-flip", "--validation-prompts", *options]
-        )  # fmt: skip
+            [
+                "pocket",
+                "--pretrained-model-name-or-path",
+                str(POCKET),
+                "--dataset-name",
+                str(few),
+                "--cache-dir",
+                str(cache),
+                "--output-dir",
+                str(tmp_path / name),
+                "--resolution",
+                "64",
+                "--train-batch-size",
+                "2",
+                "--gradient-accumulation-steps",
+                "2",
+                "--max-train-steps",
+                "4",
+                "--checkpointing-steps",
+                "2",
+                "--learning-rate",
+                "1e-3",
+                "--lr-scheduler",
+                "constant",
+                "--lr-warmup-steps",
+                "0",
+                "--no-tensorboard",
+                "--random-flip",
+                "--validation-prompts",
+                *options,
+            ]
+        )
 
     return run
 
@@ -68,10 +96,12 @@ def moved(folder, few) -> torch.Tensor:
     return vector(folder) - start
 
 
-# ---- law 1: a run is a function of its config --------------------------------------------------------
+# ---- law 1: a run is a function of its config ----------------------------------------------------
 
 
-@pytest.mark.parametrize(("optimizer", "bound"), [("--no-use-8bit-adam", 1e-3), ("--use-8bit-adam", 1e-2)])
+@pytest.mark.parametrize(
+    ("optimizer", "bound"), [("--no-use-8bit-adam", 1e-3), ("--use-8bit-adam", 1e-2)]
+)
 def test_1x4_equals_2x2_equals_4x1(train, tmp_path, few, optimizer, bound):
     for size in (1, 2, 4):
         cut = ("--train-batch-size", str(size), "--gradient-accumulation-steps", str(4 // size))
@@ -84,9 +114,15 @@ def test_1x4_equals_2x2_equals_4x1(train, tmp_path, few, optimizer, bound):
 
 def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache, tmp_path):
     base = dataclasses.replace(
-        RECIPES["pocket"][1], pretrained_model_name_or_path=str(POCKET), dataset_name=str(few), resolution=64,
-        cache_dir=str(cache), output_dir=str(tmp_path / "g"), train_batch_size=4, max_grad_norm=1e9,
-    )  # fmt: skip
+        RECIPES["pocket"][1],
+        pretrained_model_name_or_path=str(POCKET),
+        dataset_name=str(few),
+        resolution=64,
+        cache_dir=str(cache),
+        output_dir=str(tmp_path / "g"),
+        train_batch_size=4,
+        max_grad_norm=1e9,
+    )
     run, _ = loop.set_up(base, torch.device("cpu"))
     gradients = []
     for size in (1, 2, 3, 4):
@@ -106,15 +142,19 @@ def test_the_same_command_gives_the_same_bytes_and_another_seed_others(train, tm
     assert adapter(tmp_path / "a") == adapter(tmp_path / "b") != adapter(tmp_path / "c")
 
 
-# ---- law 2: interrupted equals uninterrupted ----------------------------------------------------------
+# ---- law 2: interrupted equals uninterrupted -----------------------------------------------------
 
 
 class Killed(BaseException):
     """Stands for the process being gone: nothing of ours catches it."""
 
 
-def test_killed_while_writing_and_started_again_equals_uninterrupted(train, tmp_path, few, monkeypatch):
-    """Every file is written through os.replace; the run dies before one of them, at every third of them in turn."""
+def test_killed_while_writing_and_started_again_equals_uninterrupted(
+    train, tmp_path, few, monkeypatch
+):
+    """Every file is written through os.replace; the run dies before one of them, at every third of
+    them in turn.
+    """
     cold = ("--cache-dir", str(tmp_path / "cold"))
     assert train("whole", *cold) == 0
     replace, left = os.replace, [0]
@@ -150,15 +190,31 @@ def test_sigkill_in_a_process_of_its_own_then_the_same_command(train, tmp_path, 
     script = "import sys, loop; sys.exit(loop.main(sys.argv[1:]))"
     state = json.loads((tmp_path / "whole" / "config.json").read_text())
     argv = ["pocket", "--validation-prompts", "--no-tensorboard", "--random-flip"]
-    for key in ("pretrained_model_name_or_path", "dataset_name", "cache_dir", "resolution", "train_batch_size",
-                "gradient_accumulation_steps", "max_train_steps", "checkpointing_steps", "learning_rate",
-                "lr_scheduler", "lr_warmup_steps"):  # fmt: skip
+    for key in (
+        "pretrained_model_name_or_path",
+        "dataset_name",
+        "cache_dir",
+        "resolution",
+        "train_batch_size",
+        "gradient_accumulation_steps",
+        "max_train_steps",
+        "checkpointing_steps",
+        "learning_rate",
+        "lr_scheduler",
+        "lr_warmup_steps",
+    ):
         argv += ["--" + key.replace("_", "-"), str(state[key])]
     argv += ["--output-dir", str(tmp_path / "killed")]
-    process = subprocess.Popen([sys.executable, "-c", script, *argv], cwd=ROOT, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.DEVNULL)  # fmt: skip
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *argv],
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
     log, until = tmp_path / "killed" / "log.jsonl", time.monotonic() + 120
-    while not (log.is_file() and len(log.read_text().splitlines()) >= 7) and time.monotonic() < until:
+    while (
+        not (log.is_file() and len(log.read_text().splitlines()) >= 7) and time.monotonic() < until
+    ):
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL
@@ -188,7 +244,9 @@ def test_a_signal_finishes_the_step_saves_and_says_so(train, tmp_path, monkeypat
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
 
 
-def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(train, tmp_path, monkeypatch, capsys):
+def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(
+    train, tmp_path, monkeypatch, capsys
+):
     encode = model.encode_images
 
     def signalled(pixels, vae):
@@ -205,7 +263,9 @@ def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(train
 def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(train, tmp_path, capsys):
     assert train("whole") == 0
     assert train("cut", "--max-train-steps", "2") == 0
-    shutil.copytree(tmp_path / "whole" / "checkpoints" / "000004", tmp_path / "cut" / "checkpoints" / "000004")
+    shutil.copytree(
+        tmp_path / "whole" / "checkpoints" / "000004", tmp_path / "cut" / "checkpoints" / "000004"
+    )
     file = tmp_path / "cut" / "checkpoints" / "000004" / "state.pt"
     file.write_bytes(file.read_bytes()[:-100])
     assert train("cut") == 0
@@ -233,12 +293,20 @@ def test_more_steps_go_on_where_a_finished_run_ended(train, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("options", "said"),
-    [(("--learning-rate", "2e-3"), "learning_rate 0.001, and this command has learning_rate 0.002"),
-     (("--lora-rank", "8"), "lora_rank 16, and this command has lora_rank 8"),
-     (("--train-batch-size", "3"), "gradient_accumulation_steps 4, and this command has"),
-     (("--mixed-precision", "bf16"), "dtype torch.float32, and this command has dtype torch.bfloat16"),
-     (("--dataset-name", str(INK)), "data ")],
-)  # fmt: skip
+    [
+        (
+            ("--learning-rate", "2e-3"),
+            "learning_rate 0.001, and this command has learning_rate 0.002",
+        ),
+        (("--lora-rank", "8"), "lora_rank 16, and this command has lora_rank 8"),
+        (("--train-batch-size", "3"), "gradient_accumulation_steps 4, and this command has"),
+        (
+            ("--mixed-precision", "bf16"),
+            "dtype torch.float32, and this command has dtype torch.bfloat16",
+        ),
+        (("--dataset-name", str(INK)), "data "),
+    ],
+)
 def test_another_run_in_the_same_folder_is_refused_by_field(train, tmp_path, capsys, options, said):
     assert train("r", "--max-train-steps", "2") == 0
     before = adapter(tmp_path / "r")
@@ -249,7 +317,13 @@ def test_another_run_in_the_same_folder_is_refused_by_field(train, tmp_path, cap
 
 def test_memory_options_may_change_between_two_starts(train, tmp_path):
     assert train("r", "--max-train-steps", "2") == 0
-    cut = ("--train-batch-size", "4", "--gradient-accumulation-steps", "1", "--gradient-checkpointing")
+    cut = (
+        "--train-batch-size",
+        "4",
+        "--gradient-accumulation-steps",
+        "1",
+        "--gradient-checkpointing",
+    )
     assert train("r", *cut) == 0
     assert json.loads((tmp_path / "r" / "finished.json").read_text())["steps"] == 4
 
@@ -262,7 +336,7 @@ def test_only_the_newest_checkpoints_are_kept_each_with_a_loadable_adapter(train
     assert adapter(kept[1]) == adapter(tmp_path / "r")
 
 
-# ---- law 3: cached equals uncached ---------------------------------------------------------------------
+# ---- law 3: cached equals uncached ---------------------------------------------------------------
 
 
 def test_training_from_the_cache_equals_encoding_at_every_step(train, tmp_path):
@@ -270,7 +344,9 @@ def test_training_from_the_cache_equals_encoding_at_every_step(train, tmp_path):
     assert train("cached", *options, "--cache-dir", str(tmp_path / "new")) == 0
     assert train("warm", *options, "--cache-dir", str(tmp_path / "new")) == 0
     assert train("uncached", *options, "--no-cache") == 0
-    assert adapter(tmp_path / "cached") == adapter(tmp_path / "warm") == adapter(tmp_path / "uncached")
+    assert (
+        adapter(tmp_path / "cached") == adapter(tmp_path / "warm") == adapter(tmp_path / "uncached")
+    )
 
 
 def test_a_second_run_loads_no_encoder(train, monkeypatch):
@@ -284,17 +360,21 @@ def test_a_second_run_loads_no_encoder(train, monkeypatch):
     assert train("second") == 0
 
 
-# ---- law 4: exported equals trained --------------------------------------------------------------------
+# ---- law 4: exported equals trained --------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_diffusers_draws_our_picture_from_our_files(train, tmp_path, dtype):
-    """Both files, loaded by load_lora_weights (peft), draw what generate.py draws; strength 0 is the bare model."""
+    """Both files, loaded by load_lora_weights (peft), draw what generate.py draws; strength 0 is
+    the bare model.
+    """
     assert train("r", "--save-dtype", dtype, "--learning-rate", "1e-2") == 0
     options = ("--prompts", "red apple", "--seeds", "3", "--num-inference-steps", "4")
     for strength in ("1", "0", "0.5"):
         assert generate.main([str(tmp_path / "r"), *options, "--strength", strength]) == 0
-    ours = {s: picture(tmp_path / "r" / "pictures" / f"red-apple-3-{s}.png") for s in ("0", "0.5", "1")}
+    ours = {
+        s: picture(tmp_path / "r" / "pictures" / f"red-apple-3-{s}.png") for s in ("0", "0.5", "1")
+    }
     bare = reference(None)
     assert np.array_equal(ours["0"], bare)
     assert np.abs(ours["1"] - bare).mean() > 2
@@ -318,11 +398,15 @@ def reference(path) -> np.ndarray:
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     guidance = RECIPES["pocket"][1].guidance_scale
-    image = pipe("red apple", latents=noise, num_inference_steps=4, guidance_scale=guidance).images[0]
+    image = pipe("red apple", latents=noise, num_inference_steps=4, guidance_scale=guidance).images[
+        0
+    ]
     return np.asarray(image).astype(int)
 
 
-def test_a_file_that_is_not_what_was_trained_ends_the_run_without_done(train, tmp_path, monkeypatch, capsys):
+def test_a_file_that_is_not_what_was_trained_ends_the_run_without_done(
+    train, tmp_path, monkeypatch, capsys
+):
     save = lora.save
 
     def wrong(adapter, path, *rest):
@@ -339,7 +423,7 @@ def test_a_file_that_is_not_what_was_trained_ends_the_run_without_done(train, tm
     assert train("r") == 0
 
 
-# ---- law 5: nothing fails silently ---------------------------------------------------------------------
+# ---- law 5: nothing fails silently ---------------------------------------------------------------
 
 
 def test_an_adapter_that_did_not_move_is_an_error(train, tmp_path, monkeypatch, capsys):
@@ -351,14 +435,20 @@ def test_an_adapter_that_did_not_move_is_an_error(train, tmp_path, monkeypatch, 
     assert not (tmp_path / "r" / lora.FILE_NAME).exists()
 
 
-def test_a_loss_that_is_not_finite_stops_and_names_the_pictures(train, tmp_path, monkeypatch, capsys):
+def test_a_loss_that_is_not_finite_stops_and_names_the_pictures(
+    train, tmp_path, monkeypatch, capsys
+):
     predict = model.predict
     monkeypatch.setattr(model, "predict", lambda *a: predict(*a) * float("nan"))
     assert train("r") == 1
-    assert "loss of step 1 is nan (pictures " in (said := capsys.readouterr().err) and ".png" in said
+    assert (
+        "loss of step 1 is nan (pictures " in (said := capsys.readouterr().err) and ".png" in said
+    )
 
 
-def test_a_gradient_that_is_not_finite_stops_in_fp32_and_keeps_the_steps_before(train, tmp_path, monkeypatch, capsys):
+def test_a_gradient_that_is_not_finite_stops_in_fp32_and_keeps_the_steps_before(
+    train, tmp_path, monkeypatch, capsys
+):
     step = loop.optimizer_step
 
     def poisoned(run):
@@ -372,7 +462,9 @@ def test_a_gradient_that_is_not_finite_stops_in_fp32_and_keeps_the_steps_before(
     assert checkpoint.newest_state(tmp_path / "r" / "checkpoints")["step"] == 3
 
 
-def test_running_out_of_memory_says_what_to_change_and_keeps_the_steps_before(train, tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_says_what_to_change_and_keeps_the_steps_before(
+    train, tmp_path, monkeypatch, capsys
+):
     step = loop.optimizer_step
 
     def full(run):
@@ -386,7 +478,9 @@ def test_running_out_of_memory_says_what_to_change_and_keeps_the_steps_before(tr
     assert checkpoint.newest_state(tmp_path / "r" / "checkpoints")["step"] == 3
 
 
-def test_fp16_overflow_skips_the_step_halves_the_scale_and_is_counted(train, tmp_path, monkeypatch, capsys):
+def test_fp16_overflow_skips_the_step_halves_the_scale_and_is_counted(
+    train, tmp_path, monkeypatch, capsys
+):
     scale = loop.LossScale
     monkeypatch.setattr(loop, "LossScale", lambda enabled, value: scale(enabled, 2.0**40))
     assert train("r", "--mixed-precision", "fp16", "--max-train-steps", "40") == 0
@@ -399,15 +493,23 @@ def test_fp16_overflow_skips_the_step_halves_the_scale_and_is_counted(train, tmp
 
 def test_fp16_resumed_equals_uninterrupted_loss_scale_included(train, tmp_path, monkeypatch):
     scale = loop.LossScale
-    monkeypatch.setattr(loop, "LossScale", lambda enabled, value: scale(enabled, 2.0**17, growth_interval=2))
+    monkeypatch.setattr(
+        loop, "LossScale", lambda enabled, value: scale(enabled, 2.0**17, growth_interval=2)
+    )
     fp16 = ("--mixed-precision", "fp16", "--max-train-steps", "6")
     assert train("whole", *fp16) == 0
     assert train("cut", *fp16[:2], "--max-train-steps", "3") == 0
     monkeypatch.setattr(loop, "LossScale", scale)
     assert train("cut", *fp16) == 0
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
-    scales = [json.loads(x)["loss_scale"] for x in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()]
-    assert scales == [json.loads(x)["loss_scale"] for x in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()]
+    scales = [
+        json.loads(x)["loss_scale"]
+        for x in (tmp_path / "cut" / "log.jsonl").read_text().splitlines()
+    ]
+    assert scales == [
+        json.loads(x)["loss_scale"]
+        for x in (tmp_path / "whole" / "log.jsonl").read_text().splitlines()
+    ]
     assert len(set(scales)) > 1
 
 

@@ -3,16 +3,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import make_batch, make_unet
 from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 import loop
 import model
+from conftest import make_batch, make_unet
 
 SDXL_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCALING = (0.13025, 0.0)
 KINDS = ["epsilon", "v_prediction"]
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Small convolutions on a busy machine wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 def ddpm_and_ours(prediction_type: str, **more) -> tuple[DDPMScheduler, model.NoiseSchedule]:
