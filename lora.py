@@ -36,7 +36,7 @@ FILE_NAME = (
 
 # bitsandbytes quantises optimizer state in blocks of 256 numbers. Starting every matrix at a
 # multiple of that keeps a block from straddling two matrices, so the flat vector steps as separate
-# tensors would.
+# tensors would. (Its 8-bit zero is not quite zero, so padding drifts. The model never reads it.)
 BLOCK = 256
 
 
@@ -108,8 +108,8 @@ class Adapter:
                 ("", matrix, self.flat),
                 (".grad", matrix.grad, self.flat.grad),
             ):
-                shared = part is not None and part.data_ptr() == whole.data_ptr() + 4 * at
-                if not (shared and part.dtype == torch.float32):
+                there = part is not None and whole is not None and part.dtype == torch.float32
+                if not there or part.data_ptr() != whole.data_ptr() + 4 * at:
                     raise Refusal(
                         f"{name}{kind} no longer lives in the adapter's flat vector",
                         "views of one fp32 vector",
@@ -209,6 +209,8 @@ def set_strength(adapter: Adapter, strength: float) -> None:
     """How much of the adapter acts: 0 is the bare model, bit for bit; 1 the trained one."""
     if not math.isfinite(strength):
         raise Refusal(f"strength {strength}", "a number, usually 0 to 1", "--strength 1")
+    if any(layer.unmerged is not None for layer in adapter.layers.values()):
+        raise Refusal("the adapter is merged into its base", "a separate one", "unmerge() first")
     for layer in adapter.layers.values():
         layer.strength = strength
 
@@ -281,7 +283,7 @@ def kohya_file(adapter: Adapter, dtype: torch.dtype, about: dict[str, str]) -> b
         key = "lora_unet_" + name.replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = layer.lora_A.to(dtype)
         tensors[f"{key}.lora_up.weight"] = layer.lora_B.to(dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(float(adapter.alpha), dtype=dtype)
+        tensors[f"{key}.alpha"] = torch.tensor(float(adapter.alpha))  # fp32: fp16 ends at 65504
     header = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_network_module": "networks.lora",
@@ -336,18 +338,38 @@ def read(path: Path | str) -> AdapterFile:
         tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
     layout, matrices = sort_keys(path, tensors)
     ranks = {pair["A"].shape[0] for pair in matrices.values()}
-    alphas = {float(pair.pop("alpha")) for pair in matrices.values() if "alpha" in pair}
+    # 6 digits: what fp32 keeps of an alpha such as 0.1
+    alphas = {float(f"{float(p.pop('alpha', len(p['A']))):.6g}") for p in matrices.values()}
     if layout == "peft":
-        header = json.loads(about.get("lora_adapter_metadata", "{}"))
-        alphas = {float(header["unet.lora_alpha"])} if "unet.lora_alpha" in header else set()
-    if len(ranks) != 1 or len(alphas) > 1:
+        alphas = {alpha_in_header(path, about)} if "lora_adapter_metadata" in about else alphas
+    if len(ranks) != 1 or len(alphas) != 1:
         raise Refusal(
             f"{path} has ranks {sorted(ranks)} and alphas {sorted(alphas)}",
             "one rank and one alpha for all modules",
             "use an adapter of uniform rank: diffusers reads others wrongly, too",
         )
-    rank = ranks.pop()
-    return AdapterFile(path, layout, matrices, rank, alphas.pop() if alphas else float(rank), about)
+    return AdapterFile(path, layout, matrices, ranks.pop(), alphas.pop(), about)
+
+
+def alpha_in_header(path: Path, about: dict[str, str]) -> float:
+    """lora_alpha of a PEFT file's header. Raises Refusal for what would change the scale unseen."""
+    try:
+        header = json.loads(about["lora_adapter_metadata"])
+        alpha = float(header.get("unet.lora_alpha", header.get("unet.r")))
+    except (ValueError, TypeError, AttributeError) as error:
+        raise Refusal(
+            f"{path} has an unreadable lora_adapter_metadata ({error})",
+            'JSON with "unet.r" and "unet.lora_alpha"',
+            "use a whole adapter file",
+        ) from error
+    for name in ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora"):
+        if header.get(f"unet.{name}"):
+            raise Refusal(
+                f"{path} has {name} {header[f'unet.{name}']}",
+                "plain LoRA with one rank and one alpha",
+                "use an adapter without it",
+            )
+    return alpha
 
 
 LAYOUTS = {  # name: (what every key begins with, {what it ends in: what it holds})
@@ -381,10 +403,11 @@ def sort_keys(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, di
             raise Refusal(f"{path}: {key} holds NaN or Inf", "finite numbers", "use another file")
         matrices.setdefault(key[len(begin) : -len(ending)], {})[endings[ending]] = tensor
     for module, pair in matrices.items():
-        if not {"A", "B"} <= pair.keys() or any(pair[k].ndim != 2 for k in "AB"):
+        whole = {"A", "B"} <= pair.keys() and pair["A"].ndim == pair["B"].ndim == 2
+        if not whole or pair.get("alpha", torch.ones(())).numel() != 1:
             raise Refusal(
-                f"{path}: {module} has {', '.join(sorted(pair))}",
-                "a matrix A and a matrix B",
+                f"{path}: {module} has {', '.join(f'{k} {[*v.shape]}' for k, v in pair.items())}",
+                "a matrix A, a matrix B and at most one alpha",
                 "use a whole adapter file",
             )
     return layout, matrices

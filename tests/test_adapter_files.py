@@ -435,6 +435,7 @@ CASES = {
             **{
                 "lora_unet_x_to_q.lora_down.weight": STRAY_A,
                 "lora_unet_x_to_q.lora_up.weight": STRAY_B,
+                "lora_unet_x_to_q.alpha": torch.tensor(6.0),
             }
         ),
         ["has, unused, 1 ", "x_to_q", MODULES],
