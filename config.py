@@ -14,7 +14,7 @@ import tyro
 
 from files import Refusal
 
-# Idle OpenMP threads sleep instead of spinning: with another program on the same two cores a step of
+# Idle OpenMP threads sleep, not spin: with another program on the same two cores a step of
 # the pocket recipe took 10 s spinning and 0.23 s sleeping. To be set before torch is imported.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
