@@ -338,8 +338,7 @@ def read(path: Path | str) -> AdapterFile:
         tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
     layout, matrices = sort_keys(path, tensors)
     ranks = {pair["A"].shape[0] for pair in matrices.values()}
-    # 6 digits: what fp32 keeps of an alpha such as 0.1
-    alphas = {float(f"{float(p.pop('alpha', len(p['A']))):.6g}") for p in matrices.values()}
+    alphas = {float(pair.pop("alpha", len(pair["A"]))) for pair in matrices.values()}
     if layout == "peft":
         alphas = {alpha_in_header(path, about)} if "lora_adapter_metadata" in about else alphas
     if len(ranks) != 1 or len(alphas) != 1:
@@ -434,7 +433,8 @@ def load(adapter: Adapter, path: Path | str) -> AdapterFile:
                 f"exactly this model's {len(mine)} adapted modules",
                 "use an adapter that was trained on this architecture with these targets",
             )
-    if (file.rank, file.alpha) != (adapter.rank, float(adapter.alpha)):
+    same_alpha = math.isclose(file.alpha, adapter.alpha, rel_tol=1e-6)  # kohya's is rounded to fp32
+    if file.rank != adapter.rank or not same_alpha:
         raise Refusal(
             f"{file.path} has rank {file.rank} and alpha {file.alpha:g}",
             f"rank {adapter.rank} and alpha {adapter.alpha:g}",

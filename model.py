@@ -231,7 +231,7 @@ def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.devi
             "a config.json and the weights that fit it",
             "download the model again, or pip install --upgrade transformers diffusers",
         )
-    return encoder.to(device, torch.float32).requires_grad_(False).eval()
+    return encoder.to(device).float().requires_grad_(False).eval()
 
 
 def zeros_for_empty_prompt(name: str) -> bool:

@@ -8,7 +8,7 @@ os.environ["HF_HUB_OFFLINE"] = (
     "1"  # before huggingface_hub is imported: a test never reaches for the network
 )
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["OMP_WAIT_POLICY"] = "PASSIVE"  # as config.py sets it, before torch is imported
+os.environ["GOMP_SPINCOUNT"] = "1000"  # as config.py sets it, before torch is imported
 
 import sys
 from pathlib import Path

@@ -80,7 +80,7 @@ def test_round_trip(tmp_path, layout, dtype):
     assert os.listdir(path.parent) == [path.name]  # no part file stays behind
 
 
-@pytest.mark.parametrize("alpha", [0.1, 22.6, 1000, 100_000])
+@pytest.mark.parametrize("alpha", [0.1, 22.6, 16 * 2**0.5, 1000, 100_000])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_alpha_that_config_allows_survives_its_file(tmp_path, layout, dtype, alpha):
