@@ -19,11 +19,11 @@ $(VENV)/.ready: requirements.txt constraints.txt
 train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original ARGS="--seed 1" overrides
 	@recipe="$(RECIPE)"; \
 	if [ -z "$$recipe" ]; then \
-	  if nvidia-smi -L 2>/dev/null | grep -q GPU; then recipe=t4; why="this machine has a GPU"; \
+	  if nvidia-smi -L 2>/dev/null | grep -q GPU; then recipe="t4 --device cuda"; why="a GPU is here"; \
 	  else recipe=pocket; why="no GPU found"; fi; \
 	else why="as asked"; fi; \
 	echo "recipe $$recipe ($$why)"; \
-	$(PYTHON) loop.py $$recipe $(ARGS)
+	exec $(PYTHON) loop.py $$recipe $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
@@ -38,9 +38,9 @@ check: $(SETUP)  ## lint and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-check-all: check test  ## everything, the slow parts too
+check-all: check test  ## everything that CI runs
 
-clean:  ## remove .venv, caches and part files; runs/ and the encoded pictures in cache/ stay
+clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 

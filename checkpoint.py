@@ -42,13 +42,25 @@ MAY_CHANGE = {
 }
 
 
-def identity(config: Config, dtype: torch.dtype, pictures: list[Picture]) -> dict[str, str]:
-    """What must be the same for a checkpoint to be continued, as text."""
+def fixed_options(config: Config) -> dict[str, str]:
+    """The options that are part of what the run is, as text."""
     fixed = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
-    return fixed | {
-        "train_batch_size x gradient_accumulation_steps": str(config.examples_per_step),
+    both = "train_batch_size x gradient_accumulation_steps"
+    return fixed | {both: str(config.examples_per_step)}
+
+
+def identity(
+    config: Config, dtype: torch.dtype, pictures: list[Picture], encoders: str, noise: str
+) -> dict[str, str]:
+    """What must be the same for a checkpoint to be continued, as text.
+
+    encoders: the fingerprints of VAE and text encoders; noise: the noise schedule.
+    """
+    return fixed_options(config) | {
         "dtype": str(dtype),
         "base": hub.unet_fingerprint(config.pretrained_model_name_or_path, dtype != torch.float32),
+        "encoders": digest(encoders),
+        "noise schedule": digest(noise),
         "data": digest(*(part for p in pictures for part in (p.digest, p.caption))),
     }
 
@@ -83,6 +95,12 @@ def save_state(run: Run) -> None:
     whole = sorted(p for p in root.iterdir() if p.name.isdigit())
     for old in whole[: -run.config.checkpoints_total_limit]:
         shutil.rmtree(old)
+
+
+def save_state_once(run: Run) -> None:
+    """save_state(), unless there is nothing trained or it is saved already."""
+    if run.step and not (run.config.out / "checkpoints" / f"{run.step:06d}").exists():
+        save_state(run)
 
 
 def newest_state(root: Path) -> dict | None:
@@ -142,13 +160,19 @@ def restore(run: Run, state: dict | None) -> None:
 def about(run: Run) -> dict[str, str]:
     """What an adapter's header says. Nothing that depends on the clock or on where the run lies."""
     return {
-        "base_model": run.config.pretrained_model_name_or_path,
+        "base_model": public_name(run.config.pretrained_model_name_or_path),
         "base_fingerprint": run.identity["base"],
-        "dataset": run.config.dataset_name,
+        "dataset": public_name(run.config.dataset_name),
         "recipe": run.config.recipe,
         "resolution": str(run.config.resolution),
         "steps": str(run.step),
     }
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is; of a folder its last part, since where it lies is nobody's business."""
+    folder = Path(name).expanduser()
+    return folder.resolve().name if folder.exists() else name
 
 
 def export(run: Run) -> list[Path]:
@@ -195,26 +219,32 @@ def kohya_path(config: Config) -> Path:
 
 
 def mark_finished(config: Config, run: Run) -> None:
-    """Note that the exported files are whole and compared, and what they are."""
+    """Note that the exported files are whole and compared, and what they are of."""
     files = {
-        str(p.relative_to(config.out)): sum_of(p.read_bytes())
-        for p in (config.out / lora.FILE_NAME, kohya_path(config))
+        str(path.relative_to(config.out)): sum_of(path.read_bytes())
+        for path in (config.out / lora.FILE_NAME, kohya_path(config))
     }
-    write_whole(
-        config.out / "finished.json",
-        json.dumps({"steps": run.step, "files": files}, indent=1).encode(),
-    )
+    note = {"steps": run.step, "files": files, "save_dtype": config.save_dtype}
+    note["options"] = fixed_options(config)
+    (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
+    write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
 
 
-def finished(config: Config) -> bool:
-    """Whether max_train_steps were trained and the exported files are still what they were."""
+def finished(config: Config) -> int:
+    """The steps of a finished run whose exported files are still what they were, or 0.
+
+    Raises Refusal where the run in config.out was of other options.
+    """
     sweep_parts(config.out)
     try:
         said = json.loads((config.out / "finished.json").read_text())
         sums = {name: sum_of((config.out / name).read_bytes()) for name in said["files"]}
-    except (OSError, ValueError):  # not there, or not as it was written
-        return False
-    return said["steps"] >= config.max_train_steps and sums == said["files"]
+        state = {"identity": said["options"]}
+    except (OSError, ValueError, KeyError, TypeError):  # not there, or not as it was written
+        return 0
+    check_same(config, fixed_options(config), state)
+    whole = sums == said["files"] and said["save_dtype"] == config.save_dtype
+    return said["steps"] if whole and said["steps"] >= config.max_train_steps else 0
 
 
 def sum_of(content: bytes) -> str:

@@ -15,7 +15,7 @@ import tyro
 from files import Refusal
 
 # How long an idle OpenMP thread spins before it sleeps. With libgomp's default and another program
-# on the same two cores, a step of the pocket recipe took up to 10 s; so it takes 0.3 s, and alone no
+# on the same cores, a step of the pocket recipe took up to 10 s; so it takes 0.3 s, and alone no
 # longer than before. To be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
@@ -55,8 +55,7 @@ class Config:
     caption_column: str = ""
     # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE.
     output_dir: str = ""
-    # Where encoded pictures and captions are kept; runs share it, and it may be deleted at any
-    # time.
+    # Where encoded pictures and captions are kept; runs share it, and it may go between runs.
     cache_dir: str = "cache"
     # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
     cache: bool = True
@@ -82,7 +81,7 @@ class Config:
     gradient_accumulation_steps: int = 4
     # Optimizer steps of the whole run.
     max_train_steps: int = 1000
-    # Step size of AdamW: LoRA takes 10 times what full fine-tuning does.
+    # Step size of AdamW, as published; higher learns faster and forgets sooner.
     learning_rate: float = 5e-5
     # constant, as published, or a cosine down to --lr-end of the learning rate.
     lr_scheduler: Literal["constant", "cosine"] = "constant"
@@ -94,7 +93,7 @@ class Config:
     use_8bit_adam: bool = True
     # AdamW's decay of the adapter towards zero per step, times the learning rate.
     adam_weight_decay: float = 1e-2
-    # Gradients longer than this are shortened to it.
+    # Gradients longer than this are shortened to it; inf switches clipping off.
     max_grad_norm: float = 0.5
     # Weigh each example by min(SNR, gamma) / SNR, so that easy timesteps do not drown the rest; 0
     # is off, 5 usual.
@@ -117,7 +116,7 @@ class Config:
 
     # Optimizer steps between checkpoints; what a lost connection costs at most.
     checkpointing_steps: int = 200
-    # Checkpoints kept; two, so that one is whole while the next is written.
+    # Checkpoints kept; two, so that damage to the newest costs one interval and not the run.
     checkpoints_total_limit: int = 2
     # dtype of the adapter files: fp32 is exactly what was trained, fp16 half the size.
     save_dtype: Literal["fp32", "fp16"] = "fp32"
@@ -218,9 +217,11 @@ def check(config: Config) -> Config:
     for name, (low, high) in bounds.items():
         value = getattr(config, name)
         if not low <= value <= high:  # False for nan, too
-            option = "--" + name.replace("_", "-")
+            usual = getattr(RECIPES[config.recipe][1], name)
             raise Refusal(
-                f"{name} is {value}", f"{low} to {high}", f"{option} {low if value < low else high}"
+                f"{name} is {value}",
+                f"{low:g} to {high:g}",
+                f"--{name.replace('_', '-')} {usual}, as the recipe has it",
             )
     if config.resolution % 8:
         near = config.resolution // 8 * 8

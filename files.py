@@ -26,6 +26,12 @@ class Refusal(Exception):
         super().__init__(f"{found}; expected {expected}. What to do: {remedy}")
 
 
+def first_line(error: BaseException) -> str:
+    """An exception's first line, or its class where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0][:200] if lines else type(error).__name__
+
+
 def digest(*parts: bytes | str) -> str:
     """32 hex digits of SHA-256 over the parts, each preceded by its length: ab, c is not a, bc."""
     sha = hashlib.sha256()

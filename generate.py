@@ -1,11 +1,12 @@
-"""From an adapter to pictures: the same prompts and seeds with the adapter off and on, side by
-side.
+"""From an adapter to pictures: the same prompts and seeds with it off and on, side by side.
 
-python generate.py runs/t4 --compare        the before/after picture of a run python generate.py
-my.safetensors --prompts "a fox" --seeds 1 2     single pictures
+`python generate.py runs/t4 --compare` draws the before/after picture of a run;
+`python generate.py my.safetensors --prompts "a fox" --seeds 1 2` draws single pictures.
 """
 
+import contextlib
 import io
+import json
 import re
 import sys
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Literal
 import tyro
 
 import config as configuration
-from files import Refusal, write_whole
+from files import Refusal, first_line, write_whole
 
 
 @dataclass(frozen=True)
@@ -50,10 +51,27 @@ class Options:
     mixed_precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
 
 
-if __name__ == "__main__":
-    tyro.cli(
-        Options
-    )  # a wrong option is answered now, not after the twelve seconds of the next imports
+def parse(argv: list[str] | None = None) -> Options:
+    """The command line as checked Options; a Refusal names the first value that cannot be."""
+    options = tyro.cli(Options, args=argv, prog="generate.py")
+    refusals = {
+        "resolution": (options.resolution % 8 or options.resolution < 0, "a multiple of 8", "1024"),
+        "num_inference_steps": (not 1 <= options.num_inference_steps <= 1000, "1 to 1000", "30"),
+        "seeds": (not options.seeds or not all(0 <= s < 2**63 for s in options.seeds), "0 up", "0"),
+        "strength": (not -10 <= options.strength <= 10, "usually 0 to 1", "1"),
+    }
+    for name, (wrong, expected, remedy) in refusals.items():
+        if wrong:
+            option = f"--{name.replace('_', '-')} {remedy}"
+            raise Refusal(f"{name} is {getattr(options, name)}", expected, option)
+    return options
+
+
+if __name__ == "__main__":  # a wrong option is answered before twelve seconds of imports
+    try:
+        parse()
+    except Refusal as refusal:
+        sys.exit(f"error: {refusal}")
 
 import diffusers  # noqa: E402
 import torch  # noqa: E402
@@ -249,7 +267,8 @@ def find_adapter(path: str) -> Path:
 
 def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
     """The name of the base model to draw with. Raises Refusal where it is not the adapter's own."""
-    name = options.pretrained_model_name_or_path or file.about.get("base_model", "")
+    name = options.pretrained_model_name_or_path or base_of_run(file.path)
+    name = name or file.about.get("base_model", "")
     if not name:
         raise Refusal(
             f"{file.path} does not say which base it was trained on",
@@ -267,6 +286,14 @@ def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
     return name
 
 
+def base_of_run(path: Path) -> str:
+    """The base model that the config.json of the run around `path` names, or nothing."""
+    for folder in list(path.resolve().parents)[:3]:  # OUT/, OUT/kohya/, OUT/checkpoints/000200/
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            return json.loads((folder / "config.json").read_text())["pretrained_model_name_or_path"]
+    return ""
+
+
 def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
     """Which of the usual targets the file adapts."""
     modules = [module.replace("_", ".") for module in file.matrices]
@@ -274,28 +301,27 @@ def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv)
+    """The command. Returns its exit code: 0 drawn, 1 refused (said on stderr), 130 interrupted."""
     try:
-        run(options)
+        run(parse(argv))
         return 0
     except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
+        said = f"error: {refusal}"
     except torch.cuda.OutOfMemoryError as error:
-        print(
-            f"error: out of GPU memory while drawing ({str(error).splitlines()[0][:120]}). What "
-            "to do: "
-            "--resolution 512, or --mixed-precision fp16",
-            file=sys.stderr,
+        said = (
+            f"error: the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
         )
+    except OSError as error:
+        said = f"error: {error}. What to do: mend that, then the same command"
+    except KeyboardInterrupt:
+        print("\ninterrupted: pictures drawn so far are not kept", file=sys.stderr)
+        return 130
+    print(said, file=sys.stderr)
     return 1
 
 
 def run(options: Options) -> None:
     """Encode the prompts, sample with the UNet, decode with the VAE: one in memory at a time."""
-    if options.resolution % 8 or options.resolution < 0:
-        raise Refusal(
-            f"resolution {options.resolution}", "a multiple of 8, or 0", "--resolution 1024"
-        )
     device = model.check_device(options.device)
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half = dtype != torch.float32
@@ -330,8 +356,8 @@ def run(options: Options) -> None:
     else:
         slugs = [re.sub(r"[^a-z0-9]+", "-", p.lower()).strip("-")[:60] for p, _ in pairs]
         drawn = {
-            folder / f"{slug}-{seed}-{options.strength:g}.png": picture
-            for slug, seed, picture in zip(slugs, seeds, pictures[""], strict=True)
+            folder / f"{i:02d}-{slug}-{seed}-{options.strength:g}.png": picture
+            for i, (slug, seed, picture) in enumerate(zip(slugs, seeds, pictures[""], strict=True))
         }
     for target, picture in drawn.items():
         save_picture(picture, target)

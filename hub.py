@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from files import Refusal, open_safetensors
+from files import Refusal, first_line, open_safetensors
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
@@ -66,6 +66,7 @@ def hub_files(name: str) -> tuple[str, ...]:
     return tuple(HfApi().list_repo_files(name))
 
 
+@functools.cache  # a run asks for the same parts many times
 def fetch_from_hub(name: str, part: str, half: bool) -> Path:
     """The snapshot's folder with `part` in it; an earlier download serves where the Hub is away."""
     from huggingface_hub import snapshot_download
@@ -79,14 +80,18 @@ def fetch_from_hub(name: str, part: str, half: bool) -> Path:
             return Path(snapshot_download(name, allow_patterns=wanted))
         except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
             folder = Path(snapshot_download(name, local_files_only=True))
-            if not (folder / part).is_dir():
-                raise
+            here = [p.name for p in (folder / part).glob("*") if p.is_file()]
+            weights = pick_weights([n for n in here if n.endswith(".safetensors")], half)
+            whole = PARTS.get(part, "model_index.json") in here
+            needs_weights = PARTS.get(part) == "config.json"
+            other_variant = not half and any(".fp16" in weight for weight in weights)
+            if not whole or (needs_weights and (not weights or other_variant)):
+                raise  # what lies here is not what is needed: the first error is the one to tell
             return folder
     except Exception as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refusal(
             f"{name} ({part or 'model_index.json'}) is not on this disk, and the Hub did not give "
-            f"it ({reason})",
+            f"it ({first_line(error)})",
             "a reachable Hub, or the model on this disk",
             "check the name and the network (hf auth login for gated models), or copy the model "
             "here and pass --pretrained-model-name-or-path FOLDER",
@@ -135,13 +140,20 @@ def fingerprint(name: str, part: str, half: bool = False) -> str:
 
 
 def unet_fingerprint(name: str, half: bool) -> str:
-    """16 hex digits of the UNet's first and last convolution, rounded to fp16: the same for a
-    model's fp32 file and its fp16 variant, different for a fine-tuned one. Adapters carry it, so
-    that a wrong base is noticed.
+    """16 hex digits of ten of the UNet's tensors, rounded to fp16: the same for a model's fp32 file
+    and its fp16 variant, different for a fine-tuned or merged one. Adapters carry it, so that a
+    wrong base is noticed.
     """
-    sha = hashlib.sha256()
+    where = {}
     for path in weight_files(fetch(name, "unet", half), half):
         with open_safetensors(path) as file:
-            for key in sorted({"conv_in.weight", "conv_out.weight"} & set(file.keys())):
-                sha.update(file.get_tensor(key).half().numpy().tobytes())
+            where |= dict.fromkeys(file.keys(), path)
+    keys = {"conv_in.weight", "conv_out.weight"} & where.keys()
+    for ending in ("to_q.weight", "to_k.weight", "to_out.0.weight", "ff.net.2.weight"):
+        same = sorted(key for key in where if key.endswith(ending))
+        keys |= {*same[:1], *same[-1:]}
+    sha = hashlib.sha256()
+    for key in sorted(keys):
+        with open_safetensors(where[key]) as file:
+            sha.update(file.get_tensor(key).half().numpy().tobytes())
     return sha.hexdigest()[:16]

@@ -37,7 +37,7 @@ import model
 import report
 import sources
 from config import Config
-from files import Refusal, write_whole
+from files import Refusal, first_line, write_whole
 
 # ---- the method ----------------------------------------------------------------------------------
 
@@ -108,20 +108,15 @@ class LossScale:
             if self.enabled and self.good_steps % self.growth_interval == 0:
                 self.value *= 2
             return
-        self.good_steps, self.skipped, self.value = 0, self.skipped + 1, self.value / 2
-        if not self.enabled or self.value < 1:
+        if not self.enabled or self.value <= 1:  # raised before anything changes: it may be saved
+            fell = f", after {self.skipped} skipped steps, at loss scale {self.value:g}"
             raise Refusal(
-                f"the gradient of step {step + 1} is not finite"
-                + (
-                    f", and the loss scale fell to {self.value:g} after {self.skipped} skipped "
-                    "steps"
-                    if self.enabled
-                    else ""
-                ),
+                f"the gradient of step {step + 1} is not finite{fell if self.enabled else ''}",
                 "finite gradients",
-                "a lower --learning-rate, --mixed-precision fp32 (or bf16 from sm_80), or look at "
-                "the step's pictures",
+                "with a new --output-dir, a lower --learning-rate or --mixed-precision fp32 (bf16 "
+                "from sm_80); or look at the step's pictures",
             )
+        self.good_steps, self.skipped, self.value = 0, self.skipped + 1, self.value / 2
 
 
 def micro_batches(step: int, n: int, size: int) -> Iterator[range]:
@@ -195,8 +190,8 @@ def not_finite(run: Run, loss: float) -> Refusal:
     return Refusal(
         f"the loss of step {run.step + 1} is {loss} (pictures {', '.join(names[:8])})",
         "a finite loss",
-        "a lower --learning-rate, or --mixed-precision fp32 (or bf16 from sm_80) if the UNet "
-        "overflows in fp16",
+        "with a new --output-dir, a lower --learning-rate, or --mixed-precision fp32 (bf16 from "
+        "sm_80) if the UNet overflows in fp16",
     )
 
 
@@ -209,11 +204,19 @@ def make_optimizer(config: Config, flat: torch.nn.Parameter) -> torch.optim.Opti
         from bitsandbytes.optim import AdamW8bit
     except Exception as error:  # not installed, or built for another CUDA
         raise Refusal(
-            f"bitsandbytes does not load here ({str(error).splitlines()[0][:120]})",
+            f"bitsandbytes does not load here ({first_line(error)})",
             "bitsandbytes 0.50 or newer for 8-bit AdamW",
             "pip install --upgrade bitsandbytes, or --no-use-8bit-adam",
         ) from error
     return AdamW8bit([flat], **settings)
+
+
+def encoder_prints(name: str, half: bool) -> dict[str, str]:
+    """The fingerprints of the "vae" and of all that makes a "text" embedding."""
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text = [hub.fingerprint(name, part, half) for part in text_parts]
+    zeros = f"zeros: {model.zeros_for_empty_prompt(name)}"
+    return {"vae": hub.fingerprint(name, "vae"), "text": " ".join([*text, zeros])}
 
 
 def prepare(
@@ -221,6 +224,7 @@ def prepare(
     device: torch.device,
     dtype: torch.dtype,
     pictures: list[sources.Picture],
+    prints: dict[str, str],
     timesteps: int,
 ) -> data.Examples:
     """The run's examples, from the cache, its gaps filled; or encoded anew every step."""
@@ -235,12 +239,6 @@ def prepare(
     )
     source = encoder
     if config.cache:
-        text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-        prints = {
-            "vae": hub.fingerprint(name, "vae"),
-            "text": "".join(hub.fingerprint(name, part, half) for part in text_parts)
-            + f" zeros: {model.zeros_for_empty_prompt(name)}",
-        }
         source = data.fill_cache(Path(config.cache_dir), encoder, config.random_flip, dtype, prints)
     else:
         data.check_pictures(pictures)
@@ -268,12 +266,14 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     name, out = config.pretrained_model_name_or_path, config.out
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = sources.read_dataset(config.dataset_name, config.image_column, config.caption_column)
-    same = checkpoint.identity(config, dtype, pictures)
+    prints = encoder_prints(name, dtype != torch.float32)
+    schedule = model.load_noise_schedule(name, device)
+    noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
+    same = checkpoint.identity(config, dtype, pictures, str(prints), noise)
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before an hour of encoding, as is the next line:
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
-    schedule = model.load_noise_schedule(name, device)
-    examples = prepare(config, device, dtype, pictures, len(schedule.alphas_cumprod))
+    examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod))
 
     with model.HostMemory() as host:
         unet = model.load_unet(name, device, dtype)
@@ -314,8 +314,8 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
             try:
                 loss, norm = optimizer_step(run)
             except (Refusal, torch.cuda.OutOfMemoryError):
-                if run.step == first > 0:  # this step did not happen; those before it are whole
-                    checkpoint.save_state(run)
+                if run.step == first:  # this step did not happen; those before it are whole
+                    checkpoint.save_state_once(run)
                 raise
             # ---- once in a while
             last = run.step == config.max_train_steps
@@ -367,11 +367,11 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = configuration.parse(argv)
         with report.Interrupts() as interrupts:
-            if checkpoint.finished(config):
+            if steps := checkpoint.finished(config):
                 print(
-                    f"{config.out} is finished: {config.max_train_steps} steps are trained and "
-                    "exported. "
-                    "To go on: a larger --max-train-steps; to draw: make generate"
+                    f"{config.out} is finished: {steps} steps on {config.dataset_name}. To go on: "
+                    "a larger --max-train-steps; to start anew: another --output-dir; to draw: "
+                    "make generate"
                 )
             else:
                 code = fit(config, interrupts)
@@ -384,12 +384,15 @@ def main(argv: list[str] | None = None) -> int:
         print(f"error: {refusal}", file=sys.stderr)
         return 1
     except torch.cuda.OutOfMemoryError as error:
+        less = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
+        if config.train_batch_size > 1:
+            less.append(
+                f"--train-batch-size 1 --gradient-accumulation-steps {config.examples_per_step}"
+            )
+        less = less or ["a smaller --resolution with another --output-dir"]
         print(
-            f"error: the GPU's memory is full ({str(error).splitlines()[0][:160]}). What to do: "
-            "add "
-            "--gradient-checkpointing, or --train-batch-size 1 with more "
-            "--gradient-accumulation-steps; the same run "
-            "continues",
+            f"error: the GPU's memory is full ({first_line(error)}). What to do: close what else "
+            f"uses this GPU, or add {', or '.join(less)}; the same run continues",
             file=sys.stderr,
         )
         return 1

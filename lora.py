@@ -24,15 +24,10 @@ from torch import Tensor, nn
 
 from files import Refusal, data_section, open_safetensors, safetensors_bytes, write_whole
 
-TARGETS = (
-    "to_q",
-    "to_k",
-    "to_v",
-    "to_out.0",
-)  # the attention projections, as published runs adapt them
-FILE_NAME = (
-    "pytorch_lora_weights.safetensors"  # what diffusers' load_lora_weights(folder) looks for
-)
+# The attention projections, as published runs adapt them.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# What diffusers' load_lora_weights(folder) looks for.
+FILE_NAME = "pytorch_lora_weights.safetensors"
 
 # bitsandbytes quantises optimizer state in blocks of 256 numbers. Starting every matrix at a
 # multiple of that keeps a block from straddling two matrices, so the flat vector steps as separate
@@ -55,14 +50,11 @@ class LoRALinear(nn.Module):
         self.lora_A, self.lora_B = lora_A, lora_B
         self.scale = alpha / lora_A.shape[0]
         self.strength = 1.0
-        self.unmerged: Tensor | None = (
-            None  # base.weight as it was, while the adapter is merged into it
-        )
+        self.unmerged: Tensor | None = None  # while merged: base.weight as it was
 
     def down(self, x: Tensor) -> Tensor:
-        return F.linear(
-            x, self.lora_A.to(x.dtype)
-        )  # (..., in) -> (..., r); in x's dtype: no fp32 copy of x
+        # in x's dtype: the small matrix is cast, so that no fp32 copy of x is kept for backward
+        return F.linear(x, self.lora_A.to(x.dtype))  # (..., in) -> (..., r)
 
     def up(self, h: Tensor) -> Tensor:
         return F.linear(h, self.lora_B.to(h.dtype))  # (..., r) -> (..., out)
@@ -70,9 +62,8 @@ class LoRALinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if self.strength == 0 or self.unmerged is not None:  # bit for bit the base layer
             return self.base(x)
-        return self.base(x) + self.strength * self.scale * self.up(
-            self.down(x)
-        )  # (..., in) -> (..., out)
+        scale = self.strength * self.scale
+        return self.base(x) + scale * self.up(self.down(x))  # (..., in) -> (..., out)
 
 
 @dataclass

@@ -8,6 +8,7 @@ Letters: `B` batch, `C` latent channels (4), `H W` latent size (picture size / 8
 prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pooled embedding (1280).
 """
 
+import contextlib
 import functools
 import gc
 import json
@@ -23,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
-from files import Refusal, open_safetensors
+from files import Refusal, first_line, open_safetensors
 from hub import fetch, weight_files
 
 transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
@@ -97,13 +98,20 @@ class HostMemory:
         self._thread.join()
 
     def _sample(self):
-        status = Path("/proc/self/status")
-        while status.is_file():
-            kib = dict(line.split(":", 1) for line in status.read_text().splitlines())
-            self.own = max(self.own, int(kib["RssAnon"].split()[0]) / 2**20)
-            self.mapped = max(self.mapped, int(kib["RssFile"].split()[0]) / 2**20)
+        while True:
+            self.own = max(self.own, process_gib("RssAnon"))
+            self.mapped = max(self.mapped, process_gib("RssFile"))
             if self._stop.wait(0.02):
                 return
+
+
+def process_gib(field: str) -> float:
+    """A field of /proc/self/status in GiB; 0.0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 2**20
+    return 0.0
 
 
 # ---- the UNet ------------------------------------------------------------------------------------
@@ -157,10 +165,7 @@ def use_attention(
     except (
         Exception
     ) as error:  # not installed, built for another torch, no kernel for this device: all fall back
-        reason = (
-            str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
-        )
-        return f"SDPA (xFormers is not usable here: {reason})"
+        return f"SDPA (xFormers is not usable here: {first_line(error)})"
 
 
 def use_gradient_checkpointing(unet: UNet2DConditionModel) -> None:

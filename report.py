@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import signal
@@ -94,10 +93,7 @@ def peak_gib(device: torch.device) -> float:
     """GiB: the GPU's peak, or on a CPU this process's own memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    with contextlib.suppress(OSError):
-        kib = dict(line.split(":", 1) for line in open("/proc/self/status"))
-        return int(kib["RssAnon"].split()[0]) / 2**20
-    return 0.0
+    return model.process_gib("RssAnon")
 
 
 def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory) -> str:

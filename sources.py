@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from files import Refusal, digest
+from files import Refusal, digest, first_line
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
@@ -163,9 +163,8 @@ def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]
     try:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # offline, gated, misspelt: many classes, one meaning
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise Refusal(
-            f"the data set {name} is no folder here and could not be loaded ({reason})",
+            f"the data set {name} is no folder here and could not be loaded ({first_line(error)})",
             "a folder of pictures with captions, or a reachable Hub data set with a train split",
             "check the name and the network, or pass --dataset-name FOLDER",
         ) from error

@@ -21,6 +21,8 @@ sys.path.insert(0, str(ROOT))
 
 from diffusers import UNet2DConditionModel  # noqa: E402
 
+import hub  # noqa: E402
+
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
 SDXL = ROOT / "tests" / "sdxl"  # SDXL base's own config files, without weights
@@ -74,6 +76,14 @@ def unet() -> UNet2DConditionModel:
 @pytest.fixture
 def batch() -> dict[str, torch.Tensor]:
     return make_batch()
+
+
+@pytest.fixture(autouse=True)
+def hub_asked_anew():
+    """A test that fakes the Hub must not answer for the next one."""
+    yield
+    hub.hub_files.cache_clear()
+    hub.fetch_from_hub.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -80,9 +80,9 @@ def refused(answer: tuple[int, str], *words: str) -> None:
     ("option", "value", "said"),
     [
         ("resolution", "500", "--resolution 496 or --resolution 504"),
-        ("lora-rank", "0", "--lora-rank 1"),
+        ("lora-rank", "0", "--lora-rank 16"),
         ("lora-rank", "-3", "lora_rank is -3"),
-        ("max-train-steps", "0", "--max-train-steps 1"),
+        ("max-train-steps", "0", "--max-train-steps 700"),
         ("train-batch-size", "0", "train_batch_size is 0"),
         ("learning-rate", "0", "learning_rate is 0"),
         ("learning-rate", "nan", "learning_rate is nan"),
@@ -236,7 +236,9 @@ def test_an_adapter_of_another_base_is_refused_unless_told_so(trained, tmp_path,
     from safetensors.torch import load_file, save_file
 
     weights = load_file(file)
-    weights["conv_in.weight"] = weights["conv_in.weight"] * 1.01
+    for key in weights:  # as a merged adapter would
+        if key.endswith("to_q.weight"):
+            weights[key] = weights[key] * 1.01
     save_file(weights, file, metadata={"format": "pt"})
     base = ("--pretrained-model-name-or-path", str(other))
     refused(draw(capsys, str(trained), *base), "was trained on", "--any-base")
@@ -262,6 +264,25 @@ def test_an_adapter_of_another_architecture_rank_or_format_is_refused(trained, t
     eight = lora.inject(unet, lora.TARGETS, 8, 16)
     with pytest.raises(files.Refusal, match="rank 16 and alpha 16; expected rank 8 and alpha 16"):
         lora.load(eight, file)
+
+
+@pytest.mark.parametrize(
+    "bad", [["--num-inference-steps", "0"], ["--seeds"], ["--seeds", "-1"], ["--resolution", "100"]]
+)
+def test_a_drawing_that_cannot_be_is_refused_by_name(trained, capsys, bad):
+    name = bad[0].removeprefix("--").replace("-", "_")
+    capsys.readouterr()
+    assert generate.main([str(trained), *bad]) == 1
+    assert (
+        f"error: {name} is " in (said := capsys.readouterr().err)
+        and f"What to do: {bad[0]}" in said
+    )
+
+
+def test_two_prompts_never_share_a_file(trained, tmp_path):
+    out = ("--output-dir", str(tmp_path / "drawn"), "--num-inference-steps", "1")
+    assert generate.main([str(trained), "--prompts", "猫", "犬", *out]) == 0
+    assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 
 def test_no_run_to_draw_from_is_refused(tmp_path, monkeypatch, capsys):
@@ -314,6 +335,8 @@ def test_a_run_ends_with_its_before_after_picture_and_draws_it_again_if_it_is_go
     picture.unlink()
     assert train(*options) == (0, "")
     assert picture.read_bytes() == first
+    assert train(*options, "--max-train-steps", "3", "--learning-rate=4e-3") == (0, "")
+    assert picture.read_bytes() != first  # longer training, another picture
 
 
 def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(

@@ -964,7 +964,14 @@ def test_models_that_differ_in_their_unconditional_embedding_do_not_share_it(tmp
     for name in (str(POCKET), str(other)):
         config = pocket_config(tmp_path)
         config = dataclasses.replace(config, pretrained_model_name_or_path=name)
-        examples = loop.prepare(config, CPU, torch.float32, ink()[:3], 1000)
+        examples = loop.prepare(
+            config,
+            CPU,
+            torch.float32,
+            ink()[:3],
+            loop.encoder_prints(config.pretrained_model_name_or_path, False),
+            1000,
+        )
         want, _ = model.encode_unconditional(model.load_text_encoders(name, CPU))
         assert torch.equal(examples.source.prompt(3)[0], want[0]), name
 
@@ -975,7 +982,14 @@ def test_a_run_names_all_damaged_pictures_before_it_encodes(tmp_path, cache):
     pictures = changed(pictures, 2, name="bad2.png", digest="1" * 32, read=lambda: PNG[:99])
     config = pocket_config(tmp_path, cache=cache)
     with pytest.raises(Refusal, match=r"bad1\.png.*bad2\.png"):
-        loop.prepare(config, CPU, torch.float32, pictures, 1000)
+        loop.prepare(
+            config,
+            CPU,
+            torch.float32,
+            pictures,
+            loop.encoder_prints(config.pretrained_model_name_or_path, False),
+            1000,
+        )
 
 
 # ---- what example i of the run is ----------------------------------------------------------------

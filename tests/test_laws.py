@@ -289,6 +289,19 @@ def test_more_steps_go_on_where_a_finished_run_ended(train, tmp_path, capsys):
     capsys.readouterr()
     assert train("twice") == 0
     assert "is finished: 4 steps" in capsys.readouterr().out
+    assert train("twice", "--max-train-steps", "1") == 0
+    assert "is finished: 4 steps" in capsys.readouterr().out
+
+
+def test_a_finished_run_refuses_other_options_and_writes_another_dtype(train, tmp_path, capsys):
+    assert train("r") == 0
+    assert train("r", "--learning-rate", "2e-3") == 1
+    assert (
+        "learning_rate 0.001, and this command has learning_rate 0.002" in capsys.readouterr().err
+    )
+    size = (tmp_path / "r" / lora.FILE_NAME).stat().st_size
+    assert train("r", "--save-dtype", "fp16") == 0
+    assert (tmp_path / "r" / lora.FILE_NAME).stat().st_size < 0.6 * size
 
 
 @pytest.mark.parametrize(
@@ -373,7 +386,8 @@ def test_diffusers_draws_our_picture_from_our_files(train, tmp_path, dtype):
     for strength in ("1", "0", "0.5"):
         assert generate.main([str(tmp_path / "r"), *options, "--strength", strength]) == 0
     ours = {
-        s: picture(tmp_path / "r" / "pictures" / f"red-apple-3-{s}.png") for s in ("0", "0.5", "1")
+        s: picture(tmp_path / "r" / "pictures" / f"00-red-apple-3-{s}.png")
+        for s in ("0", "0.5", "1")
     }
     bare = reference(None)
     assert np.array_equal(ours["0"], bare)
@@ -521,7 +535,7 @@ def test_loss_scale_grows_backs_off_and_ends_the_run_when_it_collapses():
     for want in (4, 2, 1):
         scale.update(False, 0)
         assert scale.value == want
-    with pytest.raises(files.Refusal, match="after 4 skipped steps"):
+    with pytest.raises(files.Refusal, match="after 3 skipped steps"):
         scale.update(False, 7)
     with pytest.raises(files.Refusal, match="gradient of step 1 is not finite"):
         loop.LossScale(False).update(False, 0)

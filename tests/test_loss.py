@@ -7,8 +7,9 @@ from diffusers import DDPMScheduler
 from diffusers.training_utils import compute_snr
 
 import loop
+import lora
 import model
-from conftest import make_batch, make_unet
+from conftest import POCKET, make_batch, make_unet
 
 SDXL_BETAS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
 SCALING = (0.13025, 0.0)
@@ -165,3 +166,27 @@ def test_a_step_of_micro_batches_covers_each_example_once():
             cut = list(loop.micro_batches(step, n, size))
             assert [i for run in cut for i in run] == list(range(step * n, (step + 1) * n))
             assert max(len(run) for run in cut) <= size
+
+
+def test_the_small_model_overfits_one_batch():
+    """The pocket model's adapter learns the noise of two random latents by heart."""
+    cpu = torch.device("cpu")
+    unet = model.load_unet(str(POCKET), cpu, torch.float32)
+    adapter = lora.inject(unet, rank=16, alpha=32)
+    prompts = ["red apple", "rocket"]
+    context, pooled = model.encode_prompts(prompts, model.load_text_encoders(str(POCKET), cpu))
+    generator = torch.Generator().manual_seed(0)
+    mean, eps, noise = torch.randn(3, 2, 4, 16, 16, generator=generator)
+    rows = {"mean": mean, "std": torch.zeros_like(mean), "eps": eps, "noise": noise}
+    rows |= {"t": torch.tensor([300, 700]), "context": context, "pooled": pooled}
+    rows["time_ids"] = torch.tensor([[128.0, 128, 0, 0, 128, 128]] * 2)
+    schedule = model.load_noise_schedule(str(POCKET), cpu)
+    optimizer = torch.optim.AdamW([adapter.flat], lr=4e-3)
+    losses = []
+    for _ in range(100):
+        loss = loop.diffusion_loss(unet, rows, schedule, model.latent_scaling(str(POCKET))).mean()
+        loss.backward()
+        optimizer.step()
+        adapter.flat.grad.zero_()
+        losses.append(loss.item())
+    assert losses[-1] < 0.2 * losses[0]
