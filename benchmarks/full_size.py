@@ -1,13 +1,12 @@
-"""The whole job at full size: SDXL with random weights in the Hub's folder layout, under a T4's
-memory.
+"""The whole job at full size: SDXL with random weights in the Hub's folder layout, a T4's memory.
 
-python benchmarks/full_size.py make MODEL            write the model (26 GB), once python
-benchmarks/full_size.py run MODEL PHOTOS OUT   the runs below; OUT/full_size.json is the result
+`python benchmarks/full_size.py make MODEL` writes the model (20 GB), once;
+`python benchmarks/full_size.py run MODEL PHOTOS OUT` makes the runs below and OUT/full_size.json.
 
 Runs, each a process of its own that may use 14.5 GiB of the GPU: recipe t4 in fp16 for 60 steps,
-killed (SIGKILL) after step 27 and started again; recipe original for 10 steps; then the adapter of
-t4, in both layouts, loaded by diffusers' load_lora_weights and compared with ours. PHOTOS is a
-folder of pictures with metadata.jsonl.
+killed (SIGKILL) after step 27 and started again; the same uninterrupted; recipe original for 10
+steps. Then the adapter of t4, in both layouts, is loaded by diffusers' load_lora_weights and compared
+with ours. PHOTOS is a folder of pictures with metadata.jsonl.
 """
 
 import json
@@ -89,9 +88,19 @@ def child(report: Path, argv: list[str]) -> int:
     return code
 
 
-def start(report: Path, argv: list[str]) -> subprocess.Popen:
+def start(out: Path, name: str, argv: list[str]) -> subprocess.Popen:
+    """One child; what it says goes to OUT/NAME.log, what it took to OUT/NAME.json."""
     print("+ loop.py", " ".join(argv), flush=True)
-    return subprocess.Popen([sys.executable, __file__, "child", str(report), *argv])
+    command = [sys.executable, __file__, "child", str(out / f"{name}.json"), *argv]
+    with open(out / f"{name}.log", "w") as log:
+        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+
+def said(out: Path, name: str) -> list[str]:
+    """The lines with which a run began."""
+    lines = (out / f"{name}.log").read_text().splitlines()
+    first = next(i for i, line in enumerate(lines) if line.startswith("recipe "))
+    return lines[first : first + 5]
 
 
 def measured(out: Path) -> dict:
@@ -110,52 +119,51 @@ def measured(out: Path) -> dict:
 def run(folder: Path, photos: Path, out: Path) -> None:
     import torch
 
-    common = ["--pretrained-model-name-or-path", str(folder), "--dataset-name", str(photos)]
+    common = f"--pretrained-model-name-or-path {folder} --dataset-name {photos}".split()
     common += ["--cache-dir", str(out / "cache")]
     results = {"command": "python benchmarks/full_size.py run MODEL PHOTOS OUT", "cap_gib": CAP_GIB}
     results["gpu"], results["torch"] = torch.cuda.get_device_name(), torch.__version__
+    steps = "--mixed-precision fp16 --max-train-steps 60 --checkpointing-steps 20".split()
+    t4 = ["t4", *common, *steps]
+    original = ["original", *common, *"--max-train-steps 10 --num-inference-steps 10".split()]
+    original += ["--validation-prompts", "a dog on a beach"]
 
-    t4 = ["t4", *common, "--mixed-precision", "fp16", "--max-train-steps", "60"]
-    t4 += ["--checkpointing-steps", "20", "--output-dir", str(out / "t4")]
-    process, log, began = start(out / "killed.json", t4), out / "t4" / "log.jsonl", time.time()
-    while process.poll() is None and not (
-        log.is_file() and len(log.read_text().splitlines()) >= SEEN_LAST
-    ):
+    process = start(out, "t4_killed", [*t4, "--output-dir", str(out / "t4")])
+    log, began = out / "t4" / "log.jsonl", time.time()
+    while process.poll() is None:
+        if log.is_file() and len(log.read_text().splitlines()) >= SEEN_LAST:
+            process.send_signal(signal.SIGKILL)
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    results["t4_killed"] = {
-        "exit": process.wait(),
-        "wall_s": round(time.time() - began, 1),
-    } | measured(out / "t4")
+    wall = round(time.time() - began, 1)
+    results["t4_killed"] = {"exit": process.returncode, "wall_s": wall} | measured(out / "t4")
+    results["t4_killed"]["said"] = said(out, "t4_killed")
     for name, argv in (
         ("t4", t4),
-        (
-            "original",
-            [
-                "original",
-                *common,
-                "--max-train-steps",
-                "10",
-                "--output-dir",
-                str(out / "original"),
-                "--validation-prompts",
-                "a dog on a beach",
-                "--num-inference-steps",
-                "10",
-            ],
-        ),
+        ("t4_uninterrupted", [*t4, "--validation-prompts"]),
+        ("original", original),
     ):
         began = time.time()
-        start(out / f"{name}.json", argv).wait()
+        start(out, name, [*argv, "--output-dir", str(out / name)]).wait()
         results[name] = {"wall_s": round(time.time() - began, 1)}
-        if (out / f"{name}.json").is_file():
-            results[name] |= json.loads((out / f"{name}.json").read_text())
-        if (out / name / "log.jsonl").is_file():
-            results[name] |= measured(out / name)
+        results[name] |= json.loads((out / f"{name}.json").read_text()) | measured(out / name)
+        results[name]["said"] = said(out, name)
         (out / "full_size.json").write_text(json.dumps(results, indent=1))
+    results["resumed_against_uninterrupted"] = compare(out / "t4", out / "t4_uninterrupted")
     results["load_lora_weights"] = check(folder, out / "t4")
     (out / "full_size.json").write_text(json.dumps(results, indent=1))
     print(json.dumps(results, indent=1))
+
+
+def compare(one: Path, other: Path) -> dict:
+    """How far two runs' adapters lie apart, against how far training moved B from zero."""
+    import torch
+
+    import lora
+
+    pairs = [lora.read(folder).matrices for folder in (one, other)]
+    a, b = (torch.cat([m["B"].flatten() for m in matrices.values()]) for matrices in pairs)
+    same = (one / lora.FILE_NAME).read_bytes() == (other / lora.FILE_NAME).read_bytes()
+    return {"bytes_equal": same, "difference_over_moved": ((a - b).norm() / b.norm()).item()}
 
 
 def check(folder: Path, run_folder: Path) -> dict:
