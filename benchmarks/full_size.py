@@ -5,7 +5,7 @@
 
 Runs, each a process of its own that may use 14.5 GiB of the GPU: recipe t4 in fp16 for 60 steps,
 killed (SIGKILL) after step 27 and started again; the same uninterrupted; recipe original for 10
-steps. Then the adapter of t4, in both layouts, is loaded by diffusers' load_lora_weights and compared
+steps. Then diffusers' load_lora_weights reads the adapter of t4, in both layouts, and is compared
 with ours. PHOTOS is a folder of pictures with metadata.jsonl.
 """
 
