@@ -77,8 +77,8 @@ def unwritable(path: Path, size: int, error: OSError) -> Refusal:
 def sync_folder(folder: Path) -> None:
     """Make renames inside `folder` durable: else a power cut may bring the old name back.
 
-    Some file systems (network mounts, Drive) cannot sync a folder; the rename has happened there all
-    the same.
+    Some file systems (network mounts, Drive) cannot sync a folder; the rename has happened all the
+    same.
     """
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)
