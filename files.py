@@ -88,6 +88,36 @@ def sync_folder(folder: Path) -> None:
             os.close(descriptor)
 
 
+@contextlib.contextmanager
+def only_run(folder: Path):
+    """Hold `folder` for this process. Raises Refusal where another run holds it.
+
+    The lock is the kernel's (flock): it goes with the process, however that ends.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has none: there two runs are not noticed
+        yield
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(folder / ".lock", "w")
+    except OSError as error:
+        raise unwritable(folder / ".lock", 0, error) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refusal(
+                f"another run is at work in {folder}",
+                "one run for each output folder",
+                "wait for it, or name another --output-dir",
+            ) from None
+        except OSError:
+            pass  # a file system without locks, such as some network mounts
+        yield
+
+
 def sweep_parts(folder: Path) -> None:
     """Remove what killed processes left half-written in `folder`; living ones' parts stay."""
     for part in list(folder.rglob(".*.part")):

@@ -37,7 +37,7 @@ import model
 import report
 import sources
 from config import Config
-from files import Refusal, first_line, write_whole
+from files import Refusal, first_line, only_run, write_whole
 
 # ---- the method ----------------------------------------------------------------------------------
 
@@ -366,7 +366,7 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         config = configuration.parse(argv)
-        with report.Interrupts() as interrupts:
+        with report.Interrupts() as interrupts, only_run(config.out):
             if steps := checkpoint.finished(config):
                 print(
                     f"{config.out} is finished: {steps} steps on {config.dataset_name}. To go on: "

@@ -322,6 +322,12 @@ def test_a_full_disk_while_saving_loses_no_whole_checkpoint(train, trained, monk
     assert train("--max-train-steps", "4") == (0, "")
 
 
+def test_a_second_run_in_one_output_folder_is_refused(train, tmp_path):
+    with files.only_run(tmp_path / "out"):
+        refused(train(), "another run is at work", "--output-dir")
+    assert train() == (0, "")
+
+
 # ---- what is drawn -------------------------------------------------------------------------------
 
 

@@ -12,7 +12,7 @@ from conftest import ROOT
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 BUDGET = {  # lines of code: without blanks, comments and docstrings
     "config": 200,
-    "files": 100,
+    "files": 110,
     "hub": 130,
     "sources": 170,
     "model": 260,
