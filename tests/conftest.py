@@ -86,6 +86,15 @@ def hub_asked_anew():
     hub.fetch_from_hub.cache_clear()
 
 
+@pytest.fixture
+def one_thread():
+    """Small convolutions on a busy machine wait for each other's threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
     """One cache of the pocket's encoded pictures for all whole runs."""

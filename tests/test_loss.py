@@ -16,13 +16,7 @@ SCALING = (0.13025, 0.0)
 KINDS = ["epsilon", "v_prediction"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small convolutions on a busy machine wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def ddpm_and_ours(prediction_type: str, **more) -> tuple[DDPMScheduler, model.NoiseSchedule]:

@@ -30,13 +30,7 @@ CPU = torch.device("cpu")
 PROMPTS = ["red apple", "", "a rocket, a house with garden and two cats " * 9, "Ünïcödé 喜 🍎", "A"]
 
 
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Small convolutions on a busy machine wait for each other's threads."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture(scope="module")
