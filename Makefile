@@ -1,8 +1,9 @@
-# make train | generate | test | check | clean | help          PYTHON=python3 uses the current environment (Colab)
+# make train | generate | test | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 RECIPE ?=
 ARGS   ?=
+DATA   ?=
 SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
 help:  ## this list
@@ -16,14 +17,15 @@ $(VENV)/.ready: requirements.txt constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt $(if $(CI),-c constraints.txt)
 	touch $@
 
-train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original ARGS="--seed 1" overrides
+train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"
 	@recipe="$(RECIPE)"; \
 	if [ -z "$$recipe" ]; then \
 	  if nvidia-smi -L 2>/dev/null | grep -q GPU; then recipe="t4 --device cuda"; why="a GPU is here"; \
 	  else recipe=pocket; why="no GPU found"; fi; \
 	else why="as asked"; fi; \
 	echo "recipe $$recipe ($$why)"; \
-	exec $(PYTHON) loop.py $$recipe $(ARGS)
+	exec $(PYTHON) loop.py $$recipe $(if $(DATA),--dataset-name $(DATA) \
+	  --output-dir runs/$${recipe%% *}-$(notdir $(DATA:%/=%))) $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
@@ -38,11 +40,14 @@ check: $(SETUP)  ## lint and format
 	$(PYTHON) -m ruff check .
 	$(PYTHON) -m ruff format --check .
 
-check-all: check test  ## everything that CI runs
+notebooks: $(SETUP)  ## run both notebooks and check what they store; ARGS=--write stores it anew
+	$(PYTHON) notebooks/execute.py $(ARGS)
+
+check-all: notebooks  ## what is slow; CI runs check, test and this
 
 clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train xformers generate test check check-all clean
+.PHONY: help setup train xformers generate test check notebooks check-all clean
 .DEFAULT_GOAL := help

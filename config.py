@@ -6,7 +6,7 @@ import logging
 import math
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -81,6 +81,9 @@ class Config:
     gradient_accumulation_steps: int = 4
     # Optimizer steps of the whole run.
     max_train_steps: int = 1000
+    # Only as long as the change needs to be seen: some twenty seconds after start-up, in the recipe
+    # pocket.
+    quick: bool = False
     # Step size of AdamW, as published; higher learns faster and forgets sooner.
     learning_rate: float = 5e-5
     # constant, as published, or a cosine down to --lr-end of the learning rate.
@@ -160,7 +163,7 @@ RECIPES = {
             lora_alpha=16,
             train_batch_size=16,
             gradient_accumulation_steps=1,
-            max_train_steps=700,
+            max_train_steps=450,
             learning_rate=4e-3,
             lr_scheduler="cosine",
             lr_warmup_steps=20,
@@ -176,11 +179,35 @@ RECIPES = {
 }
 
 
+# What --quick changes, unless another value was asked for.
+QUICK = {
+    "pocket": {
+        "max_train_steps": 60,
+        "lr_warmup_steps": 5,
+        "validation_prompts": POCKET_PROMPTS[:4],
+    }
+}
+
+
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
     option.
     """
-    return check(tyro.extras.overridable_config_cli(RECIPES, args=argv, prog="loop.py"))
+    config = tyro.extras.overridable_config_cli(RECIPES, args=argv, prog="loop.py")
+    return check(shorten(config) if config.quick else config)
+
+
+def shorten(config: Config) -> Config:
+    """`config` with the recipe's quick values where it has the recipe's usual ones."""
+    if config.recipe not in QUICK:
+        raise Refusal(
+            f"--quick with the recipe {config.recipe}",
+            f"{' or '.join(QUICK)}, whose whole run takes minutes",
+            "--max-train-steps 100 for a short run",
+        )
+    usual = RECIPES[config.recipe][1]
+    quick = QUICK[config.recipe].items()
+    return replace(config, **{k: v for k, v in quick if getattr(config, k) == getattr(usual, k)})
 
 
 def parse_or_leave(argv: list[str] | None = None) -> None:

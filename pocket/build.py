@@ -8,13 +8,12 @@ A stage that is done is not done again: its figures lie in WORK/STAGE.json, and 
 has it done anew. Only `render` needs a network, and only `vae` and `unet` a GPU.
 """
 
-import hashlib
 import json
 import logging
 import math
 import sys
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -55,7 +54,7 @@ class Options:
 class Sizes:
     """Numbers of the build; `SMOKE` has small ones."""
 
-    lessons: int = 140_000
+    lessons: int = 180_000
     vocabulary: int = 1_700
     length: int = 32  # tokens of a prompt
 
@@ -70,7 +69,7 @@ class Sizes:
     text_layers: tuple[int, int] = (3, 4)
     channels: tuple[int, ...] = (64, 96, 128)
     heads: tuple[int, ...] = (2, 3, 4)
-    unet_steps: int = 18_500
+    unet_steps: int = 19_500
     unet_batch: int = 384
     unet_rate: float = 1e-3
     ema: float = 0.9995
@@ -110,11 +109,13 @@ def run_stage(stage: str, options: Options, sizes: Sizes) -> None:
     Raises:
         Refusal: an earlier stage is missing, or was done with other numbers.
     """
-    settings = hashlib.sha256(json.dumps([asdict(sizes), options.seed]).encode()).hexdigest()[:16]
+    settings = settings_of(stage, sizes, options.seed)
     for earlier in STAGES[: STAGES.index(stage)]:
         if done(options.work, earlier) is None:
             raise Refusal(
-                f"stage {earlier} is not done", f"it comes before {stage}", f"--stages {earlier} {stage}"
+                f"stage {earlier} is not done",
+                f"it comes before {stage}",
+                f"--stages {earlier} {stage}",
             )
     note = done(options.work, stage)
     if note is not None and note["settings"] == settings:
@@ -127,6 +128,24 @@ def run_stage(stage: str, options: Options, sizes: Sizes) -> None:
     body = json.dumps({"settings": settings, "figures": figures}, indent=1)
     write_whole(options.work / f"{stage}.json", body.encode())
     print(f"{stage}: {figures}")
+
+
+UNET_TRAINING = ("unet_steps", "unet_batch", "unet_rate", "ema")
+# Which numbers a stage depends on; a stage is done again when one of them, or of an earlier
+# stage's, has changed.
+DEPENDS = {
+    "render": (),
+    "words": ("lessons", "vocabulary", "length"),
+    "vae": ("vae_channels", "vae_pictures", "vae_steps", "vae_batch", "vae_rate", "kl_weight"),
+    "unet": ("text_widths", "text_layers", "channels", "heads", *UNET_TRAINING),
+    "export": (),
+}
+
+
+def settings_of(stage: str, sizes: Sizes, seed: int) -> dict:
+    """The numbers that `stage` and those before it depend on."""
+    names = [n for s in STAGES[: STAGES.index(stage) + 1] for n in DEPENDS[s]]
+    return json.loads(json.dumps({"seed": seed} | {n: getattr(sizes, n) for n in names}))
 
 
 def done(work: Path, stage: str) -> dict | None:
@@ -421,7 +440,11 @@ def make_text_encoders(sizes: Sizes, tokenizer) -> list:
 def tokens(tokenizer, captions: list[str], sizes: Sizes) -> torch.Tensor:
     """(N, length) int64."""
     return tokenizer(
-        captions, padding="max_length", max_length=sizes.length, truncation=True, return_tensors="pt"
+        captions,
+        padding="max_length",
+        max_length=sizes.length,
+        truncation=True,
+        return_tensors="pt",
     ).input_ids
 
 
@@ -579,7 +602,9 @@ def read_back(folder: Path, pipe) -> dict:
     for each in (pipe, again):
         each.set_progress_bar_config(disable=True)
         noise = torch.Generator().manual_seed(1)
-        drawn.append(each("rocket", num_inference_steps=2, generator=noise, output_type="pt").images)
+        drawn.append(
+            each("rocket", num_inference_steps=2, generator=noise, output_type="pt").images
+        )
     difference = (drawn[0] - drawn[1]).abs().max().item()
     if difference > 1e-4:
         raise Refusal(f"read back, the model differs by {difference:.1e}", "0", "report this")

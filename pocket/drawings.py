@@ -8,7 +8,6 @@ that trains the base model opens.
 import hashlib
 import io
 import json
-import random
 import re
 import subprocess
 import tarfile
@@ -26,12 +25,30 @@ SIDE = 128  # pixels of a rendered drawing
 
 # name: (version, sha256 of the package as the registry serves it)
 PACKAGES = {
-    "@iconify-json/fluent-emoji-flat": ("1.2.6", "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175"),
-    "@iconify-json/fluent-emoji": ("1.2.7", "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b"),
-    "@iconify-json/noto": ("1.2.9", "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad"),
-    "@iconify-json/noto-v1": ("1.2.5", "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37"),
-    "@iconify-json/fluent-emoji-high-contrast": ("1.2.6", "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0"),
-    "emojibase-data": ("17.0.0", "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a"),
+    "@iconify-json/fluent-emoji-flat": (
+        "1.2.6",
+        "7d064769dee690815f823bc5bcc511d957198caf9f5edd8dd9c1aa48a6aeb175",
+    ),
+    "@iconify-json/fluent-emoji": (
+        "1.2.7",
+        "8044210dbf11e016d4de85f15d01a243423bd832457e7e2491df1b751c0e272b",
+    ),
+    "@iconify-json/noto": (
+        "1.2.9",
+        "3e918d88fc945c0bb3d468dbace6f88caef67f01c9f0e7bcae0915a042e8f1ad",
+    ),
+    "@iconify-json/noto-v1": (
+        "1.2.5",
+        "2bf62c26c2c2884aa99e90aec942cdaee17a5921f05690694f4978ad4b017c37",
+    ),
+    "@iconify-json/fluent-emoji-high-contrast": (
+        "1.2.6",
+        "0b92d48c90d2200bd499e3cdd09a127ca6a8c8ddefd34c35eb5a1e4994012ae0",
+    ),
+    "emojibase-data": (
+        "17.0.0",
+        "d01d0e2ca4e22cb402679532155342c71e2e871f25c32223c013b8b166ebdf5a",
+    ),
 }
 FAMILIES = {  # what a drawing is called here: its package
     "flat": "@iconify-json/fluent-emoji-flat",
@@ -237,7 +254,9 @@ def render(folder: Path, out: Path) -> list[Subject]:
             pens[name].append(darkness(rasterise(as_lines(outline, width))))
         ink.append(rasterise(svg(icons["ink"], subject.icon))[..., 3])
     out.mkdir(parents=True, exist_ok=True)
-    np.savez_compressed(out / "drawings.npz", **{k: np.stack(v) for k, v in (families | pens).items()})
+    np.savez_compressed(
+        out / "drawings.npz", **{k: np.stack(v) for k, v in (families | pens).items()}
+    )
     np.savez_compressed(out / "ink.npz", ink=np.stack(ink))
     rows = [vars(subject) for subject in chosen]
     (out / "subjects.json").write_text(json.dumps(rows, indent=1) + "\n")

@@ -34,6 +34,7 @@ RENDERINGS = {  # name: how often, against the others
     "outlined": 3,
     "pastel outlined": 3,
     "lines": 4,
+    "stencil": 4,
     "neon": 2,
     "posterised": 1,
     "duotone": 2,
@@ -58,7 +59,7 @@ class Lesson:
     rendering: str = ""
     tint: str = ""  # the colour that a rendering uses
     pen: str = "thin"
-    shift: tuple[float, float, float] = (0.0, 1.0, 1.0)
+    shift: tuple[float, float, float, float] = (0.0, 1.0, 1.0, 0.0)  # the last: a tint for grey
     original: int = SIDE  # side of the picture that this is a part of, or was before enlarging
     crop: tuple[int, int] = (0, 0)
     seed: int = 0
@@ -101,16 +102,17 @@ def plan(subjects: list[Subject], heldout: dict, count: int, seed: int) -> list[
 
 def lesson(place: int, subject: Subject, kept: set, plural: dict, chance) -> Lesson:
     """One lesson on `subject`: what the dice say, among what it can be."""
-    weights = {"flat": 0.6, "glossy": 0.2, "soft": 0.1, "blob": 0.1}
+    weights = {"flat": 0.55, "glossy": 0.2, "soft": 0.15, "blob": 0.1}
     family = chance.choices(subject.families, [weights[f] for f in subject.families])[0]
     made = Lesson(place, family, subject.name, seed=chance.randrange(2**31))
     kind = chance.choices(["plain", "family", "colour", "number", "rendering"], [40, 8, 18, 12, 22])
     noun = noun_of(subject.name)
     if kind[0] in ("plain", "family"):
         made.shift = (
-            chance.uniform(-0.05, 0.05),
-            chance.uniform(0.75, 1.1),
-            chance.uniform(0.88, 1.08),
+            chance.uniform(-0.09, 0.09),
+            chance.uniform(0.7, 1.15),
+            chance.uniform(0.85, 1.08),
+            chance.choice([0.0, chance.uniform(0.1, 0.35)]),
         )
         if subject.tags and chance.random() < 0.25:
             made.caption += ", " + ", ".join(chance.sample(subject.tags, min(2, len(subject.tags))))
@@ -137,10 +139,10 @@ def render(made: Lesson, noun: str, kept: set, chance) -> None:
     """Choose how `made` is rendered, and say so in its caption."""
     made.rendering = chance.choices(list(RENDERINGS), list(RENDERINGS.values()))[0]
     made.pen = chance.choice(list(LINES))
-    if made.rendering in ("outlined", "pastel outlined", "lines", "neon"):
+    if made.rendering in ("outlined", "pastel outlined", "lines", "stencil", "neon"):
         made.family = "flat"  # the family whose lines are known
     words = made.rendering
-    if made.rendering in ("lines", "neon", "duotone", "ground"):
+    if made.rendering in ("lines", "stencil", "neon", "duotone", "ground"):
         # Black lines on white are what the pictures of pocket/ink shall teach, so never here.
         made.tint = chance.choice([c for c in COLOURS if c not in ("black", "grey")])
         words = {"ground": f"on {made.tint}"}.get(made.rendering, f"{made.tint} {made.rendering}")
@@ -173,7 +175,9 @@ class Palette:
         packed = np.load(folder / "drawings.npz")
         drawn = np.stack([packed[f] for f in FAMILIES])  # (4, N, H, W, 4)
         self.drawn = torch.from_numpy(drawn).to(device)
-        self.lines = torch.from_numpy(np.stack([packed[p] for p in LINES])).to(device)  # (2, N, H, W)
+        self.lines = torch.from_numpy(np.stack([packed[p] for p in LINES])).to(
+            device
+        )  # (2, N, H, W)
         self.device = device
         self.colour = torch.tensor(list(COLOURS.values()), device=device)
         self.main = torch.stack([main_colour(family) for family in self.drawn])  # (4, N, 3)
@@ -216,11 +220,14 @@ class Palette:
         """Shift all hues a little, or turn the main colour of the subject into the one it names."""
         hsv = to_hsv(rgb)
         shift = torch.tensor([x.shift for x in lessons], device=self.device)[:, :, None, None]
+        # Grey has no hue to shift, so it is tinted instead: by a hue that is as random.
+        grey = (hsv[:, 1:2] < 0.2) & (hsv[:, 2:] > 0.3) & (hsv[:, 2:] < 0.93)
+        tint = torch.where(grey, shift[:, 3:], torch.zeros_like(hsv[:, :1]))
         moved = torch.cat(
             [
-                (hsv[:, :1] + shift[:, :1]) % 1,
-                (hsv[:, 1:2] * shift[:, 1:2]).clamp(0, 1),
-                (hsv[:, 2:] * shift[:, 2:]).clamp(0, 1),
+                (torch.where(tint > 0, shift[:, :1] * 5.5, hsv[:, :1]) + shift[:, :1]) % 1,
+                (hsv[:, 1:2] * shift[:, 1:2] + tint).clamp(0, 1),
+                (hsv[:, 2:] * shift[:, 2:3]).clamp(0, 1),
             ],
             1,
         )
@@ -251,10 +258,13 @@ class Palette:
         white = torch.ones_like(tint)
         is_ = {r: self.flags(lessons, lambda x, r=r: x.rendering == r) for r in RENDERINGS}
         dark = torch.full_like(tint, 0.12)
-        ink = torch.where(is_["lines"] | is_["neon"], tint, dark)
+        ink = torch.where(is_["lines"] | is_["stencil"] | is_["neon"], tint, dark)
         fill = torch.where(is_["pastel outlined"], rgb * 0.4 + 0.6, rgb)
         fill = torch.where(is_["lines"], white, torch.where(is_["neon"], dark, fill))
-        shown = line * (is_["outlined"] | is_["pastel outlined"] | is_["lines"] | is_["neon"])
+        cut = torch.where(brightness(rgb) < 0.5, tint.expand_as(rgb), white)
+        fill = torch.where(is_["stencil"], cut, fill)
+        lined = ("outlined", "pastel outlined", "lines", "stencil", "neon")
+        shown = line * torch.stack([is_[name] for name in lined]).any(0)
         rgb = fill * (1 - shown) + ink * shown
         ground = torch.where(is_["neon"], dark, torch.where(is_["ground"], tint, white))
         return rgb, torch.maximum(alpha, shown), ground
@@ -308,6 +318,12 @@ def to_rgb(hsv: torch.Tensor) -> torch.Tensor:
     return value - value * saturation * torch.minimum(k, 4 - k).clamp(0, 1)
 
 
+def brightness(rgb: torch.Tensor) -> torch.Tensor:
+    """(B, 3, H, W) -> (B, 1, H, W), as the eye weighs the channels (ITU-R BT.601)."""
+    weights = rgb.new_tensor([0.299, 0.587, 0.114])[None, :, None, None]
+    return (rgb * weights).sum(1, keepdim=True)
+
+
 def arrange(rgb, alpha, lessons):
     """Two side by side, three in a triangle, four in a square; a single one stays as it is."""
     many = [i for i, x in enumerate(lessons) if x.number > 1]
@@ -340,9 +356,7 @@ def slots(made: Lesson) -> list[tuple[int, int]]:
 
 def finish(picture, palette: Palette, lessons):
     """Renderings of the whole picture, by its brightness or level by level."""
-    grey = (picture * picture.new_tensor([0.299, 0.587, 0.114])[None, :, None, None]).sum(
-        1, keepdim=True
-    )
+    grey = brightness(picture)
     tint = to_rgb(palette.tints(lessons, lambda x: x.tint))
     sepia = picture.new_tensor([0.36, 0.22, 0.10])[None, :, None, None]
     night = picture.new_tensor([0.07, 0.09, 0.28])[None, :, None, None]
@@ -351,7 +365,8 @@ def finish(picture, palette: Palette, lessons):
         "duotone": tint * (1 - grey) + grey,
         "inverted": 1 - picture,
         "at night": night + picture * 0.45 * picture.new_tensor([0.6, 0.7, 1])[None, :, None, None],
-        "sepia": sepia * (1 - grey) + grey * picture.new_tensor([1, 0.95, 0.84])[None, :, None, None],
+        "sepia": sepia * (1 - grey)
+        + grey * picture.new_tensor([1, 0.95, 0.84])[None, :, None, None],
         "greyscale": grey.expand_as(picture),
     }
     for name, version in made.items():
