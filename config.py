@@ -182,7 +182,7 @@ RECIPES = {
 # What --quick changes, unless another value was asked for.
 QUICK = {
     "pocket": {
-        "max_train_steps": 60,
+        "max_train_steps": 80,
         "lr_warmup_steps": 5,
         "validation_prompts": POCKET_PROMPTS[:4],
     }

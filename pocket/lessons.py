@@ -74,7 +74,7 @@ def noun_of(name: str) -> str:
 def forbidden(heldout: dict) -> set[tuple[str, str, int]]:
     """(noun, colour, number) of the combinations to be kept for the test; "" is any colour."""
     plural = inflect.engine()
-    kept = set()
+    kept = set()  # a colour that is kept is kept in groups, too
     for row in heldout["combinations"]:
         words = [w for w in row["prompt"].split() if w not in NUMBERS and w != row["colour"]]
         noun = " ".join(words)
@@ -125,7 +125,8 @@ def lesson(place: int, subject: Subject, kept: set, plural: dict, chance) -> Les
     elif kind[0] == "number":
         word = chance.choice(list(NUMBERS))
         colour = chance.choice(["", *COLOURS])
-        if not {(noun, "", NUMBERS[word]), (noun, colour, NUMBERS[word])} & kept:
+        here = {(noun, "", NUMBERS[word]), (noun, colour, NUMBERS[word]), (noun, colour, 1)}
+        if not here & kept:
             made.number, made.colour = NUMBERS[word], colour
             made.caption = " ".join(filter(None, (word, colour, plural[subject.name])))
     elif kind[0] == "rendering":

@@ -82,7 +82,7 @@ def refused(answer: tuple[int, str], *words: str) -> None:
         ("resolution", "500", "--resolution 496 or --resolution 504"),
         ("lora-rank", "0", "--lora-rank 16"),
         ("lora-rank", "-3", "lora_rank is -3"),
-        ("max-train-steps", "0", "--max-train-steps 700"),
+        ("max-train-steps", "0", "--max-train-steps 450"),
         ("train-batch-size", "0", "train_batch_size is 0"),
         ("learning-rate", "0", "learning_rate is 0"),
         ("learning-rate", "nan", "learning_rate is nan"),
@@ -197,7 +197,7 @@ def test_captions_missing_and_cut_are_counted_and_shown(pictures, cache, tmp_pat
         "3 pictures at 64 px; captions: 1 missing or empty, 1 cut at the tokenizer's length" in said
     )
     assert "1 optimizer steps x 1 images (1 x 1) = 0.3 epochs" in said
-    assert "243,712 trainable parameters" in said
+    assert "293,888 trainable parameters" in said
     assert any((tmp_path / "out" / "tensorboard").glob("events*"))
 
 
