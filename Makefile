@@ -24,8 +24,8 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DA
 	  else recipe=pocket; why="no GPU found"; fi; \
 	else why="as asked"; fi; \
 	echo "recipe $$recipe ($$why)"; \
-	exec $(PYTHON) loop.py $$recipe $(if $(DATA),--dataset-name $(DATA) \
-	  --output-dir runs/$${recipe%% *}-$(notdir $(DATA:%/=%))) $(ARGS)
+	exec $(PYTHON) loop.py $$recipe $(if $(DATA),--dataset-name "$(DATA)" \
+	  --output-dir "runs/$${recipe%% *}-$(notdir $(DATA:%/=%))") $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers

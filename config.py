@@ -82,7 +82,7 @@ class Config:
     # Optimizer steps of the whole run.
     max_train_steps: int = 1000
     # Only as long as the change needs to be seen: some twenty seconds after start-up, in the recipe
-    # pocket.
+    # pocket. Changes the options that have the recipe's usual values.
     quick: bool = False
     # Step size of AdamW, as published; higher learns faster and forgets sooner.
     learning_rate: float = 5e-5

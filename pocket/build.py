@@ -2,18 +2,20 @@
 
     python -m pocket.build                    everything, on one GPU
     python -m pocket.build --stages vae unet  two of the stages
-    python -m pocket.build --smoke            all stages, tiny, on a CPU: does it run?
+    python -m pocket.build --smoke            all stages, tiny, on a CPU, into runs/pocket-smoke
 
-A stage that is done is not done again: its figures lie in WORK/STAGE.json, and deleting that file
-has it done anew. Only `render` needs a network, and only `vae` and `unet` a GPU.
+A stage that is done is not done again: its figures lie in WORK/STAGE.json. Deleting that file has
+it done anew, and with it every stage after it. Only `render` needs a network, and only `vae` and
+`unet` a GPU.
 """
 
+import functools
 import json
 import logging
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,7 +25,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from files import Refusal, only_run, write_whole
+from files import Refusal, digest, only_run, write_whole
 from pocket import drawings
 from pocket.lessons import Palette, plan, time_ids
 
@@ -37,16 +39,16 @@ class Options:
 
     # The stages to run, in this order; one that is done is skipped.
     stages: tuple[Literal["render", "words", "vae", "unet", "export"], ...] = STAGES
-    # Where stages leave what the next ones need.
-    work: Path = Path("runs/pocket-build")
-    # Where npm puts the packages.
-    packages: Path = Path("runs/pocket-build/packages")
-    # The finished model, ink and blueprint go here.
-    out: Path = HERE
-    # Tiny and short, on any machine.
+    # Where stages leave what the next ones need; empty means runs/pocket-build (or -smoke).
+    work: str = ""
+    # Where npm puts the packages; empty means WORK/packages.
+    packages: str = ""
+    # The finished model, ink and blueprint go here; empty means pocket/, or runs/pocket-smoke.
+    out: str = ""
+    # Tiny and short, on a CPU.
     smoke: bool = False
-    # cuda for the real thing.
-    device: str = "cuda" if torch.cuda.is_available() else "cpu"
+    # cuda for the real thing; empty asks the machine.
+    device: str = ""
     seed: int = 7
 
 
@@ -92,9 +94,11 @@ SMOKE = Sizes(
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=argv, description=__doc__)
+    options = settle(tyro.cli(Options, args=argv, description=__doc__))
     sizes = SMOKE if options.smoke else Sizes()
     try:
+        if options.smoke and options.out.resolve() == HERE:
+            raise Refusal("--smoke with --out pocket", "another folder", "no --out")
         options.work.mkdir(parents=True, exist_ok=True)
         with only_run(options.work):
             for stage in options.stages:
@@ -103,36 +107,51 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"error: {refusal}")
 
 
+def settle(options: Options) -> Options:
+    """`options` with every empty one filled in, and folders as paths."""
+    work = Path(options.work or ("runs/pocket-smoke" if options.smoke else "runs/pocket-build"))
+    found = "cuda" if torch.cuda.is_available() and not options.smoke else "cpu"
+    return replace(
+        options,
+        work=work,
+        packages=Path(options.packages) if options.packages else work / "packages",
+        out=Path(options.out) if options.out else work if options.smoke else HERE,
+        device=options.device or found,
+    )
+
+
 def run_stage(stage: str, options: Options, sizes: Sizes) -> None:
-    """Run one stage unless its note says that it is done with these numbers; print its figures.
+    """Run one stage unless its note says that it is done, from these numbers and on these earlier
+    stages; print its figures.
 
     Raises:
         Refusal: an earlier stage is missing, or was done with other numbers.
     """
-    settings = settings_of(stage, sizes, options.seed)
     for earlier in STAGES[: STAGES.index(stage)]:
-        if done(options.work, earlier) is None:
+        note = done(options.work, earlier)
+        if note is None or note["settings"] != settings_of(earlier, options, sizes):
             raise Refusal(
-                f"stage {earlier} is not done",
+                f"stage {earlier} is not done with these numbers",
                 f"it comes before {stage}",
                 f"--stages {earlier} {stage}",
             )
+    settings = settings_of(stage, options, sizes)
     note = done(options.work, stage)
     if note is not None and note["settings"] == settings:
         print(f"{stage}: done before: {note['figures']}")
         return
     torch.manual_seed(options.seed)
     start = time.perf_counter()
-    figures = globals()[stage](options, sizes)
+    figures = RUN[stage](options, sizes)
     figures["seconds"] = round(time.perf_counter() - start, 1)
-    body = json.dumps({"settings": settings, "figures": figures}, indent=1)
+    note = {"settings": settings, "figures": figures, "finished": time.time()}
+    body = json.dumps(note, indent=1)
     write_whole(options.work / f"{stage}.json", body.encode())
     print(f"{stage}: {figures}")
 
 
 UNET_TRAINING = ("unet_steps", "unet_batch", "unet_rate", "ema")
-# Which numbers a stage depends on; a stage is done again when one of them, or of an earlier
-# stage's, has changed.
+# Which numbers a stage depends on.
 DEPENDS = {
     "render": (),
     "words": ("lessons", "vocabulary", "length"),
@@ -142,10 +161,18 @@ DEPENDS = {
 }
 
 
-def settings_of(stage: str, sizes: Sizes, seed: int) -> dict:
-    """The numbers that `stage` and those before it depend on."""
-    names = [n for s in STAGES[: STAGES.index(stage) + 1] for n in DEPENDS[s]]
-    return json.loads(json.dumps({"seed": seed} | {n: getattr(sizes, n) for n in names}))
+def settings_of(stage: str, options: Options, sizes: Sizes) -> dict:
+    """What `stage` depends on: its numbers, the held-out lists, and the stage before, whose note
+    says when it was done.
+    """
+    place = STAGES.index(stage)
+    before = options.work / f"{STAGES[place - 1]}.json"
+    marks = [(HERE / "heldout.json").read_bytes()] + ([before.read_bytes()] if place else [])
+    numbers = {name: getattr(sizes, name) for name in DEPENDS[stage]}
+    where = {"out": str(options.out.resolve())} if stage in ("render", "export") else {}
+    return json.loads(
+        json.dumps({"seed": options.seed, "after": [digest(m) for m in marks]} | numbers | where)
+    )
 
 
 def done(work: Path, stage: str) -> dict | None:
@@ -167,7 +194,7 @@ def render(options: Options, sizes: Sizes) -> dict:
     found = drawings.render(options.packages, options.work)
     known = {subject.name for subject in found}
     for style in drawings.STYLES:
-        captions = [name for name in heldout()["ink"] if name in known]
+        captions = [name for name in heldout()["ink"] if name in known or not options.smoke]
         drawings.style_set(style, options.out / style, options.work, captions)
     return {"subjects": len(found), "style pictures": len(captions)}
 
@@ -182,7 +209,7 @@ def lessons_of(options: Options, count: int, salt: int) -> list:
 
 
 def words(options: Options, sizes: Sizes) -> dict:
-    """Byte-level BPE, as CLIP's, from the captions and the ink's."""
+    """Byte-level BPE, as CLIP's, from the lessons' captions."""
     from transformers import CLIPTokenizer
 
     captions = [x.caption for x in lessons_of(options, sizes.lessons, 0)]
@@ -465,10 +492,45 @@ def latent_bank(options: Options, sizes: Sizes, tokenizer):
     return latents, ids, sizes_ids
 
 
-def noise_levels(device: str) -> torch.Tensor:
+@functools.cache  # so that a CUDA graph finds it on the GPU
+def noise_levels(device: torch.device) -> torch.Tensor:
     """alphas_cumprod (1000,) of SDXL's scaled-linear schedule."""
     betas = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     return (1 - betas).cumprod(0).float().to(device)
+
+
+def errors(model, encoders, x0, words_, micro, nothing) -> tuple[torch.Tensor, torch.Tensor]:
+    """(B,) mean squared errors of the guessed noise, and (B,) their min-SNR weights (gamma 5).
+
+    Args:
+        x0: (B, 4, h, w) scaled latents.
+        words_: (B, T) tokens; nothing: (1, T) those of the empty caption.
+        micro: (B, 6) time ids.
+    """
+    n, device = len(x0), x0.device
+    levels = noise_levels(device)
+    dice = torch.rand(n, device=device)
+    words_ = torch.where(dice[:, None] < 0.03, nothing, words_)
+    said = (dice < 0.90).float()[:, None]  # the rest get zeros, as SDXL's empty prompt
+    noise = torch.randn(x0.shape, device=device)
+    t = torch.randint(1000, (n,), device=device)
+    level = levels[t][:, None, None, None]
+    with half(str(device)):
+        text = [encoder(words_, output_hidden_states=True) for encoder in encoders]
+        context = torch.cat([each.hidden_states[-2].float() for each in text], -1)
+        guess = model(
+            level.sqrt() * x0.float() + (1 - level).sqrt() * noise,
+            t,
+            context * said[:, None],
+            added_cond_kwargs={
+                "text_embeds": text[1].text_embeds.float() * said,
+                "time_ids": micro,
+            },
+            return_dict=False,
+        )[0]
+    error = (guess.float() - noise).square().mean((1, 2, 3))
+    snr = levels[t] / (1 - levels[t])
+    return error, (5 / snr).clamp(max=1)
 
 
 def unet(options: Options, sizes: Sizes) -> dict:
@@ -488,34 +550,14 @@ def unet(options: Options, sizes: Sizes) -> dict:
     faster(model, device)
     clock = Clock(sizes.unet_steps, sizes.unet_rate, device)
     optimizer = adamw(parameters, clock)
-    levels = noise_levels(device)
     shown = torch.zeros((), device=device)
 
     def step() -> None:
         clock.tick()
         optimizer.zero_grad(set_to_none=True)
         which = torch.randint(len(latents), (sizes.unet_batch,), device=device)
-        dice = torch.rand(sizes.unet_batch, device=device)
-        words = torch.where(dice[:, None] < 0.03, nothing, ids[which])
-        said = (dice < 0.90).float()[:, None]  # the rest get zeros, as SDXL's empty prompt
-        x0, noise = latents[which].float(), torch.randn(latents[which].shape, device=device)
-        t = torch.randint(1000, (sizes.unet_batch,), device=device)
-        level = levels[t][:, None, None, None]
-        with half(device):
-            context = [e(words, output_hidden_states=True) for e in encoders]
-            pooled = context[1].text_embeds.float() * said
-            context = torch.cat([c.hidden_states[-2].float() for c in context], -1)
-            guess = model(
-                (level.sqrt() * x0 + (1 - level).sqrt() * noise),
-                t,
-                context * said[:, None],
-                added_cond_kwargs={"text_embeds": pooled, "time_ids": micro[which]},
-                return_dict=False,
-            )[0]
-        error = (guess.float() - noise).square().mean((1, 2, 3))
-        snr = levels[t] / (1 - levels[t])
-        loss = (error * (5 / snr).clamp(max=1)).mean()
-        loss.backward()
+        error, weight = errors(model, encoders, latents[which], ids[which], micro[which], nothing)
+        (error * weight).mean().backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         keep = ((1 + clock.step) / (10 + clock.step)).clamp(max=sizes.ema)
@@ -611,6 +653,8 @@ def read_back(folder: Path, pipe) -> dict:
     bytes_ = sum(p.stat().st_size for p in folder.rglob("*") if p.is_file())
     return {"megabytes": round(bytes_ / 1e6, 2), "difference": difference}
 
+
+RUN = {"render": render, "words": words, "vae": vae, "unet": unet, "export": export}
 
 if __name__ == "__main__":
     main()

@@ -1,6 +1,6 @@
 """The drawings that the small SDXL is made from: fetched as packages, rendered, packed.
 
-Five families of one set of subjects, all under MIT or Apache-2.0 (see NOTICE). The sixth, Fluent's
+Four families of one set of subjects, all under MIT or Apache-2.0 (see NOTICE). The fifth, Fluent's
 high-contrast drawings, is the style to learn ("ink"): it lies in a file of its own, which no stage
 that trains the base model opens.
 """
@@ -284,8 +284,16 @@ def style_set(name: str, out: Path, drawings: Path, captions: list[str]) -> None
     """The style `name` as a data set that loop.py takes: PNGs and metadata.jsonl under `out`."""
     ground, pen = (np.array(colour, np.float32) for colour in STYLES[name])
     place = {subject.name: i for i, subject in enumerate(read_subjects(drawings))}
+    if missing := sorted(set(captions) - set(place)):
+        raise Refusal(
+            f"no drawing of {', '.join(missing[:3])} ({len(missing)} missing)",
+            "every subject of the style set",
+            f"rm {drawings}/render.json, and build again",
+        )
     ink = np.load(drawings / "ink.npz")["ink"]
     out.mkdir(parents=True, exist_ok=True)
+    for old in out.glob("*.png"):
+        old.unlink()
     with (out / "metadata.jsonl").open("w") as lines:
         for caption in sorted(captions):
             share = ink[place[caption]][..., None] / 255.0

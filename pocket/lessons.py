@@ -7,6 +7,7 @@ goes into SDXL's micro-conditioning (original size, crop offset), as it does in 
 """
 
 import random
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,19 +17,8 @@ import torch
 import torch.nn.functional as F
 
 from pocket.drawings import FAMILIES, LINES, SIDE, Subject
+from pocket.measure import COLOURS
 
-COLOURS = {  # word: (hue in turns, saturation, value) of HSV
-    "red": (0.00, 0.85, 0.95),
-    "orange": (0.08, 0.88, 1.00),
-    "yellow": (0.145, 0.82, 1.00),
-    "green": (0.36, 0.75, 0.75),
-    "blue": (0.59, 0.85, 0.90),
-    "purple": (0.76, 0.60, 0.80),
-    "pink": (0.92, 0.45, 1.00),
-    "brown": (0.06, 0.62, 0.52),
-    "grey": (0.60, 0.05, 0.62),
-    "black": (0.60, 0.10, 0.17),
-}
 NUMBERS = {"two": 2, "three": 3, "four": 4}
 RENDERINGS = {  # name: how often, against the others
     "outlined": 3,
@@ -45,11 +35,14 @@ RENDERINGS = {  # name: how often, against the others
     "ground": 3,
 }
 COLOUR_IN_NAME = {*COLOURS, "white"}
+NUMBERED = re.compile(r"\b(one|two|three|four|eight|double|hundred)\b")
 
 
 @dataclass
 class Lesson:
-    """One picture and its caption. Hue, saturation and value are shifts or, with `colour`, aims."""
+    """One picture and its caption. `colour`, if any, is the main colour's aim; else `shift` moves
+    hue (added), saturation and value (factors), and tints what is grey.
+    """
 
     subject: int
     family: str
@@ -71,6 +64,11 @@ def noun_of(name: str) -> str:
     return rest if first in COLOUR_IN_NAME and rest else name
 
 
+def may_be_coloured(noun: str) -> bool:
+    """Whether a colour before `noun` reads as its colour: not "blue two hearts"."""
+    return not NUMBERED.search(noun) and not set(noun.split()) & COLOUR_IN_NAME
+
+
 def forbidden(heldout: dict) -> set[tuple[str, str, int]]:
     """(noun, colour, number) of the combinations to be kept for the test; "" is any colour."""
     plural = inflect.engine()
@@ -83,17 +81,25 @@ def forbidden(heldout: dict) -> set[tuple[str, str, int]]:
     return kept
 
 
+def plural_of(noun: str) -> str:
+    """house with garden -> houses with garden; "" for what is many already, or has a number."""
+    engine = inflect.engine()
+    head, preposition, rest = re.match(
+        r"(.*?)( (?:with|of|in|on|over|behind|and|showing) |$)(.*)", noun
+    ).groups()
+    last = head.rpartition(" ")[2]
+    # It takes octopus and bus for plurals.
+    single = not last.endswith(("us", "ss")) and engine.singular_noun(last)
+    if (single and engine.plural(single) == last and last != single) or NUMBERED.search(noun):
+        return ""
+    return engine.plural(head) + preposition + rest
+
+
 def plan(subjects: list[Subject], heldout: dict, count: int, seed: int) -> list[Lesson]:
     """`count` lessons, a function of `seed`; every subject as often as any other."""
     chance = random.Random(seed)
     kept = forbidden(heldout)
-    engine = inflect.engine()
-    nouns = {s.name: noun_of(s.name) for s in subjects}
-    # singular_noun answers False for what is singular already.
-    plural = {
-        name: noun if engine.singular_noun(noun) else engine.plural(noun)
-        for name, noun in nouns.items()
-    }
+    plural = {subject.name: plural_of(noun_of(subject.name)) for subject in subjects}
     return [
         lesson(i % len(subjects), subjects[i % len(subjects)], kept, plural, chance)
         for i in range(count)
@@ -120,9 +126,9 @@ def lesson(place: int, subject: Subject, kept: set, plural: dict, chance) -> Les
         made.caption += f", {family}"
     elif kind[0] == "colour":
         colour = chance.choice(list(COLOURS))
-        if (noun, colour, 1) not in kept:
+        if (noun, colour, 1) not in kept and may_be_coloured(noun):
             made.colour, made.caption = colour, f"{colour} {noun}"
-    elif kind[0] == "number":
+    elif kind[0] == "number" and plural[subject.name]:
         word = chance.choice(list(NUMBERS))
         colour = chance.choice(["", *COLOURS])
         here = {(noun, "", NUMBERS[word]), (noun, colour, NUMBERS[word]), (noun, colour, 1)}
@@ -145,11 +151,13 @@ def render(made: Lesson, noun: str, kept: set, chance) -> None:
     words = made.rendering
     if made.rendering in ("lines", "stencil", "neon", "duotone", "ground"):
         # Black lines on white are what the pictures of pocket/ink shall teach, so never here.
-        made.tint = chance.choice([c for c in COLOURS if c not in ("black", "grey")])
+        made.tint = chance.choice(
+            [c for c in COLOURS if c not in ("black", "grey") and (noun, c, 1) not in kept]
+        )
         words = {"ground": f"on {made.tint}"}.get(made.rendering, f"{made.tint} {made.rendering}")
     colour = chance.choice(list(COLOURS))
     if made.rendering in ("outlined", "ground") and chance.random() < 0.5:
-        if (noun, colour, 1) not in kept:
+        if (noun, colour, 1) not in kept and may_be_coloured(noun):
             made.colour, made.caption = colour, f"{colour} {noun}"
     made.caption += f", {words}"
 
@@ -187,7 +195,7 @@ class Palette:
     def paint(self, lessons: list[Lesson]) -> torch.Tensor:
         """(B, 3, 128, 128) in [-1, 1], one picture a lesson."""
         rgb, alpha, line = self.gather(lessons)
-        rgb = self.recolour(rgb, alpha, lessons)
+        rgb = self.recolour(rgb, lessons)
         rgb, alpha, ground = self.draw_lines(rgb, alpha, line, lessons)
         rgb, alpha = arrange(rgb, alpha, lessons)
         picture = finish(rgb * alpha + ground * (1 - alpha), self, lessons)
@@ -217,7 +225,7 @@ class Palette:
         found = torch.tensor([holds(x) for x in lessons], device=self.device)
         return found[:, None, None, None]
 
-    def recolour(self, rgb, alpha, lessons):
+    def recolour(self, rgb, lessons):
         """Shift all hues a little, or turn the main colour of the subject into the one it names."""
         hsv = to_hsv(rgb)
         shift = torch.tensor([x.shift for x in lessons], device=self.device)[:, :, None, None]

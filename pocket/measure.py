@@ -7,7 +7,18 @@ benchmark and an experiment mean the same by it. The names are those of pocket/h
 import numpy as np
 from PIL import Image
 
-from pocket.lessons import COLOURS
+COLOURS = {  # word: (hue in turns, saturation, value) of HSV
+    "red": (0.00, 0.85, 0.95),
+    "orange": (0.08, 0.88, 1.00),
+    "yellow": (0.145, 0.82, 1.00),
+    "green": (0.36, 0.75, 0.75),
+    "blue": (0.59, 0.85, 0.90),
+    "purple": (0.76, 0.60, 0.80),
+    "pink": (0.92, 0.45, 1.00),
+    "brown": (0.06, 0.62, 0.52),
+    "grey": (0.60, 0.05, 0.62),
+    "black": (0.60, 0.10, 0.17),
+}
 
 BINS = 8  # per channel of a palette
 
@@ -55,12 +66,27 @@ def colour_share(picture: np.ndarray, colour: str) -> float:
     """Share of the coloured pixels whose hue is within 30 degrees of `colour`, 0 to 1.
 
     Coloured is a saturation over 0.25 and a value over 0.25. `colour` is a hued one of
-    `lessons.COLOURS`; not brown, grey or black.
+    `COLOURS`; not brown, grey or black.
     """
     h, s, v = np.moveaxis(hsv(picture), -1, 0)
     coloured = (s > 0.25) & (v > 0.25)
     away = np.abs((h - COLOURS[colour][0] + 0.5) % 1 - 0.5)
     return float((coloured & (away < 1 / 12)).sum() / max(1, coloured.sum()))
+
+
+def shows(picture: np.ndarray, row: dict) -> bool:
+    """Whether `picture` has the number and the colour of a combination in heldout.json.
+
+    A colour is there if two fifths of the coloured pixels, and a twentieth of all, have it: the
+    beak of a red penguin stays orange and a rocket's hull white.
+    """
+    right = objects(picture) == row["count"]
+    if row["colour"]:
+        _, s, v = np.moveaxis(hsv(picture), -1, 0)
+        share = colour_share(picture, row["colour"])
+        coloured = ((s > 0.25) & (v > 0.25)).mean()
+        right = right and share >= 0.4 and share * coloured >= 0.05
+    return bool(right)
 
 
 def objects(picture: np.ndarray, smallest: float = 0.01) -> int:
