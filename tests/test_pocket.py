@@ -313,6 +313,20 @@ def test_quick_training_moves_held_out_pictures_towards_the_style(quick_run, tmp
         assert np.array_equal(ours, bare)
 
 
+def test_it_is_the_pictures_that_decide(quick_run, cache, tmp_path):
+    """The same drawings in other colours give the other style."""
+    argv = ["pocket", "--quick", "--max-train-steps", "50", "--no-tensorboard"]
+    argv += ["--dataset-name", str(STYLES["blueprint"]), "--cache-dir", str(cache)]
+    loop.main([*argv, "--output-dir", str(tmp_path / "run"), "--validation-prompts"])
+    runs = {"ink": quick_run, "blueprint": tmp_path / "run"}
+    grounds = {name: np.array(ground, float) for name, (ground, _) in drawings.STYLES.items()}
+    for name, other in (("ink", "blueprint"), ("blueprint", "ink")):
+        corners = [p[:6, :6].mean((0, 1)) for p in draw(runs[name], 1.0, tmp_path / name)]
+        found = np.median(corners, axis=0)
+        own, foreign = (np.abs(found - grounds[which]).mean() for which in (name, other))
+        assert own < 0.3 * foreign, (name, found)
+
+
 def bare_pictures() -> list[np.ndarray]:
     """The same prompts and seed with no adapter anywhere, in the file order of `draw`."""
     name, device = str(POCKET), torch.device("cpu")
