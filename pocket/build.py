@@ -13,6 +13,7 @@ import functools
 import json
 import logging
 import math
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -169,7 +170,9 @@ def settings_of(stage: str, options: Options, sizes: Sizes) -> dict:
     before = options.work / f"{STAGES[place - 1]}.json"
     marks = [(HERE / "heldout.json").read_bytes()] + ([before.read_bytes()] if place else [])
     numbers = {name: getattr(sizes, name) for name in DEPENDS[stage]}
-    where = {"out": str(options.out.resolve())} if stage in ("render", "export") else {}
+    # From here, not from the root: a work folder may go to another machine between two stages.
+    out = os.path.relpath(options.out, HERE)
+    where = {"out": out} if stage in ("render", "export") else {}
     return json.loads(
         json.dumps({"seed": options.seed, "after": [digest(m) for m in marks]} | numbers | where)
     )
@@ -233,7 +236,7 @@ def read_tokenizer(options: Options):
 
 
 class Clock:
-    """Steps, learning rate and averaging as tensors, so that a CUDA graph can hold them."""
+    """Step and learning rate as tensors, so that a CUDA graph can hold them."""
 
     def __init__(self, steps: int, rate: float, device: str):
         self.total, self.peak, self.warmup = steps, rate, min(500, max(1, steps // 10))

@@ -184,9 +184,8 @@ class Palette:
         packed = np.load(folder / "drawings.npz")
         drawn = np.stack([packed[f] for f in FAMILIES])  # (4, N, H, W, 4)
         self.drawn = torch.from_numpy(drawn).to(device)
-        self.lines = torch.from_numpy(np.stack([packed[p] for p in LINES])).to(
-            device
-        )  # (2, N, H, W)
+        lines = np.stack([packed[p] for p in LINES])  # (2, N, H, W)
+        self.lines = torch.from_numpy(lines).to(device)
         self.device = device
         self.colour = torch.tensor(list(COLOURS.values()), device=device)
         self.main = torch.stack([main_colour(family) for family in self.drawn])  # (4, N, 3)
