@@ -72,7 +72,7 @@ class Sizes:
     text_layers: tuple[int, int] = (3, 4)
     channels: tuple[int, ...] = (64, 96, 128)
     heads: tuple[int, ...] = (2, 3, 4)
-    unet_steps: int = 19_500
+    unet_steps: int = 17_000
     unet_batch: int = 384
     unet_rate: float = 1e-3
     ema: float = 0.9995

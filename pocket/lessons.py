@@ -24,7 +24,7 @@ RENDERINGS = {  # name: how often, against the others
     "outlined": 3,
     "pastel outlined": 3,
     "lines": 4,
-    "stencil": 4,
+    "stencil": 1,
     "neon": 2,
     "posterised": 1,
     "duotone": 2,
