@@ -114,6 +114,11 @@ class Config:
     mixed_precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
     # PyTorch's attention, or xFormers' where it is usable.
     attention: Literal["sdpa", "xformers"] = "sdpa"
+    # On a GPU, record the forward and backward pass once and replay it, since launching kernels one
+    # by one takes longer than they run. Off is the reference, and for debugging.
+    cuda_graph: bool = True
+    # Layers that read the same input share their matrix products; off, each is computed by itself.
+    fused: bool = True
     # Keep only block inputs and compute the rest twice: less memory, about a third more time.
     gradient_checkpointing: bool = False
 
@@ -146,7 +151,13 @@ class Config:
 RECIPES = {
     "original": (
         "The published run: fp32, xFormers, gradient checkpointing, 512 px.",
-        Config(recipe="original", gradient_checkpointing=True, attention="xformers"),
+        Config(
+            recipe="original",
+            gradient_checkpointing=True,
+            attention="xformers",
+            cuda_graph=False,
+            fused=False,
+        ),
     ),
     "t4": (
         "The same mathematics for a 16 GB T4: frozen UNet in half precision, no recomputation.",

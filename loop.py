@@ -16,11 +16,12 @@ if __name__ == "__main__":
     configuration.parse_or_leave()  # a wrong option is answered before twelve seconds of imports
 
 import dataclasses
+import functools
 import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,7 +31,9 @@ from torch import Tensor
 
 import checkpoint
 import data
+import fused
 import generate
+import graph
 import hub
 import lora
 import model
@@ -129,7 +132,9 @@ def micro_batches(step: int, n: int, size: int) -> Iterator[range]:
 class Run:
     """Everything that a step touches.
 
-    identity: what makes it this run and no other; start: the untrained vector, on the CPU.
+    identity: what makes it this run and no other; start: the untrained vector, on the CPU; factor:
+    the loss scale and loss_sum: the step's loss so far, () fp32 on the device; forward_backward:
+    micro_step(), as it is or recorded; coming: the batch that begins the next step.
     """
 
     config: Config
@@ -143,7 +148,24 @@ class Run:
     examples: data.Examples
     identity: dict[str, str]
     start: Tensor
+    factor: Tensor
+    loss_sum: Tensor
     step: int = 0
+    forward_backward: Callable[[dict[str, Tensor]], None] | None = None
+    coming: dict[range, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+
+
+def micro_step(run: Run, batch: dict[str, Tensor]) -> None:
+    """Forward and backward over one micro-batch: adds to the flat gradient and to run.loss_sum.
+
+    The host reads no number in here, so that graph.py can record it once and replay it.
+    """
+    with run.adapter.cast_once(run.unet.dtype) as cast:  # (N,) all A and B in the UNet's dtype
+        each = diffusion_loss(run.unet, batch, run.schedule, run.scaling, run.config.snr_gamma)
+        loss = each.sum() / run.config.examples_per_step  # (B,) -> ()
+        (grad,) = torch.autograd.grad(loss * run.factor, cast)
+    run.adapter.flat.grad.add_(grad)
+    run.loss_sum.add_(loss.detach())
 
 
 def optimizer_step(run: Run) -> tuple[float, float]:
@@ -153,19 +175,20 @@ def optimizer_step(run: Run) -> tuple[float, float]:
     the same step. Raises Refusal where the loss is not finite, or the gradient and the loss scale
     cannot back off.
     """
-    config, n = run.config, run.config.examples_per_step
-    grad = run.adapter.flat.grad
-    total = torch.zeros((), device=run.device)
-    for numbers in micro_batches(run.step, n, config.train_batch_size):
-        batch = run.examples.batch(numbers, run.device)
-        each = diffusion_loss(run.unet, batch, run.schedule, run.scaling, config.snr_gamma)  # (B,)
-        loss = each.sum() / n
-        (loss * run.scale.value).backward()  # adds to the flat gradient
-        total += loss.detach()
-
-    grad.div_(run.scale.value)
+    config, grad = run.config, run.adapter.flat.grad
+    cut = functools.partial(micro_batches, n=config.examples_per_step, size=config.train_batch_size)
+    run.factor.fill_(run.scale.value)
+    run.loss_sum.zero_()
+    for numbers in cut(run.step):
+        batch = run.coming.pop(numbers, None) or run.examples.batch(numbers, run.device)
+        run.forward_backward(batch)
+    grad.div_(run.factor)
+    # A GPU is still at work now; the host makes the next step's first batch before it waits.
+    if run.step + 1 < config.max_train_steps:
+        numbers = next(cut(run.step + 1))
+        run.coming = {numbers: run.examples.batch(numbers, run.device)}
     # Here, and nowhere else in the step, the host waits for a result.
-    mean_loss, norm = torch.stack([total, grad.norm()]).tolist()
+    mean_loss, norm = torch.stack([run.loss_sum, grad.norm()]).tolist()
     if not math.isfinite(mean_loss):
         raise not_finite(run, mean_loss)
     if math.isfinite(norm):
@@ -208,7 +231,17 @@ def make_optimizer(config: Config, flat: torch.nn.Parameter) -> torch.optim.Opti
             "bitsandbytes 0.50 or newer for 8-bit AdamW",
             "pip install --upgrade bitsandbytes, or --no-use-8bit-adam",
         ) from error
-    return AdamW8bit([flat], **settings)
+
+    class AdamW8bitWithoutWaiting(AdamW8bit):
+        """The library's step() ends by waiting for the GPU; optimizer_step() has done that."""
+
+        @torch.no_grad()
+        def step(self):
+            if not self.initialized:
+                return super().step()
+            self.update_step(self.param_groups[0], flat, 0, 0)
+
+    return AdamW8bitWithoutWaiting([flat], **settings)
 
 
 def encoder_prints(name: str, half: bool) -> dict[str, str]:
@@ -277,10 +310,12 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
 
     with model.HostMemory() as host:
         unet = model.load_unet(name, device, dtype)
-    attention = model.use_attention(unet, config.attention, device, dtype)
+    how = model.use_attention(unet, config.attention, device, dtype)
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet)
     adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
+    if config.fused and how.startswith("SDPA"):
+        how += f"; {fused.use(unet)}"
     half = dtype == torch.float16
     run = Run(
         config=config,
@@ -294,9 +329,16 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
         examples=examples,
         identity=same,
         start=adapter.flat.detach().cpu().clone(),
+        factor=torch.ones((), device=device),
+        loss_sum=torch.zeros((), device=device),
     )
+    run.forward_backward = functools.partial(micro_step, run)
+    if config.cuda_graph and device.type == "cuda":
+        run.forward_backward = graph.Recorded(
+            run.forward_backward, [adapter.flat.grad, run.loss_sum]
+        )
     checkpoint.restore(run, state)
-    lines = report.describe(run, pictures, f"{reason}; {attention}", host)
+    lines = report.describe(run, pictures, f"{reason}; {how}", host)
     return run, lines
 
 
@@ -327,6 +369,8 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
                 print(f"\ninterrupted: step {run.step} is saved; the same command continues")
                 return 128 + interrupts.caught
     interrupts.gently = False  # now a signal may leave at once: the same command does the rest
+    run.forward_backward = None  # a recording holds the memory of a whole step
+    model.free_memory()
     for path in checkpoint.export(run):
         print(f"saved, read back and compared: {path}")
     checkpoint.mark_finished(config, run)

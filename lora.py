@@ -11,10 +11,12 @@ one tensor.
 Letters: `r` rank, `N` numbers in the flat vector (padding included).
 """
 
+import contextlib
 import hashlib
 import json
 import math
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,16 +50,17 @@ class LoRALinear(nn.Module):
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
         self.lora_A, self.lora_B = lora_A, lora_B
+        self.used = (lora_A, lora_B)  # what forward() reads: these, or their cast (cast_once)
         self.scale = alpha / lora_A.shape[0]
         self.strength = 1.0
         self.unmerged: Tensor | None = None  # while merged: base.weight as it was
 
     def down(self, x: Tensor) -> Tensor:
         # in x's dtype: the small matrix is cast, so that no fp32 copy of x is kept for backward
-        return F.linear(x, self.lora_A.to(x.dtype))  # (..., in) -> (..., r)
+        return F.linear(x, self.used[0].to(x.dtype))  # (..., in) -> (..., r)
 
     def up(self, h: Tensor) -> Tensor:
-        return F.linear(h, self.lora_B.to(h.dtype))  # (..., r) -> (..., out)
+        return F.linear(h, self.used[1].to(h.dtype))  # (..., r) -> (..., out)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.strength == 0 or self.unmerged is not None:  # bit for bit the base layer
@@ -86,6 +89,30 @@ class Adapter:
         return [(f"{name}.lora_A", layer.lora_A) for name, layer in self.layers.items()] + [
             (f"{name}.lora_B", layer.lora_B) for name, layer in self.layers.items()
         ]
+
+    @contextlib.contextmanager
+    def cast_once(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Inside, every layer reads its A and B from one cast of the flat vector, which is given:
+        (N,) in `dtype`, a leaf whose gradient is that of all A and B.
+
+        One cast, and one concatenation in the backward pass, for 1,120 small casts and 1,120 small
+        additions. split() and not slices: the gradient of a slice is a vector of the whole size.
+        """
+        cast = self.flat.detach().to(dtype).requires_grad_()
+        counts = [matrix.numel() for _, matrix in self.parts()]
+        sizes = [size for count in counts for size in (count, padded(count) - count)]
+        matrices = [
+            part.view(matrix.shape)
+            for part, (_, matrix) in zip(cast.split(sizes)[::2], self.parts(), strict=True)
+        ]
+        half = len(matrices) // 2
+        for layer, A, B in zip(self.layers.values(), matrices[:half], matrices[half:], strict=True):
+            layer.used = (A, B)
+        try:
+            yield cast
+        finally:
+            for layer in self.layers.values():
+                layer.used = (layer.lora_A, layer.lora_B)
 
     def check_tied(self) -> None:
         """Assert that every A, B and gradient still lives in the flat vectors.

@@ -1,0 +1,69 @@
+"""The micro-step recorded in a CUDA graph: the very function that loop.py defines, less the host.
+
+An SDXL micro-step is some ten thousand kernels of a few microseconds each, and a host that launches
+them one by one takes longer than a GPU that runs them. Recorded once, they are replayed by a single
+call (https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-graphs). A recording holds for one
+shape of batch and reads and writes fixed addresses, so each shape has its own, and a batch is
+copied into the tensors that its recording reads.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from files import first_line
+
+Batch = dict[str, Tensor]
+WARM_UP = 2  # passes before recording: libraries choose kernels and make workspaces in them
+
+
+class Recorded:
+    """`step(batch)`, recorded once for each shape of batch, then replayed.
+
+    sums: the tensors that `step` adds to; they are put back after the passes that only warm up.
+    Where recording fails, `step` itself is called from then on, and `say` gets the reason.
+    """
+
+    def __init__(self, step: Callable[[Batch], None], sums: list[Tensor], say=print):
+        self.step, self.sums, self.say = step, sums, say
+        self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
+        self.pool = None  # one for all recordings: only one of them runs at a time
+        self.eager = False
+
+    def __call__(self, batch: Batch) -> None:
+        key = tuple((name, t.shape, t.dtype) for name, t in batch.items())
+        if not self.eager and key not in self.recordings:
+            self.record(key, batch)
+        if self.eager:
+            return self.step(batch)
+        recording, inputs = self.recordings[key]
+        for name, tensor in batch.items():
+            inputs[name].copy_(tensor, non_blocking=True)
+        recording.replay()
+
+    def record(self, key: tuple, batch: Batch) -> None:
+        """Warm up and record `step` for batches like this one; `sums` end as they were."""
+        inputs = {name: tensor.clone() for name, tensor in batch.items()}
+        before = [tensor.cpu() for tensor in self.sums]  # on the host: a peak is a peak
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(WARM_UP):
+                self.step(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        recording = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(recording, pool=self.pool):
+                self.step(inputs)
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except RuntimeError as error:  # an operation that no recording can hold
+            self.eager = True
+            self.recordings.clear()
+            self.say(f"steps are not recorded in a CUDA graph: {first_line(error)}")
+        else:
+            self.pool = recording.pool()
+            self.recordings[key] = (recording, inputs)
+        for tensor, was in zip(self.sums, before, strict=True):
+            tensor.copy_(was)

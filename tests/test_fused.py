@@ -1,0 +1,134 @@
+"""The fused layers against the definitions: same answers, same gradients."""
+
+import copy
+
+import pytest
+import torch
+from bitsandbytes.nn import Linear4bit
+from diffusers.models.activations import GEGLU
+
+import fused
+import loop
+import lora
+import model
+from conftest import make_batch, make_unet
+
+SCHEDULE = model.NoiseSchedule(torch.linspace(0.999, 0.005, 1000), "epsilon")
+
+
+def off(a, b):
+    return ((a - b).norm() / b.norm()).item()
+
+
+def adapted(fuse: bool, rank: int = 4, dtype=torch.float32, **changes):
+    """A UNet with a trained-looking adapter, fused or as diffusers and lora.py define it."""
+    unet = make_unet(**changes).to(dtype)
+    adapter = lora.inject(unet, rank=rank, alpha=6, seed=3)
+    with torch.no_grad():
+        adapter.flat.add_(0.05 * torch.randn(adapter.flat.shape, generator=rng(1)))
+    said = fused.use(unet) if fuse else ""
+    return unet, adapter, said
+
+
+def rng(seed):
+    return torch.Generator().manual_seed(seed)
+
+
+def gradient(unet, adapter, batch):
+    with adapter.cast_once(unet.dtype) as cast:
+        each = loop.diffusion_loss(unet, batch, SCHEDULE, (0.13, 0.0))
+        (grad,) = torch.autograd.grad(each.sum(), cast)
+    return each.detach(), grad
+
+
+@pytest.mark.parametrize("rank", [1, 4, 16])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_loss_and_gradient_equal_the_definitions(rank, checkpointing, one_thread):
+    """Rank 1 leaves padding between the matrices, so that they do not follow one another."""
+    batch, found = make_batch(3), []
+    for fuse in (False, True):
+        unet, adapter, said = adapted(fuse, rank)
+        unet.train()
+        if checkpointing:
+            model.use_gradient_checkpointing(unet)
+        found.append(gradient(unet, adapter, batch))
+    assert said == "16 attention layers and 8 feed-forward gates fused"
+    (loss, grad), (fused_loss, fused_grad) = found
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
+    assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5
+
+
+def test_the_gradient_of_one_cast_is_that_of_every_matrix_by_itself(one_thread):
+    batch = make_batch(2)
+    unet, adapter, _ = adapted(False)
+    loop.diffusion_loss(unet, batch, SCHEDULE, (0.13, 0.0)).sum().backward()
+    _, grad = gradient(unet, adapter, batch)
+    assert torch.equal(grad, adapter.flat.grad) and grad.norm() > 0
+    assert all(layer.used == (layer.lora_A, layer.lora_B) for layer in adapter.layers.values())
+
+
+def test_a_half_precision_gradient_is_near_the_exact_one(one_thread):
+    batch = make_batch(2)
+    unet, adapter, _ = adapted(False)
+    _, exact = gradient(unet, adapter, batch)
+    unet, adapter, _ = adapted(True, dtype=torch.bfloat16)
+    _, grad = gradient(unet, adapter, batch)
+    assert grad.dtype == torch.bfloat16 and off(grad.float(), exact) < 0.1
+
+
+def test_layers_share_one_matrix_a_without_a_copy_where_they_follow_one_another():
+    vector = torch.arange(64.0)
+    first, second, third = (
+        vector[:16].view(2, 8),
+        vector[16:32].view(2, 8),
+        vector[40:56].view(2, 8),
+    )
+    together = fused.stacked((first, second))
+    assert torch.equal(together, vector[:32].view(4, 8))
+    assert together.data_ptr() == vector.data_ptr()
+    apart = fused.stacked((first, third))
+    assert torch.equal(apart, torch.cat([first, third]))
+    assert torch.equal(fused.stacked((second, first)), torch.cat([second, first]))
+
+
+def test_projections_pass_a_numerical_gradient_check():
+    """In double precision, against finite differences (torch.autograd.gradcheck)."""
+    torch.manual_seed(0)
+    bases = tuple(torch.nn.Linear(5, n, bias=n == 4).double().requires_grad_(False) for n in (3, 4))
+    numbers = [(6, 5), (2, 5), (2, 5), (3, 2), (4, 2)]
+    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in numbers]
+    assert torch.autograd.gradcheck(
+        lambda x, *matrices: fused.Project.apply(x, 1.5, bases, *matrices), inputs
+    )
+
+
+def test_the_gate_passes_a_numerical_gradient_check_and_keeps_only_its_input():
+    y = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
+    assert torch.autograd.gradcheck(fused.GatedGelu.apply, (y,))
+    gate, x = GEGLU(8, 16), torch.randn(3, 8, requires_grad=True)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        answer = fused.GatedGelu.apply(gate.proj(x).detach().requires_grad_())
+    assert kept[-1] == (3, 32) and (3, 16) not in kept
+    torch.testing.assert_close(answer, gate(x))
+
+
+def test_an_nf4_layer_is_fused_as_its_own_forward_computes_it():
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(64, 32)
+    quantised = Linear4bit(64, 32, compute_dtype=torch.float32, quant_type="nf4")
+    quantised.load_state_dict(plain.state_dict())
+    holder = torch.nn.ModuleDict({"to_q": quantised.to("cpu")})
+    adapter = lora.inject(holder, ("to_q",), rank=4, alpha=8)
+    adapter.layers["to_q"].lora_B.data.normal_()
+    x = torch.randn(2, 6, 64)
+    (answer,) = fused.project(x, [adapter.layers["to_q"]])
+    torch.testing.assert_close(answer, adapter.layers["to_q"](x), rtol=1e-4, atol=1e-5)
+    assert off(answer, copy.deepcopy(plain)(x)) > 0.01  # 4 bits are not fp32
+
+
+def test_a_layer_with_more_than_sdxls_is_left_alone():
+    unet, _, _ = adapted(False)
+    attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    attention.residual_connection = True
+    assert fused.use(unet).startswith("15 attention layers")
