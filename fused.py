@@ -3,12 +3,14 @@ matrix products and element-wise passes. lora.py and diffusers hold the definiti
 this to them.
 
 Every formula is the chain rule of y = W x + s B A x (Hu et al. 2021, section 4.1), written out for
-layers that read one x, so that their A act as one matrix and no gradient is added up in a pass of
-its own.
+layers that read one x, so that their W and their A act as one matrix each, their B as one batch,
+and no gradient is added up in a pass of its own.
 
-Letters: `M` rows (batch x tokens), `r` rank, `k` layers that read the same x.
+Letters: `M` rows (batch x tokens), `r` rank, `k` layers that read the same x, `F` width of a
+feed-forward layer.
 """
 
+import functools
 import itertools
 import types
 
@@ -18,6 +20,8 @@ from torch import Tensor, nn
 
 # What an attention layer of diffusers may have beyond SDXL's; where one has it, it is left alone.
 EXTRAS = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
+
+# ---- projections that read the same input --------------------------------------------------------
 
 
 def dense(base: nn.Module) -> Tensor:
@@ -29,67 +33,109 @@ def dense(base: nn.Module) -> Tensor:
     return dequantize_4bit(base.weight.data, base.weight.quant_state)
 
 
-def stacked(matrices: tuple[Tensor, ...]) -> Tensor:
-    """k matrices (r, in) as one (k r, in): without a copy where they follow one another in the flat
-    vector, as those of one attention layer do.
-    """
-    first, rows = matrices[0], sum(len(m) for m in matrices)
-    follow = all(
+def follow(matrices: tuple[Tensor, ...]) -> bool:
+    """Whether each matrix begins in memory where the one before it ends."""
+    return all(
         a.untyped_storage()._cdata == b.untyped_storage()._cdata
         and a.storage_offset() + a.numel() == b.storage_offset()
         for a, b in itertools.pairwise(matrices)
     )
-    if not follow:
+
+
+def stacked(matrices: tuple[Tensor, ...]) -> Tensor:
+    """k matrices (n, m) as one (k n, m), without a copy where they follow one another."""
+    if not follow(matrices):
         return torch.cat(matrices)
-    return first.as_strided((rows, first.shape[1]), (first.shape[1], 1))
+    rows, columns = sum(len(m) for m in matrices), matrices[0].shape[1]
+    return matrices[0].as_strided((rows, columns), (columns, 1))
+
+
+def side_by_side(x: Tensor, k: int) -> Tensor:
+    """(M, k n) as the batch (k, M, n), without a copy."""
+    return x.unflatten(1, (k, -1)).transpose(0, 1)
+
+
+def frozen_product(x: Tensor, bases: tuple[nn.Module, ...]) -> Tensor:
+    """W_i x + b_i of every layer, side by side: (M, in) -> (M, k out)."""
+    weights = tuple(base.weight for base in bases)
+    if len(bases) == 1 and bases[0].bias is not None:
+        return torch.addmm(bases[0].bias, x, dense(bases[0]).t())
+    if weights[0].is_floating_point() and follow(weights):
+        y = x @ stacked(weights).t()
+    else:
+        y = x.new_empty(len(x), sum(base.out_features for base in bases))
+        for base, part in zip(bases, y.chunk(len(bases), dim=1), strict=True):
+            torch.mm(x, dense(base).t(), out=part)
+    for base, part in zip(bases, y.chunk(len(bases), dim=1), strict=True):
+        if base.bias is not None:
+            part.add_(base.bias)
+    return y
+
+
+def add_frozen_gradient(dx: Tensor, g: Tensor, bases: tuple[nn.Module, ...]) -> Tensor:
+    """dx (M, in) plus the gradient that reaches x through W: g (M, k out)."""
+    weights = tuple(base.weight for base in bases)
+    if weights[0].is_floating_point() and follow(weights):
+        return dx.addmm_(g, stacked(weights))
+    for base, part in zip(bases, g.chunk(len(bases), dim=1), strict=True):
+        dx.addmm_(part, dense(base))
+    return dx
 
 
 class Project(torch.autograd.Function):
-    """k adapted Linears on one x (M, in): y_i = W_i x (+ b_i) + s B_i A_i x, (M, out_i) each.
+    """k adapted Linears on one x (M, in): W_i x + b_i + s B_i A_i x, side by side, (M, k out).
 
-    Arguments: x, s, the k frozen Linears, then k matrices A (r, in) and k matrices B (out_i, r).
-    The gradient reaches x, A and B; W and b are frozen.
+    Arguments: x, s, the k frozen Linears, then k matrices A (r, in) and k matrices B (out, r). The
+    gradient reaches x, A and B; W and b are frozen.
     """
 
     @staticmethod
     def forward(ctx, x, scale, bases, *matrices):
         k = len(bases)
-        A, Bs = stacked(matrices[:k]), matrices[k:]
+        A = stacked(matrices[:k])  # (k r, in)
+        B = stacked(matrices[k:]).unflatten(0, (k, -1))  # (k, out, r)
         # beta=0: the first argument is not read; alpha is applied inside the product
         h = torch.addmm(x.new_empty(()), x, A.t(), beta=0, alpha=scale)  # (M, k r)
-        answers = []
-        for base, B, part in zip(bases, Bs, h.chunk(k, dim=1), strict=True):
-            W = dense(base)
-            y = x @ W.t() if base.bias is None else torch.addmm(base.bias, x, W.t())
-            answers.append(y.addmm_(part, B.t()))  # (M, out), added inside the product
-        ctx.save_for_backward(x, h, A, *Bs)
+        y = frozen_product(x, bases)
+        side_by_side(y, k).baddbmm_(side_by_side(h, k), B.mT)  # added inside the product
+        ctx.save_for_backward(x, h, A, B)
         ctx.scale, ctx.bases = scale, bases
-        return tuple(answers)
+        return y
 
     @staticmethod
-    def backward(ctx, *grads):
-        x, h, A, *Bs = ctx.saved_tensors
-        k, dx, dBs = len(Bs), None, []
+    def backward(ctx, g):
+        x, h, A, B = ctx.saved_tensors
+        k, dx = len(B), None
+        g = g.contiguous()
+        gs, hs = side_by_side(g, k), side_by_side(h, k)
         dh = torch.empty_like(h)
-        for g, B, part, dpart in zip(grads, Bs, h.chunk(k, 1), dh.chunk(k, 1), strict=True):
-            torch.addmm(g.new_empty(()), g, B, beta=0, alpha=ctx.scale, out=dpart)  # (M, r)
-            dBs.append(g.t() @ part)  # (out, r); s is in h already
-        dAs = (dh.t() @ x).chunk(k)  # (r, in) each
+        torch.baddbmm(g.new_empty(()), gs, B, beta=0, alpha=ctx.scale, out=side_by_side(dh, k))
+        dB = gs.mT @ hs  # (k, out, r); s is in h already
+        dA = dh.t() @ x  # (k r, in)
         if ctx.needs_input_grad[0]:
-            dx = dh @ A  # (M, in)
-            for g, base in zip(grads, ctx.bases, strict=True):
-                dx.addmm_(g, dense(base))
-        return dx, None, None, *dAs, *dBs
+            dx = add_frozen_gradient(dh @ A, g, ctx.bases)
+        return dx, None, None, *dA.chunk(k), *dB.unbind()
 
 
-def project(x: Tensor, layers: list[nn.Module]) -> list[Tensor]:
-    """What the LoRALinear `layers` answer to one x (..., in): (..., out) each."""
+def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
+    """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
     As, Bs = zip(*(layer.used for layer in layers), strict=True)
     matrices = [m.to(x.dtype) for m in (*As, *Bs)]
     scale = layers[0].strength * layers[0].scale
-    bases = tuple(layer.base for layer in layers)
-    answers = Project.apply(x.flatten(0, -2), scale, bases, *matrices)
-    return [y.unflatten(0, x.shape[:-1]) for y in answers]
+    y = Project.apply(x.flatten(0, -2), scale, tuple(layer.base for layer in layers), *matrices)
+    return y.unflatten(0, x.shape[:-1]).chunk(len(layers), dim=-1)
+
+
+def join(layers: list[nn.Module]) -> None:
+    """Lay the frozen weights of `layers` one after another in memory, so that they are one matrix.
+
+    NF4 weights stay where they are: they are dequantised one by one.
+    """
+    weights = [layer.base.weight for layer in layers]
+    if all(weight.is_floating_point() for weight in weights):
+        together = torch.cat([weight.detach() for weight in weights])
+        for layer, part in zip(layers, together.chunk(len(layers)), strict=True):
+            layer.base.weight = nn.Parameter(part, requires_grad=False)
 
 
 class Attention:
@@ -111,41 +157,79 @@ class Attention:
         return y  # (B, T, D)
 
 
-class GatedGelu(torch.autograd.Function):
-    """GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): y (..., 2 F) -> y_1 gelu(y_2),
-    (..., F).
+# ---- the gated feed-forward layer ----------------------------------------------------------------
 
-    Only y is kept: gelu(y_2), a third of what autograd would keep, is computed again.
+# As one pass each over memory; erff is the exact GELU's (Hendrycks & Gimpel 2016, section 2).
+FORWARD = """template <typename T> T gated(T value, T gate) {
+  float g = gate; return float(value) * 0.5f * g * (1.0f + erff(g * 0.70710678f)); }"""
+BACKWARD = """template <typename T> void gated_back(T value, T gate, T grad, T& dvalue, T& dgate) {
+  float g = gate, d = grad, phi = 0.5f * (1.0f + erff(g * 0.70710678f));
+  dvalue = d * g * phi;
+  dgate = d * float(value) * (phi + g * 0.39894228f * expf(-0.5f * g * g)); }"""
+
+
+@functools.cache
+def kernels():
+    """Both formulas, compiled by the CUDA runtime's compiler when they are first called."""
+    from torch.cuda import jiterator
+
+    return jiterator._create_jit_fn(FORWARD), jiterator._create_multi_output_jit_fn(BACKWARD, 2)
+
+
+def gate_forward(value: Tensor, gate: Tensor) -> Tensor:
+    """value gelu(gate), all (M, F)."""
+    if value.is_cuda:
+        return kernels()[0](value, gate)
+    return F.gelu(gate).mul_(value)
+
+
+def gate_backward(value: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
+    """The gradients that reach value and gate, all (M, F)."""
+    if value.is_cuda:
+        return kernels()[1](value, gate, grad)
+    return F.gelu(gate).mul_(grad), torch.ops.aten.gelu_backward(grad * value, gate)
+
+
+class GatedLinear(torch.autograd.Function):
+    """GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): x (M, in) -> (W x + b) gelu(V x + c),
+    (M, F), where a frozen Linear holds W over V.
+
+    Two products, so that both halves lie contiguous and every pass reads whole cache lines. Only
+    they are kept: gelu(V x + c), a third of what autograd would keep, is computed again.
     """
 
     @staticmethod
-    def forward(ctx, y):
-        ctx.save_for_backward(y)
-        value, gate = y.chunk(2, dim=-1)
-        return F.gelu(gate).mul_(value)
+    def forward(ctx, x, linear):
+        halves = zip(dense(linear).chunk(2), linear.bias.chunk(2), strict=True)
+        value, gate = (torch.addmm(bias, x, weight.t()) for weight, bias in halves)
+        ctx.save_for_backward(value, gate)
+        ctx.linear = linear
+        return gate_forward(value, gate)
 
     @staticmethod
     def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        value, gate = y.chunk(2, dim=-1)
-        dy = torch.empty_like(y)
-        dvalue, dgate = dy.chunk(2, dim=-1)
-        torch.mul(F.gelu(gate), grad, out=dvalue)
-        torch.ops.aten.gelu_backward.grad_input(grad * value, gate, grad_input=dgate)
-        return dy
+        dvalue, dgate = gate_backward(*ctx.saved_tensors, grad.contiguous())
+        W, V = dense(ctx.linear).chunk(2)
+        return (dvalue @ W).addmm_(dgate, V), None
+
+
+def gated(module: nn.Module, x: Tensor) -> Tensor:
+    """What diffusers' GEGLU `module` answers to x (..., in): (..., F)."""
+    return GatedLinear.apply(x.flatten(0, -2), module.proj).unflatten(0, x.shape[:-1])
 
 
 def use(unet: nn.Module) -> str:
     """Fuse what can be fused in `unet`, in place, after inject(). Returns how much that is."""
-    layers = products = 0
+    layers = gates = 0
     for module in unet.modules():
         kind = type(module).__name__
         if kind == "Attention" and not any(getattr(module, name, None) for name in EXTRAS):
-            needed = (module.to_q, module.to_k, module.to_v, module.to_out[0])
+            needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
             if all(hasattr(layer, "used") for layer in needed):
+                join(needed[1:3] if module.is_cross_attention else needed[:3])
                 module.set_processor(Attention())
                 layers += 1
-        elif kind == "GEGLU":
-            module.forward = types.MethodType(lambda self, x: GatedGelu.apply(self.proj(x)), module)
-            products += 1
-    return f"{layers} attention layers and {products} feed-forward gates fused"
+        elif kind == "GEGLU" and module.proj.bias is not None:
+            module.forward = types.MethodType(gated, module)
+            gates += 1
+    return f"{layers} attention layers and {gates} feed-forward gates fused"

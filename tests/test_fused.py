@@ -91,26 +91,38 @@ def test_layers_share_one_matrix_a_without_a_copy_where_they_follow_one_another(
     assert torch.equal(fused.stacked((second, first)), torch.cat([second, first]))
 
 
-def test_projections_pass_a_numerical_gradient_check():
+@pytest.mark.parametrize("joined", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [1, 3])
+def test_projections_pass_a_numerical_gradient_check(k, bias, joined):
     """In double precision, against finite differences (torch.autograd.gradcheck)."""
     torch.manual_seed(0)
-    bases = tuple(torch.nn.Linear(5, n, bias=n == 4).double().requires_grad_(False) for n in (3, 4))
-    numbers = [(6, 5), (2, 5), (2, 5), (3, 2), (4, 2)]
-    inputs = [torch.randn(shape, dtype=torch.double, requires_grad=True) for shape in numbers]
-    assert torch.autograd.gradcheck(
-        lambda x, *matrices: fused.Project.apply(x, 1.5, bases, *matrices), inputs
-    )
+    bases = [torch.nn.Linear(5, 3, bias).double().requires_grad_(False) for _ in range(k)]
+    if joined:
+        fused.join([torch.nn.ModuleDict({"base": base}) for base in bases])
+        assert fused.follow(tuple(base.weight for base in bases))
+    shapes = [(6, 5)] + [(2, 5)] * k + [(3, 2)] * k
+    x, *matrices = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in shapes)
+
+    def together(x, *matrices):
+        return fused.Project.apply(x, 1.5, tuple(bases), *matrices)
+
+    assert torch.autograd.gradcheck(together, (x, *matrices))
+    pairs = zip(bases, matrices[:k], matrices[k:], strict=True)
+    apart = torch.cat([base(x) + 1.5 * (x @ A.T) @ B.T for base, A, B in pairs], dim=1)
+    torch.testing.assert_close(together(x, *matrices), apart)
 
 
-def test_the_gate_passes_a_numerical_gradient_check_and_keeps_only_its_input():
-    y = torch.randn(3, 8, dtype=torch.double, requires_grad=True)
-    assert torch.autograd.gradcheck(fused.GatedGelu.apply, (y,))
-    gate, x = GEGLU(8, 16), torch.randn(3, 8, requires_grad=True)
-    kept = []
+def test_the_gate_passes_a_numerical_gradient_check_and_keeps_only_its_halves():
+    torch.manual_seed(0)
+    gate = GEGLU(8, 16).requires_grad_(False)
+    x, kept = torch.randn(3, 8, requires_grad=True), []
     with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
-        answer = fused.GatedGelu.apply(gate.proj(x).detach().requires_grad_())
-    assert kept[-1] == (3, 32) and (3, 16) not in kept
+        answer = fused.gated(gate, x)
+    assert kept == [(3, 16), (3, 16)]
     torch.testing.assert_close(answer, gate(x))
+    gate, x = gate.double(), x.detach().double().requires_grad_()
+    assert torch.autograd.gradcheck(lambda x: fused.GatedLinear.apply(x, gate.proj), (x,))
 
 
 def test_an_nf4_layer_is_fused_as_its_own_forward_computes_it():
