@@ -1,4 +1,4 @@
-# make train | generate | test | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
+# make train | generate | bench | test | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 RECIPE ?=
@@ -33,6 +33,9 @@ xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencie
 generate: $(SETUP)  ## before/after picture of the newest run; ARGS="runs/t4 --prompts 'a fox'"
 	$(PYTHON) generate.py $(if $(ARGS),$(ARGS),--compare)
 
+bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; ARGS="recipe t4 --cap-gib 14.5"
+	$(PYTHON) bench.py $(if $(ARGS),$(ARGS),ladder)
+
 test: $(SETUP)  ## the mathematics, the laws and the whole job on a small model; CPU, no network
 	$(PYTHON) -m pytest
 
@@ -49,5 +52,5 @@ clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train xformers generate test check notebooks check-all clean
+.PHONY: help setup train xformers generate bench test check notebooks check-all clean
 .DEFAULT_GOAL := help

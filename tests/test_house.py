@@ -22,6 +22,7 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
     "report": 110,
     "generate": 310,
     "loop": 330,
+    "bench": 500,
 }
 MAY_IMPORT = {
     "files": set(),
@@ -46,6 +47,7 @@ MAY_IMPORT = {
         "report",
         "sources",
     },
+    "bench": {"config", "data", "files", "fused", "graph", "loop", "lora", "model"},
 }
 
 

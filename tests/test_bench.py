@@ -1,0 +1,141 @@
+"""bench.py on a CPU: every command runs, what it counts is right, and a failing row costs no
+other.
+"""
+
+import json
+
+import pytest
+import torch
+
+import bench
+from conftest import SDXL
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+TINY = ["--tiny", "--device", "cpu", "--resolution", "64", "--steps", "1", "--warm-up", "1"]
+
+
+@pytest.fixture
+def run(tmp_path):
+    """run(command, ...) -> (exit code, rows of the file)."""
+
+    def call(*argv: str) -> tuple[int, dict]:
+        out = tmp_path / "bench.json"
+        code = bench.main([*argv, *TINY, "--out", str(out)])
+        return code, json.loads(out.read_text())["rows"]
+
+    return call
+
+
+def test_the_ladder_times_the_same_work_in_every_row(run):
+    code, rows = run("ladder", "--rows", "eager", "4x1", "nf4")
+    assert code == 0 and [name.split(", ")[-1] for name in rows] == ["eager", "4x1", "nf4"]
+    eager, together, nf4 = rows.values()
+    assert eager["s_per_step"] > 0 and eager["mfu"] > 0 and eager["images_per_s"] > 0
+    assert eager["loss"] == pytest.approx(together["loss"], abs=2e-4)
+    assert 0 < abs(nf4["loss"] - eager["loss"]) < 0.1 * eager["loss"]  # quantised, and working
+    assert eager["said"] == "SDPA" and "fused" in together["said"]
+
+
+def test_several_calls_make_one_file_and_against_reads_it(run, tmp_path, capsys):
+    run("ladder", "--rows", "graph")
+    code, rows = run("ladder", "--rows", "checkpointing")
+    assert code == 0 and len(rows) == 2
+    assert all(
+        "torch" in row["on"] and row["command"].startswith("python bench.py ladder")
+        for row in rows.values()
+    )
+    assert not any(str(tmp_path) in row["command"] for row in rows.values())
+    ladder = tmp_path / "bench.json"
+    assert bench.main(["against", "--ladder", str(ladder), "--out", str(tmp_path / "a.json")]) == 0
+    said = capsys.readouterr().out
+    assert "kohya sd-scripts, fp8 base" in said and bench.PEERS_SOURCE in said
+    assert bench.main(["against", "--ladder", "nowhere.json", "--out", str(tmp_path / "a")]) == 1
+
+
+def test_a_row_that_fails_is_a_result_and_the_others_are_measured(run, monkeypatch):
+    whole, calls = bench.loop.optimizer_step, []
+
+    def full_once(run):
+        calls.append(run)
+        if len(calls) == 2:
+            raise torch.cuda.OutOfMemoryError("Tried to allocate 20.00 GiB")
+        return whole(run)
+
+    monkeypatch.setattr(bench.loop, "optimizer_step", full_once)
+    code, rows = run("recipe", "original", "nonesuch", "t4", "--cap-gib", "14.5")
+    original, nonesuch, t4 = rows.values()
+    assert code == 1
+    assert original["error"].startswith("out of memory in step 2: Tried to allocate")
+    assert "expected original, t4" in nonesuch["error"]
+    assert t4["s_per_step"] > 0 and t4["batch"] == "1x4"
+
+
+def test_same_compares_loss_and_gradient_with_fp32(run):
+    _, rows = run("same", "--rows", "4x1", "checkpointing", "--mixed-precision", "bf16")
+    assert len(rows) == 2
+    for row in rows.values():
+        assert row["gradient_norm"] > 0
+        assert 1e-3 < row["gradient_off"] < 0.1 and 0 < row["loss_off"] < 0.01
+    _, rows = run("same", "--rows", "4x1", "--mixed-precision", "fp32")
+    assert rows["64 px, fp32, 4x1"]["gradient_off"] < 1e-4
+
+
+def test_profile_sorts_all_of_a_step_by_kind(run):
+    code, rows = run("profile", "--rows", "fused")
+    (row,) = rows.values()
+    kinds = [*bench.KINDS, "other"]
+    assert code == 0 and row["kernels"] == sum(row[f"n_{kind}"] for kind in kinds)
+    assert row["ms_kernels"] == pytest.approx(sum(row[f"ms_{kind}"] for kind in kinds), abs=0.2)
+    assert row["ms_products"] > 0 and row["ms_convolutions"] > 0 and row["longest"]
+
+
+@pytest.mark.parametrize(
+    ("kernel", "kind"),
+    [
+        ("nvjet_hsh_128x256_64x4_1x2_h_bz_coopA_NTN", "products"),
+        ("sm80_xmma_gemm_f16f16_f16f32_f32_tn_n_tilesize96x128x32", "products"),
+        ("void cutlass::Kernel2<cutlass_75_tensorop_h1688gemm_128x128_nn_align8>", "products"),
+        ("sm90_xmma_fprop_implicit_gemm_f16f16_f16f32_f32_nhwckrsc_nhwc", "convolutions"),
+        ("void pytorch_flash::flash_bwd_dq_dk_dv_loop_seqk_parallel_kernel<...>", "attention"),
+        ("fmha_cutlassF_f16_aligned_64x64_rf_sm75(PyTorchMemEffAttention...)", "attention"),
+        ("void at::native::(anonymous namespace)::RowwiseMomentsCUDAKernel<c10::Half>", "norms"),
+        ("void at::native::(anonymous)::vectorized_layer_norm_kernel<c10::Half, float>", "norms"),
+        ("void at::native::(anonymous)::CatArrayBatchedCopy<...>", "copies"),
+        ("void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", "copies"),
+        ("void at::native::vectorized_elementwise_kernel<4, GeluCUDAKernelImpl>", "elementwise"),
+        ("void kOptimizerStatic8bit2StateBlockwise<float, 1, 256, 1>", "optimizer"),
+        ("void kDequantizeBlockwise<__half, 512, 64, 8, 2>", "dequantising"),
+    ],
+)
+def test_kernels_are_called_by_their_kind(kernel, kind):
+    assert bench.kind_of(kernel) == kind
+
+
+def test_flop_are_counted_and_the_floor_follows_from_them(run):
+    code, rows = run("floor", "--mixed-precision", "fp32")
+    row = rows["fp32"]
+    counted = bench.useful_flop(bench.ROOT / "pocket/model", 64)
+    assert code == 0 and row["tflop_per_image_64"] == pytest.approx(counted / 1e12, abs=1e-4)
+    assert row["s_floor_64_4_images"] > 0
+    full = bench.useful_flop(SDXL, 512) / 1e12
+    assert full == pytest.approx(bench.USEFUL_TFLOP[512], abs=1e-3)
+
+
+def test_the_t4_estimate_shows_its_arithmetic(run, capsys):
+    code, rows = run("t4")
+    (row,) = rows.values()
+    said = capsys.readouterr().out
+    assert code == 0 and row["operators"] > 1000 and row["gb_moved"] > 0
+    assert row["min_from"] <= row["min_at_25%"] <= row["min_to"]
+    assert "Estimate, not a measurement" in said and "118" in said
+    assert "python bench.py recipe t4 --steps 20" in said
+
+
+def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
+    full = bench.random_unet(SDXL, torch.device("meta"), torch.float16)
+    assert sum(p.numel() for p in full.parameters()) == 2_567_463_684
+    pocket, cpu = bench.ROOT / "pocket/model", torch.device("cpu")
+    half = bench.random_unet(pocket, cpu, torch.bfloat16).state_dict()
+    reference = bench.random_unet(pocket, cpu, torch.float32, torch.bfloat16).state_dict()
+    assert all(torch.equal(half[name].float(), numbers) for name, numbers in reference.items())
+    assert not all(p.std() == 0 for p in half.values())
