@@ -37,10 +37,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import fused
 import graph
 import loop
-import lora
 import model
 from files import Refusal, first_line, write_whole
 
@@ -209,36 +207,17 @@ def assemble(
     where = torch.device("cpu") if device.type == "meta" else device
     dtype, _ = model.choose_dtype(config.mixed_precision, where)
     unet = random_unet(folder, device, dtype, rounded, nf4)
-    said = [model.use_attention(unet, config.attention, device, dtype)]
-    if config.gradient_checkpointing:
-        model.use_gradient_checkpointing(unet)
-    adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
-    if config.fused and said[0].startswith("SDPA"):
-        said.append(fused.use(unet))
+    said: list[str] = []
     schedule = model.load_noise_schedule(str(ROOT / "tests/sdxl"), device)
     pictures = RandomPictures(unet, config.resolution)
     names = [f"random {i}" for i in range(len(pictures.mean))]
     shape = tuple(pictures.mean.shape[1:])
-    half = dtype == torch.float16
-    run = loop.Run(
-        config=config,
-        device=device,
-        unet=unet,
-        adapter=adapter,
-        optimizer=loop.make_optimizer(config, adapter.flat),
-        scale=loop.LossScale(enabled=half, value=2.0**16 if half else 1.0),
-        schedule=schedule,
-        scaling=model.latent_scaling(str(ROOT / "tests/sdxl")),
-        examples=data.Examples(pictures, names, config.seed, True, 0.0, 0.0, 1000, shape),
-        identity={},
-        start=adapter.flat.detach(),  # only an export compares with it
-        factor=torch.ones((), device=device),
-        loss_sum=torch.zeros((), device=device),
-    )
-    run.forward_backward = functools.partial(loop.micro_step, run)
-    if config.cuda_graph and device.type == "cuda":
-        sums = [adapter.flat.grad, run.loss_sum]
-        run.forward_backward = graph.Recorded(run.forward_backward, sums, said.append)
+    examples = data.Examples(pictures, names, config.seed, True, 0.0, 0.0, 1000, shape)
+    scaling = model.latent_scaling(str(ROOT / "tests/sdxl"))
+    run, how = loop.assemble(config, unet, examples, schedule, scaling, {})
+    if isinstance(run.forward_backward, graph.Recorded):
+        run.forward_backward.say = said.append
+    said.append(how)
     return run, said
 
 

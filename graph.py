@@ -59,6 +59,8 @@ class Recorded:
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an operation that no recording can hold
+            if isinstance(error.__context__, torch.cuda.OutOfMemoryError):
+                raise error.__context__ from None  # ending the recording failed in its wake
             self.eager = True
             self.recordings.clear()
             self.say(f"steps are not recorded in a CUDA graph: {first_line(error)}")

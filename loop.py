@@ -147,9 +147,9 @@ class Run:
     scaling: tuple[float, float]
     examples: data.Examples
     identity: dict[str, str]
-    start: Tensor
     factor: Tensor
     loss_sum: Tensor
+    start: Tensor | None = None
     step: int = 0
     forward_backward: Callable[[dict[str, Tensor]], None] | None = None
     coming: dict[range, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
@@ -310,6 +310,23 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
 
     with model.HostMemory() as host:
         unet = model.load_unet(name, device, dtype)
+    run, how = assemble(config, unet, examples, schedule, model.latent_scaling(name), same)
+    run.start = run.adapter.flat.detach().cpu().clone()
+    checkpoint.restore(run, state)
+    lines = report.describe(run, pictures, f"{reason}; {how}", host)
+    return run, lines
+
+
+def assemble(
+    config: Config,
+    unet: torch.nn.Module,
+    examples: data.Examples,
+    schedule: model.NoiseSchedule,
+    scaling: tuple[float, float],
+    identity: dict[str, str],
+) -> tuple[Run, str]:
+    """A run at its first step from a bare UNet, and how that UNet computes, in words."""
+    device, dtype = unet.device, unet.dtype
     how = model.use_attention(unet, config.attention, device, dtype)
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet)
@@ -325,21 +342,17 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
         optimizer=make_optimizer(config, adapter.flat),
         scale=LossScale(enabled=half, value=2.0**16 if half else 1.0),
         schedule=schedule,
-        scaling=model.latent_scaling(name),
+        scaling=scaling,
         examples=examples,
-        identity=same,
-        start=adapter.flat.detach().cpu().clone(),
+        identity=identity,
         factor=torch.ones((), device=device),
         loss_sum=torch.zeros((), device=device),
     )
     run.forward_backward = functools.partial(micro_step, run)
     if config.cuda_graph and device.type == "cuda":
-        run.forward_backward = graph.Recorded(
-            run.forward_backward, [adapter.flat.grad, run.loss_sum]
-        )
-    checkpoint.restore(run, state)
-    lines = report.describe(run, pictures, f"{reason}; {how}", host)
-    return run, lines
+        sums = [adapter.flat.grad, run.loss_sum]
+        run.forward_backward = graph.Recorded(run.forward_backward, sums)
+    return run, how
 
 
 def fit(config: Config, interrupts: report.Interrupts) -> int:
