@@ -34,6 +34,7 @@ import generate
 import hub
 import lora
 import model
+import nf4
 import report
 import sources
 from config import Config
@@ -276,7 +277,10 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod))
 
     with model.HostMemory() as host:
-        unet = model.load_unet(name, device, dtype)
+        if config.base_quantization == "nf4":
+            unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
+        else:
+            unet = model.load_unet(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet)
@@ -349,6 +353,8 @@ def draw(config: Config) -> None:
         pretrained_model_name_or_path=config.pretrained_model_name_or_path,
         device=config.device,
         mixed_precision=config.mixed_precision,
+        base_quantization=config.base_quantization,
+        cache_dir=config.cache_dir,
     )
     try:
         generate.run(options)
