@@ -128,7 +128,8 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
     values.
     """
     for key, value in mine.items() if state else ():
-        theirs = state["identity"].get(key, "not set")
+        # A run from before an option existed ran as the option's default does.
+        theirs = state["identity"].get(key, str(getattr(Config, key, "not set")))
         if theirs != value:
             raise Refusal(
                 f"{config.out} holds a run with {key} {theirs}, and this command has {key} {value}",
@@ -163,6 +164,7 @@ def about(run: Run) -> dict[str, str]:
     return {
         "base_model": public_name(run.config.pretrained_model_name_or_path),
         "base_fingerprint": run.identity["base"],
+        "base_quantization": run.config.base_quantization,
         "dataset": public_name(run.config.dataset_name),
         "recipe": run.config.recipe,
         "resolution": str(run.config.resolution),

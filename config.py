@@ -19,7 +19,7 @@ from files import Refusal
 # longer than before. To be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
 
-# It says on a CPU that its 4-bit kernels are missing; only its 8-bit AdamW is used there.
+# It says on a CPU that its fused 4-bit kernels are missing; they are not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 NARUTO_PROMPTS = (
@@ -112,6 +112,9 @@ class Config:
     # The frozen UNet's dtype; auto asks the GPU: bf16 from sm_80, fp16 with loss scaling below,
     # fp32 on a CPU.
     mixed_precision: Literal["auto", "fp32", "fp16", "bf16"] = "fp32"
+    # Keep the frozen UNet's Linear weights as NF4, 4-bit numbers that are expanded to that dtype
+    # where they are multiplied: far less memory for a base that is not quite the same.
+    base_quantization: Literal["none", "nf4"] = "none"
     # PyTorch's attention, or xFormers' where it is usable.
     attention: Literal["sdpa", "xformers"] = "sdpa"
     # On a GPU, record the forward and backward pass once and replay it, since launching kernels one
@@ -162,6 +165,15 @@ RECIPES = {
     "t4": (
         "The same mathematics for a 16 GB T4: frozen UNet in half precision, no recomputation.",
         Config(recipe="t4", mixed_precision="auto"),
+    ),
+    "lowmem": (
+        "For cards of 6 to 8 GB: t4 with the frozen UNet's Linear weights in 4 bits, recomputing.",
+        Config(
+            recipe="lowmem",
+            mixed_precision="auto",
+            gradient_checkpointing=True,
+            base_quantization="nf4",
+        ),
     ),
     "pocket": (
         "The small embedded SDXL and its ink drawings: minutes on a CPU, no network.",

@@ -10,6 +10,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -43,8 +44,13 @@ def digest(*parts: bytes | str) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is untouched: write aside, fsync, rename,
-    fsync the folder.
+    """Write `data` so that `path` holds all of it or is untouched. Raises as write_chunks()."""
+    write_chunks(path, [data], len(data))
+
+
+def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> None:
+    """Write `size` bytes so that `path` holds all of them or is untouched: write aside, fsync,
+    rename, fsync the folder. Only one chunk at a time need be in memory.
 
     Raises Refusal where the folder cannot be written or the disk is full; the part file is removed
     then.
@@ -53,7 +59,7 @@ def write_whole(path: Path, data: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
-            file.write(data)
+            file.writelines(chunks)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
@@ -61,7 +67,7 @@ def write_whole(path: Path, data: bytes) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise unwritable(path, len(data), error) from error
+        raise unwritable(path, size, error) from error
 
 
 def unwritable(path: Path, size: int, error: OSError) -> Refusal:

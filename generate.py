@@ -49,6 +49,10 @@ class Options:
     device: str = "auto"
     # The UNet's dtype: auto, fp32, fp16 or bf16.
     mixed_precision: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    # The UNet's Linear weights: nf4 is 4 bits; auto takes what the adapter was trained on.
+    base_quantization: Literal["auto", "none", "nf4"] = "auto"
+    # Where the 4-bit numbers of a base are kept; empty takes the run's.
+    cache_dir: str = ""
 
 
 def parse(argv: list[str] | None = None) -> Options:
@@ -82,6 +86,7 @@ from tqdm import tqdm  # noqa: E402
 import hub  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
+import nf4  # noqa: E402
 
 
 def load_pipeline(
@@ -267,7 +272,9 @@ def find_adapter(path: str) -> Path:
 
 def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
     """The name of the base model to draw with. Raises Refusal where it is not the adapter's own."""
-    name = options.pretrained_model_name_or_path or base_of_run(file.path)
+    name = options.pretrained_model_name_or_path or of_run(
+        file.path, "pretrained_model_name_or_path"
+    )
     name = name or file.about.get("base_model", "")
     if not name:
         raise Refusal(
@@ -286,11 +293,26 @@ def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
     return name
 
 
-def base_of_run(path: Path) -> str:
-    """The base model that the config.json of the run around `path` names, or nothing."""
+def load_base(
+    options: Options,
+    file: lora.AdapterFile,
+    name: str,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> torch.nn.Module:
+    """The UNet, quantised as the options say or else as the adapter's own base was."""
+    said = file.about.get("base_quantization", "none")
+    if (said if options.base_quantization == "auto" else options.base_quantization) == "nf4":
+        cache_dir = options.cache_dir or of_run(file.path, "cache_dir") or "cache"
+        return nf4.load_unet_nf4(name, device, dtype, Path(cache_dir))
+    return model.load_unet(name, device, dtype)
+
+
+def of_run(path: Path, option: str) -> str:
+    """An option as the config.json of the run around `path` has it, or nothing."""
     for folder in list(path.resolve().parents)[:3]:  # OUT/, OUT/kohya/, OUT/checkpoints/000200/
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads((folder / "config.json").read_text())["pretrained_model_name_or_path"]
+            return json.loads((folder / "config.json").read_text())[option]
     return ""
 
 
@@ -334,7 +356,7 @@ def run(options: Options) -> None:
     name = find_base(options, file, half)
 
     embeddings = encode(name, [prompt for prompt, _ in pairs], device, half)
-    unet = model.load_unet(name, device, dtype)
+    unet = load_base(options, file, name, device, dtype)
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     lora.load(adapter, path)
     pipe = load_pipeline(name, unet, device)
@@ -345,10 +367,10 @@ def run(options: Options) -> None:
         label: sample(pipe, adapter, embeddings, seeds, strength, *settings)
         for label, strength in strengths.items()
     }
-    unet.to("meta")  # its memory goes to the VAE, whose decoder needs about as much
+    vae, scaling = pipe.vae, model.latent_scaling(name)
+    del unet, adapter, pipe  # their memory goes to the VAE, whose decoder needs about as much
     model.free_memory()
-    scaling = model.latent_scaling(name)
-    pictures = {label: decode(pipe.vae, each, scaling) for label, each in latents.items()}
+    pictures = {label: decode(vae, each, scaling) for label, each in latents.items()}
 
     folder = Path(options.output_dir) if options.output_dir else path.parent / "pictures"
     if options.compare:

@@ -37,6 +37,7 @@ import graph
 import hub
 import lora
 import model
+import nf4
 import report
 import sources
 from config import Config
@@ -309,7 +310,10 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod))
 
     with model.HostMemory() as host:
-        unet = model.load_unet(name, device, dtype)
+        if config.base_quantization == "nf4":
+            unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
+        else:
+            unet = model.load_unet(name, device, dtype)
     run, how = assemble(config, unet, examples, schedule, model.latent_scaling(name), same)
     run.start = run.adapter.flat.detach().cpu().clone()
     checkpoint.restore(run, state)
@@ -406,6 +410,8 @@ def draw(config: Config) -> None:
         pretrained_model_name_or_path=config.pretrained_model_name_or_path,
         device=config.device,
         mixed_precision=config.mixed_precision,
+        base_quantization=config.base_quantization,
+        cache_dir=config.cache_dir,
     )
     try:
         generate.run(options)

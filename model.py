@@ -126,12 +126,24 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
     """
     half = dtype != torch.float32
     folder = fetch(name, "unet", half)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    unet = build_unet(folder)
     weights = {}
     for path in weight_files(folder, half):
         with open_safetensors(path, str(device)) as file:
             weights |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}
+    return fill_unet(unet, weights, folder)
+
+
+def build_unet(folder: Path) -> UNet2DConditionModel:
+    """The UNet that `folder`'s config.json describes, on the meta device: shapes, no numbers."""
+    with torch.device("meta"):
+        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+
+
+def fill_unet(
+    unet: UNet2DConditionModel, weights: dict[str, Tensor], folder: Path
+) -> UNet2DConditionModel:
+    """`unet` with `weights`, strictly, frozen. Raises Refusal where they do not fit, naming one."""
     try:
         unet.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:

@@ -96,17 +96,24 @@ def peak_gib(device: torch.device) -> float:
     return model.process_gib("RssAnon")
 
 
+def parameter_count(parameter: torch.nn.Parameter) -> int:
+    """How many numbers it stands for: bitsandbytes packs two 4-bit ones in a byte."""
+    state = getattr(parameter, "quant_state", None)
+    return math.prod(state.shape) if state else parameter.numel()
+
+
 def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory) -> str:
     """The lines a run begins with; every number is computed."""
     config, n = run.config, run.config.examples_per_step
-    total = sum(p.numel() for p in run.unet.parameters())
+    total = sum(parameter_count(p) for p in run.unet.parameters())
     bare = sum(not p.caption.strip() for p in pictures)
     cut = model.count_cut(
         [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
     )
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
     lines = (
-        f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]} ({how})",
+        f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
         f"host memory while the UNet was loaded: {host.own:.1f} GiB own, {host.mapped:.1f} GiB "
         "mapped file pages",
         f"{len(pictures)} pictures at {config.resolution} px; captions: {bare} missing or empty, "
