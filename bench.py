@@ -41,17 +41,20 @@ import graph
 import loop
 import model
 from files import Refusal, first_line, write_whole
+from nf4 import WHOLE
 
 ROOT = Path(__file__).parent
 Row = dict[str, str | float]
 Rows = Iterator[tuple[str, Callable[[], Row]]]
 
-# Each row is the one above with one thing changed, down to 4x1; the last two stand beside "graph".
+# Each row is the one above with one thing changed, down to compile; the last two stand beside
+# "graph".
 LADDER = {
     "eager": {"fused": False, "cuda_graph": False},  # the definitions, 1x4
     "fused": {"cuda_graph": False},
     "graph": {},
     "4x1": {"train_batch_size": 4, "gradient_accumulation_steps": 1},
+    "compile": {"train_batch_size": 4, "gradient_accumulation_steps": 1, "compile": True},
     "checkpointing": {"gradient_checkpointing": True},
     "nf4": {"gradient_checkpointing": True},
 }
@@ -151,7 +154,7 @@ def random_unet(
                 numbers = torch.full(was.shape, float(key == "weight"), device=device)
             numbers = numbers.to(rounded or dtype).to(dtype)
             setattr(module, key, torch.nn.Parameter(numbers, requires_grad=False))
-        if nf4 and isinstance(module, torch.nn.Linear):
+        if nf4 and isinstance(module, torch.nn.Linear) and not name.startswith(WHOLE):
             parent, _, child = name.rpartition(".")
             setattr(unet.get_submodule(parent), child, four_bits(module))
     return unet.requires_grad_(False).eval()

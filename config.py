@@ -122,6 +122,9 @@ class Config:
     cuda_graph: bool = True
     # Layers that read the same input share their matrix products; off, each is computed by itself.
     fused: bool = True
+    # Compile the convolution blocks (torch.compile): a few per cent, for a minute or two at the
+    # start, which a long run earns back; how long it took is said.
+    compile: bool = False
     # Keep only block inputs and compute the rest twice: less memory, about a third more time.
     gradient_checkpointing: bool = False
 

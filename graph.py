@@ -7,6 +7,7 @@ shape of batch and reads and writes fixed addresses, so each shape has its own, 
 copied into the tensors that its recording reads.
 """
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -22,7 +23,8 @@ class Recorded:
     """`step(batch)`, recorded once for each shape of batch, then replayed.
 
     sums: the tensors that `step` adds to; they are put back after the passes that only warm up.
-    Where recording fails, `step` itself is called from then on, and `say` gets the reason.
+    Where recording fails, `step` itself is called from then on. `say` gets the seconds that it took,
+    or the reason.
     """
 
     def __init__(self, step: Callable[[Batch], None], sums: list[Tensor], say=print):
@@ -44,6 +46,7 @@ class Recorded:
 
     def record(self, key: tuple, batch: Batch) -> None:
         """Warm up and record `step` for batches like this one; `sums` end as they were."""
+        began = time.perf_counter()
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         before = [tensor.cpu() for tensor in self.sums]  # on the host: a peak is a peak
         side = torch.cuda.Stream()
@@ -67,5 +70,7 @@ class Recorded:
         else:
             self.pool = recording.pool()
             self.recordings[key] = (recording, inputs)
+            count, seconds = len(next(iter(batch.values()))), time.perf_counter() - began
+            self.say(f"recorded a pass over {count} in {seconds:.1f} s, compilation included")
         for tensor, was in zip(self.sums, before, strict=True):
             tensor.copy_(was)

@@ -28,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -337,6 +338,8 @@ def assemble(
     adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
     if config.fused and how.startswith("SDPA"):
         how += f"; {fused.use(unet)}"
+    if config.compile:
+        model.compile_resnets(unet)
     half = dtype == torch.float16
     run = Run(
         config=config,
@@ -355,7 +358,7 @@ def assemble(
     run.forward_backward = functools.partial(micro_step, run)
     if config.cuda_graph and device.type == "cuda":
         sums = [adapter.flat.grad, run.loss_sum]
-        run.forward_backward = graph.Recorded(run.forward_backward, sums)
+        run.forward_backward = graph.Recorded(run.forward_backward, sums, tqdm.write)
     return run, how
 
 

@@ -189,6 +189,18 @@ def use_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
     )
 
 
+def compile_resnets(unet: UNet2DConditionModel) -> None:
+    """Have torch.compile make the kernels of each convolution block when it is first called.
+
+    Block by block, since blocks of one shape share their code: the whole UNet would take far longer
+    (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
+    """
+    torch._dynamo.config.cache_size_limit = 64  # one entry a shape: SDXL has more than the usual 8
+    for module in unet.modules():
+        if type(module).__name__ == "ResnetBlock2D":
+            module.compile(dynamic=False)
+
+
 def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The UNet's answer (B, C, H, W), fp32, to x_t (B, C, H, W) at timesteps batch["t"] (B,), under
     batch["context"] (B, T, D), batch["pooled"] (B, P) and batch["time_ids"] (B, 6), which stay

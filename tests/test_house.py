@@ -56,7 +56,7 @@ MAY_IMPORT = {
         "report",
         "sources",
     },
-    "bench": {"config", "data", "files", "graph", "loop", "lora", "model"},
+    "bench": {"config", "data", "files", "graph", "loop", "lora", "model", "nf4"},
 }
 
 
