@@ -23,8 +23,8 @@ class Recorded:
     """`step(batch)`, recorded once for each shape of batch, then replayed.
 
     sums: the tensors that `step` adds to; they are put back after the passes that only warm up.
-    Where recording fails, `step` itself is called from then on. `say` gets the seconds that it took,
-    or the reason.
+    Where recording fails, `step` itself is called from then on. `say` gets the reason, or the
+    seconds that it took.
     """
 
     def __init__(self, step: Callable[[Batch], None], sums: list[Tensor], say=print):
