@@ -278,17 +278,21 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
     device = options.on
     dtype, _ = model.choose_dtype(config.mixed_precision, device)
     peak, cuda = matrix_peak(device, dtype), device.type == "cuda"
-    model.free_memory()
     if cuda:
-        torch.cuda.reset_peak_memory_stats()
+        torch._C._cuda_clearCublasWorkspaces()  # of the rows before: each stream keeps its own
+    model.free_memory()
     row: Row = {"gib_before": gib(torch.cuda.memory_allocated()) if cuda else 0.0}
     run, said = assemble(config, device, options.folder, nf4=nf4)
-    seconds = []
+    model.free_memory()
+    if cuda:  # a base quantised in place was whole for a moment; one that nf4.py loads never is
+        torch.cuda.reset_peak_memory_stats()
+    seconds, losses, began = [], [], wait(device)
     try:
         for _ in range(options.warm_up + steps):
-            began = wait(device)
-            loss, _ = loop.optimizer_step(run)
-            seconds.append(wait(device) - began)
+            # As the loop runs: a step ends when its loss is known, while the GPU still updates.
+            losses.append(loop.optimizer_step(run)[0])
+            seconds.append(time.perf_counter() - began)
+            began += seconds[-1]
     except torch.cuda.OutOfMemoryError as error:
         row["error"] = f"out of memory in step {run.step + 1}: {first_line(error)}"
     else:
@@ -298,7 +302,8 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
         row |= {"s_per_step": round(middle, 4), "s_lowest": round(min(timed), 4)}
         row |= {"s_highest": round(max(timed), 4), "images_per_s": round(n / middle, 2)}
         row |= {"mfu": round(useful / peak, 3), "s_first_step": round(seconds[0], 2)}
-        row |= {"loss": round(loss, 4), "skipped": run.scale.skipped, "steps": steps}
+        row |= {"loss": round(losses[-1], 4), "skipped": run.scale.skipped, "steps": steps}
+        row["losses"] = [round(loss, 4) for loss in losses]
     if cuda:
         row["gib_allocated"] = gib(torch.cuda.max_memory_allocated())
         row["gib_reserved"] = gib(torch.cuda.max_memory_reserved())
@@ -598,7 +603,7 @@ def store(path: Path, name: str, row: Row) -> None:
 
 def table(rows: dict[str, Row]) -> str:
     """Rows as Markdown; sentences and lists stay in the JSON."""
-    hidden = ("said", "longest", "on", "command", "gib_before", "source")
+    hidden = ("said", "longest", "losses", "on", "command", "gib_before", "source")
     keys = list(dict.fromkeys(k for row in rows.values() for k in row if k not in hidden))
     lines = ["| | " + " | ".join(keys) + " |", "|" + "---|" * (len(keys) + 1)]
     for name, row in rows.items():

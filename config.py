@@ -161,7 +161,6 @@ RECIPES = {
             recipe="original",
             gradient_checkpointing=True,
             attention="xformers",
-            cuda_graph=False,
             fused=False,
         ),
     ),
