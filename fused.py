@@ -132,7 +132,7 @@ def join(layers: list[nn.Module]) -> None:
     NF4 weights stay where they are: they are dequantised one by one.
     """
     weights = [layer.base.weight for layer in layers]
-    if all(weight.is_floating_point() for weight in weights):
+    if all(weight.is_floating_point() for weight in weights) and not follow(tuple(weights)):
         together = torch.cat([weight.detach() for weight in weights])
         for layer, part in zip(layers, together.chunk(len(layers)), strict=True):
             layer.base.weight = nn.Parameter(part, requires_grad=False)
