@@ -1,14 +1,16 @@
 """The whole job at full size: SDXL with random weights in the Hub's folder layout, a T4's memory.
 
-`python benchmarks/full_size.py make MODEL` writes the model (20 GB), once;
+`python benchmarks/full_size.py make MODEL PHOTOS` writes the model's fp16 files (7 GB) and 160
+pictures of random shapes, once;
 `python benchmarks/full_size.py run MODEL PHOTOS OUT` makes the runs below and OUT/full_size.json.
 
-Runs, each a process of its own that may use 14.5 GiB of the GPU: recipe t4 in fp16 for 60 steps,
-killed (SIGKILL) after step 27 and started again; the same uninterrupted; recipe original for 10
-steps. Then diffusers' load_lora_weights reads the adapter of t4, in both layouts, and is compared
-with ours. PHOTOS is a folder of pictures with metadata.jsonl.
+Runs, each a process of its own that may use 14.5 GiB of the GPU, 50 steps each: recipe t4 in fp16,
+killed (SIGKILL) after step 27 and started again; the same uninterrupted; lowmem, and once more for
+its second start; native; original. Then diffusers' load_lora_weights reads the adapter of t4, in
+both layouts, and is compared with ours.
 """
 
+import contextlib
 import json
 import os
 import shutil
@@ -25,10 +27,10 @@ CAP_GIB = 14.5
 SEEN_LAST = 27  # t4 is killed once it has logged this step
 
 
-def make(folder: Path) -> None:
-    """SDXL base's folder with random weights: fp32 and fp16 files, as on the Hub. Tokenizers: the
-    pocket's own, with 77 tokens (no CLIP vocabulary lies here), and the text encoders' end token
-    set to theirs.
+def make(folder: Path, photos: Path) -> None:
+    """SDXL base's folder with random weights, in fp16 files as on the Hub. Tokenizers: the pocket's
+    own, with 77 tokens (no CLIP vocabulary lies here), and the text encoders' end token set to
+    theirs.
     """
     import diffusers
     import torch
@@ -50,16 +52,29 @@ def make(folder: Path) -> None:
         ):
             config = transformers.CLIPTextConfig.from_pretrained(configs / part)
             config.eos_token_id = eos
-            encoder = cls(config)
-            encoder.save_pretrained(folder / part)
-            encoder.half().save_pretrained(folder / part, variant="fp16")
-        for part, cls in (
-            ("vae", diffusers.AutoencoderKL),
-            ("unet", diffusers.UNet2DConditionModel),
-        ):
-            module = cls.from_config(cls.load_config(configs / part))
-            module.save_pretrained(folder / part, max_shard_size="20GB")
-            module.half().save_pretrained(folder / part, variant="fp16", max_shard_size="20GB")
+            cls(config).half().save_pretrained(folder / part, variant="fp16")
+        vae = diffusers.AutoencoderKL.from_config(configs / "vae")
+        vae.save_pretrained(folder / "vae")
+        unet = diffusers.UNet2DConditionModel.from_config(configs / "unet").half()
+        unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="20GB")
+    draw_pictures(photos, 160)
+
+
+def draw_pictures(folder: Path, count: int) -> None:
+    """`count` JPEG files of 1024 x 683 pixels, large soft shapes with grain, and their captions."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True)
+    stream, lines = np.random.default_rng(0), []
+    for i in range(count):
+        shapes = Image.fromarray(stream.integers(0, 256, (6, 9, 3), dtype=np.uint8))
+        picture = np.asarray(shapes.resize((1024, 683), Image.Resampling.BICUBIC), np.int16)
+        grain = stream.integers(-12, 13, picture.shape, dtype=np.int16)
+        picture = Image.fromarray((picture + grain).clip(0, 255).astype(np.uint8))
+        picture.save(folder / f"{i:03d}.jpg", quality=90)
+        lines.append(json.dumps({"file_name": f"{i:03d}.jpg", "text": f"red apple number {i}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
 def child(report: Path, argv: list[str]) -> int:
@@ -69,17 +84,23 @@ def child(report: Path, argv: list[str]) -> int:
     import loop
     import model
 
-    torch.cuda.set_per_process_memory_fraction(
-        CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory
-    )
+    cuda = torch.cuda.is_available()  # on a CPU only this script itself is tried out
+    if cuda:
+        torch.cuda.set_per_process_memory_fraction(
+            CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory
+        )
     with model.HostMemory() as host:
         code = loop.main(argv)
     report.write_text(
         json.dumps(
             {
                 "exit": code,
-                "gpu_peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
-                "gpu_peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2),
+                "gpu_peak_allocated_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)
+                if cuda
+                else 0.0,
+                "gpu_peak_reserved_gib": round(torch.cuda.max_memory_reserved() / 2**30, 2)
+                if cuda
+                else 0.0,
                 "host_peak_own_gib": round(host.own, 2),
                 "host_peak_mapped_gib": round(host.mapped, 2),
             }
@@ -97,10 +118,9 @@ def start(out: Path, name: str, argv: list[str]) -> subprocess.Popen:
 
 
 def said(out: Path, name: str) -> list[str]:
-    """The lines with which a run began."""
+    """What a run said, without its progress bars."""
     lines = (out / f"{name}.log").read_text().splitlines()
-    first = next(i for i, line in enumerate(lines) if line.startswith("recipe "))
-    return lines[first : first + 5]
+    return [line[-400:] for line in lines if line and "it/s" not in line and "s/it" not in line]
 
 
 def measured(out: Path) -> dict:
@@ -109,49 +129,63 @@ def measured(out: Path) -> dict:
     seconds = [line["seconds"] for line in lines if line["step"] > 3]
     return {
         "steps": [lines[0]["step"], lines[-1]["step"], len(lines)],
-        "seconds_per_step_median": round(statistics.median(seconds), 3),
+        "seconds_per_step_median": round(statistics.median(seconds), 4),
         "training_peak_gib": round(max(line["gib"] for line in lines), 2),
-        "loss_first_last": [lines[0]["loss"], lines[-1]["loss"]],
+        "losses": [round(line["loss"], 4) for line in lines],
         "loss_scale_last": lines[-1]["loss_scale"],
     }
+
+
+def one(out: Path, name: str, argv: list[str], folder: str, kill_at: int = 0) -> dict:
+    """One run, and what was measured of it. kill_at: the step after which it is killed."""
+    log, began, first = out / folder / "log.jsonl", time.time(), None
+    before = log.stat().st_mtime if log.is_file() else 0
+    process = start(out, name, [*argv, "--output-dir", str(out / folder)])
+    while process.poll() is None:
+        done = 0
+        if log.is_file() and log.stat().st_mtime > before:
+            done = len(log.read_text().splitlines())
+        if done and first is None:
+            first = round(time.time() - began, 1)
+        if kill_at and done >= kill_at:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.02)
+    row = {"exit": process.returncode, "wall_s": round(time.time() - began, 1)}
+    row["s_from_command_to_first_step"] = first
+    with contextlib.suppress(OSError, ValueError):
+        row |= json.loads((out / f"{name}.json").read_text())
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        row |= measured(out / folder)
+    return row | {"said": said(out, name)}
 
 
 def run(folder: Path, photos: Path, out: Path) -> None:
     import torch
 
     common = f"--pretrained-model-name-or-path {folder} --dataset-name {photos}".split()
-    common += ["--cache-dir", str(out / "cache")]
+    common += ["--cache-dir", str(out / "cache"), "--max-train-steps", "50"]
+    half = "--mixed-precision fp16 --checkpointing-steps 20".split()
+    t4, blank = ["t4", *common, *half], ["--validation-prompts"]
+    drawn = ["--validation-prompts", "a dog on a beach", "--num-inference-steps", "10"]
     results = {"command": "python benchmarks/full_size.py run MODEL PHOTOS OUT", "cap_gib": CAP_GIB}
     results["gpu"], results["torch"] = torch.cuda.get_device_name(), torch.__version__
-    steps = "--mixed-precision fp16 --max-train-steps 60 --checkpointing-steps 20".split()
-    t4 = ["t4", *common, *steps]
-    original = ["original", *common, *"--max-train-steps 10 --num-inference-steps 10".split()]
-    original += ["--validation-prompts", "a dog on a beach"]
-
-    process = start(out, "t4_killed", [*t4, "--output-dir", str(out / "t4")])
-    log, began = out / "t4" / "log.jsonl", time.time()
-    while process.poll() is None:
-        if log.is_file() and len(log.read_text().splitlines()) >= SEEN_LAST:
-            process.send_signal(signal.SIGKILL)
-        time.sleep(0.05)
-    wall = round(time.time() - began, 1)
-    results["t4_killed"] = {"exit": process.returncode, "wall_s": wall} | measured(out / "t4")
-    results["t4_killed"]["said"] = said(out, "t4_killed")
-    for name, argv in (
-        ("t4", t4),
-        ("t4_uninterrupted", [*t4, "--validation-prompts"]),
-        ("original", original),
+    for name, argv, into, kill_at in (
+        ("t4_killed", [*t4, *drawn], "t4", SEEN_LAST),
+        ("t4", [*t4, *drawn], "t4", 0),
+        ("t4_uninterrupted", [*t4, *blank], "t4_uninterrupted", 0),
+        ("lowmem", ["lowmem", *common, *half, *blank], "lowmem", 0),
+        ("lowmem_second_start", ["lowmem", *common, *half, *blank], "lowmem_again", 0),
+        ("native", ["native", *common, *half, *blank], "native", 0),
+        ("original", ["original", *common, *blank], "original", 0),
     ):
-        began = time.time()
-        start(out, name, [*argv, "--output-dir", str(out / name)]).wait()
-        results[name] = {"wall_s": round(time.time() - began, 1)}
-        results[name] |= json.loads((out / f"{name}.json").read_text()) | measured(out / name)
-        results[name]["said"] = said(out, name)
+        results[name] = one(out, name, argv, into, kill_at)
         (out / "full_size.json").write_text(json.dumps(results, indent=1))
+        print({k: v for k, v in results[name].items() if k not in ("losses", "said")}, flush=True)
     results["resumed_against_uninterrupted"] = compare(out / "t4", out / "t4_uninterrupted")
+    (out / "full_size.json").write_text(json.dumps(results, indent=1))
     results["load_lora_weights"] = check(folder, out / "t4")
     (out / "full_size.json").write_text(json.dumps(results, indent=1))
-    print(json.dumps(results, indent=1))
+    print(results["resumed_against_uninterrupted"], results["load_lora_weights"])
 
 
 def compare(one: Path, other: Path) -> dict:
@@ -216,7 +250,7 @@ def check(folder: Path, run_folder: Path) -> dict:
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     if sys.argv[1] == "make":
-        make(Path(sys.argv[2]))
+        make(Path(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1] == "child":
         sys.exit(child(Path(sys.argv[2]), sys.argv[3:]))
     else:
