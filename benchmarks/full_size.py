@@ -79,10 +79,9 @@ def draw_pictures(folder: Path, count: int) -> None:
 
 def child(report: Path, argv: list[str]) -> int:
     """One run of loop.py under the cap; writes what the process took to `report`."""
-    import torch
-
-    import loop
-    import model
+    import loop  # first: config.py sets how long idle threads spin, before torch asks
+    import model  # isort: skip
+    import torch  # isort: skip
 
     cuda = torch.cuda.is_available()  # on a CPU only this script itself is tried out
     if cuda:

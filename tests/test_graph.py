@@ -1,0 +1,92 @@
+"""Recording and replaying a step, with a stand-in for the GPU: here nothing can be recorded."""
+
+import contextlib
+
+import pytest
+import torch
+
+import graph
+
+
+class Stage:
+    """A step that adds its batch to a sum, and CUDA's calls as far as Recorded makes them."""
+
+    def __init__(self, monkeypatch, error=None):
+        self.sum, self.steps, self.recorded, self.said = torch.zeros(3), 0, 0, []
+        stage, self.error = self, error
+
+        class Graph:
+            def replay(self):
+                stage.step(self.inputs)
+
+            def pool(self):
+                return "pool"
+
+        @contextlib.contextmanager
+        def record(recording, pool=None):
+            """What is recorded is not carried out."""
+            before, stage.recorded, stage.pool = stage.sum.clone(), stage.recorded + 1, pool
+            try:
+                yield
+                recording.inputs = stage.inputs
+            finally:
+                stage.sum.copy_(before)
+
+        class Stream:
+            def wait_stream(self, other):
+                pass
+
+        monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+        monkeypatch.setattr(torch.cuda, "graph", record)
+        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "current_stream", Stream)
+        monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
+        self.recorder = graph.Recorded(self.step, [self.sum], self.said.append)
+
+    def step(self, batch):
+        self.steps, self.inputs = self.steps + 1, batch
+        if self.error and self.steps > graph.WARM_UP:
+            error, self.error = self.error, None
+            raise error
+        self.sum += batch["x"].sum(0)
+
+
+def batch(rows, value):
+    return {"x": torch.full((rows, 3), float(value))}
+
+
+def test_a_shape_is_recorded_once_and_each_batch_is_added_once(monkeypatch):
+    stage = Stage(monkeypatch)
+    for rows, value in ((3, 1), (1, 10), (3, 100), (1, 1000)):  # micro-batches of 3 + 1
+        stage.recorder(batch(rows, value))
+    assert stage.sum.tolist() == [3 + 10 + 300 + 1000] * 3
+    assert stage.recorded == 2 and stage.pool == "pool"  # the second shape shares the first's pool
+    assert len(stage.said) == 2 and "recorded a pass over 3 in" in stage.said[0]
+
+
+def test_a_batch_is_copied_and_may_change_afterwards(monkeypatch):
+    stage = Stage(monkeypatch)
+    mine = batch(2, 1)
+    stage.recorder(mine)
+    mine["x"].fill_(7)
+    stage.recorder(batch(2, 5))
+    assert stage.sum.tolist() == [2 + 10] * 3
+
+
+def test_where_recording_fails_the_step_itself_goes_on_and_the_reason_is_said(monkeypatch):
+    stage = Stage(monkeypatch, RuntimeError("operation not permitted when stream is capturing\nx"))
+    for value in (1, 10):
+        stage.recorder(batch(2, value))
+    assert stage.sum.tolist() == [22] * 3
+    want = "steps are not recorded in a CUDA graph: operation not permitted"
+    assert len(stage.said) == 1 and stage.said[0].startswith(want)
+
+
+def test_running_out_of_memory_is_not_taken_for_a_failed_recording(monkeypatch):
+    full = torch.cuda.OutOfMemoryError("CUDA out of memory")
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Stage(monkeypatch, full).recorder(batch(2, 1))
+    in_its_wake = RuntimeError("capture was invalidated")
+    in_its_wake.__context__ = full
+    with pytest.raises(torch.cuda.OutOfMemoryError):
+        Stage(monkeypatch, in_its_wake).recorder(batch(2, 1))
