@@ -48,7 +48,8 @@ class Recorded:
         """Warm up and record `step` for batches like this one; `sums` end as they were."""
         began = time.perf_counter()
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
-        before = [tensor.to("cpu", copy=True) for tensor in self.sums]  # on the host: a peak is a peak
+        # On the host, since a peak of the GPU's memory is a peak, however short.
+        before = [tensor.to("cpu", copy=True) for tensor in self.sums]
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
