@@ -1,8 +1,9 @@
 """Run the notebooks from top to bottom, each in a fresh kernel at the repository's root.
 
 `python notebooks/execute.py` is the check that CI makes: it stores nothing and fails where a cell
-raises, where a stored notebook lacks the outputs that its cells give, where an output names a path
-of this machine, and where a notebook is too large to be shown on the web.
+raises, where a stored notebook lacks the outputs that its cells give or says other words than they
+say now, where an output names a path of this machine, and where a notebook is too large to be shown
+on the web.
 `python notebooks/execute.py --write` stores the outputs in the notebooks.
 """
 
@@ -23,6 +24,8 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOKS = ("train.ipynb", "inference.ipynb")  # in this order: the second draws with the first's
 LARGEST = 600_000  # bytes of one notebook file
 LONGEST = 600  # seconds of one cell
+# Numbers are not compared: memory, losses and versions vary from one machine to another.
+NUMBER = re.compile(r"-?\d[\d.,]*(?:e[-+]?\d+)?(?:\+\w+)?")
 # What Jupyter writes here varies with the machine, so it is replaced by what a reader needs.
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -80,6 +83,18 @@ def without_outputs(stored: nbformat.NotebookNode, fresh: nbformat.NotebookNode)
     return [i for i, (old, new) in enumerate(pairs, 1) if new.outputs and not old.outputs]
 
 
+def words(cell: nbformat.NotebookNode) -> str:
+    """What a cell's outputs say, each number as # and each stretch of blanks as one."""
+    said = [o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in cell.outputs]
+    return " ".join(NUMBER.sub("#", "\n".join(said)).split())
+
+
+def with_other_words(stored: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> list[int]:
+    """The numbers (from 1) of the code cells that say something else now than as stored."""
+    pairs = zip(code_cells(stored), code_cells(fresh), strict=True)
+    return [i for i, (old, new) in enumerate(pairs, 1) if old.outputs and words(old) != words(new)]
+
+
 def paths_of_this_machine(notebook: nbformat.NotebookNode) -> list[str]:
     """Folders of this machine that an output names."""
     texts = []
@@ -101,6 +116,12 @@ def problems(name: str, fresh: nbformat.NotebookNode, stored: nbformat.NotebookN
         found.append(
             f"{name} has no stored output in code cell {', '.join(map(str, bare))}; expected what "
             "the cell shows. What to do: python notebooks/execute.py --write"
+        )
+    other = with_other_words(stored, fresh)
+    if other:
+        found.append(
+            f"{name} says other words than stored in code cell {', '.join(map(str, other))}; "
+            "expected the same but for numbers. What to do: python notebooks/execute.py --write"
         )
     for folder in sorted({*paths_of_this_machine(fresh), *paths_of_this_machine(stored)}):
         found.append(
