@@ -121,6 +121,8 @@ class Config:
     fused: bool = True
     # Keep only block inputs and compute the rest twice: less memory, about a third more time.
     gradient_checkpointing: bool = False
+    # The UNet's modules that recompute where --gradient-checkpointing is on; none names all.
+    checkpointed_blocks: tuple[str, ...] = ()
 
     # Optimizer steps between checkpoints; what a lost connection costs at most.
     checkpointing_steps: int = 200

@@ -312,7 +312,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
         unet = model.load_unet(name, device, dtype)
     how = model.use_attention(unet, config.attention, device, dtype)
     if config.gradient_checkpointing:
-        model.use_gradient_checkpointing(unet)
+        model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
     adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
     if config.fused and how.startswith("SDPA"):
         how += f"; {fused.use(unet)}"
