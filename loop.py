@@ -36,6 +36,7 @@ import generate
 import graph
 import hub
 import lora
+import memory
 import model
 import report
 import sources
@@ -304,7 +305,8 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
     same = checkpoint.identity(config, dtype, pictures, str(prints), noise)
     state = checkpoint.newest_state(out / "checkpoints")
-    checkpoint.check_same(config, same, state)  # before an hour of encoding, as is the next line:
+    checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
+    config, plan = memory.choose(config, device, dtype, micro_step)
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
     examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod))
 
@@ -339,7 +341,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
         )
     checkpoint.restore(run, state)
     lines = report.describe(run, pictures, f"{reason}; {how}", host)
-    return run, lines
+    return run, f"{lines}\n{plan}".rstrip()
 
 
 def fit(config: Config, interrupts: report.Interrupts) -> int:
@@ -410,6 +412,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         config = configuration.parse(argv)
+        if config.plan_for:
+            print(memory.table(config, micro_step))
+            return 0
         with report.Interrupts() as interrupts, only_run(config.out):
             if steps := checkpoint.finished(config):
                 print(
