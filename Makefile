@@ -1,9 +1,10 @@
-# make train | generate | bench | test | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
+# make train | plan | generate | bench | test | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 RECIPE ?=
 ARGS   ?=
 DATA   ?=
+CARD   ?= T4
 SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
 help:  ## this list
@@ -26,6 +27,9 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DA
 	echo "recipe $$recipe ($$why)"; \
 	exec $(PYTHON) loop.py $$recipe $(if $(DATA),--dataset-name "$(DATA)" \
 	  --output-dir "runs/$${recipe%% *}-$(notdir $(DATA:%/=%))") $(ARGS)
+
+plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"
+	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(CARD)" $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
@@ -52,5 +56,5 @@ clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train xformers generate bench test check notebooks check-all clean
+.PHONY: help setup train plan xformers generate bench test check notebooks check-all clean
 .DEFAULT_GOAL := help

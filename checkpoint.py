@@ -35,7 +35,7 @@ MAY_CHANGE = {
     *("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "save_dtype"),
     *("tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
-    *("cuda_graph", "fused", "compile"),
+    *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
     # base, data and dtype are told by content, not by the name they were asked for
     *("pretrained_model_name_or_path", "dataset_name", "image_column", "caption_column"),

@@ -127,6 +127,13 @@ class Config:
     compile: bool = False
     # Keep only block inputs and compute the rest twice: less memory, about a third more time.
     gradient_checkpointing: bool = False
+    # The UNet's modules that recompute where --gradient-checkpointing is on; none names all.
+    checkpointed_blocks: tuple[str, ...] = ()
+    # On a GPU, choose batch, accumulation and checkpointing by its free memory, unless others than
+    # the recipe's are asked for: the fastest that fits. The run is the same.
+    memory_plan: bool = False
+    # Train nothing; say what the run would need on this card, such as T4.
+    plan_for: str = ""
 
     # Optimizer steps between checkpoints; what a lost connection costs at most.
     checkpointing_steps: int = 200
@@ -165,8 +172,12 @@ RECIPES = {
         ),
     ),
     "t4": (
-        "The same mathematics for a 16 GB T4: frozen UNet in half precision, no recomputation.",
-        Config(recipe="t4", mixed_precision="auto"),
+        "The same mathematics for a 16 GB T4: frozen UNet in half precision, as fast as fits.",
+        Config(recipe="t4", mixed_precision="auto", memory_plan=True),
+    ),
+    "native": (
+        "The recipe t4 at 1024 px, SDXL's own size.",
+        Config(recipe="native", mixed_precision="auto", resolution=1024, memory_plan=True),
     ),
     "lowmem": (
         "For cards of 6 to 8 GB: t4 with the frozen UNet's Linear weights in 4 bits, recomputing.",
@@ -175,6 +186,7 @@ RECIPES = {
             mixed_precision="auto",
             gradient_checkpointing=True,
             base_quantization="nf4",
+            memory_plan=True,
         ),
     ),
     "pocket": (

@@ -37,6 +37,7 @@ import generate
 import graph
 import hub
 import lora
+import memory
 import model
 import nf4
 import report
@@ -306,7 +307,8 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
     same = checkpoint.identity(config, dtype, pictures, str(prints), noise)
     state = checkpoint.newest_state(out / "checkpoints")
-    checkpoint.check_same(config, same, state)  # before an hour of encoding, as is the next line:
+    checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
+    config, plan = memory.choose(config, device, dtype, micro_step)
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
     examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod))
 
@@ -319,7 +321,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     run.start = run.adapter.flat.detach().cpu().clone()
     checkpoint.restore(run, state)
     lines = report.describe(run, pictures, f"{reason}; {how}", host)
-    return run, lines
+    return run, f"{lines}\n{plan}".rstrip()
 
 
 def assemble(
@@ -334,7 +336,7 @@ def assemble(
     device, dtype = unet.device, unet.dtype
     how = model.use_attention(unet, config.attention, device, dtype)
     if config.gradient_checkpointing:
-        model.use_gradient_checkpointing(unet)
+        model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
     adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
     if config.fused and how.startswith("SDPA"):
         how += f"; {fused.use(unet)}"
@@ -432,6 +434,9 @@ def main(argv: list[str] | None = None) -> int:
     """
     try:
         config = configuration.parse(argv)
+        if config.plan_for:
+            print(memory.table(config, micro_step))
+            return 0
         with report.Interrupts() as interrupts, only_run(config.out):
             if steps := checkpoint.finished(config):
                 print(

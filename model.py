@@ -180,13 +180,36 @@ def use_attention(
         return f"SDPA (xFormers is not usable here: {first_line(error)})"
 
 
-def use_gradient_checkpointing(unet: UNet2DConditionModel) -> None:
-    """Keep only block inputs in the forward pass; compute the rest again in the backward pass."""
+def use_gradient_checkpointing(unet: UNet2DConditionModel, names: tuple[str, ...] = ()) -> None:
+    """Keep only block inputs in the forward pass; compute the rest again in the backward pass.
+
+    names: the modules of checkpointable() to do so in; none means all. Raises Refusal for others.
+    """
+    able = checkpointable(unet)
+    if wrong := [name for name in names if name not in able]:
+        raise Refusal(
+            f"checkpointed_blocks names {wrong[0]}",
+            ", ".join(able),
+            "--no-memory-plan --gradient-checkpointing, which recomputes all of them",
+        )
     unet.enable_gradient_checkpointing(
         # no RNG state: nothing in SDXL's UNet is random, and saving it would synchronise with the
         # GPU
         functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     )
+    for name, module in able.items():
+        module.gradient_checkpointing = not names or name in names
+
+
+def checkpointable(unet: UNet2DConditionModel) -> dict[str, torch.nn.Module]:
+    """The modules that can recompute their parts: diffusers marks them by a flag. A block does so
+    with its resnets, a transformer with its layers.
+    """
+    return {
+        name: module
+        for name, module in unet.named_modules()
+        if name and hasattr(module, "gradient_checkpointing")
+    }
 
 
 def compile_resnets(unet: UNet2DConditionModel) -> None:
