@@ -206,6 +206,7 @@ class Rehearsal:
                     quantise(self.unet, dtype)
             self.live.part = "adapter"
             self.adapter = lora.inject(self.unet, lora.TARGETS, config.lora_rank)
+            self.live.part = "weights"  # which it lays together anew
             if config.fused and config.attention == "sdpa":
                 fused.use(self.unet)
         half = rounded(self.adapter.flat.untyped_storage())  # inject() made a vector and its grad
@@ -355,7 +356,7 @@ class Card:
     capability: tuple[int, int]
 
 
-CARDS = {  # figures from the makers' data sheets
+CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
     card.name: card
     for card in (
         Card("T4", 14.56, 65, 8.1, 300, (7, 5)),

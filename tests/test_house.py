@@ -42,8 +42,6 @@ MAY_IMPORT = {
     "checkpoint": {"config", "files", "hub", "lora", "model"},
     "nf4": {"files", "hub", "model"},
     "report": {"config", "files", "model"},
-    "fused": set(),
-    "graph": {"files"},
     "memory": {"config", "files", "fused", "hub", "lora", "model"},
     "loop": {
         "checkpoint",

@@ -229,7 +229,7 @@ def test_a_gpu_gets_its_plan_and_keeps_it_on_disk(monkeypatch, tmp_path):
     config = replace(SMALL, pretrained_model_name_or_path="pocket/model", cache_dir=str(tmp_path))
     monkeypatch.setattr(memory.hub, "fetch", lambda *a: TINY)
     monkeypatch.setattr(memory.UNet2DConditionModel, "load_config", lambda folder: folder)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 16 * GIB))
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * GIB)
     monkeypatch.setattr(memory, "this_card", lambda device: CARD)
     gpu, dtype = torch.device("cuda"), torch.float32
     planned, line = memory.choose(config, gpu, dtype, loop.micro_step)
@@ -273,3 +273,13 @@ def test_the_table_says_what_a_recipe_needs(tmp_path, monkeypatch):
     original = replace(config, memory_plan=False, mixed_precision="fp32", train_batch_size=2)
     monkeypatch.setitem(memory.CARDS, "T4", replace(CARD, gib=0.01))
     assert "does NOT fit" in memory.table(original, loop.micro_step)
+
+
+@pytest.mark.parametrize(("share", "left"), [(1.0, 10), (0.5, 7)])
+def test_a_process_that_may_take_a_share_of_the_gpu_plans_for_that(monkeypatch, share, left):
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (10 * GIB, 16 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: GIB)
+    asked = "get_per_process_memory_fraction"
+    monkeypatch.setattr(torch.cuda, asked, lambda device: share, raising=False)
+    assert memory.free_bytes(gpu) == left * GIB
