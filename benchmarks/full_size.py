@@ -5,8 +5,8 @@ pictures of random shapes, once;
 `python benchmarks/full_size.py run MODEL PHOTOS OUT` makes the runs below and OUT/full_size.json.
 
 Runs, each a process of its own that may use 14.5 GiB of the GPU, 50 steps each: recipe t4 in fp16,
-killed (SIGKILL) after step 27 and started again; native; lowmem, and once more for its second start;
-original; t4 uninterrupted. Then diffusers' load_lora_weights reads the adapter of t4, in
+killed (SIGKILL) after step 27 and started again; native; lowmem, and once more for its second
+start; original; t4 uninterrupted. Then diffusers' load_lora_weights reads the adapter of t4, in
 both layouts, and is compared with ours.
 """
 
