@@ -229,7 +229,9 @@ def test_a_gpu_gets_its_plan_and_keeps_it_on_disk(monkeypatch, tmp_path):
     config = replace(SMALL, pretrained_model_name_or_path="pocket/model", cache_dir=str(tmp_path))
     monkeypatch.setattr(memory.hub, "fetch", lambda *a: TINY)
     monkeypatch.setattr(memory.UNet2DConditionModel, "load_config", lambda folder: folder)
-    monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * GIB)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    # CUDA's own calls refuse a device without a number
+    monkeypatch.setattr(memory, "free_bytes", lambda device: 10 * GIB * device.index)
     monkeypatch.setattr(memory, "this_card", lambda device: CARD)
     gpu, dtype = torch.device("cuda"), torch.float32
     planned, line = memory.choose(config, gpu, dtype, loop.micro_step)
