@@ -11,12 +11,13 @@ from conftest import ROOT
 
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 BUDGET = {  # lines of code: without blanks, comments and docstrings
+    "ahead": 50,
     "config": 200,
     "files": 110,
     "hub": 130,
     "sources": 170,
     "model": 260,
-    "data": 270,
+    "data": 300,
     "lora": 330,
     "checkpoint": 200,
     "report": 110,
@@ -25,12 +26,13 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
 }
 MAY_IMPORT = {
     "files": set(),
+    "ahead": set(),
     "config": {"files"},
     "lora": {"files"},
     "hub": {"files"},
     "sources": {"files"},
     "model": {"files", "hub"},
-    "data": {"files", "model", "sources"},
+    "data": {"ahead", "files", "model", "sources"},
     "generate": {"config", "files", "hub", "lora", "model"},
     "checkpoint": {"config", "files", "hub", "lora", "model"},
     "report": {"config", "files", "model"},
