@@ -9,10 +9,12 @@ Letters: `R` training resolution in pixels, `F` views of a picture (2 with flips
 T D P` as in model.py.
 """
 
+import contextlib
 import functools
 import io
+import itertools
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,17 +22,25 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torchvision.transforms.v2 import functional as TF
 from tqdm import tqdm
 
 import model
+from ahead import Ahead
 from files import Refusal, digest, open_safetensors, safetensors_bytes, sweep_parts, write_whole
 from sources import Picture
 
 BLOCK = 16  # pictures or captions in one cache file: written whole or not at all
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
+# decode() raises instead. Here, since a filter set and taken back in one thread unsettles others.
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # What a random stream is for. Never 0: numpy's SeedSequence takes [a, b, 0] for [a, b].
 EXAMPLE, EPOCH, CROP = 1, 2, 3
+
+
+def cut(items: list | range, size: int) -> list:
+    """`items` in pieces of `size`; the last may be shorter."""
+    return [items[at : at + size] for at in range(0, len(items), size)]
+
 
 # ---- one picture ---------------------------------------------------------------------------------
 
@@ -40,11 +50,11 @@ def decode(picture: Picture) -> Image.Image:
     it is damaged.
     """
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            image = Image.open(io.BytesIO(picture.read()))
-            image.load()
-            image = ImageOps.exif_transpose(image)
+        image = Image.open(io.BytesIO(picture.read()))
+        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice as many
+            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
+        image.load()
+        image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow's convert would clip at 255
             image = Image.fromarray(
                 (np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
@@ -68,40 +78,59 @@ def decode(picture: Picture) -> Image.Image:
         ) from error
 
 
-def prepare(
-    picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool
+def views(
+    picture: Picture, resolution: int, random_crop: bool, seed: int, flips: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Pixels (3, R, R) in [-1, 1] and time ids (6,) of one view.
+    """Pixels (F, 3, R, R) in [-1, 1] and time ids (F, 6), one view for each of `flips`.
 
     Resize the short side to R (Lanczos), cut R x R from the middle or from where (seed, picture)
     says, flip. The crop offset is in the resized picture's frame; a flipped view is a crop of the
     flipped picture, whose left edge lies where the right edge was.
+
+    numpy, not torch: threads do this side by side, and each would start torch's own threads.
     """
     image = decode(picture)
     original = (image.height, image.width)
-    image = TF.resize(image, [resolution], interpolation=TF.InterpolationMode.LANCZOS)
-    spare = (image.height - resolution, image.width - resolution)
+    width, height = (resolution * side // min(image.size) for side in image.size)
+    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    spare = (height - resolution, width - resolution)
     top, left = spare[0] // 2, spare[1] // 2
     if random_crop:
         stream = np.random.default_rng([seed, int(picture.digest[:8], 16), CROP])
         top, left = (int(stream.integers(0, room + 1)) for room in spare)
-    pixels = TF.to_dtype(
-        TF.to_image(TF.crop(image, top, left, resolution, resolution)), torch.float32, scale=True
-    )
-    if flip:
-        pixels, left = TF.horizontal_flip(pixels), spare[1] - left
-    pixels = TF.normalize(pixels, [0.5] * 3, [0.5] * 3)  # [0, 1] -> [-1, 1]
-    return torch.Tensor(pixels), model.add_time_ids(original, (top, left), (resolution, resolution))
+    square = image.crop((left, top, left + resolution, top + resolution))
+    pixels = np.asarray(square, np.float32) * np.float32(1 / 255) * 2 - 1  # (R, R, 3) in [-1, 1]
+    pixels = pixels.transpose(2, 0, 1)
+    sides = [pixels[:, :, ::-1] if flip else pixels for flip in flips]
+    lefts = [spare[1] - left if flip else left for flip in flips]
+    target = (resolution, resolution)
+    time_ids = [model.add_time_ids(original, (top, edge), target) for edge in lefts]
+    # Into C order, which np.stack would not choose: a VAE's bits depend on its input's layout, too.
+    stacked = np.stack(sides, out=np.empty((len(flips), 3, *target), np.float32))
+    return torch.from_numpy(stacked), torch.stack(time_ids)
+
+
+def prepare(
+    picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool
+) -> tuple[Tensor, Tensor]:
+    """Pixels (3, R, R) and time ids (6,) of one view."""
+    pixels, time_ids = views(picture, resolution, random_crop, seed, (flip,))
+    return pixels[0], time_ids[0]
+
+
+def refusal_of(picture: Picture) -> Refusal | None:
+    try:
+        decode(picture)
+    except Refusal as refusal:
+        return refusal
+    return None
 
 
 def check_pictures(pictures: list[Picture]) -> None:
     """Decode every picture, so that all damaged ones are named at once, not one a run."""
-    refusals = []
-    for picture in tqdm(pictures, desc="checking pictures", leave=False, mininterval=1):
-        try:
-            decode(picture)
-        except Refusal as refusal:
-            refusals.append(refusal)
+    with Ahead(refusal_of, pictures, BLOCK) as answers:
+        bar = tqdm(answers, "checking pictures", len(pictures), leave=False, mininterval=1)
+        refusals = [refusal for refusal in bar if refusal]
     if len(refusals) > 1:
         raise Refusal(
             "; ".join(str(r).partition("; expected")[0] for r in refusals[:10])
@@ -116,11 +145,19 @@ def check_pictures(pictures: list[Picture]) -> None:
 # ---- encoded once, or at every step --------------------------------------------------------------
 
 
+def in_batches(device: torch.device) -> bool:
+    """Whether encoders get several pictures or captions in one call: a GPU does. On a CPU it is no
+    faster, and one by one the cache holds the very bits that --no-cache gives.
+    """
+    return device.type != "cpu"
+
+
 class Encoder:
     """Encodes at every call: the reference, and what --no-cache trains from.
 
     Index len(pictures) of prompt() is the unconditional embedding. The VAE ("vae") and the text
-    encoders ("text") are loaded when they are first needed, and stay until free().
+    encoders ("text") are loaded when they are first needed, and stay until free(). speed: what to
+    say of the last encode_pictures(); empty if none was at work.
     """
 
     def __init__(
@@ -133,46 +170,98 @@ class Encoder:
         seed: int,
     ):
         self.pictures, self.load_vae, self.load_text = pictures, load_vae, load_text
-        self.crop = (resolution, random_crop, seed)
+        self.crop, self.speed = (resolution, random_crop, seed), ""
 
     vae = functools.cached_property(lambda self: self.load_vae())
     text = functools.cached_property(lambda self: self.load_text())
 
     def free(self, part: str) -> None:
-        self.__dict__.pop(part, None)  # where cached_property keeps it
-        model.free_memory()
+        if self.__dict__.pop(part, None):  # where cached_property keeps it
+            model.free_memory()
+
+    def at_once(self) -> int:
+        """Views in one call of the VAE: on a GPU 4 at 512 px, 1 from 1024 px up, so that fp32
+        activations stay within a few GiB.
+        """
+        return max(1, 4 * 512**2 // self.crop[0] ** 2) if in_batches(self.vae.device) else 1
+
+    def posterior(self, pixels: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
+        """mean, std (B, C, H, W) of the views (B, 3, R, R) of pictures `names`, on the CPU."""
+        each = [model.encode_images(part, self.vae) for part in pixels.split(self.at_once())]
+        mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
+        for name, *numbers in zip(names, mean, std, strict=True):
+            if not all(part.isfinite().all() for part in numbers):
+                raise Refusal(
+                    f"the VAE gives NaN or Inf for picture {name}",
+                    "finite latents",
+                    "look at the picture; with a VAE of your own, check that its fp32 weights are "
+                    "finite",
+                )
+        return mean, std
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
         """mean, std (C, H, W) of the picture's posterior and time ids (6,), fp32."""
         pixels, time_ids = prepare(self.pictures[index], *self.crop, flip)
-        # one at a time: the bits of a VAE's answer depend on the batch that a picture is in
-        mean, std = model.encode_images(pixels[None], self.vae)
-        if not (mean.isfinite().all() and std.isfinite().all()):
-            raise Refusal(
-                f"the VAE gives NaN or Inf for picture {self.pictures[index].name}",
-                "finite latents",
-                "look at the picture; with a VAE of your own, check that its fp32 weights are "
-                "finite",
-            )
-        return mean[0].cpu(), std[0].cpu(), time_ids
+        mean, std = self.posterior(pixels[None], [self.pictures[index].name])
+        return mean[0], std[0], time_ids
+
+    def encode_pictures(
+        self, blocks: list[range], flips: tuple[bool, ...]
+    ) -> Iterator[dict[str, Tensor]]:
+        """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order; the
+        pictures are decoded ahead. No call of the VAE crosses a block's end: its bits depend on
+        what is in it.
+        """
+        work, count = (lambda i: views(self.pictures[i], *self.crop, flips)), len(flips)
+        with Ahead(work, itertools.chain(*blocks), depth=BLOCK) as prepared:
+            size = max(1, self.at_once() // count)  # pictures
+            for part in itertools.chain(*(cut(block, size) for block in blocks)):
+                pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
+                names = [self.pictures[i].name for i in part for _ in flips]
+                mean, std = self.posterior(torch.cat(pixels), names)
+                for row in zip(mean.split(count), std.split(count), time_ids, strict=True):
+                    yield dict(zip(("mean", "std", "time_ids"), row, strict=True))
+        self.speed = prepared.said("pictures")
+
+    def caption(self, index: int) -> str:
+        """Empty where there is none: the unconditional embedding is meant."""
+        return self.pictures[index].caption.strip() if index < len(self.pictures) else ""
+
+    def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """context (B, T, D) and pooled (B, P) of captions, on the CPU; unconditional for [""]."""
+        if captions == [""]:
+            context, pooled = model.encode_unconditional(self.text)
+        else:
+            context, pooled = model.encode_prompts(captions, self.text)
+        context, pooled = context.cpu(), pooled.cpu()
+        for caption, *numbers in zip(captions, context, pooled, strict=True):
+            if not all(part.isfinite().all() for part in numbers):
+                raise Refusal(
+                    f"the text encoders give NaN or Inf for {caption!r}",
+                    "finite numbers",
+                    "check their weights",
+                )
+        return context, pooled
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
         """context (T, D) and pooled (P,) of a picture's caption, fp32; unconditional where there is
         no caption.
         """
-        caption = self.pictures[index].caption.strip() if index < len(self.pictures) else ""
-        context, pooled = (
-            model.encode_prompts([caption], self.text)
-            if caption
-            else model.encode_unconditional(self.text)
-        )
-        if not (context.isfinite().all() and pooled.isfinite().all()):
-            raise Refusal(
-                f"the text encoders give NaN or Inf for {caption!r}",
-                "finite numbers",
-                "check their weights",
-            )
-        return context[0].cpu(), pooled[0].cpu()
+        context, pooled = self.embed([self.caption(index)])
+        return context[0], pooled[0]
+
+    def encode_captions(self, blocks: list[range]) -> Iterator[tuple[Tensor, Tensor]]:
+        """What prompt() gives for each index of `blocks`, in order; equal captions of a block are
+        encoded once, on a GPU all of a block in one call, on a CPU one by one.
+        """
+        for block in blocks:
+            captions = list(dict.fromkeys(self.caption(i) for i in block))
+            texts = [caption for caption in captions if caption]
+            size = BLOCK if in_batches(self.text.encoders[0].device) else 1
+            known = {}
+            for group in cut(texts, size) + [[""]] * ("" in captions):
+                known |= dict(zip(group, zip(*self.embed(group), strict=True), strict=True))
+            yield from (known[self.caption(i)] for i in block)
 
 
 class Cache:
@@ -200,29 +289,31 @@ class Cache:
 
 
 def fill(
-    folder: Path, kind: str, keys: list[str], encode: Callable[[int], dict[str, Tensor]]
+    folder: Path,
+    kind: str,
+    keys: list[str],
+    encode: Callable[[list[range]], Iterator[dict[str, Tensor]]],
 ) -> list[Path]:
     """One file for each BLOCK of keys, encoding only the blocks that are not on disk yet.
 
     keys: what each row depends on (content, encoder, resolution); a block's file is named by its
-    keys, so changed data or encoders give other files and nothing stale is ever read. Returns the
-    files in order.
+    keys, so changed data or encoders give other files and nothing stale is ever read. encode: gives
+    the rows of the blocks that it is told, in order. Returns the files in order.
     """
-    blocks = [range(at, min(at + BLOCK, len(keys))) for at in range(0, len(keys), BLOCK)]
+    blocks = cut(range(len(keys)), BLOCK)
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     todo = [(file, block) for file, block in zip(files, blocks, strict=True) if not file.is_file()]
     if todo:
         sweep_parts(folder)
-        with tqdm(
-            total=sum(len(b) for _, b in todo), desc=f"encoding {kind}s", unit="", mininterval=1
-        ) as bar:
+        count = sum(len(block) for _, block in todo)
+        # closing: whatever goes wrong here, what encodes ahead stops at once
+        with contextlib.closing(encode([block for _, block in todo])) as rows:
+            bar = iter(tqdm(rows, f"encoding {kind}s", count, unit="", mininterval=1))
             for file, block in todo:
-                rows = []
-                for i in block:
-                    rows.append(encode(i))
-                    bar.update()
-                stacked = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+                block_rows = list(itertools.islice(bar, len(block)))
+                stacked = {key: torch.stack([r[key] for r in block_rows]) for key in block_rows[0]}
                 write_whole(file, safetensors_bytes(stacked, {"kind": kind}))
+            next(bar, None)  # past the last row, so that bar and encode() come to their ends
     return files
 
 
@@ -238,32 +329,29 @@ def fill_cache(
     dtype: the UNet's, in which contexts are kept: they would be rounded to it in the step anyway.
     prints: the fingerprints of "vae" and "text", part of every key.
     """
-    views = (False, True) if random_flip else (False,)
+    flips = (False, True) if random_flip else (False,)
 
-    def encode_prompt(i: int) -> dict[str, Tensor]:
-        context, pooled = encoder.prompt(i)
-        return {"context": context.to(dtype), "pooled": pooled.to(dtype)}
+    def prompts_in_dtype(blocks: list[range]) -> Iterator[dict[str, Tensor]]:
+        for context, pooled in encoder.encode_captions(blocks):
+            yield {"context": context.to(dtype), "pooled": pooled.to(dtype)}
 
-    def encode_latent(i: int) -> dict[str, Tensor]:
-        each = [encoder.latent(i, flip) for flip in views]
-        return {
-            key: torch.stack(part)
-            for key, part in zip(("mean", "std", "time_ids"), zip(*each, strict=True), strict=True)
-        }
-
-    captions = [p.caption.strip() for p in encoder.pictures] + [""]
+    captions = [encoder.caption(i) for i in range(len(encoder.pictures) + 1)]
     prompt_keys = [digest(caption, prints["text"], str(dtype)) for caption in captions]
     resolution, random_crop, seed = encoder.crop
-    crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {views}"
+    crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
     latent_keys = [digest(p.digest, prints["vae"], crop) for p in encoder.pictures]
-    prompts = fill(folder, "prompt", prompt_keys, encode_prompt)
+    prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype)
     encoder.free("text")
     try:
-        latents = fill(folder, "latent", latent_keys, encode_latent)
+        latents = fill(
+            folder, "latent", latent_keys, lambda blocks: encoder.encode_pictures(blocks, flips)
+        )
     except Refusal:
         check_pictures(encoder.pictures)  # name every damaged picture, not the first alone
         raise
     encoder.free("vae")
+    if encoder.speed:
+        print(encoder.speed)
     return Cache(latents, prompts)
 
 
@@ -287,6 +375,13 @@ def offset_noise(noise: np.ndarray, stream: np.random.Generator, amount: float) 
     learned, too (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
     return noise + np.float32(amount) * stream.standard_normal((len(noise), 1, 1), dtype=np.float32)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`. From pinned memory: out of any other a copy to a GPU waits for what the
+    GPU still has to do.
+    """
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 class Examples:
@@ -343,6 +438,6 @@ class Examples:
             rows.append((mean, std, e.eps, e.noise, torch.tensor(e.t), context, pooled, time_ids))
         keys = ("mean", "std", "eps", "noise", "t", "context", "pooled", "time_ids")
         return {
-            key: torch.stack(column).to(device, non_blocking=True)
+            key: send(torch.stack(column), device)
             for key, column in zip(keys, zip(*rows, strict=True), strict=True)
         }

@@ -336,7 +336,7 @@ def count_cut(prompts: list[str], name: str) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
     end.
     """
-    tokenizer, _ = load_tokenizers(name)
+    tokenizer = CLIPTokenizer.from_pretrained(fetch(name, "tokenizer"))  # both cut at one length
     ids = tokenizer(prompts, truncation=False, verbose=False).input_ids if prompts else []
     return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
 

@@ -9,7 +9,10 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -20,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
+import ahead
 import data
 import hub
 import loop
@@ -467,6 +471,7 @@ def test_a_picture_that_vanished_is_refused_by_name(tmp_path):
         data.decode(gone)
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest resets data's
 @pytest.mark.parametrize("side", [33, 60])  # Pillow warns above the limit, and raises above twice
 def test_a_decompression_bomb_is_refused(monkeypatch, side):
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
@@ -646,7 +651,7 @@ def ink(count: int = 20) -> list[Picture]:
 
 
 class Counting(data.Encoder):
-    """An Encoder that notes what it was asked for."""
+    """An Encoder that notes which views and captions it was asked for."""
 
     def __init__(self, pictures=None, resolution=64, random_crop=False, seed=0, load_vae=fake_vae):
         pictures = ink() if pictures is None else pictures
@@ -660,6 +665,14 @@ class Counting(data.Encoder):
     def prompt(self, index):
         self.prompts.append(index)
         return super().prompt(index)
+
+    def encode_pictures(self, blocks, flips):
+        self.latents += [i for block in blocks for i in block for _ in flips]
+        return super().encode_pictures(blocks, flips)
+
+    def encode_captions(self, blocks):
+        self.prompts += [i for block in blocks for i in block]
+        return super().encode_captions(blocks)
 
 
 PRINTS = {"vae": "v", "text": "t"}
@@ -824,6 +837,11 @@ def row(i: int) -> dict[str, torch.Tensor]:
     return {"mean": torch.full((2, 3), float(i)), "time_ids": torch.tensor([i])}
 
 
+def each(encode):
+    """Rows made one by one, as data.fill() asks for them."""
+    return lambda blocks: (encode(i) for block in blocks for i in block)
+
+
 KEYS = [f"key {i}" for i in range(40)]
 
 
@@ -833,7 +851,7 @@ def files_in(folder: Path) -> set[str]:
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Refusal("a", "b", "c"), MemoryError])
 def test_an_interrupted_fill_leaves_whole_blocks_and_is_continued(tmp_path, error):
-    whole = data.fill(tmp_path / "whole", "latent", KEYS, row)
+    whole = data.fill(tmp_path / "whole", "latent", KEYS, each(row))
     done = []
 
     def encode(i):
@@ -844,10 +862,10 @@ def test_an_interrupted_fill_leaves_whole_blocks_and_is_continued(tmp_path, erro
 
     folder = tmp_path / "cut"
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
-        data.fill(folder, "latent", KEYS, encode)
+        data.fill(folder, "latent", KEYS, each(encode))
     assert files_in(folder) == {whole[0].name} and done == list(range(20))
     done.clear()
-    rest = data.fill(folder, "latent", KEYS, lambda i: done.append(i) or row(i))
+    rest = data.fill(folder, "latent", KEYS, each(lambda i: done.append(i) or row(i)))
     assert done == list(range(16, 40))
     assert [p.read_bytes() for p in rest] == [p.read_bytes() for p in whole]
     assert files_in(folder) == {p.name for p in whole}
@@ -857,15 +875,15 @@ def test_a_filled_block_is_not_encoded_again(tmp_path):
     def encode(i):
         raise AssertionError(f"row {i} was encoded")
 
-    files = data.fill(tmp_path, "latent", KEYS, row)
-    assert data.fill(tmp_path, "latent", KEYS, encode) == files and len(files) == 3
+    files = data.fill(tmp_path, "latent", KEYS, each(row))
+    assert data.fill(tmp_path, "latent", KEYS, each(encode)) == files and len(files) == 3
     with pytest.raises(AssertionError, match="row 0"):
-        data.fill(tmp_path, "prompt", KEYS, encode)  # another kind is another file
+        data.fill(tmp_path, "prompt", KEYS, each(encode))  # another kind is another file
 
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 33])
 def test_rows_come_back_by_their_index_whatever_their_number(tmp_path, count):
-    cache = data.Cache(data.fill(tmp_path, "latent", KEYS[:count], row), [])
+    cache = data.Cache(data.fill(tmp_path, "latent", KEYS[:count], each(row)), [])
     assert [int(cache.row(cache.latents, i, "time_ids")) for i in range(count)] == list(
         range(count)
     )
@@ -876,7 +894,7 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
     alive = tmp_path / f".latent-abc.safetensors.{os.getppid()}.part"
     for path in (dead, alive):
         path.write_bytes(b"half")
-    data.fill(tmp_path, "latent", KEYS[:3], row)
+    data.fill(tmp_path, "latent", KEYS[:3], each(row))
     assert not dead.exists() and alive.exists()
 
 
@@ -934,6 +952,165 @@ def test_a_damaged_picture_stops_the_fill_by_name_and_keeps_what_is_encoded(tmp_
     encoder = Counting()
     fill(tmp_path, encoder)
     assert encoder.latents == [16, 17, 18, 19] and encoder.prompts == []
+
+
+@pytest.mark.parametrize("workers", [1, 2, 7])
+def test_the_cache_is_the_same_however_many_threads_decode(tmp_path, monkeypatch, workers):
+    monkeypatch.setattr(ahead, "usable_cores", lambda: workers)
+    folders = []
+    for turn in range(2):
+        pictures = [
+            dataclasses.replace(p, read=lambda p=p, turn=turn: slowly(p.read(), turn * workers))
+            for p in ink()
+        ]
+        folders.append(tmp_path / str(turn))
+        fill(folders[-1], Counting(pictures, random_crop=True), flip=True)
+    first, second = ({p.name: p.read_bytes() for p in f.iterdir()} for f in folders)
+    assert first == second and len(first) == 4
+
+
+def slowly(content: bytes, how: int) -> bytes:
+    time.sleep(0.004 * (len(content) % 3) * how)  # those after it are ready before
+    return content
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("resolution", [64, 768])
+def test_what_a_gpu_encodes_in_batches_is_what_is_encoded_one_by_one(
+    tmp_path, monkeypatch, flip, resolution
+):
+    """Up to the order of additions; law 3 to the byte is the CPU's."""
+    pictures = ink()[:18] if resolution == 64 else ink()[:2]
+    sizes, encode_images, encode_prompts = [], model.encode_images, model.encode_prompts
+
+    def images(pixels, vae):
+        sizes.append(len(pixels))
+        return encode_images(pixels, vae)
+
+    def prompts(captions, text):
+        sizes.append(len(captions))
+        return encode_prompts(captions, text)
+
+    monkeypatch.setattr(data, "in_batches", lambda device: True)
+    monkeypatch.setattr(model, "encode_images", images)
+    monkeypatch.setattr(model, "encode_prompts", prompts)
+    encoder = Counting(pictures, resolution, load_vae=pocket_vae)
+    cache = fill(tmp_path, encoder, flip)
+    # captions: 16 less an equal and an empty one; the last two; the unconditional one
+    views = [16 * (1 + flip), 2 * (1 + flip)] if resolution == 64 else [1] * 2 * (1 + flip)
+    assert sizes == [*([14, 1, 2] if resolution == 64 else [2]), 1, *views]
+    monkeypatch.undo()
+    want = Counting(pictures, resolution, load_vae=pocket_vae)
+    for index in range(len(pictures)):
+        for side in (False, True)[: 1 + flip]:
+            close(cache.latent(index, side), want.latent(index, side))
+        close(cache.prompt(index), want.prompt(index))
+    close(cache.prompt(len(pictures)), want.prompt(len(pictures)))
+
+
+def close(got, want):
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+def test_of_a_batch_the_picture_that_is_not_finite_is_named(tmp_path, monkeypatch):
+    def spoil(mean, std):
+        if len(mean) == 8:  # the second block: views of pictures 16 to 19
+            std[5, 1, 2, 3] = float("nan")
+
+    monkeypatch.setattr(data, "in_batches", lambda device: True)
+    with pytest.raises(Refusal, match=f"NaN or Inf for picture {ink()[18].name}"):
+        fill(tmp_path, Counting(load_vae=lambda: fake_vae(spoil)), flip=True)
+    assert len([name for name in files_in(tmp_path) if name.startswith("latent")]) == 1
+
+
+def test_ctrl_c_while_pictures_are_encoded_leaves_whole_blocks_and_no_thread_at_work(tmp_path):
+    read, calls = [], []
+    pictures = [
+        dataclasses.replace(p, read=lambda p=p, i=i: read.append(i) or p.read())
+        for i, p in enumerate(ink(60))
+    ]
+
+    def spoil(mean, std):
+        calls.append(1)
+        if len(calls) == 20:
+            raise KeyboardInterrupt
+
+    before = set(threading.enumerate())
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path, Counting(pictures, load_vae=lambda: fake_vae(spoil)))
+    for thread in set(threading.enumerate()) - before:
+        thread.join(5)
+        assert not thread.is_alive()
+    assert max(read) < 20 + 2 * data.BLOCK  # the rest was not started
+    assert len([name for name in files_in(tmp_path) if name.startswith("latent")]) == 1
+    encoder = Counting(ink(60))
+    fill(tmp_path, encoder)
+    assert encoder.latents == list(range(16, 60)) and encoder.prompts == []
+
+
+def test_how_fast_pictures_were_encoded_is_said_once_and_nothing_where_none_was(tmp_path, capsys):
+    fill(tmp_path, Counting(), flip=True)
+    number = r"\d+\.\d"
+    assert re.fullmatch(
+        f"encoded 20 pictures in {number} s: {number} pictures/s; the encoder waited "
+        r"\d+% of the time\n",
+        capsys.readouterr().out,
+    )
+    fill(tmp_path, Counting(), flip=True)
+    assert capsys.readouterr().out == ""
+
+
+# ---- ahead ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("workers", [1, 3])
+@pytest.mark.parametrize("depth", [1, 4, 100])
+def test_ahead_keeps_the_order_and_never_runs_further_ahead_than_it_may(workers, depth):
+    begun = []
+
+    def work(i):
+        begun.append(i)
+        time.sleep(0.003 * (i % 3))
+        return i * i
+
+    with ahead.Ahead(work, range(30), depth, workers) as results:
+        for i, result in enumerate(results):
+            assert result == i * i
+            assert max(begun) <= i + depth
+    assert sorted(begun) == list(range(30)) and results.given == 30
+    assert 0 < results.waited <= results.seconds
+
+
+def test_ahead_raises_an_error_when_its_turn_comes_and_starts_nothing_after_it():
+    def work(i):
+        if i == 5:
+            raise ValueError("five")
+        return i
+
+    given = []
+    with pytest.raises(ValueError, match="five"), ahead.Ahead(work, range(100), 8, 2) as results:
+        for result in results:
+            given.append(result)
+    assert given == [0, 1, 2, 3, 4]
+
+
+def test_ahead_waits_for_nothing_when_it_is_left():
+    release, begun = threading.Event(), []
+
+    def work(i):
+        begun.append(i)
+        release.wait(10)
+
+    asked = time.perf_counter()
+    with pytest.raises(KeyboardInterrupt), ahead.Ahead(work, range(100), 16, 2) as results:
+        while len(begun) < 2:
+            time.sleep(0.001)
+        raise KeyboardInterrupt
+    assert time.perf_counter() - asked < 5 and results.given == 0
+    release.set()
+    results.pool.shutdown()  # waits for the two
+    assert sorted(begun) == [0, 1]
 
 
 def pocket_config(folder: Path, **change):

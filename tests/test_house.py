@@ -11,12 +11,13 @@ from conftest import ROOT
 
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 BUDGET = {  # lines of code: without blanks, comments and docstrings
+    "ahead": 50,
     "config": 200,
     "files": 120,
     "hub": 130,
     "sources": 170,
     "model": 260,
-    "data": 270,
+    "data": 300,
     "lora": 350,
     "fused": 180,
     "graph": 60,
@@ -30,6 +31,7 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
 }
 MAY_IMPORT = {
     "files": set(),
+    "ahead": set(),
     "config": {"files"},
     "lora": {"files"},
     "fused": set(),
@@ -37,7 +39,7 @@ MAY_IMPORT = {
     "hub": {"files"},
     "sources": {"files"},
     "model": {"files", "hub"},
-    "data": {"files", "model", "sources"},
+    "data": {"ahead", "files", "model", "sources"},
     "generate": {"config", "files", "hub", "lora", "model", "nf4"},
     "checkpoint": {"config", "files", "hub", "lora", "model"},
     "nf4": {"files", "hub", "model"},
