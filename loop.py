@@ -460,10 +460,12 @@ def main(argv: list[str] | None = None) -> int:
             less.append(
                 f"--train-batch-size 1 --gradient-accumulation-steps {config.examples_per_step}"
             )
-        less = less or ["a smaller --resolution with another --output-dir"]
+        advice = f"add {', or '.join(less)}; the same run continues"
+        if not less:
+            advice = "with another --output-dir, take the recipe lowmem or a smaller --resolution"
         print(
             f"error: the GPU's memory is full ({first_line(error)}). What to do: close what else "
-            f"uses this GPU, or add {', or '.join(less)}; the same run continues",
+            f"uses this GPU, or {advice}",
             file=sys.stderr,
         )
         return 1
