@@ -50,11 +50,14 @@ check: $(SETUP)  ## lint and format
 notebooks: $(SETUP)  ## run both notebooks and check what they store; ARGS=--write stores it anew
 	$(PYTHON) notebooks/execute.py $(ARGS)
 
-check-all: notebooks  ## what is slow; CI runs check, test and this
+slow: $(SETUP)  ## the tests that make test leaves out
+	$(PYTHON) -m pytest -m slow
+
+check-all: notebooks slow  ## what is slow; CI runs check, test and this
 
 clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache/ stay
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train plan xformers generate bench test check notebooks check-all clean
+.PHONY: help setup train plan xformers generate bench test check notebooks slow check-all clean
 .DEFAULT_GOAL := help

@@ -36,6 +36,7 @@ def test_the_ladder_times_the_same_work_in_every_row(run):
     assert eager["said"] == "SDPA" and "fused" in together["said"]
 
 
+@pytest.mark.slow
 def test_several_calls_make_one_file_and_against_reads_it(run, tmp_path, capsys):
     run("ladder", "--rows", "graph")
     code, rows = run("ladder", "--rows", "checkpointing")
@@ -52,6 +53,7 @@ def test_several_calls_make_one_file_and_against_reads_it(run, tmp_path, capsys)
     assert bench.main(["against", "--ladder", "nowhere.json", "--out", str(tmp_path / "a")]) == 1
 
 
+@pytest.mark.slow
 def test_a_row_that_fails_is_a_result_and_the_others_are_measured(run, monkeypatch):
     whole, calls = bench.loop.optimizer_step, []
 
@@ -80,6 +82,7 @@ def test_same_compares_loss_and_gradient_with_fp32(run):
     assert rows["64 px, fp32, 4x1"]["gradient_off"] < 1e-4
 
 
+@pytest.mark.slow
 def test_profile_sorts_all_of_a_step_by_kind(run):
     code, rows = run("profile", "--rows", "fused")
     (row,) = rows.values()
@@ -111,6 +114,7 @@ def test_kernels_are_called_by_their_kind(kernel, kind):
     assert bench.kind_of(kernel) == kind
 
 
+@pytest.mark.slow
 def test_flop_are_counted_and_the_floor_follows_from_them(run):
     code, rows = run("floor", "--mixed-precision", "fp32")
     row = rows["fp32"]
@@ -121,6 +125,7 @@ def test_flop_are_counted_and_the_floor_follows_from_them(run):
     assert full == pytest.approx(bench.USEFUL_TFLOP[512], abs=1e-3)
 
 
+@pytest.mark.slow
 def test_the_t4_estimate_shows_its_arithmetic(run, capsys):
     code, rows = run("t4")
     (row,) = rows.values()

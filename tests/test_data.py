@@ -975,7 +975,7 @@ def slowly(content: bytes, how: int) -> bytes:
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("resolution", [64, 768])
+@pytest.mark.parametrize("resolution", [64, pytest.param(768, marks=pytest.mark.slow)])
 def test_what_a_gpu_encodes_in_batches_is_what_is_encoded_one_by_one(
     tmp_path, monkeypatch, flip, resolution
 ):

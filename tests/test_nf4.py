@@ -311,6 +311,7 @@ def train(cache, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_a_run_continues_exports_and_draws_on_its_4_bit_base(
     train, cache, tmp_path, capsys, monkeypatch
 ):

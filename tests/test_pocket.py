@@ -246,6 +246,7 @@ def test_a_package_that_is_another_is_refused(packages):
 # ---- build -------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_build_smoke_runs_every_stage_and_none_twice(known_packages, tmp_path, capsys):
     argv = ["--smoke", "--device", "cpu", "--work", str(tmp_path / "work")]
     argv += ["--packages", str(known_packages), "--out", str(tmp_path / "out")]
@@ -313,6 +314,7 @@ def test_quick_training_moves_held_out_pictures_towards_the_style(quick_run, tmp
         assert np.array_equal(ours, bare)
 
 
+@pytest.mark.slow
 def test_it_is_the_pictures_that_decide(quick_run, cache, tmp_path):
     """The same drawings in other colours give the other style."""
     argv = ["pocket", "--quick", "--max-train-steps", "50", "--no-tensorboard"]
