@@ -129,8 +129,9 @@ class Config:
     gradient_checkpointing: bool = False
     # The UNet's modules that recompute where --gradient-checkpointing is on; none names all.
     checkpointed_blocks: tuple[str, ...] = ()
-    # On a GPU, choose batch, accumulation and checkpointing by its free memory, unless others than
-    # the recipe's are asked for: the fastest that fits. The run is the same.
+    # On a GPU, cut the step and choose what is recomputed by the free memory: the fastest that
+    # fits, unless another batch size or checkpointing than the recipe's is asked for. The run is
+    # the same.
     memory_plan: bool = False
     # Train nothing; say what the run would need on this card, such as T4.
     plan_for: str = ""
@@ -186,7 +187,6 @@ RECIPES = {
             mixed_precision="auto",
             gradient_checkpointing=True,
             base_quantization="nf4",
-            memory_plan=True,
         ),
     ),
     "pocket": (

@@ -119,6 +119,8 @@ class Project(torch.autograd.Function):
 
 def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
+    if any(layer.strength == 0 or layer.unmerged is not None for layer in layers):
+        return tuple(layer(x) for layer in layers)  # where a layer is its base, to the bit
     As, Bs = zip(*(layer.used for layer in layers), strict=True)
     matrices = [m.to(x.dtype) for m in (*As, *Bs)]
     scale = layers[0].strength * layers[0].scale
@@ -223,7 +225,8 @@ def use(unet: nn.Module) -> str:
     layers = gates = 0
     for module in unet.modules():
         kind = type(module).__name__
-        if kind == "Attention" and not any(getattr(module, name, None) for name in EXTRAS):
+        extras = any(getattr(module, name, None) for name in EXTRAS)
+        if kind == "Attention" and not extras and module.rescale_output_factor == 1:
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
             if all(hasattr(layer, "used") for layer in needed):
                 join(needed[1:3] if module.is_cross_attention else needed[:3])

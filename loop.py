@@ -186,7 +186,8 @@ def optimizer_step(run: Run) -> tuple[float, float]:
         batch = run.coming.pop(numbers, None) or run.examples.batch(numbers, run.device)
         run.forward_backward(batch)
     grad.div_(run.factor)
-    # A GPU is still at work now; the host makes the next step's first batch before it waits.
+    # A GPU is still at work now; the host makes the next step's first batch before it waits. (Under
+    # --no-cache a picture that cannot be encoded is met one step early, and that step is redone.)
     if run.step + 1 < config.max_train_steps:
         numbers = next(cut(run.step + 1))
         run.coming = {numbers: run.examples.batch(numbers, run.device)}
@@ -460,6 +461,8 @@ def main(argv: list[str] | None = None) -> int:
             less.append(
                 f"--train-batch-size 1 --gradient-accumulation-steps {config.examples_per_step}"
             )
+        if config.memory_plan:
+            less.insert(0, "--no-memory-plan")
         advice = f"add {', or '.join(less)}; the same run continues"
         if not less:
             advice = "with another --output-dir, take the recipe lowmem or a smaller --resolution"

@@ -119,6 +119,7 @@ def start(out: Path, name: str, argv: list[str]) -> subprocess.Popen:
 def said(out: Path, name: str) -> list[str]:
     """What a run said, without its progress bars."""
     lines = (out / f"{name}.log").read_text().splitlines()
+    lines = [line.replace(str(out), "OUT") for line in lines]
     return [line[-400:] for line in lines if line and "it/s" not in line and "s/it" not in line]
 
 

@@ -27,7 +27,7 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
     "generate": 310,
     "loop": 380,
     "bench": 500,
-    "memory": 450,
+    "memory": 460,
 }
 MAY_IMPORT = {
     "files": set(),
@@ -44,7 +44,7 @@ MAY_IMPORT = {
     "checkpoint": {"config", "files", "hub", "lora", "model"},
     "nf4": {"files", "hub", "model"},
     "report": {"config", "files", "model"},
-    "memory": {"config", "files", "fused", "hub", "lora", "model"},
+    "memory": {"config", "files", "fused", "hub", "lora", "model", "nf4"},
     "loop": {
         "checkpoint",
         "config",

@@ -195,18 +195,17 @@ def test_the_chosen_plan_fits_and_the_next_faster_one_does_not(tiny):
     ends = [tiny(memory.shaped(SMALL, *way)).peak for way in ((4, None), (1, ()))]
     assert choose(tiny, 2 * ends[0]).config.train_batch_size == 4
     assert choose(tiny, 2 * ends[0]).faster is None
-    for share in (0.5,):
-        free = int((ends[1] + share * (ends[0] - ends[1])) / memory.FILL)
-        plan = choose(tiny, free)
-        assert plan.prediction.peak <= memory.FILL * free < plan.faster[1] * 1.05
-        assert plan.config.examples_per_step == SMALL.examples_per_step
-        way, _ = plan.faster
-        assert tiny(way).peak > memory.FILL * free
-        both = [
-            memory.seconds_per_step(c, tiny(c).flop, tiny(c).parts["weights"], CARD, False, 1.0)
-            for c in (way, plan.config)
-        ]
-        assert both[0] <= both[1]
+    free = int((ends[0] + ends[1]) / 2 / memory.FILL)
+    plan = choose(tiny, free)
+    assert plan.prediction.peak <= memory.FILL * free < plan.faster[1] * 1.05
+    assert plan.config.examples_per_step == SMALL.examples_per_step
+    way, _ = plan.faster
+    assert tiny(way).peak > memory.FILL * free
+    both = [
+        memory.seconds_per_step(c, tiny(c).flop, tiny(c).parts["weights"], CARD, False, 1.0)
+        for c in (way, plan.config)
+    ]
+    assert both[0] <= both[1]
 
 
 def test_a_card_too_small_is_refused_with_the_recipe_lowmem(tiny):
@@ -220,6 +219,7 @@ def test_what_is_asked_for_is_obeyed_and_a_cpu_is_not_planned(monkeypatch):
     chosen = functools.partial(memory.choose, dtype=torch.float16, step=loop.micro_step)
     assert chosen(T4, cpu) == (T4, "")
     assert chosen(replace(T4, memory_plan=False), gpu)[0].train_batch_size == 1
+    assert "--no-cache" in chosen(replace(T4, cache=False), gpu)[1]
     asked = replace(T4, train_batch_size=2, gradient_accumulation_steps=2)
     config, line = chosen(asked, gpu)
     assert config == asked and "train_batch_size was asked for" in line
