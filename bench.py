@@ -110,7 +110,7 @@ class Options:
     device: str = "auto"
     # The pocket model's shape instead of SDXL's: to try this script on a CPU.
     tiny: bool = False
-    # Where the rows go as JSON, beside those already there; empty is benchmarks/bench_COMMAND.json.
+    # Where the rows go as JSON, beside those already there; empty is runs/bench/bench_COMMAND.json.
     out: str = ""
     # The ladder's file, which "against" reads.
     ladder: str = "benchmarks/bench_ladder.json"
@@ -553,19 +553,22 @@ def t4_row(options: Options, side: int) -> Row:
 
 
 def against(options: Options) -> Rows:
-    """The peers' rows, then the ladder's: seconds, GiB, and how much slower the slowest is."""
+    """The peers' rows, then the ladder's: seconds and GiB. All peers' rows are with checkpointing,
+    so they are compared with our row that is, too.
+    """
     file = Path(options.ladder)
     if not file.is_file():
         raise Refusal(f"no {file}", "the ladder's JSON", "python bench.py ladder first")
     ours = {k: r for k, r in json.loads(file.read_text())["rows"].items() if "s_per_step" in r}
     for side in options.resolution or (512, 1024):
         mine = {k: r for k, r in ours.items() if k.startswith(f"{side} px,")}
-        fastest = min((r["s_per_step"] for r in mine.values()), default=None)
+        same = [r["s_per_step"] for k, r in mine.items() if k.endswith(", checkpointing")]
         for name, numbers in PEERS.items():
             if side in numbers:
                 seconds, memory = numbers[side]
                 row = {"s_per_step": seconds, "gib_allocated": memory}
-                row |= {"ours_is_times_faster": round(seconds / fastest, 1)} if fastest else {}
+                if same:
+                    row["ours_with_checkpointing_is_times_faster"] = round(seconds / same[0], 1)
                 yield f"{side} px, {name}", functools.partial(dict, row | {"source": PEERS_SOURCE})
         for name, row in mine.items():
             keep = {k: row[k] for k in ("s_per_step", "gib_allocated", "mfu") if k in row}
@@ -616,13 +619,12 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 1 where a row failed or the options cannot be."""
     options = tyro.cli(Options, args=argv, prog="bench.py")
     commands = (ladder, recipe, against, floor, profile, same, t4)
-    folder = ROOT / ("runs/bench" if options.tiny else "benchmarks")
-    path = Path(options.out or folder / f"bench_{options.command}.json")
+    path = Path(options.out or ROOT / "runs" / "bench" / f"bench_{options.command}.json")
     typed = " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)])
     typed = re.sub(r" --(out|ladder)[ =]\S+", "", typed)  # a path of this machine tells nobody much
     rows = {}
     try:
-        on = machine(options.on)
+        on = "" if options.command == "against" else machine(options.on)  # of several machines
         if options.cap_gib and options.on.type == "cuda":
             whole = torch.cuda.get_device_properties(options.on).total_memory
             torch.cuda.set_per_process_memory_fraction(options.cap_gib * 2**30 / whole)

@@ -127,13 +127,14 @@ class Config:
     compile: bool = False
     # Keep only block inputs and compute the rest twice: less memory, about a third more time.
     gradient_checkpointing: bool = False
-    # The UNet's modules that recompute where --gradient-checkpointing is on; none names all.
+    # Which modules of the UNet recompute with --gradient-checkpointing, such as
+    # mid_block.attentions.0; left empty, all of them.
     checkpointed_blocks: tuple[str, ...] = ()
     # On a GPU, cut the step and choose what is recomputed by the free memory: the fastest that
     # fits, unless another batch size or checkpointing than the recipe's is asked for. The run is
     # the same.
     memory_plan: bool = False
-    # Train nothing; say what the run would need on this card, such as T4.
+    # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
     plan_for: str = ""
 
     # Optimizer steps between checkpoints; what a lost connection costs at most.

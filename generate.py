@@ -350,7 +350,7 @@ def run(options: Options) -> None:
     path = find_adapter(options.adapter)
     file = lora.read(path)
     recipe = configuration.RECIPES.get(file.about.get("recipe"), configuration.RECIPES["t4"])[1]
-    prompts = options.prompts or recipe.validation_prompts
+    prompts = options.prompts or of_run(path, "validation_prompts") or recipe.validation_prompts
     guidance = recipe.guidance_scale if options.guidance_scale < 0 else options.guidance_scale
     pairs = [(prompt, seed) for prompt in prompts for seed in options.seeds]
     name = find_base(options, file, half)

@@ -367,7 +367,12 @@ def assemble(
 
 def fit(config: Config, interrupts: report.Interrupts) -> int:
     """Set up, continue, step, save, export. Returns 0, or the exit code of an interrupted run."""
-    run, lines = set_up(config, model.check_device(config.device))
+    device = model.check_device(config.device)
+    if device.type == "cpu" and config.recipe != "pocket":
+        print(
+            "no GPU is used: full-size SDXL takes minutes a step on a CPU (pocket is made for one)"
+        )
+    run, lines = set_up(config, device)
     print(lines)
     if run.step:
         print(f"continuing after step {run.step} of {config.max_train_steps}")

@@ -364,6 +364,7 @@ CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
         Card("P100", 15.89, 18.7, 9.3, 732, (6, 0)),
         Card("V100", 15.77, 112, 14.0, 900, (7, 0)),
         Card("RTX 2060", 5.79, 52, 6.5, 336, (7, 5)),
+        Card("RTX 2070", 7.78, 60, 7.5, 448, (7, 5)),
         Card("RTX 3060", 11.75, 51, 12.7, 360, (8, 6)),
         Card("RTX 3090", 23.68, 71, 35.6, 936, (8, 6)),
         Card("RTX 4090", 23.64, 165, 82.6, 1008, (8, 9)),
@@ -405,7 +406,9 @@ def named_card(name: str) -> Card:
     for key, card in CARDS.items():
         if name.replace(" ", "").lower() == key.replace(" ", "").lower():
             return card
-    raise Refusal(f"card {name}", f"one of {', '.join(CARDS)}", "--plan-for T4")
+    raise Refusal(
+        f"card {name}", f"one of {', '.join(CARDS)}", "make plan CARD=T4, or --plan-for T4"
+    )
 
 
 def this_card(device: torch.device) -> Card:
