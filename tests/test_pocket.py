@@ -302,6 +302,7 @@ def draw(run: Path, strength: float, folder: Path) -> list[np.ndarray]:
     return pictures_of(folder)
 
 
+@pytest.mark.slow
 def test_quick_training_moves_held_out_pictures_towards_the_style(quick_run, tmp_path):
     ink = pictures_of(STYLES["ink"])
     drawn = {s: draw(quick_run, s, tmp_path / str(s)) for s in (0.0, 0.5, 1.0)}
