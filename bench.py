@@ -4,10 +4,10 @@ The UNet has SDXL base's shape and random weights, drawn on the device, and the 
 numbers in the place of the cache: nothing is downloaded or read. What is timed is loop.py's own
 optimizer_step(), with the examples that the host prepares for it.
 
-ladder: one technique after the other. recipe: a recipe as it is, under --cap-gib. against: the
-ladder's file beside other trainers' numbers. floor: the card's fastest matrix product. profile:
-where a step's time goes. same: how far each technique's loss and gradient are from fp32. t4: what a
-T4 would need, by arithmetic.
+ladder: one technique after the other. recipe: a recipe with its own batch (the memory plan is not
+asked), under --cap-gib. against: the ladder's file beside other trainers' numbers. floor: the
+card's fastest matrix product. profile: where a step's time goes. same: how far each technique's
+loss and gradient are from fp32. t4: what a T4 would need, by arithmetic.
 """
 
 import config as configuration  # first: it sets how long idle threads spin, before torch asks
@@ -174,6 +174,7 @@ def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
     packed = bitsandbytes.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
     layer.weight = packed.to(weight.device)  # this quantises
     layer.bias = bias
+    layer.support_avx512bf16_for_cpu = False  # as nf4.linear_4bit() says
     return layer
 
 

@@ -299,7 +299,7 @@ class Expanded(torch.autograd.Function):
 
 class FakeLinear4bit(nn.Module):
     """What takes as much room as bitsandbytes' Linear4bit: 4 bits a number, an 8-bit factor for
-    each 64 of them, and an fp32 factor for each 256 of those.
+    each nf4.BLOCK of them, and an fp32 factor for each nf4.SCALE_BLOCK of those.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -310,18 +310,18 @@ class FakeLinear4bit(nn.Module):
         self.bias, count = linear.bias, linear.weight.numel()
         packed = torch.empty((count + 1) // 2, 1, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        factors = -(-count // 64)
+        factors = -(-count // nf4.BLOCK)
         nested = QuantState(
-            torch.empty(-(-factors // 256)),
+            torch.empty(-(-factors // nf4.SCALE_BLOCK)),
             code=torch.empty(256),
-            blocksize=256,
+            blocksize=nf4.SCALE_BLOCK,
             dtype=torch.float32,
         )
         self.weight.quant_state = QuantState(
             torch.empty(factors, dtype=torch.uint8),
             shape=linear.weight.shape,
             dtype=dtype,
-            blocksize=64,
+            blocksize=nf4.BLOCK,
             quant_type="nf4",
             offset=torch.empty(()),
             state2=nested,

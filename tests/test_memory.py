@@ -70,6 +70,19 @@ def test_attention_keeps_no_matrix_of_all_pairs(dtype):
         assert live.peak < 10 * 4096 * 4096 * q.element_size() / 10
 
 
+def as_run(config, unet, adapter):
+    """What loop.micro_step() reads of a Run."""
+    return types.SimpleNamespace(
+        config=config,
+        unet=unet,
+        adapter=adapter,
+        schedule=model.NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
+        scaling=(0.13025, 0.0),
+        factor=torch.ones(()),
+        loss_sum=torch.zeros(()),
+    )
+
+
 @pytest.mark.parametrize("blocks", [None, (), ("mid_block.attentions.0",)])
 def test_tensors_without_numbers_are_as_many_as_those_with_numbers(tiny, blocks):
     """The same step with real tensors, counted by the same mode."""
@@ -81,15 +94,7 @@ def test_tensors_without_numbers_are_as_many_as_those_with_numbers(tiny, blocks)
             model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
         adapter = memory.lora.inject(unet, rank=config.lora_rank)
         memory.fused.use(unet)
-        run = types.SimpleNamespace(
-            config=config,
-            unet=unet,
-            adapter=adapter,
-            schedule=model.NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
-            scaling=(0.13025, 0.0),
-            factor=torch.ones(()),
-            loss_sum=torch.zeros(()),
-        )
+        run = as_run(config, unet, adapter)
         batch = make_batch(2)
         batch["context"] = torch.randn(2, 77, 48)
         live.start()
@@ -120,15 +125,7 @@ def test_more_at_once_needs_more_and_recomputing_needs_less(tiny):
 def test_recomputing_some_blocks_gives_the_same_gradient(unet, batch):
     """Law 1: what a plan may choose does not change the run."""
     adapter = memory.lora.inject(unet, rank=4)
-    run = types.SimpleNamespace(
-        config=SMALL,
-        unet=unet,
-        adapter=adapter,
-        schedule=model.NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
-        scaling=(0.13025, 0.0),
-        factor=torch.ones(()),
-        loss_sum=torch.zeros(()),
-    )
+    run = as_run(SMALL, unet, adapter)
     loop.micro_step(run, batch)
     plain = adapter.flat.grad.clone()
     adapter.flat.grad.zero_()
