@@ -13,6 +13,7 @@ import contextlib
 import functools
 import io
 import itertools
+import sys
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -351,7 +352,7 @@ def fill_cache(
         raise
     encoder.free("vae")
     if encoder.speed:
-        print(encoder.speed)
+        print(encoder.speed, file=sys.stderr)  # with the progress bars: said at a first start only
     return Cache(latents, prompts)
 
 
