@@ -41,7 +41,7 @@ bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; A
 	$(PYTHON) bench.py $(if $(ARGS),$(ARGS),ladder)
 
 test: $(SETUP)  ## the mathematics, the laws and the whole job on a small model; CPU, no network
-	$(PYTHON) -m pytest
+	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(SETUP)  ## lint and format
 	$(PYTHON) -m ruff check .

@@ -23,6 +23,11 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 
 import hub  # noqa: E402
 
+# make test runs as many processes as there are cores, up to four: each takes its part of them.
+torch.set_num_threads(
+    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
+)
+
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
 SDXL = ROOT / "tests" / "sdxl"  # SDXL base's own config files, without weights
