@@ -9,6 +9,10 @@ os.environ["HF_HUB_OFFLINE"] = (
 )
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
 os.environ["GOMP_SPINCOUNT"] = "1000"  # as config.py sets it, before torch is imported
+if "PYTEST_XDIST_WORKER" in os.environ:  # as make test runs them: each has its part of the cores,
+    # and so have the processes it starts, since a run's bytes depend on the number of threads
+    cores, workers = os.cpu_count() or 1, int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
 
 import sys
 from pathlib import Path
@@ -22,11 +26,6 @@ sys.path.insert(0, str(ROOT))
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 import hub  # noqa: E402
-
-# make test runs as many processes as there are cores, up to four: each takes its part of them.
-torch.set_num_threads(
-    max(1, torch.get_num_threads() // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-)
 
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
