@@ -36,6 +36,7 @@ MAY_CHANGE = {
     *("tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
     *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
+    "ddp_timeout",
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
     # base, data and dtype are told by content, not by the name they were asked for
     *("pretrained_model_name_or_path", "dataset_name", "image_column", "caption_column"),
@@ -67,7 +68,11 @@ def identity(
 
 
 def save_state(run: Run) -> None:
-    """Write the checkpoint of run.step, whole or not at all; remove what is over the limit."""
+    """Write the checkpoint of run.step, whole or not at all; remove what is over the limit. Of
+    several processes, which all hold the same, the first writes.
+    """
+    if not run.team.first:
+        return
     root = run.config.out / "checkpoints"
     folder = root / f"{run.step:06d}"
     aside = root / f".{folder.name}.{os.getpid()}.part"

@@ -6,6 +6,8 @@ import logging
 import math
 import os
 import sys
+import time
+from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,6 +20,12 @@ from files import Refusal
 # on the same cores, a step of the pocket recipe took up to 10 s; so it takes 0.3 s, and alone no
 # longer than before. To be set before torch is imported.
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")
+
+# Of several processes (torchrun numbers them), the first shows bars and says what is wrong with an
+# option; tqdm reads its variable when it is imported.
+SPEAKS = os.environ.get("RANK", "0") == "0"
+if not SPEAKS:
+    os.environ["TQDM_DISABLE"] = "1"
 
 # It says on a CPU that its fused 4-bit kernels are missing; they are not used here.
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -137,6 +145,10 @@ class Config:
     # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
     plan_for: str = ""
 
+    # Seconds without a sign after which one of several processes (torchrun) counts as hanging and
+    # ends the others; longer than any block of pictures takes to encode.
+    ddp_timeout: float = 600
+
     # Optimizer steps between checkpoints; what a lost connection costs at most.
     checkpointing_steps: int = 200
     # Checkpoints kept; two, so that damage to the newest costs one interval and not the run.
@@ -250,10 +262,24 @@ def shorten(config: Config) -> Config:
 
 def parse_or_leave(argv: list[str] | None = None) -> None:
     """Leave with an error now if the command line has one."""
+    if not SPEAKS:
+        return be_silent_or_leave(argv)
     try:
         parse(argv)
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
+
+
+def be_silent_or_leave(argv: list[str] | None) -> None:
+    """parse_or_leave() of a process beside the one that speaks. torchrun ends all with the first
+    that leaves, so it leaves later.
+    """
+    try:
+        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
+            parse(argv)
+    except (SystemExit, Refusal) as why:
+        time.sleep(10)
+        sys.exit(why.code if isinstance(why, SystemExit) else 1)
 
 
 def check(config: Config) -> Config:
@@ -274,6 +300,7 @@ def check(config: Config) -> Config:
         "snr_gamma": (0, 1e6),
         "noise_offset": (0, 1),
         "caption_dropout": (0, 1),
+        "ddp_timeout": (1, 10**6),
         "checkpointing_steps": (1, 10**8),
         "checkpoints_total_limit": (1, 10**6),
         "guidance_scale": (0, 100),

@@ -15,7 +15,7 @@ import io
 import itertools
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model
+import parallel
 from ahead import Ahead
 from files import Refusal, digest, open_safetensors, safetensors_bytes, sweep_parts, write_whole
 from sources import Picture
@@ -207,16 +208,17 @@ class Encoder:
         return mean[0], std[0], time_ids
 
     def encode_pictures(
-        self, blocks: list[range], flips: tuple[bool, ...]
+        self, blocks: Iterable[range], flips: tuple[bool, ...]
     ) -> Iterator[dict[str, Tensor]]:
         """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order; the
         pictures are decoded ahead. No call of the VAE crosses a block's end: its bits depend on
         what is in it.
         """
         work, count = (lambda i: views(self.pictures[i], *self.crop, flips)), len(flips)
-        with Ahead(work, itertools.chain(*blocks), depth=BLOCK) as prepared:
+        blocks, ahead = itertools.tee(blocks)
+        with Ahead(work, itertools.chain.from_iterable(ahead), depth=BLOCK) as prepared:
             size = max(1, self.at_once() // count)  # pictures
-            for part in itertools.chain(*(cut(block, size) for block in blocks)):
+            for part in itertools.chain.from_iterable(cut(block, size) for block in blocks):
                 pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
                 names = [self.pictures[i].name for i in part for _ in flips]
                 mean, std = self.posterior(torch.cat(pixels), names)
@@ -251,7 +253,7 @@ class Encoder:
         context, pooled = self.embed([self.caption(index)])
         return context[0], pooled[0]
 
-    def encode_captions(self, blocks: list[range]) -> Iterator[tuple[Tensor, Tensor]]:
+    def encode_captions(self, blocks: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
         """What prompt() gives for each index of `blocks`, in order; equal captions of a block are
         encoded once, on a GPU all of a block in one call, on a CPU one by one.
         """
@@ -293,9 +295,11 @@ def fill(
     folder: Path,
     kind: str,
     keys: list[str],
-    encode: Callable[[list[range]], Iterator[dict[str, Tensor]]],
+    encode: Callable[[Iterable[range]], Iterator[dict[str, Tensor]]],
+    team: parallel.Alone = parallel.ALONE,
 ) -> list[Path]:
-    """One file for each BLOCK of keys, encoding only the blocks that are not on disk yet.
+    """One file for each BLOCK of keys, encoding only the blocks that are not on disk yet. Several
+    processes claim them block by block, and leave when all are there.
 
     keys: what each row depends on (content, encoder, resolution); a block's file is named by its
     keys, so changed data or encoders give other files and nothing stale is ever read. encode: gives
@@ -304,17 +308,22 @@ def fill(
     blocks = cut(range(len(keys)), BLOCK)
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     todo = [(file, block) for file, block in zip(files, blocks, strict=True) if not file.is_file()]
-    if todo:
+    if todo and team.first:
         sweep_parts(folder)
-        count = sum(len(block) for _, block in todo)
+    claimed = (pair for pair in todo if team.claim(pair[0].name))
+    if first := next(claimed, None):
+        told, mine = itertools.tee(itertools.chain([first], claimed))
+        count = sum(len(block) for _, block in todo) // team.size  # of several, about as many each
         # closing: whatever goes wrong here, what encodes ahead stops at once
-        with contextlib.closing(encode([block for _, block in todo])) as rows:
+        with contextlib.closing(encode(block for _, block in told)) as rows:
             bar = iter(tqdm(rows, f"encoding {kind}s", count, unit="", mininterval=1))
-            for file, block in todo:
+            for file, block in mine:
                 block_rows = list(itertools.islice(bar, len(block)))
                 stacked = {key: torch.stack([r[key] for r in block_rows]) for key in block_rows[0]}
                 write_whole(file, safetensors_bytes(stacked, {"kind": kind}))
+                team.sign(f"encoding {kind}s")
             next(bar, None)  # past the last row, so that bar and encode() come to their ends
+    team.wait(f"encoding {kind}s")
     return files
 
 
@@ -324,6 +333,7 @@ def fill_cache(
     random_flip: bool,
     dtype: torch.dtype,
     prints: dict[str, str],
+    team: parallel.Alone = parallel.ALONE,
 ) -> Cache:
     """Encode what is not on disk yet, captions first, each encoder freed when it is done.
 
@@ -341,17 +351,16 @@ def fill_cache(
     resolution, random_crop, seed = encoder.crop
     crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
     latent_keys = [digest(p.digest, prints["vae"], crop) for p in encoder.pictures]
-    prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype)
+    prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, team)
     encoder.free("text")
     try:
-        latents = fill(
-            folder, "latent", latent_keys, lambda blocks: encoder.encode_pictures(blocks, flips)
-        )
+        encode = functools.partial(encoder.encode_pictures, flips=flips)
+        latents = fill(folder, "latent", latent_keys, encode, team)
     except Refusal:
         check_pictures(encoder.pictures)  # name every damaged picture, not the first alone
         raise
     encoder.free("vae")
-    if encoder.speed:
+    if encoder.speed and team.first:
         print(encoder.speed, file=sys.stderr)  # with the progress bars: said at a first start only
     return Cache(latents, prompts)
 

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from files import first_line
@@ -57,8 +58,11 @@ class Recorded:
                 self.step(inputs)
         torch.cuda.current_stream().wait_stream(side)
         recording = torch.cuda.CUDAGraph()
+        # NCCL's watchdog asks the GPU for news from its own thread, which would spoil a recording
+        # that holds for all threads.
+        mode = {"capture_error_mode": "thread_local"} if dist.is_initialized() else {}
         try:
-            with torch.cuda.graph(recording, pool=self.pool):
+            with torch.cuda.graph(recording, pool=self.pool, **mode):
                 self.step(inputs)
         except torch.cuda.OutOfMemoryError:
             raise

@@ -15,8 +15,10 @@ import config as configuration
 if __name__ == "__main__":
     configuration.parse_or_leave()  # a wrong option is answered before twelve seconds of imports
 
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import math
 import signal
@@ -40,6 +42,7 @@ import lora
 import memory
 import model
 import nf4
+import parallel
 import report
 import sources
 from config import Config
@@ -125,10 +128,15 @@ class LossScale:
         self.good_steps, self.skipped, self.value = 0, self.skipped + 1, self.value / 2
 
 
-def micro_batches(step: int, n: int, size: int) -> Iterator[range]:
-    """The numbers of step `step`'s n examples, at most `size` at a time: the last may be fewer."""
-    for first in range(step * n, (step + 1) * n, size):
-        yield range(first, min(first + size, (step + 1) * n))
+def micro_batches(
+    step: int, n: int, size: int, team: parallel.Alone = parallel.ALONE
+) -> Iterator[range]:
+    """The numbers of step `step`'s n examples that are this process's, at most `size` at a time:
+    the last may be fewer. Of several processes one may have none.
+    """
+    mine = team.share(range(step * n, (step + 1) * n))
+    for first in range(0, len(mine), size):
+        yield mine[first : first + size]
 
 
 @dataclass
@@ -137,7 +145,8 @@ class Run:
 
     identity: what makes it this run and no other; start: the untrained vector, on the CPU; factor:
     the loss scale and loss_sum: the step's loss so far, () fp32 on the device; forward_backward:
-    micro_step(), as it is or recorded; coming: the batch that begins the next step.
+    micro_step(), as it is or recorded; coming: the batch that begins the next step; team: the
+    processes that share the run; stop: whether one of them was asked to stop.
     """
 
     config: Config
@@ -156,6 +165,9 @@ class Run:
     step: int = 0
     forward_backward: Callable[[dict[str, Tensor]], None] | None = None
     coming: dict[range, dict[str, Tensor]] = dataclasses.field(default_factory=dict)
+    team: parallel.Alone = parallel.ALONE
+    interrupts: report.Interrupts = dataclasses.field(default_factory=report.Interrupts)
+    stop: bool = False
 
 
 def micro_step(run: Run, batch: dict[str, Tensor]) -> None:
@@ -175,24 +187,32 @@ def optimizer_step(run: Run) -> tuple[float, float]:
     """One step over n examples. Returns their mean loss and the gradient's norm before clipping.
 
     The loss is a sum over the step's examples divided by n, so 1 x 4, 2 x 2, 3 + 1 and 4 x 1 are
-    the same step. Raises Refusal where the loss is not finite, or the gradient and the loss scale
-    cannot back off.
+    the same step, in one process or in several that each take a share. Raises Refusal where the
+    loss is not finite, or the gradient and the loss scale cannot back off.
     """
-    config, grad = run.config, run.adapter.flat.grad
-    cut = functools.partial(micro_batches, n=config.examples_per_step, size=config.train_batch_size)
+    config, grad, team = run.config, run.adapter.flat.grad, run.team
+    n, size = config.examples_per_step, config.train_batch_size
+    cut = functools.partial(micro_batches, n=n, size=size, team=team)
     run.factor.fill_(run.scale.value)
     run.loss_sum.zero_()
     for numbers in cut(run.step):
         batch = run.coming.pop(numbers, None) or run.examples.batch(numbers, run.device)
         run.forward_backward(batch)
+    # The step's gradient is a sum over its examples, so over the processes: one all-reduce of the
+    # flat vector. All that is decided below is decided on sums, so every process decides the same.
+    # The loss and who was asked to stop go apart: the vector's own end is the adapter's.
+    asked = torch.full_like(run.loss_sum, bool(run.interrupts.caught))
+    team.all_reduce(grad)
+    team.all_reduce(small := torch.stack([run.loss_sum, asked]))  # (2,)
     grad.div_(run.factor)
     # A GPU is still at work now; the host makes the next step's first batch before it waits. (Under
     # --no-cache a picture that cannot be encoded is met one step early, and that step is redone.)
     if run.step + 1 < config.max_train_steps:
-        numbers = next(cut(run.step + 1))
-        run.coming = {numbers: run.examples.batch(numbers, run.device)}
+        for numbers in itertools.islice(cut(run.step + 1), 1):
+            run.coming = {numbers: run.examples.batch(numbers, run.device)}
     # Here, and nowhere else in the step, the host waits for a result.
-    mean_loss, norm = torch.stack([run.loss_sum, grad.norm()]).tolist()
+    mean_loss, asked, norm = torch.cat([small, grad.norm()[None]]).tolist()
+    run.stop = asked > 0
     if not math.isfinite(mean_loss):
         raise not_finite(run, mean_loss)
     if math.isfinite(norm):
@@ -263,6 +283,7 @@ def prepare(
     pictures: list[sources.Picture],
     prints: dict[str, str],
     timesteps: int,
+    team: parallel.Alone,
 ) -> data.Examples:
     """The run's examples, from the cache, its gaps filled; or encoded anew every step."""
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32
@@ -276,7 +297,8 @@ def prepare(
     )
     source = encoder
     if config.cache:
-        source = data.fill_cache(Path(config.cache_dir), encoder, config.random_flip, dtype, prints)
+        folder = Path(config.cache_dir)
+        source = data.fill_cache(folder, encoder, config.random_flip, dtype, prints, team)
     else:
         data.check_pictures(pictures)
     side = config.resolution // 8  # check() refuses what the VAE's factor does not divide
@@ -295,7 +317,9 @@ def prepare(
 # ---- the run -------------------------------------------------------------------------------------
 
 
-def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
+def set_up(
+    config: Config, device: torch.device, team: parallel.Alone = parallel.ALONE
+) -> tuple[Run, str]:
     """The data, encoded and the encoders freed; the UNet with its adapter; the checkpoint.
 
     Returns the run and the lines it begins with.
@@ -309,18 +333,22 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     same = checkpoint.identity(config, dtype, pictures, str(prints), noise)
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
-    config, plan = memory.choose(config, device, dtype, micro_step)
-    write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
-    examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod))
+    most = team.largest_share(config.examples_per_step)
+    config, plan = memory.choose(config, device, dtype, micro_step, most)
+    if team.first:
+        write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
+    examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod), team)
 
     with model.HostMemory() as host:
         if config.base_quantization == "nf4":
-            unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
+            with team.first_alone("quantising"):  # the others then read the 4-bit file
+                unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
         else:
             unet = model.load_unet(name, device, dtype)
     run, how = assemble(config, unet, examples, schedule, model.latent_scaling(name), same)
-    run.start = run.adapter.flat.detach().cpu().clone()
+    run.start, run.team = run.adapter.flat.detach().cpu().clone(), team
     checkpoint.restore(run, state)
+    team.check_equal("the run's start", run.adapter.flat, f"{run.step} {same}")
     lines = report.describe(run, pictures, f"{reason}; {how}", host)
     return run, f"{lines}\n{plan}".rstrip()
 
@@ -365,20 +393,21 @@ def assemble(
     return run, how
 
 
-def fit(config: Config, interrupts: report.Interrupts) -> int:
+def fit(config: Config, interrupts: report.Interrupts, team: parallel.Alone) -> int:
     """Set up, continue, step, save, export. Returns 0, or the exit code of an interrupted run."""
-    device = model.check_device(config.device)
+    device = team.start(model.check_device(config.device))
     if device.type == "cpu" and config.recipe != "pocket":
         print(
             "no GPU is used: full-size SDXL takes minutes a step on a CPU (pocket is made for one)"
         )
-    run, lines = set_up(config, device)
+    run, lines = set_up(config, device, team)
+    run.interrupts = interrupts
     print(lines)
     if run.step:
         print(f"continuing after step {run.step} of {config.max_train_steps}")
     run.adapter.check_tied()
     interrupts.gently = True
-    with report.Log(config.out, run.step, config) as log:
+    with report.Log(config.out, run.step, config, team.first) as log:
         while run.step < config.max_train_steps:
             began, first = time.perf_counter(), run.step
             try:
@@ -389,16 +418,21 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
                 raise
             # ---- once in a while
             last = run.step == config.max_train_steps
-            if run.step % config.checkpointing_steps == 0 or last or interrupts.caught:
+            if run.step % config.checkpointing_steps == 0 or last or run.stop:
+                team.check_equal(f"the adapter after step {run.step}", run.adapter.flat)
                 checkpoint.save_state(run)
             # ---- diagnostics: without them the run is the same
             log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
-            if interrupts.caught and not last:
+            if run.stop and not last:
+                team.wait("saving")  # the first to leave has torchrun end the others
                 print(f"\ninterrupted: step {run.step} is saved; the same command continues")
-                return 128 + interrupts.caught
+                return 128 + (interrupts.caught or signal.SIGTERM)
     interrupts.gently = False  # now a signal may leave at once: the same command does the rest
     run.forward_backward = None  # a recording holds the memory of a whole step
     model.free_memory()
+    team.leave()
+    if not team.first:
+        return 0
     for path in checkpoint.export(run):
         print(f"saved, read back and compared: {path}")
     checkpoint.mark_finished(config, run)
@@ -434,31 +468,41 @@ def draw(config: Config) -> None:
         ) from error
 
 
+def train(config: Config, team: parallel.Alone) -> int:
+    """The run and its picture, unless they are there already. Returns the command's exit code."""
+    alone = only_run(config.out) if team.first else contextlib.nullcontext()
+    with report.Interrupts() as interrupts, team, alone:
+        with team.first_alone("looking for a finished run"):
+            steps = checkpoint.finished(config)
+        if steps:
+            print(
+                f"{config.out} is finished: {steps} steps on {config.dataset_name}. To go on: "
+                "a larger --max-train-steps; to start anew: another --output-dir; to draw: "
+                "make generate"
+            )
+        elif code := fit(config, interrupts, team):
+            return code
+        team.leave()
+        model.free_memory()
+        if team.first:
+            draw(config)
+        return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0 done, 1 a refusal (said on stderr), 128 + signal
     interrupted.
     """
+    team = parallel.ALONE
     try:
         config = configuration.parse(argv)
         if config.plan_for:
             print(memory.table(config, micro_step))
             return 0
-        with report.Interrupts() as interrupts, only_run(config.out):
-            if steps := checkpoint.finished(config):
-                print(
-                    f"{config.out} is finished: {steps} steps on {config.dataset_name}. To go on: "
-                    "a larger --max-train-steps; to start anew: another --output-dir; to draw: "
-                    "make generate"
-                )
-            else:
-                code = fit(config, interrupts)
-                if code:
-                    return code
-                model.free_memory()
-            draw(config)
-            return 0
+        team = parallel.join(config.ddp_timeout)
+        return train(config, team)
     except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
+        team.say(f"error: {refusal}")
         return 1
     except torch.cuda.OutOfMemoryError as error:
         less = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
@@ -471,20 +515,19 @@ def main(argv: list[str] | None = None) -> int:
         advice = f"add {', or '.join(less)}; the same run continues"
         if not less:
             advice = "with another --output-dir, take the recipe lowmem or a smaller --resolution"
-        print(
+        team.say(
             f"error: the GPU's memory is full ({first_line(error)}). What to do: close what else "
-            f"uses this GPU, or {advice}",
-            file=sys.stderr,
+            f"uses this GPU, or {advice}"
         )
         return 1
     except OSError as error:  # a disk that fills up while the log is written, say
-        print(f"error: {error}. What to do: mend that, then the same command", file=sys.stderr)
+        team.say(f"error: {error}. What to do: mend that, then the same command")
         return 1
-    except KeyboardInterrupt:
-        print(
-            "\ninterrupted: what is saved is whole, and the same command continues", file=sys.stderr
+    except KeyboardInterrupt as interrupt:
+        team.say(
+            team.why() or "\ninterrupted: what is saved is whole, and the same command continues"
         )
-        return 128 + (interrupts.caught or signal.SIGINT)
+        return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
 if __name__ == "__main__":

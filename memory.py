@@ -484,10 +484,10 @@ def shaped(config: Config, size: int, blocks: tuple[str, ...] | None) -> Config:
 
 
 def candidates(
-    config: Config, predict: Predict, card: Card, half: bool
+    config: Config, predict: Predict, card: Card, half: bool, most: int
 ) -> list[tuple[float, int, Config]]:
-    """Every way to cut the step and to recompute blocks, fastest first: its seconds at the full
-    peak, its bytes and its Config.
+    """Every way to cut the step into passes of at most `most` and to recompute blocks, fastest
+    first: its seconds at the full peak, its bytes and its Config.
 
     Blocks are added in the order of bytes saved per FLOP. The bytes are scaled up from one example
     without and one with everything recomputed, which is somewhat too much; choose_plan() looks at
@@ -499,7 +499,7 @@ def candidates(
     fixed = plain.peak - plain.parts["activations"]
     found = []
     n = config.examples_per_step
-    for size in (size for size in range(1, n + 1) if n % size == 0):
+    for size in (size for size in range(1, most + 1) if n % size == 0):
         lowest = fixed + size * all_again.parts["activations"]
         bytes_, flop = fixed + size * plain.parts["activations"], size * plain.flop
         ways = [(bytes_, flop, None)]
@@ -515,10 +515,16 @@ def candidates(
     return [(c[0], *c[2:]) for c in sorted(found, key=lambda c: c[:2])]
 
 
-def choose_plan(config: Config, predict: Predict, card: Card, half: bool, free: int) -> Plan:
-    """The fastest way that fits into FILL of `free` bytes. Raises Refusal where none does."""
+def choose_plan(
+    config: Config, predict: Predict, card: Card, half: bool, free: int, most: int = 0
+) -> Plan:
+    """The fastest way that fits into FILL of `free` bytes, in passes of at most `most` examples (0:
+    of all). Raises Refusal where none does.
+    """
     faster, off = None, {}  # off: by size of pass, how far its last estimate was from what came out
-    for _, estimate, way in candidates(config, predict, card, half):
+    for _, estimate, way in candidates(
+        config, predict, card, half, most or config.examples_per_step
+    ):
         size = way.train_batch_size
         needed = estimate + off.get(size, 0)
         if needed <= FILL * free * (1 if size in off else 1.05):  # at first estimates are too high
@@ -562,9 +568,10 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose(
-    config: Config, device: torch.device, dtype: torch.dtype, step: Callable
+    config: Config, device: torch.device, dtype: torch.dtype, step: Callable, most: int = 0
 ) -> tuple[Config, str]:
-    """`config` cut and recomputed as this GPU allows, and a line that says so.
+    """`config` cut and recomputed as this GPU allows, and a line that says so. most: the examples
+    of a step that this process has; 0 means all.
 
     Only where the recipe asks for it and batch size and checkpointing are still the recipe's own:
     what was asked for is obeyed. The run is the same whatever is chosen.
@@ -585,7 +592,8 @@ def choose(
         about = UNet2DConditionModel.load_config(folder)
         predict = predictor(config, dtype, step, about, Path(config.cache_dir))
         free = free_bytes(device)
-        plan = choose_plan(config, predict, this_card(device), dtype != torch.float32, free)
+        card, half = this_card(device), dtype != torch.float32
+        plan = choose_plan(config, predict, card, half, free, most)
     except Refusal:
         raise
     except Exception as error:  # another torch's fake tensors may lack something: train anyway

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,9 +22,15 @@ if TYPE_CHECKING:
 
 
 class Log:
-    """A progress bar, one JSON line and one set of TensorBoard scalars for each step."""
+    """A progress bar, one JSON line and one set of TensorBoard scalars for each step; nothing of
+    it in a process that does not speak for the run.
+    """
 
-    def __init__(self, out: Path, start: int, config: Config):
+    def __init__(self, out: Path, start: int, config: Config, speaks: bool = True):
+        self.board = None
+        if not speaks:
+            self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
+            return
         path = out / "log.jsonl"
         old = path.read_text().splitlines() if path.is_file() else []
         kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
@@ -31,7 +38,6 @@ class Log:
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         self.file = open(path, "a")
         self.bar = tqdm(total=config.max_train_steps, initial=start, desc="training", mininterval=1)
-        self.board = None
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -86,7 +92,7 @@ class Interrupts:
     def _handle(self, number, _frame):
         second_time, self.caught = bool(self.caught), number
         if not self.gently or second_time:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt(number)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -111,6 +117,7 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
         [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
     )
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    several = f", shared by {run.team.size} processes" if run.team.size > 1 else ""
     nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
     lines = (
         f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
@@ -120,7 +127,7 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
         f"{cut} cut at the tokenizer's length",
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = "
-        f"{config.max_train_steps * n / len(pictures):.1f} epochs",
+        f"{config.max_train_steps * n / len(pictures):.1f} epochs{several}",
         f"{run.adapter.trainable:,} trainable parameters of {total:,} "
         f"({100 * run.adapter.trainable / total:.2f} %) in {len(run.adapter.layers)} layers",
     )
