@@ -324,7 +324,7 @@ def join(timeout: float) -> Alone:
     env = os.environ
     size, local = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_WORLD_SIZE", 0))
     if size == 1:
-        return Alone()
+        return ALONE
     if local != size:  # the cache is shared by its disk, and a death is seen by its process number
         raise Refusal(
             f"{size} processes, of which {local} are on this host",

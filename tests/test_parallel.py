@@ -1,0 +1,489 @@
+"""Several processes, one run: forked from the test process, over Gloo. torchrun itself, which takes
+ten seconds a process to import torch, is in test_torchrun.py.
+"""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import sys
+import time
+import types
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import config as configuration
+import data
+import loop
+import lora
+import model
+import parallel
+from config import RECIPES
+from conftest import INK, POCKET, make_batch, make_unet
+from files import Refusal
+
+CPU = torch.device("cpu")
+FORK = multiprocessing.get_context("fork")
+
+
+def stopped(pid: int) -> bool:
+    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
+        return file.read().rpartition(")")[2].split()[0] == "T"
+    return False
+
+
+@pytest.fixture
+def together(tmp_path):
+    """together(size, work, timeout) forks `size` processes that each do work(team) or, with
+    command=True, work() under torchrun's variables. Returns each one's exit code and result, and
+    what each said on stderr. Whoever is still there `patience` seconds on is killed: code -9.
+    """
+
+    def child(rank, size, port, work, timeout, command, answers):
+        torch.set_num_threads(1)  # more would be started by threads that a fork does not have
+        sys.stderr = open(tmp_path / f"stderr-{rank}", "w", buffering=1)
+        sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
+        os.environ |= sizes | {"RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        os.environ |= {"MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+        if command:
+            code = work()
+            sys.stderr.flush()
+            os._exit(code)
+        try:
+            with parallel.Team(rank, size, "127.0.0.1", port, timeout) as team:
+                team.start(CPU)
+                answers.put((rank, work(team)))
+                answers.close()
+                answers.join_thread()
+        except Refusal as refusal:
+            team.say(f"error: {refusal}")
+            os._exit(1)
+        os._exit(0)
+
+    def run(size, work, timeout=60.0, command=False, patience=90.0, meanwhile=lambda pids: None):
+        # As torchrun does it: the store is not in one of the processes.
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        answers, results = FORK.Queue(), {}
+        started = [
+            FORK.Process(target=child, args=(r, size, store.port, work, timeout, command, answers))
+            for r in range(size)
+        ]
+        for process in started:
+            process.start()
+        meanwhile([process.pid for process in started])
+        until = time.monotonic() + patience
+        while any(p.is_alive() for p in started) and time.monotonic() < until:
+            while not answers.empty():
+                results.update([answers.get()])
+            if all(stopped(p.pid) for p in started if p.is_alive()):
+                break
+            time.sleep(0.02)
+        while not answers.empty():
+            results.update([answers.get()])
+        for process in started:
+            process.kill()
+            process.join()
+        said = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(size)]
+        codes = [process.exitcode for process in started]
+        return types.SimpleNamespace(codes=codes, results=results, said=said)
+
+    return run
+
+
+# ---- who has which part --------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
+@pytest.mark.parametrize("n", [1, 2, 4, 5, 16])
+def test_shares_cover_each_example_once_and_differ_by_one_at_most(n, size):
+    numbers, parts = range(3 * n, 4 * n), []
+    for rank in range(size):
+        team = parallel.Alone()
+        team.rank, team.size = rank, size
+        parts.append(team.share(numbers))
+        cut = list(loop.micro_batches(3, n, 2, team))
+        assert [i for part in cut for i in part] == list(parts[-1])
+        assert all(1 <= len(part) <= 2 for part in cut)
+    assert [i for part in parts for i in part] == list(numbers)
+    sizes = [len(part) for part in parts]
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) == team.largest_share(n)
+
+
+# ---- the step ------------------------------------------------------------------------------------
+
+
+def tiny_run(team, n=4, precision="fp32", **changes) -> loop.Run:
+    """A run on the tiny UNet; example i's numbers follow from i."""
+    config = dataclasses.replace(
+        RECIPES["pocket"][1],
+        train_batch_size=n,
+        gradient_accumulation_steps=1,
+        lora_rank=4,
+        lr_scheduler="constant",
+        lr_warmup_steps=0,
+        learning_rate=1e-3,
+        use_8bit_adam=False,
+        mixed_precision=precision,
+        **changes,
+    )
+    unet = make_unet().to(model.choose_dtype(precision, CPU)[0])
+
+    def batch(numbers, device):
+        rows = [make_batch(1, seed=i) for i in numbers]
+        return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
+
+    examples = types.SimpleNamespace(
+        batch=batch,
+        example=lambda i: types.SimpleNamespace(picture=i),
+        names=[f"{i}.png" for i in range(100)],
+    )
+    schedule = model.load_noise_schedule(str(POCKET), CPU)
+    run, _ = loop.assemble(config, unet, examples, schedule, (0.13, 0.0), {})
+    run.team = team
+    return run
+
+
+def steps(run, count=6) -> tuple[list[tuple[float, float]], torch.Tensor]:
+    before = run.adapter.flat.detach().clone()
+    said = [loop.optimizer_step(run) for _ in range(count)]
+    return said, (run.adapter.flat.detach() - before).numpy()
+
+
+@pytest.fixture(scope="module")
+def alone():
+    torch.set_num_threads(1)
+    return {n: steps(tiny_run(parallel.ALONE, n)) for n in (1, 4)}
+
+
+@pytest.mark.parametrize(("n", "size"), [(4, 2), (4, 3), (1, 2)])
+def test_several_processes_take_the_steps_of_one(together, alone, n, size):
+    """4 examples in 2 + 2 and 1 + 1 + 2, and 1 example in two processes, of which one has none."""
+    done = together(size, lambda team: steps(tiny_run(team, n)))
+    assert done.codes == [0] * size, done.said
+    said, moved = alone[n]
+    for rank in range(size):
+        theirs, vector = done.results[rank]
+        assert vector.tobytes() == done.results[0][1].tobytes()  # the ranks agree to the bit
+        assert theirs == done.results[0][0]
+        off = torch.from_numpy(vector - moved).norm() / torch.from_numpy(moved).norm()
+        assert off <= (0 if n == 1 else 1e-3)
+        assert theirs[0] == pytest.approx(said[0], rel=1e-4)  # loss and norm of the first gradient
+
+
+def test_an_overflow_in_one_process_is_skipped_by_all(together):
+    def work(team):
+        run = tiny_run(team, precision="fp16")
+        step = run.forward_backward
+
+        def overflowing(batch):
+            step(batch)
+            if run.step == 1 and team.rank == 1:
+                run.adapter.flat.grad[5] = float("inf")
+
+        run.forward_backward = overflowing
+        before = run.scale.value
+        steps(run, 3)
+        return run.scale.skipped, run.scale.value / before, run.adapter.flat.detach().numpy()
+
+    done = together(2, work)
+    assert done.codes == [0, 0], done.said
+    first, second = done.results[0], done.results[1]
+    assert first[:2] == second[:2] == (1, 0.5)
+    assert first[2].tobytes() == second[2].tobytes()
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(together):
+    def work(team):
+        run = tiny_run(team)
+        if team.rank == 1:
+            run.forward_backward = lambda batch: run.loss_sum.fill_(float("nan"))
+        steps(run)
+
+    done = together(2, work)
+    assert done.codes == [1, 1]
+    assert "".join(done.said).count("error: ") == 1
+    assert "loss of step 1 is nan (pictures 0.png, 1.png, 2.png, 3.png)" in "".join(done.said)
+
+
+def test_a_signal_to_one_process_stops_all_after_the_same_step(together):
+    def work(team):
+        run = tiny_run(team)
+        while not run.stop:
+            if team.rank == 1 and run.step == 2:
+                run.interrupts.caught = signal.SIGTERM
+            loop.optimizer_step(run)
+        return run.step
+
+    done = together(3, work)
+    assert done.results == {0: 3, 1: 3, 2: 3}
+
+
+def test_ranks_that_drift_apart_are_named(together):
+    def work(team):
+        vector = torch.zeros(10)
+        team.check_equal("the start", vector, "same")
+        vector[3] += team.rank == 1
+        team.check_equal("the adapter", vector)
+
+    done = together(3, work)
+    assert done.codes == [1, 1, 1]
+    said = "".join(done.said)
+    assert said.count("error: ") == 1 and "the adapter is not the same" in said
+    assert "rank 1 differs" in said
+
+
+# ---- the cache -----------------------------------------------------------------------------------
+
+KEYS = [f"key {i}" for i in range(100)]  # 7 blocks
+
+
+def slowly(encoded, at=lambda i: None):
+    """encode() for data.fill(): notes what it encodes."""
+
+    def encode(blocks):
+        for block in blocks:
+            for i in block:
+                at(i)
+                encoded.append(i)
+                time.sleep(0.005)
+                yield {"mean": torch.full((2,), float(i))}
+
+    return encode
+
+
+def test_caching_is_shared_nobody_encodes_twice_and_all_leave_with_all_of_it(together, tmp_path):
+    whole = data.fill(tmp_path / "alone", "latent", KEYS, slowly([]))
+
+    def work(team):
+        files = data.fill(tmp_path / "shared", "latent", KEYS, slowly(mine := []), team)
+        assert all(file.is_file() for file in files)
+        return mine
+
+    done = together(3, work)
+    assert done.codes == [0, 0, 0], done.said
+    assert sorted(i for mine in done.results.values() for i in mine) == list(range(100))
+    assert sum(bool(mine) for mine in done.results.values()) >= 2
+    for file in whole:
+        assert (tmp_path / "shared" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_one_that_dies_while_caching_loses_the_block_in_hand_and_is_named(together, tmp_path):
+    def work(team):
+        def at(i):
+            if i == 40:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        data.fill(tmp_path, "latent", KEYS, slowly([], at), team)
+
+    done = together(2, work)
+    dead = done.codes.index(-signal.SIGKILL)
+    assert sorted(done.codes) == [-signal.SIGKILL, 1]
+    assert f"error: rank {dead} has died (process " in "".join(done.said)
+    assert len(list(tmp_path.glob("latent-*"))) == 6
+    data.fill(tmp_path, "latent", KEYS, slowly(again := []))
+    assert again == list(range(32, 48))
+
+
+# ---- death and silence ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+def test_one_that_dies_or_hangs_ends_the_others_with_its_name(together, number):
+    def work(team):
+        run = tiny_run(team)
+        for _ in range(10**6):
+            if team.rank == 1 and run.step == 2:
+                os.kill(os.getpid(), number)
+            loop.optimizer_step(run)
+
+    began = time.monotonic()
+    done = together(3, work, timeout=2.0)
+    assert done.codes == [1, -signal.SIGKILL, 1]
+    said = {signal.SIGKILL: "rank 1 has died", signal.SIGSTOP: "rank 1 gives no sign for 2 s"}
+    words = "".join(done.said)
+    assert words.count("error: ") == 1 and said[number] in words
+    assert "last seen training" in words and "the same command" in words
+    assert time.monotonic() - began < 40
+
+
+def test_a_process_that_only_waits_as_under_nccl_is_ended_by_its_watch(together, monkeypatch):
+    """NCCL's sum is a kernel: the host is not told that it fails, and waits for its result."""
+    monkeypatch.setattr(dist, "all_reduce", lambda sums: None)
+    monkeypatch.setattr(parallel, "GRACE", 0.2)
+
+    def work(team):
+        if team.rank == 0:
+            team.all_reduce(torch.zeros(1))
+        time.sleep(60)
+
+    done = together(2, work, timeout=1.0)
+    assert (
+        done.codes[0] == 1 and "rank 1 gives no sign for 1 s (last seen starting)" in done.said[0]
+    )
+
+
+def test_slow_work_that_gives_signs_is_not_a_hang(together):
+    def work(team):
+        for _ in range(8 * team.rank):
+            time.sleep(0.25)
+            team.sign("encoding")
+        team.wait("encoding")
+
+    assert together(2, work, timeout=1.0).codes == [0, 0]
+
+
+def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
+    def work(team):
+        if team.rank == 1:
+            raise Refusal("picture a.png cannot be read", "a picture", "remove it")
+        team.all_reduce(torch.zeros(1))
+
+    done = together(3, work)
+    assert done.codes == [1, 1, 1]
+    assert "".join(done.said).count("error: ") == 1 and "picture a.png" in done.said[1]
+
+
+def test_the_store_gone_with_torchrun_ends_the_process(tmp_path, monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    team, ended, said = parallel.Team(0, 2, "127.0.0.1", store.port, 1.0), [], []
+    monkeypatch.setattr(parallel, "GRACE", 0.1)
+    monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), team.noticed.set()))
+    monkeypatch.setattr(team, "say", said.append)
+    del store
+    team._watch()
+    assert ended == [1] and "torchrun has died" in said[0]
+
+
+# ---- what torchrun says --------------------------------------------------------------------------
+
+
+def test_without_torchrun_or_with_one_process_a_run_is_alone(monkeypatch):
+    assert parallel.join(1.0) is parallel.ALONE
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert parallel.join(1.0) is parallel.ALONE
+
+
+def test_processes_on_several_hosts_are_refused(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(Refusal, match="4 processes, of which 2 are on this host"):
+        parallel.join(1.0)
+
+
+@pytest.mark.parametrize(("device", "found"), [("cuda", 1), ("cuda:0", 4)])
+def test_more_processes_than_gpus_are_refused(monkeypatch, device, found):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: found)
+    team = parallel.Team(1, 2, "127.0.0.1", store.port, 1.0)
+    with pytest.raises(Refusal, match=f"2 processes on device {device}, and {found} GPUs.*--nproc"):
+        team.start(torch.device(device))
+
+
+def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    calls = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(current=device))
+    monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: calls.update(backend=a, **k))
+    device = parallel.Team(1, 2, "127.0.0.1", store.port, 1.0).start(torch.device("cuda"))
+    assert device == calls["current"] == calls["device_id"] == torch.device("cuda", 1)
+    assert calls["backend"] == ("nccl",) and (calls["rank"], calls["world_size"]) == (1, 2)
+
+
+def test_a_wrong_option_is_said_by_the_first_process_alone(monkeypatch, capsys):
+    slept = []
+    monkeypatch.setattr(configuration, "SPEAKS", False)
+    monkeypatch.setattr(configuration.time, "sleep", slept.append)
+    for argv, code in ((["t5"], 2), (["t4", "--resolution", "500"], 1), (["--help"], 0)):
+        with pytest.raises(SystemExit) as left:
+            configuration.parse_or_leave(argv)
+        assert left.value.code == code
+    assert slept == [10] * 3  # torchrun ends all when one leaves: the first speaks before
+    assert capsys.readouterr() == ("", "")
+    configuration.parse_or_leave(["t4"])
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Six of the ink drawings."""
+    folder = tmp_path_factory.mktemp("few")
+    rows = (INK / "metadata.jsonl").read_text().splitlines()[:6]
+    for row in rows:
+        shutil.copy(INK / json.loads(row)["file_name"], folder)
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture
+def train(few, cache, tmp_path, together):
+    """train(size, "name", "--option", ...): the command in `size` processes, 4 examples a step."""
+
+    def run(size, name, *options, **more):
+        settings = "--resolution 64 --train-batch-size 4 --gradient-accumulation-steps 1 "
+        settings += "--checkpointing-steps 2 --learning-rate 1e-3 --lr-scheduler constant "
+        settings += "--lr-warmup-steps 0 --max-train-steps 4 --no-tensorboard --random-flip "
+        settings += "--validation-prompts"
+        argv = ["pocket", "--pretrained-model-name-or-path", str(POCKET)]
+        argv += ["--dataset-name", str(few), "--cache-dir", str(cache)]
+        argv += ["--output-dir", str(tmp_path / name), *settings.split(), *options]
+        return together(size, lambda: loop.main(argv), command=True, **more)
+
+    return run
+
+
+def moved(folder) -> torch.Tensor:
+    """What training added to the start."""
+    unet = model.load_unet(str(POCKET), CPU, torch.float32)
+    start = lora.inject(unet, lora.TARGETS, 16, 16, RECIPES["pocket"][1].seed).flat.detach()
+    state = torch.load(max((folder / "checkpoints").iterdir()) / "state.pt", weights_only=True)
+    return state["flat"] - start
+
+
+def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path):
+    assert train(1, "whole").codes == [0]
+    for name, first, second in (("two-one", 2, 1), ("one-two", 1, 2)):
+        done = train(first, name, "--max-train-steps", "2")
+        assert done.codes == [0] * first, done.said
+        assert not (tmp_path / name / lora.FILE_NAME).stat().st_size == 0
+        done = train(second, name)
+        assert done.codes == [0] * second, done.said
+        want, got = moved(tmp_path / "whole"), moved(tmp_path / name)
+        assert 0 <= (got - want).norm() / want.norm() <= 1e-2
+        log = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in log] == [1, 2, 3, 4]  # one process logs
+        assert [p.name for p in (tmp_path / name / "checkpoints").iterdir() if p.is_dir()]
+
+
+def test_a_damaged_picture_ends_all_processes_with_one_sentence(train, few, tmp_path):
+    bad = tmp_path / "bad"
+    shutil.copytree(few, bad)
+    first = json.loads((bad / "metadata.jsonl").read_text().splitlines()[0])["file_name"]
+    (bad / first).write_bytes(b"no picture")
+    own = ("--cache-dir", str(tmp_path / "own"), "--dataset-name", str(bad))
+    done = train(2, "r", *own)
+    assert done.codes == [1, 1]
+    said = "".join(done.said)
+    assert said.count("error: ") == 1 and f"picture {first} cannot be read" in said
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("optimizer", "bound"), [("--no-use-8bit-adam", 1e-3), ("--use-8bit-adam", 1e-2)]
+)
+def test_1_2_3_and_4_processes_give_the_same_adapter(train, tmp_path, optimizer, bound):
+    for size in (1, 2, 3, 4):
+        done = train(size, f"p{size}", "--max-train-steps", "20", optimizer, patience=300)
+        assert done.codes == [0] * size, done.said
+    want = moved(tmp_path / "p1")
+    for size in (2, 3, 4):
+        off = (moved(tmp_path / f"p{size}") - want).norm() / want.norm()
+        print(f"{size} processes, {optimizer}: {off:.1e}")
+        assert off <= bound
