@@ -3,6 +3,7 @@ VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 RECIPE ?=
 ARGS   ?=
+GPUS   ?=
 DATA   ?=
 CARD   ?= T4
 SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
@@ -18,14 +19,20 @@ $(VENV)/.ready: requirements.txt constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt $(if $(CI),-c constraints.txt)
 	touch $@
 
-train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"
-	@recipe="$(RECIPE)"; \
+train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
+	@recipe="$(RECIPE)"; gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
+	if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then \
+	  gpus=$$(echo "$$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .); fi; \
 	if [ -z "$$recipe" ]; then \
-	  if nvidia-smi -L 2>/dev/null | grep -q GPU; then recipe="t4 --device cuda"; why="a GPU is here"; \
+	  if [ $$gpus -gt 0 ]; then recipe="t4 --device cuda"; why="a GPU is here"; \
 	  else recipe=pocket; why="no GPU found"; fi; \
 	else why="as asked"; fi; \
+	start="$(PYTHON)"; gpus=$(or $(GPUS),$$gpus); \
+	if [ $$gpus -gt 1 ]; then why="$$why; on $$gpus GPUs, GPUS=1 takes one"; \
+	  export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + gpus - 1) / gpus ))}; \
+	  start="$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $$gpus"; fi; \
 	echo "recipe $$recipe ($$why)"; \
-	exec $(PYTHON) loop.py $$recipe $(if $(DATA),--dataset-name "$(DATA)" \
+	exec $$start loop.py $$recipe $(if $(DATA),--dataset-name "$(DATA)" \
 	  --output-dir "runs/$${recipe%% *}-$(notdir $(DATA:%/=%))") $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"

@@ -145,9 +145,10 @@ class Config:
     # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
     plan_for: str = ""
 
-    # Seconds without a sign after which one of several processes (torchrun) counts as hanging and
-    # ends the others; longer than any block of pictures takes to encode.
-    ddp_timeout: float = 600
+    # Seconds without a sign of life after which one of several processes (torchrun) counts as
+    # hanging and ends the others; so many that a slow download is none. One that dies ends them at
+    # once.
+    ddp_timeout: float = 1800
 
     # Optimizer steps between checkpoints; what a lost connection costs at most.
     checkpointing_steps: int = 200

@@ -341,8 +341,7 @@ def set_up(
 
     with model.HostMemory() as host:
         if config.base_quantization == "nf4":
-            with team.first_alone("quantising"):  # the others then read the 4-bit file
-                unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
+            unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
         else:
             unet = model.load_unet(name, device, dtype)
     run, how = assemble(config, unet, examples, schedule, model.latent_scaling(name), same)

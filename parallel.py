@@ -175,7 +175,7 @@ class Team(Alone):
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=seconds),
-                # With it NCCL takes its buffers now, and the memory plan sees what they leave.
+                # With it NCCL begins now, and the memory plan sees what its buffers leave.
                 device_id=device if device.type == "cuda" else None,
             )
         except RuntimeError as error:
@@ -331,12 +331,19 @@ def join(timeout: float) -> Alone:
             "all of them on one host",
             "torchrun --standalone --nproc-per-node GPUS loop.py RECIPE",
         )
-    return Team(
-        int(env["RANK"]),
-        size,
-        env["MASTER_ADDR"],
-        int(env["MASTER_PORT"]),
-        timeout,
-        host_store=env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
-        attempt=env.get("TORCHELASTIC_RESTART_COUNT", "0"),
-    )
+    try:
+        return Team(
+            int(env["RANK"]),
+            size,
+            env["MASTER_ADDR"],
+            int(env["MASTER_PORT"]),
+            timeout,
+            host_store=env.get("TORCHELASTIC_USE_AGENT_STORE") != "True",
+            attempt=env.get("TORCHELASTIC_RESTART_COUNT", "0"),
+        )
+    except (KeyError, RuntimeError) as error:
+        raise Refusal(
+            f"rank {env.get('RANK')} of {size} does not reach the others ({first_line(error)})",
+            "the variables and the store that torchrun provides",
+            "start them with torchrun --standalone --nproc-per-node GPUS loop.py RECIPE",
+        ) from error

@@ -12,23 +12,23 @@ from conftest import ROOT
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 BUDGET = {  # lines of code: without blanks, comments and docstrings
     "ahead": 50,
-    "config": 200,
+    "config": 220,
     "files": 120,
     "hub": 130,
     "sources": 170,
     "model": 260,
-    "data": 300,
+    "data": 310,
     "lora": 350,
     "fused": 180,
     "graph": 60,
-    "parallel": 200,
+    "parallel": 260,
     "checkpoint": 200,
     "nf4": 170,
     "report": 110,
     "generate": 310,
-    "loop": 380,
+    "loop": 415,
     "bench": 500,
-    "memory": 460,
+    "memory": 470,
 }
 MAY_IMPORT = {
     "files": set(),

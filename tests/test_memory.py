@@ -205,6 +205,14 @@ def test_the_chosen_plan_fits_and_the_next_faster_one_does_not(tiny):
     assert both[0] <= both[1]
 
 
+def test_a_process_that_has_a_share_of_the_step_plans_for_no_more(tiny):
+    n, ends = SMALL.examples_per_step, [tiny(memory.shaped(SMALL, 4, None)).peak]
+    for most, size in ((4, 4), (3, 2), (2, 2), (1, 1)):  # of 4, in 1, 2 (unevenly), 2, 4 processes
+        plan = memory.choose_plan(SMALL, tiny, CARD, False, 2 * ends[0], most)
+        assert plan.config.train_batch_size == size
+        assert plan.config.examples_per_step == n  # what makes it the same run
+
+
 def test_a_card_too_small_is_refused_with_the_recipe_lowmem(tiny):
     least = tiny(memory.shaped(SMALL, 1, ())).peak
     with pytest.raises(Refusal, match=r"at least .* GiB free.*lowmem.*--no-memory-plan"):

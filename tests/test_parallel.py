@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import time
 import types
@@ -24,7 +25,7 @@ import lora
 import model
 import parallel
 from config import RECIPES
-from conftest import INK, POCKET, make_batch, make_unet
+from conftest import INK, POCKET, ROOT, make_batch, make_unet
 from files import Refusal
 
 CPU = torch.device("cpu")
@@ -406,6 +407,32 @@ def test_a_wrong_option_is_said_by_the_first_process_alone(monkeypatch, capsys):
     assert slept == [10] * 3  # torchrun ends all when one leaves: the first speaks before
     assert capsys.readouterr() == ("", "")
     configuration.parse_or_leave(["t4"])
+
+
+@pytest.mark.parametrize(
+    ("cards", "more", "start", "recipe"),
+    [
+        (0, {}, "", "pocket"),
+        (1, {}, "", "t4 --device cuda"),
+        (2, {}, "-m torch.distributed.run --standalone --nproc-per-node 2 ", "t4 --device cuda"),
+        (4, {"GPUS": "1"}, "", "t4 --device cuda"),
+        (4, {"GPUS": "3"}, "-m torch.distributed.run --standalone --nproc-per-node 3 ", "t4 --dev"),
+        (4, {"CUDA_VISIBLE_DEVICES": "2"}, "", "t4 --device cuda"),
+        (4, {"CUDA_VISIBLE_DEVICES": ""}, "", "pocket"),
+        (2, {"RECIPE": "native"}, "-m torch.distributed.run --standalone --nproc-per-", "native"),
+    ],
+)
+def test_make_train_takes_the_gpus_that_it_finds(tmp_path, cards, more, start, recipe):
+    smi = tmp_path / "nvidia-smi"
+    smi.write_text("#!/bin/sh\n" + "echo 'GPU 0: Tesla T4 (UUID: GPU-1)'\n" * cards)
+    smi.chmod(0o755)
+    env = {k: v for k, v in os.environ.items() if k not in ("CUDA_VISIBLE_DEVICES", "MAKEFLAGS")}
+    env |= {"PATH": f"{tmp_path}:{env['PATH']}"} | more
+    make = ["make", "-s", "train", "PYTHON=echo ran", "ARGS=--seed 7"]
+    said = subprocess.run(make, cwd=ROOT, env=env, capture_output=True, text=True)
+    last = said.stdout.splitlines()[-1]
+    assert last.startswith(f"ran {start}") and f"loop.py {recipe}" in last, said
+    assert last.endswith("--seed 7") and ("torch.distributed" in last) == bool(start)
 
 
 # ---- the command ---------------------------------------------------------------------------------
