@@ -3,12 +3,15 @@ other.
 """
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
 
 import bench
-from conftest import SDXL
+from benchmarks import two_gpus
+from conftest import ROOT, SDXL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TINY = ["--tiny", "--device", "cpu", "--resolution", "64", "--steps", "1", "--warm-up", "1"]
@@ -144,3 +147,50 @@ def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
     reference = bench.random_unet(pocket, cpu, torch.float32, torch.bfloat16).state_dict()
     assert all(torch.equal(half[name].float(), numbers) for name, numbers in reference.items())
     assert not all(p.std() == 0 for p in half.values())
+
+
+# ---- several GPUs --------------------------------------------------------------------------------
+
+
+def test_efficiency_is_the_largest_share_and_a_ring_over_the_link():
+    def each(m):
+        return 0.1 * m
+
+    free = float("inf")
+    assert two_gpus.efficiency(4, 1, each, 1e9) == 1
+    assert two_gpus.efficiency(4, 2, each, free) == two_gpus.efficiency(4, 4, each, free) == 1
+    assert two_gpus.efficiency(4, 3, each, free) == pytest.approx(4 / (3 * 2))  # 1, 1 and 2
+    # 1e9 bytes in a ring of 4: 3/4 of them sent twice, 1.5 s at 1e9 B/s beside 0.1 s of work
+    assert two_gpus.efficiency(4, 4, each, 1e9, size=10**9) == pytest.approx(0.4 / (4 * 1.6))
+    # by the exchange alone: p = 1 + B c(n) / (18 S)
+    for link, most in ((1e9, 1), (8e9, 8), (2e10, 16)):
+        limit = 1 + link * each(16) / (18 * two_gpus.GRADIENT)
+        for gpus in (2, 4, 8, 16):
+            assert (two_gpus.efficiency(16, gpus, each, link) >= 0.9) == (gpus <= limit)
+        assert two_gpus.most_gpus(16, each, link) == most
+
+
+def test_the_gradient_that_is_exchanged_is_the_readmes():
+    with torch.device("meta"):
+        config = bench.diffusers.UNet2DConditionModel.load_config(SDXL / "unet")
+        unet = bench.diffusers.UNet2DConditionModel.from_config(config)
+    lora = bench.loop.lora
+    sides = lora.find_targets(unet, lora.TARGETS).values()
+    assert 4 * 16 * sum(m.in_features + m.out_features for m in sides) == two_gpus.GRADIENT
+
+
+def test_the_readme_shows_the_table_that_paper_prints():
+    rows, readme = two_gpus.paper(), (ROOT / "README.md").read_text()
+    assert len(rows) == 7 and "\n".join(rows) in readme
+
+
+@pytest.mark.slow
+def test_two_processes_are_timed_beside_one_and_have_its_losses(tmp_path):
+    out = tmp_path / "two.json"
+    argv = ["run", "--device", "cpu", "--small", "--sides", "64", "--steps", "2", "--warm-up", "1"]
+    command = [sys.executable, "benchmarks/two_gpus.py", *argv, "--out", str(out)]
+    subprocess.run(command, cwd=ROOT, check=True)
+    one, two = json.loads(out.read_text())["rows"].values()
+    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(one["losses"]) == 3
+    assert two["s_all_reduce"] > one["s_all_reduce"] >= 0
+    assert two["speed_up"] == pytest.approx(one["s_per_step"] / two["s_per_step"], rel=1e-2)
