@@ -26,7 +26,8 @@ import lora
 import model
 import sources
 from config import RECIPES
-from conftest import INK, POCKET, ROOT
+from conftest import INK, POCKET, ROOT, make_batch
+from test_adapter_files import answer, off, pipeline
 
 
 @pytest.fixture(scope="module")
@@ -564,6 +565,43 @@ def test_diffusers_draws_our_picture_from_our_files(train, tmp_path, dtype):
     assert 0 < half < np.abs(ours["1"] - bare).mean()
     for path in (tmp_path / "r", tmp_path / "r" / "kohya" / "r.safetensors"):
         assert np.abs(ours["1"] - reference(path)).max() <= 1  # of 255
+    assert np.abs(ours["0.5"] - reference(tmp_path / "r", 0.5)).max() <= 1
+
+
+def test_what_a_resumed_run_exports_is_what_it_trained(train, tmp_path):
+    """Ended after step 2 and gone on with otherwise cut steps: each file in each dtype, read by us
+    and by diffusers, against the vector that the last checkpoint holds.
+    """
+    device = torch.device("cpu")
+    rate = ("--learning-rate", "1e-2")
+    assert train("r", *rate, "--max-train-steps", "2") == 0
+    shape = ("--train-batch-size", "4", "--gradient-accumulation-steps", "1")
+    assert train("r", *rate, *shape) == 0
+    batch = make_batch() | {
+        "context": torch.randn(2, 32, 224, generator=torch.Generator().manual_seed(1)),
+        "pooled": torch.randn(2, 128, generator=torch.Generator().manual_seed(2)),
+    }
+    unet = model.load_unet(str(POCKET), device, torch.float32)
+    bare = answer(unet, batch)
+    mine = lora.inject(unet, lora.TARGETS, 16, 16, seed=5)
+    for dtype, bound in ((torch.float32, 1e-5), (torch.float16, 2e-3)):
+        assert train("r", *rate, *shape, "--save-dtype", f"fp{8 * dtype.itemsize}") == 0
+        with torch.no_grad():
+            mine.flat.copy_(vector(tmp_path / "r"))
+        numbers = [matrix.clone() for _, matrix in mine.parts()]
+        for file in (tmp_path / "r" / lora.FILE_NAME, tmp_path / "r" / "kohya" / "r.safetensors"):
+            with torch.no_grad():
+                for (_, matrix), number in zip(mine.parts(), numbers, strict=True):
+                    matrix.copy_(number)
+            want = answer(unet, batch)
+            pipe = pipeline(model.load_unet(str(POCKET), device, torch.float32))
+            pipe.load_lora_weights(file)
+            assert off(answer(pipe.unet, batch), want) < bound < 0.1 * off(bare, want)
+            lora.load(mine, file)
+            assert all(
+                torch.equal(matrix, number.to(dtype).float())
+                for (_, matrix), number in zip(mine.parts(), numbers, strict=True)
+            )
 
 
 def picture(path) -> np.ndarray:
@@ -572,11 +610,12 @@ def picture(path) -> np.ndarray:
     return np.asarray(Image.open(path)).astype(int)
 
 
-def reference(path) -> np.ndarray:
+def reference(path, strength: float = 1.0) -> np.ndarray:
     """The same prompt and seed through diffusers alone."""
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(POCKET, torch_dtype=torch.float32)
     if path:
-        pipe.load_lora_weights(path)
+        pipe.load_lora_weights(path, adapter_name="ours")
+        pipe.set_adapters("ours", strength)
     pipe.set_progress_bar_config(disable=True)
     noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(3))
     guidance = RECIPES["pocket"][1].guidance_scale
