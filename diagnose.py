@@ -113,7 +113,8 @@ def in_cache(run: Run) -> tuple[str, str]:
                 name = run.examples.names[e.picture]
                 return (
                     f"the cached {what} of picture {name} has {bad} ({file})",
-                    f"rm {file}, then the same command: it is encoded anew, and the run continues",
+                    f"rm {file}, then the same command: it is encoded anew, and the run continues; "
+                    "if it comes back, --mixed-precision fp32 with a new --output-dir",
                 )
     return "", ""
 
