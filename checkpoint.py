@@ -20,15 +20,16 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import diagnose
 import hub
 import lora
 import model
+import sources
 from config import Config
 from files import Refusal, digest, sweep_parts, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from loop import Run
-    from sources import Picture
 
 # What may change between two starts of one run; everything else is part of what the run is.
 MAY_CHANGE = {
@@ -51,26 +52,64 @@ def fixed_options(config: Config) -> dict[str, str]:
     return fixed | {both: str(config.examples_per_step)}
 
 
+def encoder_prints(name: str, half: bool) -> dict[str, str]:
+    """The fingerprints of the "vae" and of all that makes a "text" embedding."""
+    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text = [hub.fingerprint(name, part, half) for part in text_parts]
+    zeros = f"zeros: {model.zeros_for_empty_prompt(name)}"
+    return {"vae": hub.fingerprint(name, "vae"), "text": " ".join([*text, zeros])}
+
+
 def identity(
-    config: Config, dtype: torch.dtype, pictures: list[Picture], encoders: str, noise: str
+    config: Config,
+    dtype: torch.dtype,
+    pictures: list[sources.Picture],
+    prints: dict[str, str],
+    noise: str,
 ) -> dict[str, str]:
     """What must be the same for a checkpoint to be continued, as text.
 
-    encoders: the fingerprints of VAE and text encoders; noise: the noise schedule.
+    prints: encoder_prints(); noise: the noise schedule.
     """
     return fixed_options(config) | {
         "dtype": str(dtype),
         "base": hub.unet_fingerprint(config.pretrained_model_name_or_path, dtype != torch.float32),
-        "encoders": digest(encoders),
+        "encoders": digest(str(prints)),
         "noise schedule": digest(noise),
-        "data": digest(*(part for p in pictures for part in (p.digest, p.caption))),
+        "data": data_print(pictures),
     }
+
+
+def data_print(pictures: list[sources.Picture]) -> str:
+    return digest(*(part for p in pictures for part in (p.digest, p.caption)))
+
+
+def local_identity(config: Config, half: bool) -> dict[str, str]:
+    """identity() as far as it is of folders on this disk, which can be replaced in place and looked
+    at without a download.
+    """
+    name, found = config.pretrained_model_name_or_path, {}
+    if Path(name).expanduser().is_dir():
+        found["base"] = hub.unet_fingerprint(name, half)
+        found["encoders"] = digest(str(encoder_prints(name, half)))
+    if Path(config.dataset_name).expanduser().is_dir():
+        columns = (config.image_column, config.caption_column)
+        found["data"] = data_print(sources.read_dataset(config.dataset_name, *columns))
+    return found
 
 
 def save_state(run: Run) -> None:
     """Write the checkpoint of run.step, whole or not at all; remove what is over the limit. Of
     several processes, which all hold the same, the first writes.
+
+    Raises Refusal where a number of it is not finite: a run cannot be continued from that.
     """
+    if bad := diagnose.in_state(run):
+        raise Refusal(
+            f"after step {run.step} {bad}, so that it is not saved",
+            "finite numbers",
+            diagnose.AGAIN,
+        )
     if not run.team.first:
         return
     root = run.config.out / "checkpoints"
@@ -104,8 +143,9 @@ def save_state(run: Run) -> None:
 
 
 def save_state_once(run: Run) -> None:
-    """save_state(), unless there is nothing trained or it is saved already."""
-    if run.step and not (run.config.out / "checkpoints" / f"{run.step:06d}").exists():
+    """save_state(), unless there is nothing trained, it is saved already or it is not finite."""
+    there = (run.config.out / "checkpoints" / f"{run.step:06d}").exists()
+    if run.step and not there and not diagnose.in_state(run):
         save_state(run)
 
 
@@ -138,9 +178,10 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
         if theirs != value:
             raise Refusal(
                 f"{config.out} holds a run with {key} {theirs}, and this command has {key} {value}",
-                "the same options as at its start (max_train_steps, saving, logging and memory "
-                "options may change)",
-                "give the old value, or another --output-dir for a new run",
+                "the same options, base model, pictures and captions as at its start "
+                "(max_train_steps, saving, logging and memory options may change)",
+                "give the old value or put the old content back, or another --output-dir for a new "
+                "run",
             )
 
 
@@ -238,7 +279,7 @@ def mark_finished(config: Config, run: Run) -> None:
         for path in (config.out / lora.FILE_NAME, kohya_path(config))
     }
     note = {"steps": run.step, "files": files, "save_dtype": config.save_dtype}
-    note["options"] = fixed_options(config)
+    note["options"], note["identity"] = fixed_options(config), run.identity
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
     write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
 
@@ -246,16 +287,20 @@ def mark_finished(config: Config, run: Run) -> None:
 def finished(config: Config) -> int:
     """The steps of a finished run whose exported files are still what they were, or 0.
 
-    Raises Refusal where the run in config.out was of other options.
+    Raises Refusal where the run in config.out was of other options, or a local folder that it came
+    from, base model or pictures, holds something else by now.
     """
     sweep_parts(config.out)
     try:
         said = json.loads((config.out / "finished.json").read_text())
         sums = {name: sum_of((config.out / name).read_bytes()) for name in said["files"]}
-        state = {"identity": said["options"]}
+        state = {"identity": said["options"] | said.get("identity", {})}
+        half = state["identity"].get("dtype", "torch.float32") != "torch.float32"
     except (OSError, ValueError, KeyError, TypeError):  # not there, or not as it was written
         return 0
     check_same(config, fixed_options(config), state)
+    if "identity" in said:  # not in a note of an earlier version
+        check_same(config, local_identity(config, half), state)
     whole = sums == said["files"] and said["save_dtype"] == config.save_dtype
     return said["steps"] if whole and said["steps"] >= config.max_train_steps else 0
 

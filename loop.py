@@ -34,10 +34,10 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import diagnose
 import fused
 import generate
 import graph
-import hub
 import lora
 import memory
 import model
@@ -102,7 +102,8 @@ class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section
     3.2): fp16 gradients vanish below 6e-8, so the loss is multiplied, and the gradient divided,
     by a scale that halves when a gradient overflows and doubles after `growth_interval` good
-    steps. Not enabled, it is 1 and an overflow is an error.
+    steps. Not enabled, it is 1. An overflow that it cannot halve for is an error: no step is
+    skipped for ever.
     """
 
     enabled: bool
@@ -111,21 +112,16 @@ class LossScale:
     skipped: int = 0
     growth_interval: int = 2000
 
-    def update(self, finite: bool, step: int) -> None:
-        if finite:
-            self.good_steps += 1
-            if self.enabled and self.good_steps % self.growth_interval == 0:
-                self.value *= 2
+    def can_halve(self) -> bool:
+        return self.enabled and 1 < self.value < math.inf  # False for nan, too
+
+    def update(self, finite: bool) -> None:
+        if not finite:
+            self.good_steps, self.skipped, self.value = 0, self.skipped + 1, self.value / 2
             return
-        if not self.enabled or self.value <= 1:  # raised before anything changes: it may be saved
-            fell = f", after {self.skipped} skipped steps, at loss scale {self.value:g}"
-            raise Refusal(
-                f"the gradient of step {step + 1} is not finite{fell if self.enabled else ''}",
-                "finite gradients",
-                "with a new --output-dir, a lower --learning-rate or --mixed-precision fp32 (bf16 "
-                "from sm_80); or look at the step's pictures",
-            )
-        self.good_steps, self.skipped, self.value = 0, self.skipped + 1, self.value / 2
+        self.good_steps += 1
+        if self.enabled and self.good_steps % self.growth_interval == 0:
+            self.value *= 2
 
 
 def micro_batches(
@@ -187,8 +183,9 @@ def optimizer_step(run: Run) -> tuple[float, float]:
     """One step over n examples. Returns their mean loss and the gradient's norm before clipping.
 
     The loss is a sum over the step's examples divided by n, so 1 x 4, 2 x 2, 3 + 1 and 4 x 1 are
-    the same step, in one process or in several that each take a share. Raises Refusal where the
-    loss is not finite, or the gradient and the loss scale cannot back off.
+    the same step, in one process or in several that each take a share. Raises Refusal, before
+    anything has moved, where loss, adapter or optimizer are not finite, or the gradient is not and
+    the loss scale cannot halve.
     """
     config, grad, team = run.config, run.adapter.flat.grad, run.team
     n, size = config.examples_per_step, config.train_batch_size
@@ -211,35 +208,22 @@ def optimizer_step(run: Run) -> tuple[float, float]:
         for numbers in itertools.islice(cut(run.step + 1), 1):
             run.coming = {numbers: run.examples.batch(numbers, run.device)}
     # Here, and nowhere else in the step, the host waits for a result.
-    mean_loss, asked, norm = torch.cat([small, grad.norm()[None]]).tolist()
-    run.stop = asked > 0
-    if not math.isfinite(mean_loss):
-        raise not_finite(run, mean_loss)
-    if math.isfinite(norm):
+    sums = torch.cat([small, torch.stack([grad.norm(), diagnose.largest(run)])])
+    mean_loss, asked, norm, largest = sums.tolist()
+    run.stop, overflow = asked > 0, not math.isfinite(norm)
+    if not math.isfinite(mean_loss + largest) or (overflow and not run.scale.can_halve()):
+        raise diagnose.refusal(run, mean_loss, norm, diffusion_loss)
+    if not overflow:
         grad.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))  # clip: one vector, one norm
         run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
         run.optimizer.step()
     grad.zero_()  # not zero_grad(), which would cut the gradients loose from the flat vector
-    run.scale.update(math.isfinite(norm), run.step)
+    run.scale.update(finite=not overflow)
     run.step += 1
     return mean_loss, norm
 
 
 # ---- everything below is around the method: setting up, continuing, saving, saying ---------------
-
-
-def not_finite(run: Run, loss: float) -> Refusal:
-    """Which pictures a step with a non-finite loss had."""
-    n = run.config.examples_per_step
-    rows = {run.examples.example(i).picture for i in range(run.step * n, (run.step + 1) * n)}
-    names = [run.examples.names[row] for row in sorted(rows)]
-    run.adapter.flat.grad.zero_()
-    return Refusal(
-        f"the loss of step {run.step + 1} is {loss} (pictures {', '.join(names[:8])})",
-        "a finite loss",
-        "with a new --output-dir, a lower --learning-rate, or --mixed-precision fp32 (bf16 from "
-        "sm_80) if the UNet overflows in fp16",
-    )
 
 
 def make_optimizer(config: Config, flat: torch.nn.Parameter) -> torch.optim.Optimizer:
@@ -266,14 +250,6 @@ def make_optimizer(config: Config, flat: torch.nn.Parameter) -> torch.optim.Opti
             self.update_step(self.param_groups[0], flat, 0, 0)
 
     return AdamW8bitWithoutWaiting([flat], **settings)
-
-
-def encoder_prints(name: str, half: bool) -> dict[str, str]:
-    """The fingerprints of the "vae" and of all that makes a "text" embedding."""
-    text_parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
-    text = [hub.fingerprint(name, part, half) for part in text_parts]
-    zeros = f"zeros: {model.zeros_for_empty_prompt(name)}"
-    return {"vae": hub.fingerprint(name, "vae"), "text": " ".join([*text, zeros])}
 
 
 def prepare(
@@ -327,10 +303,10 @@ def set_up(
     name, out = config.pretrained_model_name_or_path, config.out
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = sources.read_dataset(config.dataset_name, config.image_column, config.caption_column)
-    prints = encoder_prints(name, dtype != torch.float32)
+    prints = checkpoint.encoder_prints(name, dtype != torch.float32)
     schedule = model.load_noise_schedule(name, device)
     noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
-    same = checkpoint.identity(config, dtype, pictures, str(prints), noise)
+    same = checkpoint.identity(config, dtype, pictures, prints, noise)
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
     most = team.largest_share(config.examples_per_step)

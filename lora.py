@@ -227,10 +227,17 @@ def set_strength(adapter: Adapter, strength: float) -> None:
     """How much of the adapter acts: 0 is the bare model, bit for bit; 1 the trained one."""
     if not math.isfinite(strength):
         raise Refusal(f"strength {strength}", "a number, usually 0 to 1", "--strength 1")
-    if any(layer.unmerged is not None for layer in adapter.layers.values()):
-        raise Refusal("the adapter is merged into its base", "a separate one", "unmerge() first")
+    refuse_merged(adapter)
     for layer in adapter.layers.values():
         layer.strength = strength
+
+
+def refuse_merged(adapter: Adapter) -> None:
+    """What is merged acts through the base's weights: another strength or other numbers would not
+    be seen.
+    """
+    if any(layer.unmerged is not None for layer in adapter.layers.values()):
+        raise Refusal("the adapter is merged into its base", "a separate one", "unmerge() first")
 
 
 @torch.no_grad()
@@ -435,8 +442,9 @@ def load(adapter: Adapter, path: Path | str) -> AdapterFile:
     """Copy a file's numbers into `adapter`, strictly.
 
     Raises Refusal where a key is missing, unused or misshapen, or where rank or alpha differ,
-    naming it; the adapter is unchanged then.
+    naming it, and while `adapter` is merged; it is unchanged then.
     """
+    refuse_merged(adapter)
     file = read(path)
     mine = {
         name.replace(".", "_") if file.layout == "kohya" else name: name for name in adapter.layers

@@ -58,6 +58,7 @@ class Log:
             "lr": rate,
             "grad_norm": norm,
             "loss_scale": run.scale.value,
+            "skipped": run.scale.skipped,
             "seconds": seconds,
             "gib": peak_gib(run.device),
         }
@@ -66,6 +67,11 @@ class Log:
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
         skipped = f", {run.scale.skipped} skipped" if run.scale.skipped else ""
+        if not math.isfinite(norm):
+            tqdm.write(
+                f"step {run.step} is skipped ({run.scale.skipped} so far): its gradient overflowed "
+                f"in fp16; the loss scale is now {run.scale.value:g}"
+            )
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {values['gib']:.1f} "
             f"GiB{skipped}"

@@ -236,35 +236,76 @@ def pipeline(unet: nn.Module) -> StableDiffusionXLPipeline:
     return StableDiffusionXLPipeline(unet=unet, **dict.fromkeys(parts))
 
 
+STRENGTHS = (0, 0.5, 1, 1.5)
+
+
 @pytest.mark.parametrize("alpha", [6, 3])  # above and below the rank
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_diffusers_draws_what_we_trained(tmp_path, unet, batch, layout, dtype, alpha):
-    bare = answer(unet, batch)
+def test_exported_equals_trained_at_every_strength(tmp_path, unet, batch, layout, dtype, alpha):
+    """The file, read by us and by diffusers' load_lora_weights, separate and merged, against the
+    adapter as it was trained.
+    """
     adapter = trained(unet, alpha=alpha)
-    ours = answer(unet, batch)
     folder = tmp_path / "OUT"
-    name = FILE_NAME if layout == "peft" else "kohya/OUT.safetensors"
-    lora.save(adapter, folder / name, layout, dtype, ABOUT)
+    path = folder / (FILE_NAME if layout == "peft" else "kohya/OUT.safetensors")
+    lora.save(adapter, path, layout, dtype, ABOUT)
+    again = make_unet()
+    loaded = lora.inject(again, rank=RANK, alpha=alpha, seed=9)
+    lora.load(loaded, path)
     pipe = pipeline(make_unet())
-    assert torch.equal(answer(pipe.unet, batch), bare)
-    pipe.load_lora_weights(folder if layout == "peft" else folder / name)
-    theirs = answer(pipe.unet, batch)
+    bare = answer(pipe.unet, batch)
+    pipe.load_lora_weights(folder if layout == "peft" else path, adapter_name="ours")
     bound = 1e-5 if dtype == torch.float32 else 2e-3
-    assert off(theirs, ours) < bound
-    assert off(bare, ours) > 20 * bound  # the adapter acts
+    for strength in STRENGTHS:
+        for each in (adapter, loaded):
+            lora.set_strength(each, strength)
+        want = answer(unet, batch)
+        assert torch.equal(want, bare) if strength == 0 else off(bare, want) > 5 * bound
+        pipe.set_adapters("ours", float(strength))
+        assert off(answer(pipe.unet, batch), want) < bound  # diffusers
+        if dtype == torch.float32:
+            assert torch.equal(answer(again, batch), want)  # ours, to the bit
+        assert off(answer(again, batch), want) < bound
+        lora.merge(loaded)
+        assert off(answer(again, batch), want) < bound
+        lora.unmerge(loaded)
     lora.set_strength(adapter, RANK / alpha)  # what a reader that forgets alpha would draw
-    assert off(answer(unet, batch), ours) > 10 * bound
+    forgotten = answer(unet, batch)
+    lora.set_strength(adapter, 1)
+    assert off(forgotten, answer(unet, batch)) > 10 * bound
 
 
-def test_diffusers_scales_our_file_as_set_strength_does(tmp_path, unet, batch):
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_merged_adapter_is_exported_as_it_was_trained(tmp_path, unet, batch, layout):
+    """Merging changes the base's weights, not what is written; diffusers' own fusing agrees."""
+    adapter = trained(unet)
+    lora.save(adapter, tmp_path / "before", layout, torch.float32, ABOUT)
+    lora.merge(adapter)
+    merged = answer(unet, batch)
+    lora.save(adapter, tmp_path / "merged.safetensors", layout, torch.float32, ABOUT)
+    assert (tmp_path / "merged.safetensors").read_bytes() == (tmp_path / "before").read_bytes()
+    pipe = pipeline(make_unet())
+    bare = answer(pipe.unet, batch)
+    pipe.load_lora_weights(tmp_path / "merged.safetensors")
+    assert off(answer(pipe.unet, batch), merged) < 1e-5
+    pipe.fuse_lora(components=["unet"])
+    assert off(answer(pipe.unet, batch), merged) < 1e-5 < off(bare, merged)
+
+
+def test_nothing_is_loaded_under_a_merged_adapter(tmp_path, unet, batch):
+    """Its new numbers would not act: the base holds the product of the old ones."""
     adapter = trained(unet)
     lora.save(adapter, tmp_path / FILE_NAME, "peft", torch.float32, {})
-    pipe = pipeline(make_unet())
-    pipe.load_lora_weights(tmp_path, adapter_name="ours")
-    pipe.set_adapters("ours", 0.5)
-    lora.set_strength(adapter, 0.5)
-    assert off(answer(pipe.unet, batch), answer(unet, batch)) < 1e-5
+    with torch.no_grad():
+        adapter.flat.mul_(0.5)
+    lora.merge(adapter)
+    before = adapter.flat.detach().clone()
+    with pytest.raises(Refusal, match=r"merged into its base.*unmerge\(\) first"):
+        lora.load(adapter, tmp_path)
+    assert torch.equal(adapter.flat, before)
+    lora.unmerge(adapter)
+    lora.load(adapter, tmp_path)
 
 
 def test_load_lora_weights_of_the_output_folder_takes_our_peft_file(tmp_path):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import files
 import generate
+import hub
 import loop
 import lora
 import model
@@ -241,8 +242,12 @@ def test_an_adapter_of_another_base_is_refused_unless_told_so(trained, tmp_path,
             weights[key] = weights[key] * 1.01
     save_file(weights, file, metadata={"format": "pt"})
     base = ("--pretrained-model-name-or-path", str(other))
-    refused(draw(capsys, str(trained), *base), "was trained on", "--any-base")
-    assert draw(capsys, str(trained), *base, "--any-base") == (0, "")
+    prints = [hub.unet_fingerprint(str(folder), half=False) for folder in (POCKET, other)]
+    assert prints[0] != prints[1]
+    kohya = trained / "kohya" / f"{trained.name}.safetensors"
+    for adapter in (trained, kohya):
+        refused(draw(capsys, str(adapter), *base), "was trained on", "--any-base", *prints)
+        assert draw(capsys, str(adapter), *base, "--any-base") == (0, "")
 
 
 def test_an_adapter_of_another_architecture_rank_or_format_is_refused(trained, tmp_path, capsys):
