@@ -304,8 +304,8 @@ def fill(
     blocks = cut(range(len(keys)), BLOCK)
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     todo = [(file, block) for file, block in zip(files, blocks, strict=True) if not file.is_file()]
+    sweep_parts(folder)
     if todo:
-        sweep_parts(folder)
         count = sum(len(block) for _, block in todo)
         # closing: whatever goes wrong here, what encodes ahead stops at once
         with contextlib.closing(encode([block for _, block in todo])) as rows:

@@ -387,12 +387,13 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
                 if run.step == first:  # this step did not happen; those before it are whole
                     checkpoint.save_state_once(run)
                 raise
+            # ---- diagnostics: without them the run is the same. Before saving: a step that is saved
+            # is not done again, so its line would be missing if the run were killed in between.
+            log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
             # ---- once in a while
             last = run.step == config.max_train_steps
             if run.step % config.checkpointing_steps == 0 or last or interrupts.caught:
                 checkpoint.save_state(run)
-            # ---- diagnostics: without them the run is the same
-            log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
             if interrupts.caught and not last:
                 print(f"\ninterrupted: step {run.step} is saved; the same command continues")
                 return 128 + interrupts.caught

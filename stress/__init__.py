@@ -1,0 +1,1 @@
+"""The five laws under fire: python -m stress --help."""
