@@ -37,6 +37,7 @@ MAY_CHANGE = {
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
     *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
+    "deterministic",  # may be given up, not taken up: see deterministic.promise()
     # base, data and dtype are told by content, not by the name they were asked for
     *("pretrained_model_name_or_path", "dataset_name", "image_column", "caption_column"),
     "mixed_precision",
@@ -97,8 +98,8 @@ def save_state(run: Run) -> None:
 
 
 def remove_old(root: Path, step: int, limit: int) -> None:
-    """Leave the newest `limit` checkpoints up to `step`. One of a later step is damaged: a run would
-    have continued from it. Each is renamed first, so that one killed here leaves no half of it.
+    """Leave the newest `limit` checkpoints up to `step`. One of a later step is damaged: the run
+    would have continued from it. Each is renamed first: a run killed here leaves no half of it.
     """
     folders = in_order(root)
     kept = [folder for folder in folders if int(folder.name) <= step][-limit:]

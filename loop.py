@@ -32,6 +32,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import deterministic
 import fused
 import generate
 import graph
@@ -307,6 +308,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     schedule = model.load_noise_schedule(name, device)
     noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
     same = checkpoint.identity(config, dtype, pictures, str(prints), noise)
+    same |= deterministic.promise(config, device)
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
     config, plan = memory.choose(config, device, dtype, micro_step)
@@ -387,8 +389,8 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
                 if run.step == first:  # this step did not happen; those before it are whole
                     checkpoint.save_state_once(run)
                 raise
-            # ---- diagnostics: without them the run is the same. Before saving: a step that is saved
-            # is not done again, so its line would be missing if the run were killed in between.
+            # ---- diagnostics: without them the run is the same. Before saving: a saved step is not
+            # done again, so its line would be missing if the run were killed in between.
             log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
             # ---- once in a while
             last = run.step == config.max_train_steps
@@ -444,7 +446,8 @@ def main(argv: list[str] | None = None) -> int:
         if config.plan_for:
             print(memory.table(config, micro_step))
             return 0
-        with report.Interrupts() as interrupts, only_run(config.out):
+        exact = deterministic.mode(config.deterministic)
+        with report.Interrupts() as interrupts, only_run(config.out), exact:
             if steps := checkpoint.finished(config):
                 print(
                     f"{config.out} is finished: {steps} steps on {config.dataset_name}. To go on: "

@@ -106,11 +106,12 @@ class Room:
 
 
 class Run:
-    """A run that is under way. Its output goes to ROOM/../NAME.txt."""
+    """A run that is under way. Its output goes to a file beside the room."""
 
-    def __init__(self, room: Room):
+    def __init__(self, room: Room, said: str = "txt"):
         self.room, self.began, self.code = room, time.monotonic(), None
-        self.said = room.folder.with_suffix(".txt")
+        self.said = room.folder.with_suffix(f".{said}")
+        self.said.touch()
         self.marks = Marks()
         self.pid = 0
 
@@ -131,8 +132,8 @@ class Run:
         while self.poll() is None:
             if time.monotonic() > until:
                 self.kill(signal.SIGKILL)
-                os.waitpid(self.pid, 0)
-                self.code = -signal.SIGKILL
+                while self.poll() is None:
+                    time.sleep(0.002)
                 raise TimeoutError(f"the run hung for {patience:.0f} s: see {self.said}")
             time.sleep(0.002)
         return self.code
@@ -150,12 +151,18 @@ class Forked(Run):
         argv: list[str],
         prepare: Callable[[], None] | None = None,
         at_entry: Callable[[str, int], None] | None = None,
+        said: str = "txt",
     ):
-        super().__init__(room)
+        super().__init__(room, said)
         sys.stdout.flush()
         sys.stderr.flush()
+        # A pipe, since a run that is held to short files could write no long output to one.
+        self.reader, self.writer = os.pipe()
         self.pid = os.fork()
-        if not self.pid:
+        if self.pid:
+            os.close(self.writer)
+            os.set_blocking(self.reader, False)
+        else:
             code = 70
             try:
                 self._become(room, prepare, at_entry)
@@ -173,9 +180,8 @@ class Forked(Run):
                 os._exit(code)
 
     def _become(self, room: Room, prepare: Callable | None, at_entry: Callable | None) -> None:
-        said = os.open(self.said, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-        os.dup2(said, 1)
-        os.dup2(said, 2)
+        os.dup2(self.writer, 1)
+        os.dup2(self.writer, 2)
         os.chdir(room.folder)
         os.environ.update(room.variables())
         tempfile.tempdir = None
@@ -184,6 +190,17 @@ class Forked(Run):
         mark(self.marks, at_entry)
         if prepare:
             prepare()
+
+    def poll(self) -> int | None:
+        if self.code is None:
+            code = super().poll()
+            with contextlib.suppress(BlockingIOError):
+                while part := os.read(self.reader, 1 << 16):
+                    with open(self.said, "ab") as file:
+                        file.write(part)
+            if code is not None:
+                os.close(self.reader)
+        return self.code
 
 
 class Cold(Run):

@@ -178,7 +178,13 @@ def side_by_side(workers: int, numbers: list[int], folder: Path, task: Callable)
 
 
 def run(
-    seed: int, count: int, folder: Path, say, first: int = 0, cold: int = COLD, workers: int = 2
+    seed: int,
+    count: int,
+    folder: Path,
+    say,
+    first: int | None = None,
+    cold: int = COLD,
+    workers: int = 2,
 ) -> dict:
     """`count` interrupted runs, the first `cold` of them in interpreters of their own.
 
@@ -189,7 +195,7 @@ def run(
     reference = make(folder, seed)
     say(f"kills: one run takes {reference.seconds:.1f} s in a fork; {count} follow")
     aims = ("caching", "stepping", "saving", "exporting", "drawing")
-    numbers = list(range(first, first + count))
+    numbers = list(range(first or 0, (first or 0) + count))
     colds = {n: aims[n % len(aims)] for n in numbers if n < cold}
 
     def task(share: list[int]) -> list[dict]:

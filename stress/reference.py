@@ -1,6 +1,7 @@
 """What an uninterrupted run leaves, and whether another left the same and nothing else."""
 
 import io
+import itertools
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -60,7 +61,7 @@ def make(folder: Path, seed: int, *options: str) -> Reference:
     seconds = max(when for _, when in run.marks.entries()) - run.began
     spans: dict[str, list[tuple[float, float]]] = {}
     entries = [*run.marks.entries(), ("ended", run.began + seconds)]
-    for (phase, begin), (_, end) in zip(entries, entries[1:], strict=False):
+    for (phase, begin), (_, end) in itertools.pairwise(entries):
         spans.setdefault(phase, []).append((begin - run.began, end - run.began))
     reference = Reference(folder, argv, content(room), log_lines(room), seconds, spans)
     if wrong := differences(first, reference):
@@ -83,12 +84,18 @@ def equal(a, b) -> bool:
     return a == b
 
 
-def differences(room: Room, reference: Reference) -> list[str]:
-    """What is not as the uninterrupted run left it: contents, names, the log; anything besides."""
-    wrong, files = [], content(room)
-    wrong += [f"{name} is missing" for name in reference.files.keys() - files]
-    wrong += [f"{name} is left behind" for name in files.keys() - reference.files]
-    for name in sorted(files.keys() & reference.files):
+def differences(room: Room, reference: Reference, but: tuple[str, ...] = ()) -> list[str]:
+    """What is not as the uninterrupted run left it: contents, names, the log; anything besides.
+
+    but: paths that may be otherwise, or their beginnings.
+    """
+    files, wanted = (
+        {name: blob for name, blob in each.items() if not name.startswith(but)}
+        for each in (content(room), reference.files)
+    )
+    wrong = [f"{name} is missing" for name in wanted.keys() - files]
+    wrong += [f"{name} is left behind" for name in files.keys() - wanted]
+    for name in sorted(files.keys() & wanted):
         same = files[name] == reference.files[name]
         if not same and name.endswith("state.pt"):  # pickle's bytes tell which strings are shared
             same = equal(state_of(files[name]), state_of(reference.files[name]))
@@ -108,4 +115,6 @@ def differences(room: Room, reference: Reference) -> list[str]:
 
 def misbehaviour(said: str) -> list[str]:
     """Signs in a run's output that something was not meant."""
-    return [f"the output has {sign!r}" for sign in ("Traceback", "Exception ignored") if sign in said]
+    return [
+        f"the output has {sign!r}" for sign in ("Traceback", "Exception ignored") if sign in said
+    ]

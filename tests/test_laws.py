@@ -296,7 +296,7 @@ def test_a_step_is_in_the_log_though_the_run_was_killed_while_saving_or_logging_
         assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
 
 
-@pytest.mark.parametrize("dies", [lambda folder: None, lambda folder: (folder / "state.pt").unlink()])
+@pytest.mark.parametrize("dies", [lambda _: None, lambda folder: (folder / "state.pt").unlink()])
 def test_killed_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
     train, tmp_path, monkeypatch, dies
 ):
