@@ -394,9 +394,10 @@ def fit(config: Config, interrupts: report.Interrupts) -> int:
             log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
             # ---- once in a while
             last = run.step == config.max_train_steps
-            if run.step % config.checkpointing_steps == 0 or last or interrupts.caught:
+            due = run.step % config.checkpointing_steps == 0 or last or interrupts.caught
+            if due:
                 checkpoint.save_state(run)
-            if interrupts.caught and not last:
+            if due and interrupts.caught:  # one that came after `due` ends the next step
                 print(f"\ninterrupted: step {run.step} is saved; the same command continues")
                 return 128 + interrupts.caught
     interrupts.gently = False  # now a signal may leave at once: the same command does the rest

@@ -1,8 +1,8 @@
 """Interrupted equals uninterrupted: runs killed at random moments, each continued by the same
 command until it is done, and compared byte for byte with one that nobody disturbed.
 
-Half of the moments are spread evenly over the run's time. The other half aim at a phase (caching,
-stepping, saving, exporting, drawing, ...) so that short ones get their share: the run is killed a
+Half of the moments are spread evenly over the run's time. The other half aim at a phase (every
+other run first at one of AIMS in turn), so that short ones get their share: the run is killed a
 random part of the phase's usual length after entering it. What counts is the phase in which it
 died, which the run notes in memory that outlives it.
 """
@@ -22,30 +22,33 @@ from stress import tiny
 from stress.child import PHASES, Cold, Forked, Room, Run
 from stress.reference import Reference, differences, make, misbehaviour
 
-AIMS = ["caching", "stepping", "logging", *("saving", "exporting", "drawing") * 2]
+AIMS = ("saving", "exporting", "drawing", "caching", "stepping", "logging")
 TERM_SHARE = 0.15  # of the signals are SIGTERM, the others SIGKILL
 COLD = 5  # runs that start as a user starts them
 
 
-def strike(run: Run, number: int, due: Callable[[Run], bool]) -> str:
-    """Send the signal when `due`, and wait. The phase the run was in, or "" if it ended before."""
+def strike(run: Run, number: signal.Signals, due: Callable[[Run], bool]) -> str:
+    """Send the signal when `due`, and wait. The phase the run was in, or "" if it ended before, or
+    while it drew its last.
+    """
     while not due(run):
         if run.poll() is not None:
             return ""
         time.sleep(0.0003)
     entries = run.marks.entries()
     run.kill(number)
-    if run.wait() == 0:
+    if run.wait() == 0 and entries[-1][0] in ("drawing", "starting"):
         return ""
     return entries[-1][0] if number != signal.SIGKILL else run.marks.entries()[-1][0]
 
 
-def moment(stream: random.Random, reference: Reference) -> tuple[str, Callable[[Run], bool]]:
-    """A random moment to strike at: in words, and whether it has come."""
-    if stream.random() < 0.5:
+def moment(
+    stream: random.Random, reference: Reference, aim: str = ""
+) -> tuple[str, Callable[[Run], bool]]:
+    """A random moment to strike at, in phase `aim` or any: in words, and whether it has come."""
+    if not aim:
         seconds = stream.uniform(0, reference.seconds)
         return f"after {seconds:.3f} s", lambda run: time.monotonic() >= run.began + seconds
-    aim = stream.choice(AIMS)
     spans = reference.spans[aim]
     k = stream.randrange(len(spans))
     after = stream.random() * (spans[k][1] - spans[k][0])
@@ -57,33 +60,43 @@ def moment(stream: random.Random, reference: Reference) -> tuple[str, Callable[[
     return f"{after * 1000:.1f} ms into {aim} {k + 1}", due
 
 
-def written(number: int) -> str:
-    return signal.Signals(number).name
+def unlucky(room: Room, reference: Reference, seed: int, number: int) -> dict:
+    """Run `number`: interrupted one to three times, then left alone. How it went.
 
-
-def unlucky(room: Room, reference: Reference, stream: random.Random) -> dict:
-    """One run: interrupted one to three times, then left alone. How it went."""
-    times = 1 + (stream.random() < 0.4) + (stream.random() < 0.2)
+    A machine that is faster than before may be done before the first blow falls: then another run.
+    """
+    stream = random.Random(f"{seed} kills {number}")
     deaths, wrong, plans = [], [], []
-    for _ in range(times):
-        words, due = moment(stream, reference)
-        number = signal.SIGTERM if stream.random() < TERM_SHARE else signal.SIGKILL
+    aim = AIMS[number // 2 % len(AIMS)] if number % 2 == 0 else ""
+    blows = 1 + (stream.random() < 0.4) + (stream.random() < 0.2)
+    while blows and len(plans) < 10:
+        words, due = moment(stream, reference, aim)
+        signal_number = signal.SIGTERM if stream.random() < TERM_SHARE else signal.SIGKILL
         run = Forked(room, reference.argv)
-        phase = strike(run, number, due)
-        plans.append(f"{written(number)} {words}")
+        phase = strike(run, signal_number, due)
+        plans.append(f"{signal_number.name} {words}")
+        aim = stream.choice(AIMS) if stream.random() < 0.5 else ""
         if phase:
-            deaths.append((written(number), phase))
-            # SIGTERM before the run listens to it (in its first milliseconds) has the kernel's way
-            polite = (128 + signal.SIGTERM, -signal.SIGTERM if phase == "starting" else 143)
-            if number == signal.SIGTERM and run.code not in polite:
-                wrong.append(f"SIGTERM while {phase} ended it with {run.code}")
+            deaths.append((signal_number.name, phase))
+            wrong += impolite(run.code, phase) if signal_number == signal.SIGTERM else []
         elif run.code:
             wrong.append(f"left to itself it ended with {run.code}")
+        elif not deaths and not wrong:
+            shutil.rmtree(room.folder)
+            room.make()
+            continue
+        blows -= 1
     run = Forked(room, reference.argv)
     if run.wait():
         wrong.append(f"the continued run ended with {run.code}")
     wrong += misbehaviour(run.output()) or differences(room, reference)
     return {"deaths": deaths, "wrong": wrong, "plan": plans}
+
+
+def impolite(code: int, phase: str) -> list[str]:
+    """SIGTERM ends a run with 143; in its first milliseconds, before it listens, by the kernel."""
+    right = (128 + signal.SIGTERM, *[-signal.SIGTERM] * (phase == "starting"))
+    return [] if code in right else [f"SIGTERM while {phase} ended it with {code}"]
 
 
 # ---- five from a cold start ----------------------------------------------------------------------
@@ -129,7 +142,7 @@ def one(room: Room, reference: Reference, seed: int, number: int, cold: str) -> 
         if cold:
             result = from_cold(room, reference, cold)
         else:
-            result = unlucky(room, reference, random.Random(f"{seed} kills {number}"))
+            result = unlucky(room, reference, seed, number)
     except Exception as error:  # of the suite itself, or a run that hangs
         traceback.print_exc()
         result = {"deaths": [], "wrong": [f"{type(error).__name__}: {error}"], "plan": []}
@@ -204,13 +217,15 @@ def run(
     results = side_by_side(workers, numbers, folder, task)
     deaths = [death for row in results for death in row["deaths"]]
     repeat = f"python -m stress --only kills --seed {seed} --runs 1 --first"
+    by_phase = {p: sum(phase == p for _, phase in deaths) for p in PHASES}
+    spared = [phase for phase in AIMS if count >= 50 and not by_phase[phase]]
     return {
         "runs": len(results),
         "cold_starts": len(colds),
         "runs_that_died": sum(bool(row["deaths"]) for row in results),
         "deaths": len(deaths),
         "deaths_by_signal": dict(Counter(name for name, _ in deaths)),
-        "deaths_by_phase": {p: sum(phase == p for _, phase in deaths) for p in PHASES},
+        "deaths_by_phase": by_phase,
         "seconds_of_one_run": round(reference.seconds, 2),
         "seconds": round(time.perf_counter() - began, 1),
         "failures": [
@@ -218,5 +233,6 @@ def run(
             | {"repeat": f"{repeat} {row['run']}", "kept": str(folder / f"run{row['run']}")}
             for row in results
             if row["wrong"]
-        ],
+        ]
+        + [{"wrong": [f"no run died while {phase}"]} for phase in spared],
     }

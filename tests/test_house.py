@@ -12,7 +12,7 @@ from conftest import ROOT
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 BUDGET = {  # lines of code: without blanks, comments and docstrings
     "ahead": 50,
-    "config": 200,
+    "config": 210,
     "files": 120,
     "hub": 130,
     "sources": 170,

@@ -245,6 +245,23 @@ def test_a_signal_finishes_the_step_saves_and_says_so(train, tmp_path, monkeypat
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
 
 
+def test_a_signal_in_the_last_step_leaves_before_the_export(train, tmp_path, monkeypatch, capsys):
+    assert train("whole") == 0
+    save = checkpoint.save_state
+
+    def signalled(run):
+        save(run)
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save_state", signalled)
+    assert train("stopped") == 128 + signal.SIGTERM
+    assert "step 4 is saved; the same command continues" in capsys.readouterr().out
+    assert not (tmp_path / "stopped" / lora.FILE_NAME).exists()
+    assert train("stopped") == 0
+    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
 def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(
     train, tmp_path, monkeypatch, capsys
 ):

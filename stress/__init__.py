@@ -1,1 +1,0 @@
-"""The five laws under fire: python -m stress --help."""
