@@ -1,4 +1,4 @@
-# make train | plan | generate | bench | test | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
+# make train | plan | generate | bench | test | stress | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 RECIPE ?=
@@ -57,6 +57,9 @@ check: $(SETUP)  ## lint and format
 notebooks: $(SETUP)  ## run both notebooks and check what they store; ARGS=--write stores it anew
 	$(PYTHON) notebooks/execute.py $(ARGS)
 
+stress: $(SETUP)  ## kill runs, fill disks, damage files: the laws must hold (CPU, some 10 minutes); ARGS="--only kills"
+	$(PYTHON) -m stress $(if $(ARGS),$(ARGS),--seed 0 --runs 200 --inputs 1000 --out benchmarks/stress.json)
+
 slow: $(SETUP)  ## the tests that make test leaves out
 	$(PYTHON) -m pytest -m slow
 
@@ -66,5 +69,5 @@ clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train plan xformers generate bench test check notebooks slow check-all clean
+.PHONY: help setup train plan xformers generate bench test check notebooks stress slow check-all clean
 .DEFAULT_GOAL := help

@@ -39,6 +39,7 @@ MAY_CHANGE = {
     *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
     "ddp_timeout",
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
+    "deterministic",  # may be given up, not taken up: see deterministic.promise()
     # base, data and dtype are told by content, not by the name they were asked for
     *("pretrained_model_name_or_path", "dataset_name", "image_column", "caption_column"),
     "mixed_precision",
@@ -137,9 +138,25 @@ def save_state(run: Run) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
     os.replace(aside, folder)
     sync_folder(root)
-    whole = sorted(p for p in root.iterdir() if p.name.isdigit())
-    for old in whole[: -run.config.checkpoints_total_limit]:
-        shutil.rmtree(old)
+    remove_old(root, run.step, run.config.checkpoints_total_limit)
+
+
+def remove_old(root: Path, step: int, limit: int) -> None:
+    """Leave the newest `limit` checkpoints up to `step`. One of a later step is damaged: the run
+    would have continued from it. Each is renamed first: a run killed here leaves no half of it.
+    """
+    folders = in_order(root)
+    kept = [folder for folder in folders if int(folder.name) <= step][-limit:]
+    for folder in folders:
+        if folder not in kept:
+            aside = root / f".{folder.name}.old.{os.getpid()}.part"
+            os.replace(folder, aside)
+            shutil.rmtree(aside)
+
+
+def in_order(root: Path) -> list[Path]:
+    """The folders of checkpoints, oldest first."""
+    return sorted((p for p in root.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def save_state_once(run: Run) -> None:
@@ -151,14 +168,14 @@ def save_state_once(run: Run) -> None:
 
 def newest_state(root: Path) -> dict | None:
     """The newest whole checkpoint's state, on the CPU; None where there is no checkpoint."""
-    folders = sorted((p for p in root.glob("*") if p.name.isdigit()), reverse=True)
-    for folder in folders:
+    folders = in_order(root)
+    for folder in reversed(folders):
         sum_file, file = folder / "state.sha256", folder / "state.pt"
         if sum_file.is_file() and file.is_file():
             content = file.read_bytes()
-            if sum_of(content) == sum_file.read_text().strip():
+            if sum_of(content).encode() == sum_file.read_bytes():
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        print(f"{folder} was cut short and is passed over")
+        print(f"{folder} was cut short or damaged and is passed over")
     if folders:
         raise Refusal(
             f"no checkpoint under {root} is whole",
@@ -274,6 +291,8 @@ def kohya_path(config: Config) -> Path:
 
 def mark_finished(config: Config, run: Run) -> None:
     """Note that the exported files are whole and compared, and what they are of."""
+    # Again, since the run may have been killed between its last checkpoint and this.
+    remove_old(config.out / "checkpoints", run.step, config.checkpoints_total_limit)
     files = {
         str(path.relative_to(config.out)): sum_of(path.read_bytes())
         for path in (config.out / lora.FILE_NAME, kohya_path(config))

@@ -133,6 +133,11 @@ class Config:
     # Compile the convolution blocks (torch.compile): a few per cent, for a minute or two at the
     # start, which a long run earns back; how long it took is said.
     compile: bool = False
+    # Only kernels that add in one fixed order, so that a continued run equals an uninterrupted one
+    # to the bit on a GPU, too, with the same GPU, torch and memory options. Without it the backward
+    # passes of attention and convolutions and cuBLAS may add in another order each time. No memory
+    # plan.
+    deterministic: bool = False
     # Keep only block inputs and compute the rest twice: less memory, about a third more time.
     gradient_checkpointing: bool = False
     # Which modules of the UNet recompute with --gradient-checkpointing, such as
@@ -316,6 +321,12 @@ def check(config: Config) -> Config:
                 f"{low:g} to {high:g}",
                 f"--{name.replace('_', '-')} {usual}, as the recipe has it",
             )
+    if config.deterministic and config.attention == "xformers":
+        raise Refusal(
+            "deterministic is on with xFormers' attention, which does not know of it",
+            "PyTorch's attention, whose backward pass then adds in one order",
+            "--attention sdpa",
+        )
     if config.resolution % 8:
         near = config.resolution // 8 * 8
         raise Refusal(

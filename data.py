@@ -308,7 +308,7 @@ def fill(
     blocks = cut(range(len(keys)), BLOCK)
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     todo = [(file, block) for file, block in zip(files, blocks, strict=True) if not file.is_file()]
-    if todo and team.first:
+    if team.first:
         sweep_parts(folder)
     claimed = (pair for pair in todo if team.claim(pair[0].name))
     if first := next(claimed, None):

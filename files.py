@@ -125,17 +125,27 @@ def only_run(folder: Path):
 
 
 def sweep_parts(folder: Path) -> None:
-    """Remove what killed processes left half-written in `folder`; living ones' parts stay."""
+    """Remove what killed processes left half-written in `folder`; living ones' parts stay. To be
+    called before this process writes there: a part of its number is a dead one's, too, since in a
+    container every start may have the same.
+    """
     for part in list(folder.rglob(".*.part")):
-        try:
-            os.kill(int(part.name.split(".")[-2]), 0)
-        except (ProcessLookupError, ValueError):
-            if part.is_dir():
-                shutil.rmtree(part, ignore_errors=True)
-            else:
-                part.unlink(missing_ok=True)
-        except PermissionError:
-            pass  # another user's living process
+        if not is_at_work(part.name.split(".")[-2]):
+            with contextlib.suppress(OSError):  # a read-only cache, say: it does no harm there
+                shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def is_at_work(process: str) -> bool:
+    """Whether another process of that number lives."""
+    try:
+        if int(process) == os.getpid():
+            return False
+        os.kill(int(process), 0)
+    except (ProcessLookupError, ValueError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def safetensors_bytes(tensors: dict, metadata: dict[str, str]) -> bytes:

@@ -34,6 +34,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import deterministic
 import diagnose
 import fused
 import generate
@@ -307,6 +308,7 @@ def set_up(
     schedule = model.load_noise_schedule(name, device)
     noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
     same = checkpoint.identity(config, dtype, pictures, prints, noise)
+    same |= deterministic.promise(config, device, team.size)
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
     most = team.largest_share(config.examples_per_step)
@@ -391,18 +393,21 @@ def fit(config: Config, interrupts: report.Interrupts, team: parallel.Alone) -> 
                 if run.step == first:  # this step did not happen; those before it are whole
                     checkpoint.save_state_once(run)
                 raise
+            # ---- diagnostics: without them the run is the same. Before saving: a saved step is not
+            # done again, so its line would be missing if the run were killed in between.
+            log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
             # ---- once in a while
             last = run.step == config.max_train_steps
             if run.step % config.checkpointing_steps == 0 or last or run.stop:
                 team.check_equal(f"the adapter after step {run.step}", run.adapter.flat)
                 checkpoint.save_state(run)
-            # ---- diagnostics: without them the run is the same
-            log.write(run, loss, norm, learning_rate(first, config), time.perf_counter() - began)
-            if run.stop and not last:
+            if run.stop:
                 team.wait("saving")  # the first to leave has torchrun end the others
                 print(f"\ninterrupted: step {run.step} is saved; the same command continues")
                 return 128 + (interrupts.caught or signal.SIGTERM)
     interrupts.gently = False  # now a signal may leave at once: the same command does the rest
+    if interrupts.caught:  # as does one that came after the last step had asked
+        raise KeyboardInterrupt(interrupts.caught)
     run.forward_backward = None  # a recording holds the memory of a whole step
     model.free_memory()
     team.leave()
@@ -446,7 +451,7 @@ def draw(config: Config) -> None:
 def train(config: Config, team: parallel.Alone) -> int:
     """The run and its picture, unless they are there already. Returns the command's exit code."""
     alone = only_run(config.out) if team.first else contextlib.nullcontext()
-    with report.Interrupts() as interrupts, team, alone:
+    with report.Interrupts() as interrupts, team, alone, deterministic.mode(config.deterministic):
         with team.first_alone("looking for a finished run"):
             steps = checkpoint.finished(config)
         if steps:

@@ -581,6 +581,8 @@ def choose(
     asked = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if not config.memory_plan or device.type != "cuda":
         return config, ""
+    if config.deterministic:
+        return config, "memory plan: none, since what is free is no function of the options"
     if not config.cache:
         return config, "memory plan: none, since --no-cache keeps the encoders in memory, too"
     if asked:

@@ -124,6 +124,7 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
     )
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     several = f", shared by {run.team.size} processes" if run.team.size > 1 else ""
+    how += "; deterministic kernels" if config.deterministic else ""
     nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
     lines = (
         f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",

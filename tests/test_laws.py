@@ -24,6 +24,7 @@ import hub
 import loop
 import lora
 import model
+import report
 import sources
 from config import RECIPES
 from conftest import INK, POCKET, ROOT, make_batch
@@ -358,6 +359,23 @@ def test_a_signal_finishes_the_step_saves_and_says_so(train, tmp_path, monkeypat
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
 
 
+def test_a_signal_in_the_last_step_leaves_before_the_export(train, tmp_path, monkeypatch, capsys):
+    assert train("whole") == 0
+    save = checkpoint.save_state
+
+    def signalled(run):
+        save(run)
+        if run.step == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(checkpoint, "save_state", signalled)
+    assert train("stopped") == 128 + signal.SIGTERM
+    assert "step 4 is saved; the same command continues" in capsys.readouterr().out
+    assert not (tmp_path / "stopped" / lora.FILE_NAME).exists()
+    assert train("stopped") == 0
+    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
 def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(
     train, tmp_path, monkeypatch, capsys
 ):
@@ -383,9 +401,59 @@ def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(train, tmp_pat
     file = tmp_path / "cut" / "checkpoints" / "000004" / "state.pt"
     file.write_bytes(file.read_bytes()[:-100])
     assert train("cut") == 0
-    assert "000004 was cut short and is passed over" in (said := capsys.readouterr().out)
+    assert "000004 was cut short or damaged and is passed over" in (said := capsys.readouterr().out)
     assert "continuing after step 2" in said
     assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+
+
+def test_a_step_is_in_the_log_though_the_run_was_killed_while_saving_or_logging_it(
+    train, tmp_path, monkeypatch
+):
+    for owner, name in ((checkpoint, "save_state"), (report.Log, "write")):
+        function = getattr(owner, name)
+
+        def dying(*args, function=function):
+            run = args[0] if isinstance(args[0], loop.Run) else args[1]
+            if run.step == 4:
+                raise Killed
+            function(*args)
+
+        monkeypatch.setattr(owner, name, dying)
+        with pytest.raises(Killed):
+            train(name)
+        monkeypatch.setattr(owner, name, function)
+        assert train(name) == 0
+        lines = (tmp_path / name / "log.jsonl").read_text().splitlines()
+        assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("dies", [lambda _: None, lambda folder: (folder / "state.pt").unlink()])
+def test_killed_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
+    train, tmp_path, monkeypatch, dies
+):
+    remove = shutil.rmtree
+
+    def dying(folder, *rest, **options):
+        if "000002" in str(folder) and folder.is_dir():
+            dies(folder)
+            raise Killed
+        remove(folder, *rest, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", dying)
+    every = ("--checkpointing-steps", "2", "--checkpoints-total-limit", "1")
+    with pytest.raises(Killed):
+        train("r", *every)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
+    assert train("r", *every) == 0
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["000004"]
+
+
+def test_a_damaged_checkpoint_is_never_kept_for_a_whole_one(train, tmp_path):
+    assert train("r", "--max-train-steps", "2") == 0
+    shutil.copytree(tmp_path / "r/checkpoints/000002", tmp_path / "r/checkpoints/1000009")
+    (tmp_path / "r/checkpoints/1000009/state.sha256").write_bytes(b"\xff" * 64)
+    assert train("r", "--max-train-steps", "3", "--checkpoints-total-limit", "1") == 0
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["000003"]
 
 
 def test_no_whole_checkpoint_left_is_refused_with_the_way_out(train, tmp_path, capsys):

@@ -1,0 +1,84 @@
+"""--deterministic: kernels that add in whatever order their threads come, exchanged for ones that
+have one order, so that a continued run equals an uninterrupted one to the bit on a GPU, too.
+
+What may differ from run to run without it, in this project's step (by torch's documentation of
+use_deterministic_algorithms() and the messages of its CUDA library, 2.15; not measured here):
+- the backward passes of flash and of memory-efficient attention, whose blocks add to one gradient
+  by atomic operations; told so, both take one block after the other;
+- that of cuDNN's attention, which torch then does not choose for training; it is excluded here;
+- cuDNN's convolutions backward, and under cudnn.benchmark which kernel is taken at all;
+- cuBLAS, which may choose its workspace anew when several streams are at work, as they are while a
+  CUDA graph is recorded; CUBLAS_WORKSPACE_CONFIG fixes it and is read when CUDA starts.
+
+Norms, GEGLU, the loss, bitsandbytes' optimizer and NF4 add in one order anyway. On a CPU all do, as
+long as the number of threads stays. Where an operation has no such kernel, torch raises an error.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import torch
+
+from files import Refusal
+
+if TYPE_CHECKING:
+    from config import Config
+
+WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # that cuBLAS documents
+# What changes the order of additions and may otherwise change between two starts of a run.
+ORDER = (
+    *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
+    *("checkpointed_blocks", "attention", "fused", "compile", "cuda_graph"),
+)
+
+
+@contextlib.contextmanager
+def mode(on: bool) -> Iterator[None]:
+    """While the block runs, only deterministic kernels; afterwards all is as before.
+
+    Raises Refusal where CUDA has started already with another workspace.
+    """
+    if not on:
+        yield
+        return
+    if os.environ.get(WORKSPACE) not in WORKSPACES:
+        if torch.cuda.is_initialized():
+            raise Refusal(
+                f"CUDA has started with {WORKSPACE}={os.environ.get(WORKSPACE, '')}",
+                f"{' or '.join(WORKSPACES)} before it starts",
+                f"export {WORKSPACE}={WORKSPACES[0]}, then start Python anew",
+            )
+        os.environ[WORKSPACE] = WORKSPACES[0]
+    cudnn, attention = torch.backends.cudnn, torch.backends.cuda
+    before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
+    cudnn_attention = attention.cudnn_sdp_enabled()
+    try:
+        torch.use_deterministic_algorithms(True)
+        cudnn.deterministic, cudnn.benchmark = True, False
+        attention.enable_cudnn_sdp(False)
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0])
+        cudnn.deterministic, cudnn.benchmark = before[1:]
+        attention.enable_cudnn_sdp(cudnn_attention)
+
+
+def promise(config: Config, device: torch.device, processes: int = 1) -> dict[str, str]:
+    """What a deterministic run's bits depend on besides what it is, as text; nothing for others.
+
+    Part of a checkpoint's identity: with --deterministic only a run that had all of it from its
+    first step is continued. Without it any run is: the promise may be given up, on another GPU say.
+    """
+    if not config.deterministic:
+        return {}
+    where = f"{torch.get_num_threads()} CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name(device)
+    if processes > 1:  # their sums are added in an order of their own
+        where += f", {processes} processes"
+    order = {name: str(getattr(config, name)) for name in ORDER}
+    return {"deterministic": "True", "computed by": f"torch {torch.__version__}, {where}"} | order
