@@ -299,7 +299,7 @@ def fill(
     team: parallel.Alone = parallel.ALONE,
 ) -> list[Path]:
     """One file for each BLOCK of keys, encoding only the blocks that are not on disk yet. Several
-    processes claim them block by block, and leave when all are there.
+    processes claim them block by block; all are there once each has ended.
 
     keys: what each row depends on (content, encoder, resolution); a block's file is named by its
     keys, so changed data or encoders give other files and nothing stale is ever read. encode: gives
@@ -323,7 +323,6 @@ def fill(
                 write_whole(file, safetensors_bytes(stacked, {"kind": kind}))
                 team.sign(f"encoding {kind}s")
             next(bar, None)  # past the last row, so that bar and encode() come to their ends
-    team.wait(f"encoding {kind}s")
     return files
 
 
@@ -342,7 +341,7 @@ def fill_cache(
     """
     flips = (False, True) if random_flip else (False,)
 
-    def prompts_in_dtype(blocks: list[range]) -> Iterator[dict[str, Tensor]]:
+    def prompts_in_dtype(blocks: Iterable[range]) -> Iterator[dict[str, Tensor]]:
         for context, pooled in encoder.encode_captions(blocks):
             yield {"context": context.to(dtype), "pooled": pooled.to(dtype)}
 
@@ -360,6 +359,7 @@ def fill_cache(
         check_pictures(encoder.pictures)  # name every damaged picture, not the first alone
         raise
     encoder.free("vae")
+    team.wait("encoding")
     if encoder.speed and team.first:
         print(encoder.speed, file=sys.stderr)  # with the progress bars: said at a first start only
     return Cache(latents, prompts)

@@ -260,7 +260,7 @@ def prepare(
     pictures: list[sources.Picture],
     prints: dict[str, str],
     timesteps: int,
-    team: parallel.Alone,
+    team: parallel.Alone = parallel.ALONE,
 ) -> data.Examples:
     """The run's examples, from the cache, its gaps filled; or encoded anew every step."""
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32

@@ -667,10 +667,12 @@ class Counting(data.Encoder):
         return super().prompt(index)
 
     def encode_pictures(self, blocks, flips):
+        blocks = list(blocks)  # told one by one, as they are claimed
         self.latents += [i for block in blocks for i in block for _ in flips]
         return super().encode_pictures(blocks, flips)
 
     def encode_captions(self, blocks):
+        blocks = list(blocks)
         self.prompts += [i for block in blocks for i in block]
         return super().encode_captions(blocks)
 

@@ -262,6 +262,7 @@ def test_caching_is_shared_nobody_encodes_twice_and_all_leave_with_all_of_it(tog
 
     def work(team):
         files = data.fill(tmp_path / "shared", "latent", KEYS, slowly(mine := []), team)
+        team.wait("encoding")
         assert all(file.is_file() for file in files)
         return mine
 
@@ -280,6 +281,7 @@ def test_one_that_dies_while_caching_loses_the_block_in_hand_and_is_named(togeth
                 os.kill(os.getpid(), signal.SIGKILL)
 
         data.fill(tmp_path, "latent", KEYS, slowly([], at), team)
+        team.wait("encoding")
 
     done = together(2, work)
     dead = done.codes.index(-signal.SIGKILL)
