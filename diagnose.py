@@ -123,9 +123,12 @@ def in_base(run: Run) -> str:
     """The first of the frozen UNet's weights that is not finite; empty where there is none."""
     trained = {id(matrix) for _, matrix in run.adapter.parts()}
     for name, weight in (*run.unet.named_parameters(), *run.unet.named_buffers()):
-        scales = getattr(getattr(weight, "quant_state", None), "absmax", weight)  # NF4's: per block
-        if id(weight) not in trained and scales.is_floating_point() and kind(scales):
-            return f"the base model's {name.replace('.base.', '.')} has {kind(scales)}"
+        state = getattr(weight, "quant_state", None)  # of NF4: its bytes are finite, their scales
+        inner = getattr(state, "state2", None)  # may not be, which may be quantised themselves
+        for floats in (state.absmax, state.offset, inner and inner.absmax) if state else (weight,):
+            bad = torch.is_tensor(floats) and floats.is_floating_point() and kind(floats)
+            if bad and id(weight) not in trained:
+                return f"the base model's {name.replace('.base.', '.')} has {bad}"
     return ""
 
 
@@ -170,7 +173,7 @@ def in_unet(run: Run, loss_of: Callable) -> str:
             module, finite = first_module(
                 run.unet, lambda b=batch: loss_of(run.unet, b, run.schedule, run.scaling)
             )
-        except torch.cuda.OutOfMemoryError:
+        except Exception:  # a full GPU, say: what was found is told without this
             break
         if not finite:
             name = run.examples.names[run.examples.example(i).picture]
