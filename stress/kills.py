@@ -90,7 +90,10 @@ def unlucky(room: Room, reference: Reference, seed: int, number: int) -> dict:
     run = Forked(room, reference.argv)
     if run.wait():
         wrong.append(f"the continued run ended with {run.code}")
-    wrong += misbehaviour(run.output()) or differences(room, reference)
+    # SIGTERM saves the step it falls into: that one may be kept instead of the last but one.
+    extra = tuple(f"out/checkpoints/{step:06d}/" for step in range(tiny.STEPS))
+    polite = any(name == "SIGTERM" for name, _ in deaths)
+    wrong += misbehaviour(run.output()) or differences(room, reference, extra if polite else ())
     return {"deaths": deaths, "wrong": wrong, "plan": plans}
 
 
