@@ -132,7 +132,7 @@ def save_state(run: Run) -> None:
         lora.save(run.adapter, aside / lora.FILE_NAME, "peft", dtype, about(run))
         write_whole(aside / "state.pt", buffer.getvalue())
         write_whole(aside / "state.sha256", sum_of(buffer.getvalue()).encode())
-    except Refusal:
+    except (Refusal, KeyboardInterrupt):
         shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
         raise
     shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over

@@ -53,7 +53,7 @@ def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> None:
     rename, fsync the folder. Only one chunk at a time need be in memory.
 
     Raises Refusal where the folder cannot be written or the disk is full; the part file is removed
-    then.
+    then, and on Ctrl-C.
     """
     aside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
@@ -64,10 +64,12 @@ def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)
-    except OSError as error:
+    except (OSError, KeyboardInterrupt) as error:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        raise unwritable(path, size, error) from error
+        if isinstance(error, OSError):
+            raise unwritable(path, size, error) from error
+        raise
 
 
 def unwritable(path: Path, size: int, error: OSError) -> Refusal:

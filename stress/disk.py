@@ -20,7 +20,7 @@ from pathlib import Path
 
 from stress import tiny
 from stress.child import Forked, Room
-from stress.kills import side_by_side
+from stress.kills import ENOUGH, side_by_side
 from stress.reference import Reference, differences, make, misbehaviour
 
 SIZES = 12  # of full disks for OUT, and half as many for the cache
@@ -342,6 +342,9 @@ def run(
         if first is None and count < len(cases):
             numbers = [number * len(cases) // count for number in numbers]
         for at, number in enumerate(n for n in numbers if n < len(cases)):
+            if sum(bool(row.get("wrong")) for row in rows) >= ENOUGH:
+                say("disk: enough; this worker stops")
+                break
             rows.append(one(number, *cases[number], folder))
             if rows[-1]["wrong"]:
                 say(f"disk: {cases[number][0]} FAILED: {'; '.join(rows[-1]['wrong'])}")

@@ -25,6 +25,7 @@ from stress.reference import Reference, differences, make, misbehaviour
 AIMS = ("saving", "exporting", "drawing", "caching", "stepping", "logging")
 TERM_SHARE = 0.15  # of the signals are SIGTERM, the others SIGKILL
 COLD = 5  # runs that start as a user starts them
+ENOUGH = 5  # failures after which a worker stops: each may be a run that hung
 
 
 def strike(run: Run, number: signal.Signals, due: Callable[[Run], bool]) -> str:
@@ -89,7 +90,10 @@ def unlucky(room: Room, reference: Reference, seed: int, number: int) -> dict:
     run = Forked(room, reference.argv)
     if run.wait():
         wrong.append(f"the continued run ended with {run.code}")
-    wrong += misbehaviour(run.output()) or differences(room, reference)
+    # SIGTERM saves the step it falls into: that one may be kept instead of the last but one.
+    extra = tuple(f"out/checkpoints/{step:06d}/" for step in range(tiny.STEPS))
+    polite = any(name == "SIGTERM" for name, _ in deaths)
+    wrong += misbehaviour(run.output()) or differences(room, reference, extra if polite else ())
     return {"deaths": deaths, "wrong": wrong, "plan": plans}
 
 
@@ -155,9 +159,12 @@ def one(room: Room, reference: Reference, seed: int, number: int, cold: str) -> 
 def work(
     reference: Reference, folder: Path, seed: int, numbers: list[int], cold: dict[int, str], say
 ) -> list[dict]:
-    """The runs `numbers`, one after the other."""
+    """The runs `numbers`, one after the other, until ENOUGH have failed."""
     results = []
     for at, number in enumerate(numbers, 1):
+        if sum(bool(row["wrong"]) for row in results) >= ENOUGH:
+            say("kills: enough; this worker stops")
+            break
         result = one(Room(folder / f"run{number}"), reference, seed, number, cold.get(number, ""))
         results.append({"run": number} | result)
         if result["wrong"]:

@@ -25,6 +25,7 @@ from PIL import Image, ImageOps
 
 import ahead
 import data
+import files
 import hub
 import loop
 import model
@@ -901,6 +902,16 @@ def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
             path.write_bytes(b"half")
         data.fill(tmp_path, "latent", KEYS[:3], each(row))
         assert not dead.exists() and not same.exists() and alive.exists()
+
+
+def test_ctrl_c_while_a_file_is_written_leaves_no_half_of_it(tmp_path, monkeypatch):
+    def interrupted(_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(files.os, "fsync", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        files.write_whole(tmp_path / "a", b"whole")
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
