@@ -13,8 +13,11 @@ import dataclasses
 import hashlib
 import io
 import json
+import math
 import os
+import re
 import shutil
+import zipfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +27,7 @@ import hub
 import lora
 import model
 from config import Config
-from files import Refusal, digest, sweep_parts, sync_folder, write_whole
+from files import Refusal, digest, first_line, sweep_parts, sync_folder, write_whole
 
 if TYPE_CHECKING:
     from loop import Run
@@ -93,8 +96,7 @@ def save_state(run: Run) -> None:
     shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
     os.replace(aside, folder)
     sync_folder(root)
-    whole = sorted(p for p in root.iterdir() if p.name.isdigit())
-    for old in whole[: -run.config.checkpoints_total_limit]:
+    for old in checkpoints(root)[: -run.config.checkpoints_total_limit]:
         shutil.rmtree(old)
 
 
@@ -104,15 +106,23 @@ def save_state_once(run: Run) -> None:
         save_state(run)
 
 
+def checkpoints(root: Path) -> list[Path]:
+    """The folders of checkpoints under `root`, whole or not, by their steps: 1000000 after 999999,
+    which their names do not say.
+    """
+    found = [p for p in root.glob("*") if re.fullmatch(r"[0-9]{6,9}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
 def newest_state(root: Path) -> dict | None:
     """The newest whole checkpoint's state, on the CPU; None where there is no checkpoint."""
-    folders = sorted((p for p in root.glob("*") if p.name.isdigit()), reverse=True)
+    folders = checkpoints(root)[::-1]
     for folder in folders:
         sum_file, file = folder / "state.sha256", folder / "state.pt"
         if sum_file.is_file() and file.is_file():
             content = file.read_bytes()
-            if sum_of(content) == sum_file.read_text().strip():
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if sum_of(content).encode() == sum_file.read_bytes().strip():
+                return read_state(file, content)
         print(f"{folder} was cut short and is passed over")
     if folders:
         raise Refusal(
@@ -121,6 +131,42 @@ def newest_state(root: Path) -> dict | None:
             f"rm -r {root} to start again from step 1, or another --output-dir",
         )
     return None
+
+
+# What a state holds; type() and not isinstance(): True is no step.
+PARTS = {
+    **{"step": int, "flat": torch.Tensor, "modules": list},
+    **{"optimizer": dict, "scale": dict, "identity": dict},
+}
+
+
+def read_state(path: Path, content: bytes) -> dict:
+    """The state that save_state() wrote as `content`. Its sum says that it is as it was written,
+    not by whom, so nothing that it says is run (weights_only) and nothing in it unpacks to more
+    than its own size. Raises Refusal for anything else than a state.
+    """
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            packed = [each.filename for each in archive.infolist() if each.compress_type]
+        if packed:
+            raise ValueError(f"{packed[0]} in it is compressed")
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        wrong = [key for key, kind in PARTS.items() if type(state[key]) is not kind]
+        if wrong:
+            raise TypeError(f"{wrong[0]} is a {type(state[wrong[0]]).__name__}")
+        if state["step"] != int(path.parent.name):
+            raise ValueError(f"it is of step {state['step']}")
+    except Exception as error:  # a pickle raises whatever it likes
+        raise foreign(path, f"{type(error).__name__}: {first_line(error)}") from error
+    return state
+
+
+def foreign(path: Path, why: str) -> Refusal:
+    return Refusal(
+        f"{path} is no state that this project saved ({why})",
+        "a checkpoint of this run",
+        f"rm -r {path.parent} to continue from the checkpoint before, or another --output-dir",
+    )
 
 
 def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None:
@@ -140,7 +186,10 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
 
 
 def restore(run: Run, state: dict | None) -> None:
-    """Put a checkpoint's numbers into `run`."""
+    """Put a checkpoint's numbers into `run`. Raises Refusal, before anything is changed, where they
+    are of another shape or type: copying would stretch them, and bitsandbytes' kernels would read
+    beyond their end.
+    """
     if state is None:
         return
     if state["modules"] != list(run.adapter.layers):
@@ -149,11 +198,62 @@ def restore(run: Run, state: dict | None) -> None:
             "this diffusers' layers",
             "use the diffusers it ran with",
         )
+    path = run.config.out / "checkpoints" / f"{state['step']:06d}" / "state.pt"
+    if wrong := wrong_numbers(run, state):
+        raise foreign(path, wrong)
     with torch.no_grad():
         run.adapter.flat.copy_(state["flat"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    # The options' own groups: they are the run's identity, and their keys change with the library.
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
     run.scale = type(run.scale)(**state["scale"])
     run.step = state["step"]
+
+
+def wrong_numbers(run: Run, state: dict) -> str:
+    """What in `state` cannot have come from this run's adapter, optimizer or loss scale, or ""."""
+    mine, n = dataclasses.asdict(run.scale), run.adapter.flat.numel()
+    theirs, kept = state["scale"], state["optimizer"].get("state")
+    if {k: type(v) for k, v in theirs.items()} != {k: type(v) for k, v in mine.items()} or not (
+        theirs["value"] > 0 and math.isfinite(theirs["value"]) and theirs["growth_interval"] > 0
+    ):
+        return f"the loss scale is {theirs}"
+    want, found = {"flat": (torch.float32, n)}, {"flat": state["flat"]}
+    if kept != {} or state["step"] != theirs["skipped"]:  # else no step was taken yet
+        if type(kept) is not dict or kept.keys() != {0} or type(kept[0]) is not dict:
+            return "its optimizer has not one parameter"
+        for key, value in kept[0].items():  # bitsandbytes keeps its numbers one level deeper
+            found |= value if type(value) is dict else {key: value}
+        step = found.pop("step", None)
+        if type(step) not in (int, torch.Tensor) or not 0 <= float(step) <= state["step"]:
+            return f"its optimizer is at step {step}"
+        want |= kept_by_adamw(n, run.config.use_8bit_adam)
+    if found.keys() != want.keys():
+        return f"it holds {', '.join(map(str, found))}, not {', '.join(want)}"
+    for key, (dtype, size) in want.items():
+        tensor = found[key]
+        if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
+            return f"{key} is no tensor"
+        if tensor.dtype != dtype or tensor.shape != (size,):
+            return f"{key} is {str(tensor.dtype)[6:]} {[*tensor.shape]}, not {dtype} [{size}]"
+        if not tensor.isfinite().all():
+            return f"{key} holds NaN or Inf"
+    return ""
+
+
+def kept_by_adamw(n: int, eight_bit: bool) -> dict[str, tuple[torch.dtype, int]]:
+    """dtype and length of what AdamW keeps for n parameters; bitsandbytes in 8 bits from 4,096 up:
+    two moments, what their 256 codes stand for, and a scale for each block of lora.BLOCK.
+    """
+    if not eight_bit:
+        return dict.fromkeys(("exp_avg", "exp_avg_sq"), (torch.float32, n))
+    if n < 4096:
+        return dict.fromkeys(("state1", "state2"), (torch.float32, n))
+    return {
+        **dict.fromkeys(("state1", "state2"), (torch.uint8, n)),
+        **dict.fromkeys(("qmap1", "qmap2"), (torch.float32, 256)),
+        **dict.fromkeys(("absmax1", "absmax2"), (torch.float32, -(-n // lora.BLOCK))),
+    }
 
 
 # ---- the end: export, and proof that the files are what was trained ------------------------------
@@ -226,13 +326,15 @@ def kohya_path(config: Config) -> Path:
     return config.out / "kohya" / f"{config.out.resolve().name}.safetensors"
 
 
+def exported_sums(config: Config) -> dict[str, str]:
+    """The exported files, by their names in config.out, and their SHA-256."""
+    paths = (config.out / lora.FILE_NAME, kohya_path(config))
+    return {path.relative_to(config.out).as_posix(): sum_of(path.read_bytes()) for path in paths}
+
+
 def mark_finished(config: Config, run: Run) -> None:
     """Note that the exported files are whole and compared, and what they are of."""
-    files = {
-        str(path.relative_to(config.out)): sum_of(path.read_bytes())
-        for path in (config.out / lora.FILE_NAME, kohya_path(config))
-    }
-    note = {"steps": run.step, "files": files, "save_dtype": config.save_dtype}
+    note = {"steps": run.step, "files": exported_sums(config), "save_dtype": config.save_dtype}
     note["options"] = fixed_options(config)
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
     write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
@@ -246,13 +348,14 @@ def finished(config: Config) -> int:
     sweep_parts(config.out)
     try:
         said = json.loads((config.out / "finished.json").read_text())
-        sums = {name: sum_of((config.out / name).read_bytes()) for name in said["files"]}
-        state = {"identity": said["options"]}
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not as it was written
+        whole = said["files"] == exported_sums(config) and said["save_dtype"] == config.save_dtype
+        steps, options = said["steps"], said["options"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return 0  # not there, or not as it was written
+    if type(steps) is not int or type(options) is not dict:
         return 0
-    check_same(config, fixed_options(config), state)
-    whole = sums == said["files"] and said["save_dtype"] == config.save_dtype
-    return said["steps"] if whole and said["steps"] >= config.max_train_steps else 0
+    check_same(config, fixed_options(config), {"identity": options})
+    return steps if whole and steps >= config.max_train_steps else 0
 
 
 def sum_of(content: bytes) -> str:

@@ -59,11 +59,17 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options; a Refusal names the first value that cannot be."""
     options = tyro.cli(Options, args=argv, prog="generate.py")
     refusals = {
-        "resolution": (options.resolution % 8 or options.resolution < 0, "a multiple of 8", "1024"),
+        "resolution": (
+            options.resolution % 8 or not 0 <= options.resolution <= 4096,
+            "a multiple of 8 up to 4096",
+            "1024",
+        ),
         "num_inference_steps": (not 1 <= options.num_inference_steps <= 1000, "1 to 1000", "30"),
         "seeds": (not options.seeds or not all(0 <= s < 2**63 for s in options.seeds), "0 up", "0"),
         "strength": (not -10 <= options.strength <= 10, "usually 0 to 1", "1"),
+        "guidance_scale": (not -100 <= options.guidance_scale <= 100, "up to 100", "5"),
     }
+    configuration.check_texts(options)
     for name, (wrong, expected, remedy) in refusals.items():
         if wrong:
             option = f"--{name.replace('_', '-')} {remedy}"
@@ -311,9 +317,15 @@ def load_base(
 def of_run(path: Path, option: str) -> str:
     """An option as the config.json of the run around `path` has it, or nothing."""
     for folder in list(path.resolve().parents)[:3]:  # OUT/, OUT/kohya/, OUT/checkpoints/000200/
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads((folder / "config.json").read_text())[option]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            value = json.loads((folder / "config.json").read_text())[option]
+            if isinstance(value, str) or is_texts(value):
+                return value
     return ""
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:

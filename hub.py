@@ -41,10 +41,7 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
 def check_layout(root: Path, name: str, parts: tuple[str, ...]) -> None:
     """Raise Refusal where `root` is no SDXL model in diffusers' layout, or lacks one of `parts`."""
     index = root / "model_index.json"
-    try:
-        kind = json.loads(index.read_text())["_class_name"] if index.is_file() else ""
-    except (ValueError, KeyError, TypeError):
-        kind = "something else"
+    kind = str(read_config(index).get("_class_name", "something else")) if index.is_file() else ""
     missing = [part for part in parts if not (root / part / PARTS[part]).is_file()]
     if "StableDiffusionXL" in kind and not missing:
         return
@@ -57,6 +54,35 @@ def check_layout(root: Path, name: str, parts: tuple[str, ...]) -> None:
         "diffusers' "
         "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
     )
+
+
+def read_config(path: Path) -> dict:
+    """The object in a model's JSON file. Raises Refusal where there is none, or where a number in
+    it is of no model: what it describes is built before its weights are compared with it, and would
+    take all memory, or all time.
+    """
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise TypeError(f"it holds a {type(config).__name__}")
+        for key, value in config.items():
+            numbers = [value] if not isinstance(value, list) else flat_list(value)
+            most = 256 if "layers" in key else 10**6  # SDXL has 32 layers and 49,408 words
+            wrong = [n for n in numbers if isinstance(n, int | float) and not -most <= n <= most]
+            if wrong:
+                raise ValueError(f"{key} is {wrong[0]:g}, beyond {most:,}")
+        return config
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise Refusal(
+            f"{path} is no configuration of an SDXL model ({first_line(error)})",
+            "a JSON object as diffusers wrote it",
+            "download the model again",
+        ) from error
+
+
+def flat_list(value: list) -> list:
+    """The values in lists of lists."""
+    return [x for each in value for x in (flat_list(each) if isinstance(each, list) else [each])]
 
 
 @functools.cache

@@ -11,7 +11,6 @@ prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pool
 import contextlib
 import functools
 import gc
-import json
 import re
 import threading
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 from transformers.utils import logging as transformers_logging
 
 from files import Refusal, first_line, open_safetensors
-from hub import fetch, weight_files
+from hub import fetch, read_config, weight_files
 
 transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
 
@@ -135,9 +134,31 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
 
 
 def build_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet that `folder`'s config.json describes, on the meta device: shapes, no numbers."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    """The UNet that `folder`'s config.json describes, on the meta device: shapes, no numbers.
+
+    Raises Refusal where diffusers cannot build it, or where SDXL's inputs do not pass through it.
+    """
+    read_config(folder / "config.json")
+    try:
+        with torch.device("meta"), torch.no_grad():
+            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+            about = unet.config
+            sizes = 6 * about.addition_time_embed_dim
+            batch = {
+                "t": torch.zeros(1, dtype=torch.long),
+                "context": torch.empty(1, 2, about.cross_attention_dim),
+                "pooled": torch.empty(1, about.projection_class_embeddings_input_dim - sizes),
+                "time_ids": torch.empty(1, 6),
+            }
+            side = 2 ** len(about.block_out_channels)
+            predict(unet, torch.empty(1, 4, side, side), batch)
+    except Exception as error:  # nearly every class
+        raise Refusal(
+            f"{folder / 'config.json'} describes no UNet of SDXL's kind ({first_line(error)})",
+            "4 latent channels, text_time conditioning",
+            "choose an SDXL model (no inpainting or refiner model), or download it again",
+        ) from error
+    return unet
 
 
 def fill_unet(
@@ -258,7 +279,18 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
     """
     classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
-    return TextEncoders(load_tokenizers(name), tuple(encoders), zeros_for_empty_prompt(name))
+    tokenizers = load_tokenizers(name)
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        longest, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
+        if not 1 < tokenizer.model_max_length <= longest or len(tokenizer) > words:
+            raise Refusal(
+                f"{name}'s tokenizer makes {tokenizer.model_max_length} tokens of "
+                f"{len(tokenizer)} words, and its text encoder has {longest} places and {words} "
+                "words",
+                "a tokenizer and a text encoder of one model",
+                "download the model again",
+            )
+    return TextEncoders(tokenizers, tuple(encoders), zeros_for_empty_prompt(name))
 
 
 def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.device):
@@ -269,6 +301,7 @@ def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.devi
     """
     folder = fetch(name, part, half)
     variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+    read_config(folder / "config.json")
     try:
         encoder, info = cls.from_pretrained(
             folder, variant=variant, use_safetensors=True, output_loading_info=True
@@ -288,15 +321,31 @@ def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.devi
 
 def zeros_for_empty_prompt(name: str) -> bool:
     """Whether the unconditional embedding is zeros (SDXL base) or the encoded empty text."""
-    index = json.loads((fetch(name, "") / "model_index.json").read_text())
-    return index.get("force_zeros_for_empty_prompt", True)
+    index = fetch(name, "") / "model_index.json"
+    zeros = read_config(index).get("force_zeros_for_empty_prompt", True)
+    if not isinstance(zeros, bool):
+        raise Refusal(
+            f"{index} has force_zeros_for_empty_prompt {zeros!r:.50}",
+            "true or false",
+            "download the model again",
+        )
+    return zeros
+
+
+def load_tokenizer(name: str, part: str) -> CLIPTokenizer:
+    folder = fetch(name, part)
+    try:
+        return CLIPTokenizer.from_pretrained(folder)
+    except Exception as error:  # nearly every class; the Rust part has one of its own
+        raise Refusal(
+            f"{folder} holds no tokenizer ({type(error).__name__}: {first_line(error)})",
+            "a CLIP tokenizer's files",
+            "download the model again",
+        ) from error
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    first, second = (
-        CLIPTokenizer.from_pretrained(fetch(name, p)) for p in ("tokenizer", "tokenizer_2")
-    )
-    return first, second
+    return load_tokenizer(name, "tokenizer"), load_tokenizer(name, "tokenizer_2")
 
 
 @torch.no_grad()
@@ -336,7 +385,7 @@ def count_cut(prompts: list[str], name: str) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
     end.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(fetch(name, "tokenizer"))  # both cut at one length
+    tokenizer = load_tokenizer(name, "tokenizer")  # both cut at one length
     ids = tokenizer(prompts, truncation=False, verbose=False).input_ids if prompts else []
     return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
 
@@ -363,8 +412,16 @@ def encode_images(pixels: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 
 def latent_scaling(name: str) -> tuple[float, float]:
     """(scaling_factor, shift_factor) of the VAE's config: x0 = (latent - shift) * scaling."""
-    config = json.loads((fetch(name, "vae") / "config.json").read_text())
-    return config["scaling_factor"], config.get("shift_factor") or 0.0
+    path = fetch(name, "vae") / "config.json"
+    config = read_config(path)
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    if not all(type(n) in (int, float) and abs(n) < 1e3 for n in (factor, shift)) or factor <= 0:
+        raise Refusal(
+            f"{path} has scaling_factor {factor!r:.50} and shift_factor {shift!r:.50}",
+            "two numbers, such as 0.13025 and 0",
+            "download the model again",
+        )
+    return factor, shift
 
 
 def add_time_ids(original_size: tuple, crop_top_left: tuple, target_size: tuple) -> Tensor:
@@ -391,9 +448,9 @@ class NoiseSchedule:
 
 def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
     """The schedule that the model's scheduler_config.json describes (Ho et al. 2020,
-    https://arxiv.org/abs/2006.11239).
+    https://arxiv.org/abs/2006.11239). Raises Refusal for another objective or impossible betas.
     """
-    config = json.loads((fetch(name, "scheduler") / "scheduler_config.json").read_text())
+    config = read_config(fetch(name, "scheduler") / "scheduler_config.json")
     kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     prediction = config.get("prediction_type", "epsilon")
@@ -407,6 +464,17 @@ def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
             f"trained_betas {config.get('trained_betas')}",
             "epsilon or v_prediction, linear or scaled_linear, and none",
             "choose an SDXL model: others train by another objective",
+        )
+    if not (
+        type(steps) is int
+        and 1 < steps <= 10**5
+        and all(type(beta) is float for beta in (start, end))
+        and 0 < start <= end < 1
+    ):
+        raise Refusal(
+            f"{name}'s scheduler has betas from {start!r:.50} to {end!r:.50} in {steps!r:.50} steps",
+            "numbers between 0 and 1 that do not fall, in 2 to 100,000 steps",
+            "download the model again",
         )
     if kind == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)

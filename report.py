@@ -25,9 +25,9 @@ class Log:
 
     def __init__(self, out: Path, start: int, config: Config):
         path = out / "log.jsonl"
-        old = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
+        old = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # Steps that a killed run did after its last checkpoint are done again, not said twice.
+        kept = [line for line in old if step_of(line) <= start]
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         self.file = open(path, "a")
         self.bar = tqdm(total=config.max_train_steps, initial=start, desc="training", mininterval=1)
@@ -65,6 +65,14 @@ class Log:
             f"GiB{skipped}"
         )
         self.bar.update()
+
+
+def step_of(line: str) -> float:
+    """The step that a line of log.jsonl tells of; inf where a killed run cut it short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return math.inf
 
 
 class Interrupts:
