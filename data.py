@@ -27,7 +27,8 @@ from tqdm import tqdm
 
 import model
 from ahead import Ahead
-from files import Refusal, digest, open_safetensors, sweep_parts, whole_block, write_block
+from blocks import whole_block, write_block
+from files import Refusal, digest, open_safetensors, sweep_parts
 from sources import Picture
 
 BLOCK = 16  # pictures or captions in one cache file: written whole or not at all

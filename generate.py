@@ -93,6 +93,7 @@ import hub  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import nf4  # noqa: E402
+import vetting  # noqa: E402
 
 
 def load_pipeline(
@@ -103,8 +104,9 @@ def load_pipeline(
     It has no text encoders: prompts are encoded before, so that they and the UNet never share
     the memory.
     """
-    folder = hub.fetch(name, "scheduler")
-    kind = diffusers.DiffusionPipeline.load_config(hub.fetch(name, ""))["scheduler"][1]
+    folder, index = hub.fetch(name, "scheduler"), hub.fetch(name, "") / "model_index.json"
+    with vetting.refused(f"{folder} describes no sampler"):
+        scheduler = vetting.scheduler_class(index).from_pretrained(folder)
     return diffusers.StableDiffusionXLPipeline(
         vae=model.load_vae(name, device),
         text_encoder=None,
@@ -112,7 +114,7 @@ def load_pipeline(
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=getattr(diffusers, kind).from_pretrained(folder),
+        scheduler=scheduler,
         add_watermarker=False,
     )
 
@@ -256,7 +258,11 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
     """The picture size the model was made for, in pixels: 1024 for SDXL base."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = pipe.unet.config.sample_size
+    if type(size) is not int or not 8 <= size * pipe.vae_scale_factor <= 4096:
+        found = f"the UNet's config.json has a sample_size of {size!r:.50}"
+        raise Refusal(found, "a size in latents, such as 128", "--resolution 1024")
+    return size * pipe.vae_scale_factor
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -369,6 +375,7 @@ def run(options: Options) -> None:
 
     embeddings = encode(name, [prompt for prompt, _ in pairs], device, half)
     unet = load_base(options, file, name, device, dtype)
+    vetting.check_widths(unet, *list(embeddings[0].values())[:2])
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     lora.load(adapter, path)
     pipe = load_pipeline(name, unet, device)

@@ -42,6 +42,7 @@ import model
 import nf4
 import report
 import sources
+import vetting
 from config import Config
 from files import Refusal, first_line, only_run, write_whole
 
@@ -318,6 +319,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
             unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
         else:
             unet = model.load_unet(name, device, dtype)
+    vetting.check_widths(unet, *examples.source.prompt(0))
     run, how = assemble(config, unet, examples, schedule, model.latent_scaling(name), same)
     run.start = run.adapter.flat.detach().cpu().clone()
     checkpoint.restore(run, state)

@@ -394,7 +394,7 @@ def alpha_in_header(path: Path, about: dict[str, str], ranks: set[int]) -> float
         alpha = header.get("unet.lora_alpha", header.get("unet.r"))
         if type(alpha) not in (int, float):
             raise TypeError(f"unet.lora_alpha is {alpha!r:.50}")
-        if "unet.r" in header and {header["unet.r"]} != ranks:
+        if len(ranks) == 1 and header.get("unet.r", *ranks) not in ranks:
             raise ValueError(f"unet.r is {header['unet.r']!r:.50}, and ranks are {sorted(ranks)}")
         alpha = float(alpha)
     except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:

@@ -23,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+import vetting
 from files import Refusal, first_line, open_safetensors
-from hub import fetch, read_config, weight_files
+from hub import fetch, weight_files
+from vetting import read_config
 
 transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
 
@@ -139,25 +141,10 @@ def build_unet(folder: Path) -> UNet2DConditionModel:
     Raises Refusal where diffusers cannot build it, or where SDXL's inputs do not pass through it.
     """
     read_config(folder / "config.json")
-    try:
-        with torch.device("meta"), torch.no_grad():
-            unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-            about = unet.config
-            sizes = 6 * about.addition_time_embed_dim
-            batch = {
-                "t": torch.zeros(1, dtype=torch.long),
-                "context": torch.empty(1, 2, about.cross_attention_dim),
-                "pooled": torch.empty(1, about.projection_class_embeddings_input_dim - sizes),
-                "time_ids": torch.empty(1, 6),
-            }
-            side = 2 ** len(about.block_out_channels)
-            predict(unet, torch.empty(1, 4, side, side), batch)
-    except Exception as error:  # nearly every class
-        raise Refusal(
-            f"{folder / 'config.json'} describes no UNet of SDXL's kind ({first_line(error)})",
-            "4 latent channels, text_time conditioning",
-            "choose an SDXL model (no inpainting or refiner model), or download it again",
-        ) from error
+    no_unet = f"{folder / 'config.json'} describes no UNet of SDXL's kind"
+    with vetting.refused(no_unet), torch.device("meta"), torch.no_grad():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+        predict(unet, *vetting.unet_inputs(unet))
     return unet
 
 
@@ -281,15 +268,7 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
     tokenizers = load_tokenizers(name)
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
-        longest, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
-        if not 1 < tokenizer.model_max_length <= longest or len(tokenizer) > words:
-            raise Refusal(
-                f"{name}'s tokenizer makes {tokenizer.model_max_length} tokens of "
-                f"{len(tokenizer)} words, and its text encoder has {longest} places and {words} "
-                "words",
-                "a tokenizer and a text encoder of one model",
-                "download the model again",
-            )
+        vetting.check_tokenizer(name, tokenizer, encoder)
     return TextEncoders(tokenizers, tuple(encoders), zeros_for_empty_prompt(name))
 
 
@@ -308,6 +287,9 @@ def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.devi
         )
         missing = [k for k in info["missing_keys"] if "position_ids" not in k]
         problem = f"lacks {len(missing)} tensors, such as {min(missing)}" if missing else ""
+        if not problem:
+            encoder = encoder.to(device).float().requires_grad_(False).eval()
+            problem = vetting.try_encoder(encoder)
     except Exception as error:  # damaged or misfitting files: many classes, one meaning
         problem = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
     if problem:
@@ -316,32 +298,18 @@ def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.devi
             "a config.json and the weights that fit it",
             "download the model again, or pip install --upgrade transformers diffusers",
         )
-    return encoder.to(device).float().requires_grad_(False).eval()
+    return encoder
 
 
 def zeros_for_empty_prompt(name: str) -> bool:
     """Whether the unconditional embedding is zeros (SDXL base) or the encoded empty text."""
-    index = fetch(name, "") / "model_index.json"
-    zeros = read_config(index).get("force_zeros_for_empty_prompt", True)
-    if not isinstance(zeros, bool):
-        raise Refusal(
-            f"{index} has force_zeros_for_empty_prompt {zeros!r:.50}",
-            "true or false",
-            "download the model again",
-        )
-    return zeros
+    return vetting.zeros_for_empty_prompt(fetch(name, "") / "model_index.json")
 
 
 def load_tokenizer(name: str, part: str) -> CLIPTokenizer:
     folder = fetch(name, part)
-    try:
+    with vetting.refused(f"{folder} holds no CLIP tokenizer"):
         return CLIPTokenizer.from_pretrained(folder)
-    except Exception as error:  # nearly every class; the Rust part has one of its own
-        raise Refusal(
-            f"{folder} holds no tokenizer ({type(error).__name__}: {first_line(error)})",
-            "a CLIP tokenizer's files",
-            "download the model again",
-        ) from error
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -412,16 +380,7 @@ def encode_images(pixels: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 
 def latent_scaling(name: str) -> tuple[float, float]:
     """(scaling_factor, shift_factor) of the VAE's config: x0 = (latent - shift) * scaling."""
-    path = fetch(name, "vae") / "config.json"
-    config = read_config(path)
-    factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
-    if not all(type(n) in (int, float) and abs(n) < 1e3 for n in (factor, shift)) or factor <= 0:
-        raise Refusal(
-            f"{path} has scaling_factor {factor!r:.50} and shift_factor {shift!r:.50}",
-            "two numbers, such as 0.13025 and 0",
-            "download the model again",
-        )
-    return factor, shift
+    return vetting.latent_scaling(fetch(name, "vae") / "config.json")
 
 
 def add_time_ids(original_size: tuple, crop_top_left: tuple, target_size: tuple) -> Tensor:
@@ -465,17 +424,7 @@ def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
             "epsilon or v_prediction, linear or scaled_linear, and none",
             "choose an SDXL model: others train by another objective",
         )
-    if not (
-        type(steps) is int
-        and 1 < steps <= 10**5
-        and all(type(beta) is float for beta in (start, end))
-        and 0 < start <= end < 1
-    ):
-        raise Refusal(
-            f"{name}'s scheduler has betas from {start!r:.50} to {end!r:.50} in {steps!r:.50} steps",
-            "numbers between 0 and 1 that do not fall, in 2 to 100,000 steps",
-            "download the model again",
-        )
+    vetting.check_betas(name, start, end, steps)
     if kind == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)
     else:

@@ -132,13 +132,14 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
             # By name: links to files are allowed (a Hub snapshot is made of them).
             path, parts = folder / name, Path(name)
             inside = not parts.anchor and ".." not in parts.parts
-        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            there = inside and path.is_file()
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
             raise Refusal(
                 f"{where} is not a row ({type(error).__name__}: {first_line(error)})",
                 '{"file_name": "a.png", "text": "a caption"}',
                 "correct the line",
             ) from error
-        if not inside or not path.is_file():
+        if not there:
             raise Refusal(
                 f"{where} names {name!r}, which is "
                 f"{'no file' if inside else 'outside the data folder'}",

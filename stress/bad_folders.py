@@ -239,7 +239,7 @@ def metadata_lines(case: Case) -> dict[str, list]:
     good = [{"file_name": n, "text": f"t{n}"} for n in ("a.png", "b.png", "sub/c.png")]
     first = lambda **changes: [good[0] | changes, *good[1:]]  # noqa: E731
     named = {
-        f"the name {name!a}": [*good, {"file_name": name, "text": "x"}]
+        f"the name {name!a:.60}": [*good, {"file_name": name, "text": "x"}]
         for name in (
             *("../elsewhere/fox.png", "../../elsewhere/fox.png", str(case.elsewhere / "fox.png")),
             *("sub/../../elsewhere/fox.png", "..\\elsewhere\\fox.png", "C:\\fox.png", "\\\\x\\y"),

@@ -96,8 +96,11 @@ def writable() -> list[tuple[str, str]]:
     for name in sorted(set(Image.SAVE) - NEEDS_A_HANDLER):
         for mode in MODES:
             try:
-                saved(in_mode(rgb, mode)[0], name)
-                kinds.append((name, mode))
+                image = in_mode(rgb, mode)[0]
+                again = Image.open(io.BytesIO(saved(image, name)))
+                same_depth = mode[0] not in "IF" or again.mode[0] == mode[0]
+                if same_depth and again.has_transparency_data >= image.has_transparency_data:
+                    kinds.append((name, mode))  # else the writer has cut it, without a word
             except Exception:  # this format has not this mode: nearly every class says so
                 continue
     return kinds
@@ -189,6 +192,7 @@ def bombs() -> dict[str, bytes]:
         "QOI of 2^31 x 2^31": b"qoif" + struct.pack(">2I2B", 2**31, 2**31, 4, 0) + b"\0" * 8,
         "TGA of 65535 x 65535": b"\0\0\x0a" + bytes(9) + struct.pack("<2H2B", 65535, 65535, 24, 0),
         "PSD of 30000 x 30000": b"8BPS" + struct.pack(">H6xHII", 1, 3, 30000, 30000),
+        "the largest that is allowed": png(11000, 8000, 1, 0, bytes(1 + 11000 // 8) * 8000),
         "1 x 60000": png(1, 60000, 1, 0, b"\0\0" * 60000),
         "60000 x 1": png(60000, 1, 1, 0, bytes(1 + 60000 // 8)),
     }

@@ -73,7 +73,7 @@ class Watch:
 
     def __init__(self, sandbox: Path):
         self.allowed = [os.path.realpath(sandbox / name) + "/" for name in ("out", "tmp")]
-        self.allowed += ["/dev/", "/proc/self/"]
+        self.allowed += ["/dev/null/", "/proc/self/"]
         self.armed, self.seen = False, []
         sys.addaudithook(self.hear)
 
@@ -107,7 +107,7 @@ def snapshot(sandbox: Path) -> dict[str, tuple]:
     found = {}
     for folder, names, files in os.walk(sandbox):
         if folder == str(sandbox):
-            names[:] = [name for name in names if name != "out"]
+            names[:], files[:] = [name for name in names if name != "out"], []
         for name in [*names, *files]:
             path = os.path.join(folder, name)
             about = os.lstat(path)
