@@ -232,32 +232,22 @@ def caption(case: Case):
     return act
 
 
+ODD_NAMES = (
+    *("../elsewhere/fox.png", "../../elsewhere/fox.png", "sub/../../elsewhere/fox.png"),
+    *("..\\elsewhere\\fox.png", "C:\\fox.png", "\\\\x\\y", "out/fox.png", "out/../fox.png"),
+    *("link/../fox.png", "a.png\x00", "\x00", SURROGATE, "", ".", "..", "/", "~/fox.png"),
+    *("file:///etc/passwd", "sub", "x" * 5000, "/dev/zero", "/proc/self/environ", "sub/", "a.png/"),
+    *("pipe", "sub/../a.png", "./a.png", "A.PNG"),
+)
+
+
 def metadata_lines(case: Case) -> dict[str, list]:
     """Lines of metadata.jsonl for the folder a.png, b.png, sub/c.png: name -> lines, as values or
     as bytes. Those whose name begins with "good" must be accepted.
     """
+    names = (*ODD_NAMES, str(case.elsewhere / "fox.png"))
     good = [{"file_name": n, "text": f"t{n}"} for n in ("a.png", "b.png", "sub/c.png")]
     first = lambda **changes: [good[0] | changes, *good[1:]]  # noqa: E731
-    named = {
-        f"the name {name!a:.60}": [*good, {"file_name": name, "text": "x"}]
-        for name in (
-            *("../elsewhere/fox.png", "../../elsewhere/fox.png", str(case.elsewhere / "fox.png")),
-            *("sub/../../elsewhere/fox.png", "..\\elsewhere\\fox.png", "C:\\fox.png", "\\\\x\\y"),
-            *("out/fox.png", "out/../fox.png", "link/../fox.png", "a.png\x00", "\x00", SURROGATE),
-            *(
-                "",
-                ".",
-                "..",
-                "/",
-                "~/fox.png",
-                "file:///etc/passwd",
-                "sub",
-                "x" * 5000,
-                "/dev/zero",
-            ),
-            *("/proc/self/environ", "sub/", "a.png/", "pipe", "sub/../a.png", "./a.png", "A.PNG"),
-        )
-    }
     wrong = {
         f"file_name {junk_!a:.40}": first(file_name=junk_) for junk_ in (None, 3, [], {}, True)
     }
@@ -271,7 +261,7 @@ def metadata_lines(case: Case) -> dict[str, list]:
         "good: blank lines": [b"", good[0], b"  ", *good[1:], b""],
         "good: CRLF": [json.dumps(line).encode() + b"\r" for line in good],
         **{f"good: text {i}": first(text=text) for i, text in enumerate(TEXTS)},
-        **named,
+        **{f"the name {n!a:.60}": [*good, {"file_name": n, "text": "x"}] for n in names},
         **wrong,
         **texts,
         "no rows": [],

@@ -78,42 +78,58 @@ def parsed(blob: bytes) -> dict[str, np.ndarray]:
     }
 
 
-def entry_edits(case: Case, metadata: dict, entries: dict, content: bytes) -> dict:
-    """Edits of a whole file: name -> the file. Each gets copies of its own."""
-    rng = case.rng
-    keys = sorted(entries)
-    key = rng.choice([k for k in keys if not k.endswith(".alpha")])
-    pair = key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+class Whole:
+    """A whole adapter file, and ways to write it with one thing changed; each gives a function."""
 
-    def edit(**changes):
-        return lambda: assembled(metadata, entries | {key: entries[key] | changes}, content)
+    def __init__(self, case: Case, metadata: dict, entries: dict, content: bytes):
+        self.metadata, self.entries, self.content = metadata, entries, content
+        self.key = case.rng.choice(sorted(k for k in entries if "lora_A" in k or "_down" in k))
+        self.pair = self.key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
+        self.shape = entries[self.key]["shape"]
+        self.begin, self.end = entries[self.key]["data_offsets"]
+        self.blob = assembled(metadata, entries, content)
 
-    def said(**changes):
-        return lambda: assembled(metadata | changes, entries, content)
+    def edit(self, **changes):
+        return self.with_entries(**{self.key: self.entries[self.key] | changes})
 
-    def inside(**changes):
-        head = json.loads(metadata.get("lora_adapter_metadata", '{"unet.r": 4}'))
+    def with_entries(self, **more):
+        return lambda: assembled(self.metadata, self.entries | more, self.content)
+
+    def said(self, **changes):
+        return lambda: assembled(self.metadata | changes, self.entries, self.content)
+
+    def inside(self, **changes):
+        """The PEFT header's own JSON."""
+        head = json.loads(self.metadata.get("lora_adapter_metadata", '{"unet.r": 4}'))
         head |= {f"unet.{k}": v for k, v in changes.items()}
-        return said(lora_adapter_metadata=json.dumps(head))
+        return self.said(lora_adapter_metadata=json.dumps(head))
 
-    def number(value: float):
+    def number(self, value: float):
         """A number of the data, as fp32 or fp16."""
-        kind = np.dtype(NUMPY[entries[key]["dtype"]])
-        at = entries[key]["data_offsets"][0]
-        new = np.array([value]).astype(kind).tobytes()
-        return lambda: assembled(metadata, entries, content[:at] + new + content[at + len(new) :])
+        new = np.array([value]).astype(NUMPY[self.entries[self.key]["dtype"]]).tobytes()
+        content = self.content[: self.begin] + new + self.content[self.begin + len(new) :]
+        return lambda: assembled(self.metadata, self.entries, content)
 
-    begin, end = entries[key]["data_offsets"]
-    shape = entries[key]["shape"]
-    empty = {key: {"dtype": "F32", "shape": [10**9, 0], "data_offsets": [0, 0]}}
-    hollow = {**empty, pair: {"dtype": "F32", "shape": [0, 10**9], "data_offsets": [0, 0]}}
-    whole = assembled(metadata, entries, content)
-    size = len(whole) - len(content) - 8
-    raw = json.dumps({"__metadata__": metadata, **entries})
-    twice = raw[:-1] + f', "{key}": {json.dumps(entries[key])}' + "}"
+    def two(self, dtype: str, a: list[int], b: list[int], size: int = 0):
+        """Nothing but one A and one B of `size` bytes each."""
+        places = {self.key: (a, [0, size]), self.pair: (b, [size, 2 * size])}
+        entries = {
+            key: {"dtype": dtype, "shape": shape, "data_offsets": at}
+            for key, (shape, at) in places.items()
+        }
+        return lambda: assembled(None, entries, bytes(2 * size))
+
+
+EMPTY = {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
+
+
+def entry_edits(whole: Whole) -> dict:
+    """Edits of what the header says of tensors: name -> the file's bytes."""
+    edit, shape, begin, end = whole.edit, whole.shape, whole.begin, whole.end
+    without = {k: v for k, v in whole.entries.items() if k != whole.key}
     return {
-        "good": lambda: whole,
-        "end beyond the file": edit(data_offsets=[begin, len(content) + 100]),
+        "good": lambda: whole.blob,
+        "end beyond the file": edit(data_offsets=[begin, len(whole.content) + 100]),
         "offsets reversed": edit(data_offsets=[end, begin]),
         "negative offset": edit(data_offsets=[-8, end]),
         "overlapping": edit(data_offsets=[max(0, begin - 64), max(0, end - 64)]),
@@ -122,74 +138,50 @@ def entry_edits(case: Case, metadata: dict, entries: dict, content: bytes) -> di
         "offsets that are text": edit(data_offsets=["0", "8"]),
         "a huge shape": edit(shape=[10**9, 10**9]),
         "a shape that overflows": edit(shape=[2**62, 4]),
-        "a negative shape": edit(shape=[-4, -(shape[0] if shape else 1)]),
+        "a negative shape": edit(shape=[-shape[0], -shape[1]]),
         "transposed": edit(shape=shape[::-1]),
         "flattened": edit(shape=[int(np.prod(shape))]),
         "one dimension more": edit(shape=[*shape, 1]),
         **{f"dtype {d}": edit(dtype=d) for d in ("I32", "U32", "BF16", "F64", "F8_E4M3", "X", 3)},
         **{f"bytes as {d}": edit(dtype=d, shape=[end - begin]) for d in ("U8", "BOOL", "I8")},
         "an unknown field": edit(strides=[1, 1]),
-        "a key twice": lambda: len(twice).to_bytes(8, "little") + twice.encode() + content,
-        "a key missing": lambda: assembled(
-            metadata, {k: v for k, v in entries.items() if k != key}, content
-        ),
-        "hollow matrices": lambda: assembled(None, hollow, b""),
-        "rank 0": lambda: assembled(
-            None,
-            hollow
-            | {
-                key: {"dtype": "F32", "shape": [0, 96], "data_offsets": [0, 0]},
-                pair: {"dtype": "F32", "shape": [96, 0], "data_offsets": [0, 0]},
-            },
-            b"",
-        ),
-        "a rank of a million": lambda: assembled(
-            None,
-            {
-                key: {"dtype": "F16", "shape": [10**6, 1], "data_offsets": [0, 2 * 10**6]},
-                pair: {"dtype": "F16", "shape": [1, 10**6], "data_offsets": [2 * 10**6, 4 * 10**6]},
-            },
-            bytes(4 * 10**6),
-        ),
-        "a key of 100 kB": lambda: assembled(
-            metadata,
-            entries
-            | {"unet." + "x" * 100_000: {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
-            content,
-        ),
-        "a key with escapes": lambda: assembled(
-            metadata,
-            entries
-            | {"unet.\x1b[2J\n\x00": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}},
-            content,
-        ),
-        "metadata that is no text": said(more=3),
-        "metadata that is a list": lambda: assembled([1], entries, content),
-        "no metadata": lambda: assembled(None, entries, content),
-        "a header that is a list": lambda: assembled(None, [], content),
-        "a header claim of 100 MB": lambda: (10**8).to_bytes(8, "little") + whole[8:],
-        "a header claim of 2^64": lambda: b"\xff" * 8 + whole[8:],
-        "a header of nothing": lambda: bytes(8) + whole[8:],
-        "a header one short": lambda: (size - 1).to_bytes(8, "little") + whole[8:],
-        "a header that is no JSON": lambda: whole[:8] + b"x" * size + content,
-        "a header of brackets": lambda: (50_000).to_bytes(8, "little") + b"[" * 50_000,
+        "a key missing": lambda: assembled(whole.metadata, without, whole.content),
+        "hollow matrices": whole.two("F32", [10**9, 0], [0, 10**9]),
+        "rank 0": whole.two("F32", [0, 96], [96, 0]),
+        "a rank of a million": whole.two("F16", [10**6, 1], [1, 10**6], 2 * 10**6),
+        "a key of 100 kB": whole.with_entries(**{"unet." + "x" * 100_000: EMPTY}),
+        "a key with escapes": whole.with_entries(**{"unet.\x1b[2J\n\x00": EMPTY}),
         "100,000 empty tensors": lambda: assembled(
-            None,
-            {
-                f"unet.{i}": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}
-                for i in range(100_000)
-            },
-            b"",
+            None, {f"unet.{i}": EMPTY for i in range(100_000)}, b""
         ),
+        "NaN": whole.number(float("nan")),
+        "Inf": whole.number(float("inf")),
+        "huge": whole.number(3e38),
+    }
+
+
+def header_edits(whole: Whole) -> dict:
+    """Edits of the header itself, and of what its metadata says: name -> the file's bytes."""
+    said, inside, blob, content = whole.said, whole.inside, whole.blob, whole.content
+    size = len(blob) - len(content) - 8
+    raw = blob[8 : 8 + size].decode()
+    twice = raw[:-1] + f', "{whole.key}": {json.dumps(whole.entries[whole.key])}' + "}"
+    odd = (-6, 0, float("nan"), float("inf"), 1e308, "6", "x", None, [], True, 10**400)
+    return {
+        "a key twice": lambda: len(twice).to_bytes(8, "little") + twice.encode() + content,
+        "metadata that is no text": said(more=3),
+        "metadata that is a list": lambda: assembled([1], whole.entries, content),
+        "no metadata": lambda: assembled(None, whole.entries, content),
+        "a header that is a list": lambda: assembled(None, [], content),
+        "a header claim of 100 MB": lambda: (10**8).to_bytes(8, "little") + blob[8:],
+        "a header claim of 2^64": lambda: b"\xff" * 8 + blob[8:],
+        "a header of nothing": lambda: bytes(8) + blob[8:],
+        "a header one short": lambda: (size - 1).to_bytes(8, "little") + blob[8:],
+        "a header that is no JSON": lambda: blob[:8] + b"x" * size + content,
+        "a header of brackets": lambda: (50_000).to_bytes(8, "little") + b"[" * 50_000,
         "nothing": lambda: b"",
-        "seven bytes": lambda: whole[:7],
-        "NaN": number(float("nan")),
-        "Inf": number(float("inf")),
-        "huge": number(3e38),
-        **{
-            f"alpha {a}": inside(lora_alpha=a)
-            for a in (-6, 0, float("nan"), float("inf"), 1e308, "6", "x", None, [], True, 10**400)
-        },
+        "seven bytes": lambda: blob[:7],
+        **{f"alpha {alpha}": inside(lora_alpha=alpha) for alpha in odd},
         **{f"r {r}": inside(r=r, lora_alpha=ALPHA) for r in (8, -4, "x", None)},
         "rslora": inside(use_rslora=True),
         "metadata no object": said(lora_adapter_metadata="[1]"),
@@ -204,12 +196,13 @@ def entry_edits(case: Case, metadata: dict, entries: dict, content: bytes) -> di
 
 def adapter_file(case: Case) -> bytes:
     layout, dtype = case.rng.choice(("peft", "kohya")), case.rng.choice(("fp32", "fp16"))
-    edits = entry_edits(case, *good_adapter(layout, dtype))
+    whole = Whole(case, *good_adapter(layout, dtype))
+    edits = entry_edits(whole) | header_edits(whole)
     names = list(edits)
     case.what = f"{layout} {dtype}"
     if case.turn % 4 == 3:
         return bad_pictures.damaged(case, edits["good"]())
-    name = names[(case.turn * 3 // 4) % len(names)]
+    name = names[(case.turn // 4 * 3 + case.turn % 4) % len(names)]
     case.what += f", {name}"
     return edits[name]()
 
@@ -287,98 +280,98 @@ def small_run(base: Path) -> loop.Run:
     )[0]
 
 
-def state_edits(case: Case, state: dict) -> dict:
+def state_edits(state: dict) -> dict:
     """Edits of a checkpoint's state: name -> what takes its place."""
-    flat = state["flat"]
-    outer = state["optimizer"]["state"][0]
-    wrap = next(k for k, v in outer.items() if isinstance(v, dict))  # bitsandbytes' own level
-    inner = outer[wrap]
-    tensors = sorted(k for k, v in inner.items() if isinstance(v, torch.Tensor) and v.numel() > 1)
-    key = tensors[case.turn % len(tensors)]
-
-    def put(**changes):
-        return lambda: state | changes
-
-    def inside(part: str, **changes):
-        return lambda: state | {part: state[part] | changes}
-
-    def moments(value):
-        return lambda: (
-            state | {"optimizer": state["optimizer"] | {"state": {0: inner | {key: value}}}}
-        )
-
+    flat, scale = state["flat"], state["scale"]
     nan = flat.clone()
     nan[7] = float("nan")
-    groups = state["optimizer"]["param_groups"]
+    parts = ("step", "flat", "optimizer", "scale", "modules", "identity")
+    steps = (10**12, -1, 0, 1.5, "2", None, True, float("nan"), 10**400, torch.tensor(2))
+    flats = {
+        **{"of one number": flat[:1].clone(), "too long": torch.cat([flat, flat]), "NaN": nan},
+        **{"short": flat[:-1].clone(), "a square": flat.view(-1, 256), "fp64": flat.double()},
+        **{"fp16": flat.half(), "int": flat.long(), "a list": flat[:9].tolist(), "None": None},
+        **{"of 2^40": torch.zeros(1).expand(2**40), "sparse": flat.view(-1, 256).to_sparse()},
+    }
+    modules = {"None": None, "a number": 3, "reversed": state["modules"][::-1]}
+    more = state["identity"] | {"x": "y"}
+    identities = {"None": None, "a list": [], "empty": {}, "no text": {"base": 3}, "more": more}
+    scales = {
+        **{"None": None, "empty": {}, "unknown": {"x": 1}, "text": scale | {"value": "x"}},
+        **{"NaN": scale | {"value": float("nan")}, "negative": scale | {"value": -1.0}},
+        **{"without interval": scale | {"growth_interval": 0}},
+    }
     return {
-        "good": lambda: state,
-        "a list": lambda: [state],
-        "None": lambda: None,
-        "empty": lambda: {},
-        **{f"without {k}": (lambda k=k: {x: y for x, y in state.items() if x != k})
-           for k in ("step", "flat", "optimizer", "scale", "modules", "identity")},
-        **{f"step {s!r}": put(step=s) for s in (
-            10**12, -1, 0, 1.5, "2", None, True, float("nan"), 10**400, torch.tensor(2))},
-        **{f"flat {n}": put(flat=f) for n, f in {
-            "of one number": flat[:1].clone(), "too long": torch.cat([flat, flat]),
-            "short": flat[:-1].clone(), "a square": flat.view(-1, 256), "NaN": nan, "fp64":
-            flat.double(), "fp16": flat.half(), "int": flat.long(), "a list": flat[:9].tolist(),
-            "None": None, "stretched": torch.zeros(1).expand(len(flat)),
-            "of 2^40 numbers": torch.zeros(1).expand(2**40),
-            "sparse": flat.view(-1, 256).to_sparse()}.items()},
-        **{f"modules {n}": put(modules=m) for n, m in {
-            "None": None, "a number": 3, "reversed": state["modules"][::-1]}.items()},
-        **{f"identity {n}": put(identity=i) for n, i in {
-            "None": None, "a list": [], "empty": {}, "numbers": {"base": 3},
-            "a field more": state["identity"] | {"x": "y"}}.items()},
-        **{f"scale {n}": put(scale=s) for n, s in {
-            "None": None, "empty": {}, "unknown": {"x": 1}, "text": state["scale"] | {"value": "x"},
-            "NaN": state["scale"] | {"value": float("nan")}, "negative": state["scale"] | {
-                "value": -1.0}, "interval 0": state["scale"] | {"growth_interval": 0}}.items()},
-        **{f"optimizer {n}": put(optimizer=o) for n, o in {
-            "None": None, "empty": {}, "no groups": {"state": state["optimizer"]["state"]},
-            "no state": {"param_groups": groups, "state": {}},
-            "two parameters": {"param_groups": groups, "state": {0: outer, 1: outer}},
-            "another number": {"param_groups": groups, "state": {5: outer}},
-            "a rate of its own": {"param_groups": [groups[0] | {"betas": (5.0, float("nan"))}],
-                                  "state": {0: outer}}}.items()},
-        **{f"{key} {n}": moments(v) for n, v in {
-            "of one number": torch.zeros(1), "short": inner[key][:-1].clone(), "None": None,
-            "text": "x", "fp64": inner[key].double(), "NaN": torch.full(inner[key].shape,
-            float("nan")), "of 2^40": torch.zeros(1).expand(2**40)}.items()},
-        "a moment missing": lambda: state | {"optimizer": state["optimizer"] | {
-            "state": {0: outer | {wrap: {k: v for k, v in inner.items() if k != key}}}}},
-        "deep": lambda: state | {"config": functools.reduce(lambda a, _: [a], range(60), 0)},
-    }  # fmt: skip
+        "good": state,
+        "a list": [state],
+        "None": None,
+        "empty": {},
+        **{f"without {part}": {k: v for k, v in state.items() if k != part} for part in parts},
+        **{f"step {step!r:.20}": state | {"step": step} for step in steps},
+        **{f"flat {name}": state | {"flat": each} for name, each in flats.items()},
+        **{f"modules {name}": state | {"modules": each} for name, each in modules.items()},
+        **{f"identity {name}": state | {"identity": each} for name, each in identities.items()},
+        **{f"scale {name}": state | {"scale": each} for name, each in scales.items()},
+        "deep": state | {"config": functools.reduce(lambda inner, _: [inner], range(60), 0)},
+    }
+
+
+def optimizer_edits(case: Case, state: dict) -> dict:
+    """Edits of a checkpoint's optimizer: name -> the state that takes its place."""
+    groups, outer = state["optimizer"]["param_groups"], state["optimizer"]["state"][0]
+    wrap = next(k for k, v in outer.items() if isinstance(v, dict))  # bitsandbytes' own level
+    inner = outer[wrap]
+    key = sorted(inner)[case.turn % len(inner)]
+    new = {
+        **{"of one number": torch.zeros(1), "short": inner[key][:-1].clone(), "None": None},
+        **{"text": "x", "fp64": inner[key].double(), "of 2^40": torch.zeros(1).expand(2**40)},
+        "NaN": torch.full(inner[key].shape, float("nan")),
+    }
+    odd = [groups[0] | {"betas": (5.0, float("nan"))}]
+    optimizers = {
+        **{"None": None, "empty": {}, "no groups": {"state": {0: outer}}},
+        "no state": {"param_groups": groups, "state": {}},
+        "two parameters": {"param_groups": groups, "state": {0: outer, 1: outer}},
+        "another number": {"param_groups": groups, "state": {5: outer}},
+        "a rate of its own": {"param_groups": odd, "state": {0: outer}},
+        **{
+            f"{key} {name}": {"state": {0: outer | {wrap: inner | {key: value}}}}
+            for name, value in new.items()
+        },
+        f"without {key}": {
+            "state": {0: outer | {wrap: {k: v for k, v in inner.items() if k != key}}}
+        },
+    }
+    return {f"optimizer {name}": state | {"optimizer": each} for name, each in optimizers.items()}
+
+
+# Odd, but what they say beside the run's own numbers is not used.
+HARMLESS = {
+    "good",
+    "deep",
+    "damaged with a right sum",
+    "identity more",
+    "optimizer no groups",
+    "optimizer a rate of its own",
+}
 
 
 def bad_state(case: Case, folder: Path, mark: Path) -> bool:
     """Damage the checkpoint in `folder`. Returns whether it must not be continued."""
     content = (folder / "state.pt").read_bytes()
     state = torch.load(io.BytesIO(content), weights_only=True)
-    edits = state_edits(case, state)
+    edits = state_edits(state) | optimizer_edits(case, state)
     names = list(edits)
     other = (
-        "damaged",
-        "its sum damaged",
-        "damaged with a right sum",
-        "malice",
-        "old malice",
-        "an inflating zip",
-        "a zip of nothing",
-        "its sum no text",
-        "no file",
-        "a folder",
+        *("damaged", "its sum damaged", "damaged with a right sum", "malice", "old malice"),
+        *("an inflating zip", "a zip of nothing", "its sum no text", "no file", "a folder"),
     )
-    how = (
-        other[(case.turn // 2) % len(other)]
-        if case.turn % 2
-        else names[(case.turn // 2 * 7) % len(names)]
-    )
+    turn, rest = divmod(case.turn, 4)
+    how = names[(3 * turn + rest) % len(names)] if rest < 3 else other[turn % len(other)]
     case.what = how
     if how in edits:
         buffer = io.BytesIO()
-        torch.save(edits[how](), buffer)
+        torch.save(edits[how], buffer)
         content = buffer.getvalue()
     elif how.startswith("damaged"):
         content = bad_pictures.damaged(case, content)
@@ -409,7 +402,7 @@ def bad_state(case: Case, folder: Path, mark: Path) -> bool:
         (folder / "state.pt").unlink()
     if how == "a folder":
         (folder / "state.pt").mkdir()
-    return how not in ("good", "optimizer a rate of its own", "deep", "identity a field more")
+    return how not in HARMLESS
 
 
 def clean(state) -> str:
@@ -495,7 +488,7 @@ def cache(case: Case):
     at = case.rng.randrange(len(files))
     file, other = files[at], files[at - 1]
     hows = ("damaged", "another's content", "shapes", "NaN", "a folder", "nothing", "one bit")
-    how = hows[(case.turn * 3 // 4) % len(hows)]
+    how = hows[(case.turn // 4 * 3 + case.turn % 4) % len(hows)]
     case.what = f"{file.name.partition('-')[0]} {how}"
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
