@@ -83,7 +83,9 @@ class Whole:
 
     def __init__(self, case: Case, metadata: dict, entries: dict, content: bytes):
         self.metadata, self.entries, self.content = metadata, entries, content
-        self.key = case.rng.choice(sorted(k for k in entries if "lora_A." in k or "lora_down." in k))
+        self.key = case.rng.choice(
+            sorted(k for k in entries if "lora_A." in k or "lora_down." in k)
+        )
         self.pair = self.key.replace("lora_A", "lora_B").replace("lora_down", "lora_up")
         self.shape = entries[self.key]["shape"]
         self.begin, self.end = entries[self.key]["data_offsets"]
