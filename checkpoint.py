@@ -14,6 +14,7 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +26,7 @@ import hub
 import lora
 import model
 import sources
+import states
 from config import Config
 from files import Refusal, digest, sweep_parts, sync_folder, write_whole
 
@@ -145,18 +147,13 @@ def remove_old(root: Path, step: int, limit: int) -> None:
     """Leave the newest `limit` checkpoints up to `step`. One of a later step is damaged: the run
     would have continued from it. Each is renamed first: a run killed here leaves no half of it.
     """
-    folders = in_order(root)
+    folders = checkpoints(root)
     kept = [folder for folder in folders if int(folder.name) <= step][-limit:]
     for folder in folders:
         if folder not in kept:
             aside = root / f".{folder.name}.old.{os.getpid()}.part"
             os.replace(folder, aside)
             shutil.rmtree(aside)
-
-
-def in_order(root: Path) -> list[Path]:
-    """The folders of checkpoints, oldest first."""
-    return sorted((p for p in root.glob("*") if p.name.isdecimal()), key=lambda p: int(p.name))
 
 
 def save_state_once(run: Run) -> None:
@@ -166,15 +163,23 @@ def save_state_once(run: Run) -> None:
         save_state(run)
 
 
+def checkpoints(root: Path) -> list[Path]:
+    """The folders of checkpoints under `root`, whole or not, by their steps: 1000000 after 999999,
+    which their names do not say.
+    """
+    found = [p for p in root.glob("*") if re.fullmatch(r"[0-9]{6,9}", p.name) and p.is_dir()]
+    return sorted(found, key=lambda p: int(p.name))
+
+
 def newest_state(root: Path) -> dict | None:
     """The newest whole checkpoint's state, on the CPU; None where there is no checkpoint."""
-    folders = in_order(root)
-    for folder in reversed(folders):
+    folders = checkpoints(root)[::-1]
+    for folder in folders:
         sum_file, file = folder / "state.sha256", folder / "state.pt"
         if sum_file.is_file() and file.is_file():
             content = file.read_bytes()
-            if sum_of(content).encode() == sum_file.read_bytes():
-                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+            if sum_of(content).encode() == sum_file.read_bytes().strip():
+                return states.read(file, content)
         print(f"{folder} was cut short or damaged and is passed over")
     if folders:
         raise Refusal(
@@ -203,7 +208,10 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
 
 
 def restore(run: Run, state: dict | None) -> None:
-    """Put a checkpoint's numbers into `run`."""
+    """Put a checkpoint's numbers into `run`. Raises Refusal, before anything is changed, where they
+    are of another shape or type: copying would stretch them, and bitsandbytes' kernels would read
+    beyond their end.
+    """
     if state is None:
         return
     if state["modules"] != list(run.adapter.layers):
@@ -212,9 +220,14 @@ def restore(run: Run, state: dict | None) -> None:
             "this diffusers' layers",
             "use the diffusers it ran with",
         )
+    path = run.config.out / "checkpoints" / f"{state['step']:06d}" / "state.pt"
+    if wrong := states.wrong_numbers(run, state):
+        raise states.foreign(path, wrong)
     with torch.no_grad():
         run.adapter.flat.copy_(state["flat"])
-    run.optimizer.load_state_dict(state["optimizer"])
+    # The options' own groups: they are the run's identity, and their keys change with the library.
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict(state["optimizer"] | {"param_groups": groups})
     run.scale = type(run.scale)(**state["scale"])
     run.step = state["step"]
 
@@ -289,15 +302,17 @@ def kohya_path(config: Config) -> Path:
     return config.out / "kohya" / f"{config.out.resolve().name}.safetensors"
 
 
+def exported_sums(config: Config) -> dict[str, str]:
+    """The exported files, by their names in config.out, and their SHA-256."""
+    paths = (config.out / lora.FILE_NAME, kohya_path(config))
+    return {path.relative_to(config.out).as_posix(): sum_of(path.read_bytes()) for path in paths}
+
+
 def mark_finished(config: Config, run: Run) -> None:
     """Note that the exported files are whole and compared, and what they are of."""
     # Again, since the run may have been killed between its last checkpoint and this.
     remove_old(config.out / "checkpoints", run.step, config.checkpoints_total_limit)
-    files = {
-        str(path.relative_to(config.out)): sum_of(path.read_bytes())
-        for path in (config.out / lora.FILE_NAME, kohya_path(config))
-    }
-    note = {"steps": run.step, "files": files, "save_dtype": config.save_dtype}
+    note = {"steps": run.step, "files": exported_sums(config), "save_dtype": config.save_dtype}
     note["options"], note["identity"] = fixed_options(config), run.identity
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
     write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
@@ -312,16 +327,18 @@ def finished(config: Config) -> int:
     sweep_parts(config.out)
     try:
         said = json.loads((config.out / "finished.json").read_text())
-        sums = {name: sum_of((config.out / name).read_bytes()) for name in said["files"]}
-        state = {"identity": said["options"] | said.get("identity", {})}
-        half = state["identity"].get("dtype", "torch.float32") != "torch.float32"
-    except (OSError, ValueError, KeyError, TypeError):  # not there, or not as it was written
+        whole = said["files"] == exported_sums(config) and said["save_dtype"] == config.save_dtype
+        steps, known = said["steps"], said["options"] | said.get("identity", {})
+        half = known.get("dtype", "torch.float32") != "torch.float32"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return 0  # not there, or not as it was written
+    if type(steps) is not int:
         return 0
+    state = {"identity": known}
     check_same(config, fixed_options(config), state)
     if "identity" in said:  # not in a note of an earlier version
         check_same(config, local_identity(config, half), state)
-    whole = sums == said["files"] and said["save_dtype"] == config.save_dtype
-    return said["steps"] if whole and said["steps"] >= config.max_train_steps else 0
+    return steps if whole and steps >= config.max_train_steps else 0
 
 
 def sum_of(content: bytes) -> str:

@@ -288,8 +288,23 @@ def be_silent_or_leave(argv: list[str] | None) -> None:
         sys.exit(why.code if isinstance(why, SystemExit) else 1)
 
 
+def check_texts(options) -> None:
+    """Raise Refusal for an option whose text no file name, log or terminal can hold."""
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            if isinstance(text, str) and (
+                "\0" in text or text.encode(errors="replace").decode() != text
+            ):
+                raise Refusal(
+                    f"{name} is {text!a:.200}",
+                    "text in UTF-8 without NUL",
+                    f"another --{name.replace('_', '-')}; rename the folder if it is one",
+                )
+
+
 def check(config: Config) -> Config:
     """`config` itself, or a Refusal naming the first value that cannot be."""
+    check_texts(config)
     bounds = {  # name: (smallest, largest), both allowed
         "resolution": (8, 4096),
         "lora_rank": (1, 640),

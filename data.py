@@ -28,7 +28,8 @@ from tqdm import tqdm
 import model
 import parallel
 from ahead import Ahead
-from files import Refusal, digest, open_safetensors, safetensors_bytes, sweep_parts, write_whole
+from blocks import whole_block, write_block
+from files import Refusal, digest, open_safetensors, sweep_parts
 from sources import Picture
 
 BLOCK = 16  # pictures or captions in one cache file: written whole or not at all
@@ -52,15 +53,15 @@ def decode(picture: Picture) -> Image.Image:
     it is damaged.
     """
     try:
-        image = Image.open(io.BytesIO(picture.read()))
+        image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice as many
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image.load()
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow's convert would clip at 255
-            image = Image.fromarray(
-                (np.asarray(image).astype(np.float64) / 257).clip(0, 255).astype(np.uint8)
-            )
+            image = Image.fromarray(from_16_bits(np.asarray(image)))
+        if image.mode == "F":
+            raise ValueError("numbers with a point do not say which of them is white")
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -78,6 +79,22 @@ def decode(picture: Picture) -> Image.Image:
             "Pillow can open",
             "replace or remove it; what is encoded already is kept",
         ) from error
+
+
+@functools.cache
+def picture_formats() -> list[str]:
+    """All that Pillow reads but PostScript, for which it would start Ghostscript: a program that
+    the picture writes.
+    """
+    Image.init()
+    return sorted(set(Image.ID) - {"EPS"})
+
+
+def from_16_bits(pixels: np.ndarray) -> np.ndarray:
+    """Whole numbers 0 to 65535 as 0 to 255. Raises ValueError for others: white is unknown then."""
+    if pixels.min() < 0 or pixels.max() > 65535:
+        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}, beyond 16 bits")
+    return (pixels // 257).astype(np.uint8)
 
 
 def views(
@@ -302,12 +319,13 @@ def fill(
     processes claim them block by block; all are there once each has ended.
 
     keys: what each row depends on (content, encoder, resolution); a block's file is named by its
-    keys, so changed data or encoders give other files and nothing stale is ever read. encode: gives
-    the rows of the blocks that it is told, in order. Returns the files in order.
+    keys, so changed data or encoders give other files and nothing stale is ever read; a damaged one
+    is made anew. encode: gives the rows of the blocks that it is told, in order. Returns the files
+    in order.
     """
     blocks = cut(range(len(keys)), BLOCK)
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
-    todo = [(file, block) for file, block in zip(files, blocks, strict=True) if not file.is_file()]
+    todo = [each for each in zip(files, blocks, strict=True) if not whole_block(each[0])]
     if team.first:
         sweep_parts(folder)
     claimed = (pair for pair in todo if team.claim(pair[0].name))
@@ -320,7 +338,7 @@ def fill(
             for file, block in mine:
                 block_rows = list(itertools.islice(bar, len(block)))
                 stacked = {key: torch.stack([r[key] for r in block_rows]) for key in block_rows[0]}
-                write_whole(file, safetensors_bytes(stacked, {"kind": kind}))
+                write_block(file, stacked, kind)
                 team.sign(f"encoding {kind}s")
             next(bar, None)  # past the last row, so that bar and encode() come to their ends
     return files

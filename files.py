@@ -24,7 +24,17 @@ class Refusal(Exception):
     """
 
     def __init__(self, found: str, expected: str, remedy: str):
+        found, expected, remedy = map(sayable, (found, expected, remedy))
         super().__init__(f"{found}; expected {expected}. What to do: {remedy}")
+
+
+def sayable(text: str, longest: int = 1200) -> str:
+    """`text` on one line that a terminal shows as it is: names and captions come from anywhere, and
+    may hold line ends, escape sequences or a megabyte. Its middle gives way to `longest`.
+    """
+    if len(text) > longest:
+        text = f"{text[: longest * 3 // 4]} ... {text[-longest // 4 :]}"
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 def first_line(error: BaseException) -> str:
@@ -177,8 +187,10 @@ def data_section(blob: bytes) -> bytes:
 def open_safetensors(path: Path, device: str = "cpu"):
     """`safe_open(path)` whose failures are Refusals that name the file."""
     try:
+        if not path.is_file():  # opening a pipe would wait for ever
+            raise OSError("not a file")
         return safe_open(path, framework="pt", device=device)
-    except (SafetensorError, OSError) as error:
+    except (SafetensorError, OSError, ValueError) as error:
         size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
         raise Refusal(
             f"{path} is not a whole safetensors file ({size}: {error})",

@@ -59,11 +59,17 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options; a Refusal names the first value that cannot be."""
     options = tyro.cli(Options, args=argv, prog="generate.py")
     refusals = {
-        "resolution": (options.resolution % 8 or options.resolution < 0, "a multiple of 8", "1024"),
+        "resolution": (
+            options.resolution % 8 or not 0 <= options.resolution <= 4096,
+            "a multiple of 8 up to 4096",
+            "1024",
+        ),
         "num_inference_steps": (not 1 <= options.num_inference_steps <= 1000, "1 to 1000", "30"),
         "seeds": (not options.seeds or not all(0 <= s < 2**63 for s in options.seeds), "0 up", "0"),
         "strength": (not -10 <= options.strength <= 10, "usually 0 to 1", "1"),
+        "guidance_scale": (not -100 <= options.guidance_scale <= 100, "up to 100", "5"),
     }
+    configuration.check_texts(options)
     for name, (wrong, expected, remedy) in refusals.items():
         if wrong:
             option = f"--{name.replace('_', '-')} {remedy}"
@@ -87,6 +93,7 @@ import hub  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 import nf4  # noqa: E402
+import vetting  # noqa: E402
 
 
 def load_pipeline(
@@ -97,8 +104,9 @@ def load_pipeline(
     It has no text encoders: prompts are encoded before, so that they and the UNet never share
     the memory.
     """
-    folder = hub.fetch(name, "scheduler")
-    kind = diffusers.DiffusionPipeline.load_config(hub.fetch(name, ""))["scheduler"][1]
+    folder, index = hub.fetch(name, "scheduler"), hub.fetch(name, "") / "model_index.json"
+    with vetting.refused(f"{folder} describes no sampler"):
+        scheduler = vetting.scheduler_class(index).from_pretrained(folder)
     return diffusers.StableDiffusionXLPipeline(
         vae=model.load_vae(name, device),
         text_encoder=None,
@@ -106,7 +114,7 @@ def load_pipeline(
         tokenizer=None,
         tokenizer_2=None,
         unet=unet,
-        scheduler=getattr(diffusers, kind).from_pretrained(folder),
+        scheduler=scheduler,
         add_watermarker=False,
     )
 
@@ -250,7 +258,11 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
     """The picture size the model was made for, in pixels: 1024 for SDXL base."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
+    size = pipe.unet.config.sample_size
+    if type(size) is not int or not 8 <= size * pipe.vae_scale_factor <= 4096:
+        found = f"the UNet's config.json has a sample_size of {size!r:.50}"
+        raise Refusal(found, "a size in latents, such as 128", "--resolution 1024")
+    return size * pipe.vae_scale_factor
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -311,9 +323,15 @@ def load_base(
 def of_run(path: Path, option: str) -> str:
     """An option as the config.json of the run around `path` has it, or nothing."""
     for folder in list(path.resolve().parents)[:3]:  # OUT/, OUT/kohya/, OUT/checkpoints/000200/
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            return json.loads((folder / "config.json").read_text())[option]
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            value = json.loads((folder / "config.json").read_text())[option]
+            if isinstance(value, str) or is_texts(value):
+                return value
     return ""
+
+
+def is_texts(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
 def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
@@ -357,6 +375,7 @@ def run(options: Options) -> None:
 
     embeddings = encode(name, [prompt for prompt, _ in pairs], device, half)
     unet = load_base(options, file, name, device, dtype)
+    vetting.check_widths(unet, *list(embeddings[0].values())[:2])
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     lora.load(adapter, path)
     pipe = load_pipeline(name, unet, device)

@@ -5,10 +5,10 @@ A folder in diffusers' layout, or the Hub, of which only what is needed is downl
 
 import functools
 import hashlib
-import json
 from pathlib import Path
 
 from files import Refusal, first_line, open_safetensors
+from vetting import read_config
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
@@ -41,10 +41,7 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
 def check_layout(root: Path, name: str, parts: tuple[str, ...]) -> None:
     """Raise Refusal where `root` is no SDXL model in diffusers' layout, or lacks one of `parts`."""
     index = root / "model_index.json"
-    try:
-        kind = json.loads(index.read_text())["_class_name"] if index.is_file() else ""
-    except (ValueError, KeyError, TypeError):
-        kind = "something else"
+    kind = str(read_config(index).get("_class_name", "something else")) if index.is_file() else ""
     missing = [part for part in parts if not (root / part / PARTS[part]).is_file()]
     if "StableDiffusionXL" in kind and not missing:
         return

@@ -46,6 +46,7 @@ import nf4
 import parallel
 import report
 import sources
+import vetting
 from config import Config
 from files import Refusal, first_line, only_run, write_whole
 
@@ -322,6 +323,7 @@ def set_up(
             unet = nf4.load_unet_nf4(name, device, dtype, Path(config.cache_dir))
         else:
             unet = model.load_unet(name, device, dtype)
+    vetting.check_widths(unet, *examples.source.prompt(0))
     run, how = assemble(config, unet, examples, schedule, model.latent_scaling(name), same)
     run.start, run.team = run.adapter.flat.detach().cpu().clone(), team
     checkpoint.restore(run, state)

@@ -24,10 +24,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import Refusal, data_section, open_safetensors, safetensors_bytes, write_whole
+from files import (
+    Refusal,
+    data_section,
+    first_line,
+    open_safetensors,
+    safetensors_bytes,
+    write_whole,
+)
 
 # The attention projections, as published runs adapt them.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+# SDXL's narrowest adapted layer: a higher rank can say nothing more, and a file that claims a
+# million would take all memory.
+MAX_RANK = 640
 # What diffusers' load_lora_weights(folder) looks for.
 FILE_NAME = "pytorch_lora_weights.safetensors"
 
@@ -354,7 +364,8 @@ def read(path: Path | str) -> AdapterFile:
 
     alpha comes from the kohya file's .alpha tensors or the PEFT file's header; a PEFT file without
     that header means alpha = rank, as it does to diffusers. Raises Refusal for other formats, mixed
-    ranks, differing alphas, and numbers that are not finite, naming the key.
+    ranks, differing alphas, and numbers that are not finite or not fp32, fp16 or bf16, naming the
+    key.
     """
     path = Path(path)
     path = path / FILE_NAME if path.is_dir() else path
@@ -365,24 +376,37 @@ def read(path: Path | str) -> AdapterFile:
     ranks = {pair["A"].shape[0] for pair in matrices.values()}
     alphas = {float(pair.pop("alpha", len(pair["A"]))) for pair in matrices.values()}
     if layout == "peft":
-        alphas = {alpha_in_header(path, about)} if "lora_adapter_metadata" in about else alphas
+        if "lora_adapter_metadata" in about:
+            alphas = {alpha_in_header(path, about, ranks)}
     if len(ranks) != 1 or len(alphas) != 1:
         raise Refusal(
             f"{path} has ranks {sorted(ranks)} and alphas {sorted(alphas)}",
             "one rank and one alpha for all modules",
             "use an adapter of uniform rank: diffusers reads others wrongly, too",
         )
-    return AdapterFile(path, layout, matrices, ranks.pop(), alphas.pop(), about)
+    rank, alpha = ranks.pop(), alphas.pop()
+    if not 1 <= rank <= MAX_RANK or not 0 < alpha <= 1e6:  # False for nan, too
+        raise Refusal(
+            f"{path} has rank {rank} and alpha {alpha:g}",
+            f"a rank of 1 to {MAX_RANK} and an alpha above 0, at most 1e6",
+            "use another adapter file",
+        )
+    return AdapterFile(path, layout, matrices, rank, alpha, about)
 
 
-def alpha_in_header(path: Path, about: dict[str, str]) -> float:
+def alpha_in_header(path: Path, about: dict[str, str], ranks: set[int]) -> float:
     """lora_alpha of a PEFT file's header. Raises Refusal for what would change the scale unseen."""
     try:
         header = json.loads(about["lora_adapter_metadata"])
-        alpha = float(header.get("unet.lora_alpha", header.get("unet.r")))
-    except (ValueError, TypeError, AttributeError) as error:
+        alpha = header.get("unet.lora_alpha", header.get("unet.r"))
+        if type(alpha) not in (int, float):
+            raise TypeError(f"unet.lora_alpha is {alpha!r:.50}")
+        if len(ranks) == 1 and header.get("unet.r", *ranks) not in ranks:
+            raise ValueError(f"unet.r is {header['unet.r']!r:.50}, and ranks are {sorted(ranks)}")
+        alpha = float(alpha)
+    except (ValueError, TypeError, AttributeError, RecursionError, OverflowError) as error:
         raise Refusal(
-            f"{path} has an unreadable lora_adapter_metadata ({error})",
+            f"{path} has an unreadable lora_adapter_metadata ({first_line(error)})",
             'JSON with "unet.r" and "unet.lora_alpha"',
             "use a whole adapter file",
         ) from error
@@ -396,6 +420,7 @@ def alpha_in_header(path: Path, about: dict[str, str]) -> float:
     return alpha
 
 
+NUMBERS = (torch.float32, torch.float16, torch.bfloat16)
 LAYOUTS = {  # name: (what every key begins with, {what it ends in: what it holds})
     "peft": ("unet.", {".lora_A.weight": "A", ".lora_B.weight": "B"}),
     "kohya": (
@@ -423,7 +448,13 @@ def sort_keys(path: Path, tensors: dict[str, Tensor]) -> tuple[str, dict[str, di
                 "convert the adapter to one of these; text-encoder, DoRA, LoHa and LoKr keys are "
                 "not read",
             )
-        if not tensor.isfinite().all():
+        if tensor.dtype not in NUMBERS and endings[ending] != "alpha":
+            raise Refusal(
+                f"{path}: {key} holds {str(tensor.dtype).removeprefix('torch.')}",
+                "fp32, fp16 or bf16",
+                "use a file that is not quantised",
+            )
+        if not tensor.float().isfinite().all():
             raise Refusal(f"{path}: {key} holds NaN or Inf", "finite numbers", "use another file")
         matrices.setdefault(key[len(begin) : -len(ending)], {})[endings[ending]] = tensor
     for module, pair in matrices.items():

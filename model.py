@@ -11,7 +11,6 @@ prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pool
 import contextlib
 import functools
 import gc
-import json
 import re
 import threading
 from dataclasses import dataclass
@@ -24,8 +23,10 @@ from torch.utils.checkpoint import checkpoint
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
+import vetting
 from files import Refusal, first_line, open_safetensors
 from hub import fetch, weight_files
+from vetting import read_config
 
 transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
 
@@ -135,9 +136,16 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
 
 
 def build_unet(folder: Path) -> UNet2DConditionModel:
-    """The UNet that `folder`'s config.json describes, on the meta device: shapes, no numbers."""
-    with torch.device("meta"):
-        return UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+    """The UNet that `folder`'s config.json describes, on the meta device: shapes, no numbers.
+
+    Raises Refusal where diffusers cannot build it, or where SDXL's inputs do not pass through it.
+    """
+    read_config(folder / "config.json")
+    no_unet = f"{folder / 'config.json'} describes no UNet of SDXL's kind"
+    with vetting.refused(no_unet), torch.device("meta"), torch.no_grad():
+        unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
+        predict(unet, *vetting.unet_inputs(unet))
+    return unet
 
 
 def fill_unet(
@@ -258,7 +266,10 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
     """
     classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
-    return TextEncoders(load_tokenizers(name), tuple(encoders), zeros_for_empty_prompt(name))
+    tokenizers = load_tokenizers(name)
+    for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
+        vetting.check_tokenizer(name, tokenizer, encoder)
+    return TextEncoders(tokenizers, tuple(encoders), zeros_for_empty_prompt(name))
 
 
 def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.device):
@@ -269,12 +280,16 @@ def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.devi
     """
     folder = fetch(name, part, half)
     variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+    read_config(folder / "config.json")
     try:
         encoder, info = cls.from_pretrained(
             folder, variant=variant, use_safetensors=True, output_loading_info=True
         )
         missing = [k for k in info["missing_keys"] if "position_ids" not in k]
         problem = f"lacks {len(missing)} tensors, such as {min(missing)}" if missing else ""
+        if not problem:
+            encoder = encoder.to(device).float().requires_grad_(False).eval()
+            problem = vetting.try_encoder(encoder)
     except Exception as error:  # damaged or misfitting files: many classes, one meaning
         problem = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
     if problem:
@@ -283,20 +298,22 @@ def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.devi
             "a config.json and the weights that fit it",
             "download the model again, or pip install --upgrade transformers diffusers",
         )
-    return encoder.to(device).float().requires_grad_(False).eval()
+    return encoder
 
 
 def zeros_for_empty_prompt(name: str) -> bool:
     """Whether the unconditional embedding is zeros (SDXL base) or the encoded empty text."""
-    index = json.loads((fetch(name, "") / "model_index.json").read_text())
-    return index.get("force_zeros_for_empty_prompt", True)
+    return vetting.zeros_for_empty_prompt(fetch(name, "") / "model_index.json")
+
+
+def load_tokenizer(name: str, part: str) -> CLIPTokenizer:
+    folder = fetch(name, part)
+    with vetting.refused(f"{folder} holds no CLIP tokenizer"):
+        return CLIPTokenizer.from_pretrained(folder)
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    first, second = (
-        CLIPTokenizer.from_pretrained(fetch(name, p)) for p in ("tokenizer", "tokenizer_2")
-    )
-    return first, second
+    return load_tokenizer(name, "tokenizer"), load_tokenizer(name, "tokenizer_2")
 
 
 @torch.no_grad()
@@ -336,7 +353,7 @@ def count_cut(prompts: list[str], name: str) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
     end.
     """
-    tokenizer = CLIPTokenizer.from_pretrained(fetch(name, "tokenizer"))  # both cut at one length
+    tokenizer = load_tokenizer(name, "tokenizer")  # both cut at one length
     ids = tokenizer(prompts, truncation=False, verbose=False).input_ids if prompts else []
     return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
 
@@ -363,8 +380,7 @@ def encode_images(pixels: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 
 def latent_scaling(name: str) -> tuple[float, float]:
     """(scaling_factor, shift_factor) of the VAE's config: x0 = (latent - shift) * scaling."""
-    config = json.loads((fetch(name, "vae") / "config.json").read_text())
-    return config["scaling_factor"], config.get("shift_factor") or 0.0
+    return vetting.latent_scaling(fetch(name, "vae") / "config.json")
 
 
 def add_time_ids(original_size: tuple, crop_top_left: tuple, target_size: tuple) -> Tensor:
@@ -391,9 +407,9 @@ class NoiseSchedule:
 
 def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
     """The schedule that the model's scheduler_config.json describes (Ho et al. 2020,
-    https://arxiv.org/abs/2006.11239).
+    https://arxiv.org/abs/2006.11239). Raises Refusal for another objective or impossible betas.
     """
-    config = json.loads((fetch(name, "scheduler") / "scheduler_config.json").read_text())
+    config = read_config(fetch(name, "scheduler") / "scheduler_config.json")
     kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
     start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
     prediction = config.get("prediction_type", "epsilon")
@@ -408,6 +424,7 @@ def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
             "epsilon or v_prediction, linear or scaled_linear, and none",
             "choose an SDXL model: others train by another objective",
         )
+    vetting.check_betas(name, start, end, steps)
     if kind == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)
     else:

@@ -32,9 +32,9 @@ class Log:
             self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
             return
         path = out / "log.jsonl"
-        old = path.read_text().splitlines() if path.is_file() else []
-        kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= start]
+        old = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # Steps that a killed run did after its last checkpoint are done again, not said twice.
+        kept = [line for line in old if step_of(line) <= start]
         write_whole(path, "".join(line + "\n" for line in kept).encode())
         self.file = open(path, "a")
         self.bar = tqdm(total=config.max_train_steps, initial=start, desc="training", mininterval=1)
@@ -77,6 +77,14 @@ class Log:
             f"GiB{skipped}"
         )
         self.bar.update()
+
+
+def step_of(line: str) -> float:
+    """The step that a line of log.jsonl tells of; inf where a killed run cut it short."""
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return math.inf
 
 
 class Interrupts:

@@ -5,7 +5,6 @@ out.
 import codecs
 import functools
 import json
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,6 +14,8 @@ from tqdm import tqdm
 from files import Refusal, digest, first_line
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+# Bytes. Files are read whole; decode() takes no picture over 89 megapixels, 0.7 GB in 16 bits.
+LARGEST = {"picture": 10**9, "metadata": 10**9, "caption": 10**6}
 
 
 @dataclass(frozen=True)
@@ -32,8 +33,9 @@ def read_dataset(name: str, image_column: str = "", caption_column: str = "") ->
 
     A folder holds metadata.jsonl (file_name and a caption column), or name.txt beside name.jpg, or
     files that the `datasets` library reads (parquet). A folder's pictures come sorted by name, so
-    that the order on disk is nothing. Raises Refusal for a picture without caption file and the
-    reverse, a column that is not there, and an empty set.
+    that the order on disk is nothing. A link to a file, laid into the folder, is followed; a name
+    that leads outside and a link to a folder are not. Raises Refusal for these, for a picture
+    without caption file and the reverse, a column that is not there, and an empty set.
     """
     folder = Path(name).expanduser()
     if folder.is_dir() and (folder / "metadata.jsonl").is_file():
@@ -57,14 +59,59 @@ def from_files(captions: dict[Path, str], folder: Path) -> list[Picture]:
     """Pictures of local files, sorted by their name inside `folder`."""
     pictures = []
     for path in sorted(captions):
-        content = path.read_bytes()
+        read = functools.partial(content_of, path, "picture")
         name = path.relative_to(folder).as_posix()
-        pictures.append(Picture(name, captions[path], digest(content), path.read_bytes))
+        pictures.append(Picture(name, captions[path], digest(read()), read))
     return pictures
 
 
+def content_of(path: Path, kind: str) -> bytes:
+    """The bytes of a picture, caption or metadata file. Raises Refusal for what cannot be read, is
+    no file (opening a pipe would wait for ever) or is too large to be one of its kind.
+    """
+    try:
+        size = path.stat().st_size
+        if path.is_file() and size <= LARGEST[kind]:
+            return path.read_bytes()
+        problem = f"{size / 1e6:.1f} MB" if path.is_file() else "no file"
+    except OSError as error:
+        problem = error.strerror or first_line(error)
+    raise Refusal(
+        f"{path} cannot be read as a {kind} ({problem})",
+        f"a readable file of at most {LARGEST[kind] / 1e6:.0f} MB",
+        "replace or remove it",
+    )
+
+
 def picture_files(folder: Path) -> set[Path]:
-    return {p for p in folder.rglob("*") if p.suffix.lower() in ENDINGS and p.is_file()}
+    """The pictures below `folder`. Raises Refusal for a link to a folder: it may lead anywhere,
+    also in a circle, and what it holds would otherwise be left out without a word.
+    """
+    paths = list(folder.rglob("*"))
+    if linked := sorted(p for p in paths if p.is_symlink() and p.is_dir()):
+        raise Refusal(
+            f"{linked[0]} is a link to a folder",
+            "pictures in the data folder itself; links to single files are followed",
+            "link the pictures one by one, or move them here",
+        )
+    return {p for p in paths if p.suffix.lower() in ENDINGS and (p.is_file() or p.is_symlink())}
+
+
+def json_row(line: bytes) -> dict:
+    """A line of metadata.jsonl. Raises ValueError for a key that is there twice."""
+
+    def once(pairs: list[tuple]) -> dict:
+        row = dict(pairs)
+        if len(row) < len(pairs):
+            raise ValueError(f"a key twice among {', '.join(key for key, _ in pairs)}")
+        return row
+
+    return json.loads(line, object_pairs_hook=once)
+
+
+def is_text(value: object) -> bool:
+    """Whether `value` is a string that UTF-8 can hold: JSON lets half a surrogate pair through."""
+    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
 
 
 def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
@@ -72,25 +119,27 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
     caption.
     """
     captions: dict[Path, str] = {}
-    content = (folder / "metadata.jsonl").read_bytes().removeprefix(codecs.BOM_UTF8)
+    found = picture_files(folder)
+    content = content_of(folder / "metadata.jsonl", "metadata").removeprefix(codecs.BOM_UTF8)
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{folder / 'metadata.jsonl'} line {number}"
         try:
-            row = json.loads(line)
+            row = json_row(line)
             name = row["file_name"]
-            path = folder / name
-            # by name: links inside the folder are allowed (a Hub snapshot is made of them)
-            inside = Path(os.path.normpath(path)).is_relative_to(os.path.normpath(folder))
-        except (ValueError, TypeError, KeyError) as error:
+            # By name: links to files are allowed (a Hub snapshot is made of them).
+            path, parts = folder / name, Path(name)
+            inside = not parts.anchor and ".." not in parts.parts
+            there = inside and path.is_file()
+        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
             raise Refusal(
-                f"{where} is not a row ({type(error).__name__}: {error})",
+                f"{where} is not a row ({type(error).__name__}: {first_line(error)})",
                 '{"file_name": "a.png", "text": "a caption"}',
                 "correct the line",
             ) from error
-        if not inside or not path.is_file():
+        if not there:
             raise Refusal(
                 f"{where} names {name!r}, which is "
                 f"{'no file' if inside else 'outside the data folder'}",
@@ -98,10 +147,10 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
                 "add the picture or remove the line",
             )
         column = find_column(list(row), caption_column, ("text", "caption", "prompt"), where)
-        caption = row[column] or ""
-        if not isinstance(caption, str):
+        caption = "" if row[column] is None else row[column]
+        if not is_text(caption):
             raise Refusal(
-                f"{where} has the caption {row[column]!r}", "text", "put the caption in quotes"
+                f"{where} has the caption {caption!r:.200}", "text", "put the caption in quotes"
             )
         if path in captions:
             raise Refusal(
@@ -110,7 +159,7 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
                 "remove one, or copy the picture under another name",
             )
         captions[path] = caption
-    forgotten = sorted(picture_files(folder) - captions.keys())
+    forgotten = sorted(found - captions.keys())
     if forgotten:
         raise Refusal(
             f"{len(forgotten)} pictures in {folder}, such as {forgotten[0].name}, have no line in "
@@ -149,7 +198,7 @@ def from_caption_files(folder: Path) -> list[Picture]:
 def read_text(path: Path) -> str:
     """A UTF-8 file without its byte order mark. Raises Refusal for other encodings."""
     try:
-        return path.read_bytes().decode("utf-8-sig")
+        return content_of(path, "caption").decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise Refusal(
             f"{path} is not UTF-8 ({error})", "text in UTF-8", "save it as UTF-8"
@@ -185,7 +234,7 @@ def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]
     def read(i: int) -> bytes:
         cell = table[i][image_column] or {}
         if cell.get("path") and not cell.get("bytes"):
-            return Path(cell["path"]).read_bytes()
+            return content_of(own_file(name, cell["path"]), "picture")
         return cell.get("bytes") or b""  # decode() then names the row
 
     captions = table[caption_column]
@@ -193,6 +242,25 @@ def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]
         Picture(f"{name} row {i}", captions[i] or "", digest(read(i)), functools.partial(read, i))
         for i in tqdm(range(len(table)), desc="reading pictures", leave=False, mininterval=1)
     ]
+
+
+def own_file(name: str, path: str) -> Path:
+    """The file that a row of the data set `name` names: in its folder, or where `datasets` keeps
+    what it downloaded. A table from anywhere could name any other file of this disk.
+    """
+    import datasets
+    import huggingface_hub
+
+    kept = (datasets.config.HF_CACHE_HOME, huggingface_hub.constants.HF_HUB_CACHE)
+    folders = [Path(name)] if Path(name).is_dir() else [Path(each) for each in kept]
+    target = (folders[0] / path).resolve()  # `path` itself where it is absolute
+    if any(target.is_relative_to(folder.resolve()) for folder in folders):
+        return target
+    raise Refusal(
+        f"a row of {name} names the picture {path!r}, which is outside the data set",
+        "pictures inside the data set",
+        "put the pictures into the table, or beside it",
+    )
 
 
 def find_column(columns: list[str], wanted: str, usual: tuple[str, ...], where: str) -> str:

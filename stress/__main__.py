@@ -23,12 +23,13 @@ sys.path.insert(0, str(ROOT))
 
 from ahead import usable_cores  # noqa: E402
 from files import write_whole  # noqa: E402
-from stress import disk, kills  # noqa: E402
+from stress import disk, fuzz, kills  # noqa: E402
 
 # Each has run(seed, count, folder, say) -> {"runs" or "inputs", ..., "failures": [...]}.
 PARTS = {
     "kills": kills.run,
     "disk": disk.run,
+    "fuzz": fuzz.run,
 }
 
 

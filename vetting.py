@@ -1,0 +1,163 @@
+"""What a model's files may say. They come from anywhere; what they describe is built before their
+weights are compared with it, so a number too many would take all memory, and a wrong one would only
+be met by the first step.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from files import Refusal, first_line
+
+AGAIN = "download the model again, or choose another SDXL model (no inpainting or refiner model)"
+
+
+@contextlib.contextmanager
+def refused(found: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a Refusal that begins with `found`: libraries raise nearly
+    every class for a damaged model.
+    """
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise Refusal(f"{found} ({why})", "an SDXL model's own files", AGAIN) from error
+
+
+def read_config(path: Path) -> dict:
+    """The object in a model's JSON file. Raises Refusal where there is none, or where a number in
+    it is of no model: what it describes is built before its weights are compared with it, and would
+    take all memory, or all time.
+    """
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise TypeError(f"it holds a {type(config).__name__}")
+        for key, value in config.items():
+            numbers = [value] if not isinstance(value, list) else flat_list(value)
+            most = 256 if "layers" in key else 10**6  # SDXL has 32 layers and 49,408 words
+            wrong = [n for n in numbers if isinstance(n, int | float) and not -most <= n <= most]
+            if wrong:
+                raise ValueError(f"{key} is {wrong[0]:g}, beyond {most:,}")
+        return config
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise Refusal(
+            f"{path} is no configuration of an SDXL model ({first_line(error)})",
+            "a JSON object as diffusers wrote it",
+            "download the model again",
+        ) from error
+
+
+def flat_list(value: list) -> list:
+    """The values in lists of lists."""
+    return [x for each in value for x in (flat_list(each) if isinstance(each, list) else [each])]
+
+
+def unet_inputs(unet: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
+    """x_t (1, 4, H, W) and the rest of a batch, as model.predict() takes them, of the sizes that
+    `unet` says it was made for; on the default device and without meaning.
+    """
+    about = unet.config
+    pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
+    side = 2 ** len(about.block_out_channels)
+    return torch.empty(1, 4, side, side), {
+        "t": torch.zeros(1, dtype=torch.long),
+        "context": torch.empty(1, 2, about.cross_attention_dim),
+        "pooled": torch.empty(1, pooled),
+        "time_ids": torch.empty(1, 6),
+    }
+
+
+def check_widths(unet: torch.nn.Module, context: Tensor, pooled: Tensor) -> None:
+    """Raise Refusal where the text encoders' context (..., T, D) and pooled embedding (..., P) are
+    not of the widths that `unet` was made for: parts of two models, or a wrong config.json.
+    """
+    about = unet.config
+    rest = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
+    want, got = (about.cross_attention_dim, rest), (context.shape[-1], pooled.shape[-1])
+    if want != got:
+        raise Refusal(
+            f"the text encoders give embeddings of width {got[0]} and {got[1]}",
+            f"{want[0]} and {want[1]}, as the UNet's config.json has it",
+            AGAIN,
+        )
+
+
+@torch.no_grad()
+def try_encoder(encoder: torch.nn.Module) -> str:
+    """What is wrong with an encoder's answer to two tokens, or to 16 x 16 pixels, or "": weights
+    may fit a config.json whose other numbers make no model.
+    """
+    if not hasattr(encoder, "encode"):  # a text encoder
+        encoder(torch.zeros(1, 2, dtype=torch.long, device=encoder.device))
+        return ""
+    shape = [
+        *encoder.encode(torch.zeros(1, 3, 16, 16, device=encoder.device)).latent_dist.mean.shape
+    ]
+    return "" if shape == [1, 4, 2, 2] else f"makes {shape} of (1, 3, 16, 16), not (1, 4, 2, 2)"
+
+
+def check_tokenizer(name: str, tokenizer, encoder: torch.nn.Module) -> None:
+    """Raise Refusal where a tokenizer gives more tokens, or others, than its encoder has."""
+    longest, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
+    asked = tokenizer.model_max_length
+    if type(asked) is not int or not 1 < asked <= longest or len(tokenizer) > words:
+        raise Refusal(
+            f"{name}'s tokenizer has a model_max_length of {asked!r:.50} and {len(tokenizer)} "
+            f"words, and its text encoder {longest} places and {words} words",
+            "a tokenizer and a text encoder of one model",
+            AGAIN,
+        )
+
+
+def zeros_for_empty_prompt(index: Path) -> bool:
+    """force_zeros_for_empty_prompt of a model_index.json."""
+    zeros = read_config(index).get("force_zeros_for_empty_prompt", True)
+    if not isinstance(zeros, bool):
+        found = f"{index} has force_zeros_for_empty_prompt {zeros!r:.50}"
+        raise Refusal(found, "true or false", AGAIN)
+    return zeros
+
+
+def scheduler_class(index: Path) -> type:
+    """The sampler's class that a model_index.json names: one of diffusers', and a sampler."""
+    import diffusers
+
+    named = read_config(index).get("scheduler")
+    kind = named[1] if isinstance(named, list) and len(named) == 2 else named
+    found = getattr(diffusers, kind, None) if isinstance(kind, str) else None
+    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
+        raise Refusal(
+            f"{index} names the sampler {kind!r:.50}", "one of diffusers' samplers", AGAIN
+        )
+    return found
+
+
+def latent_scaling(path: Path) -> tuple[float, float]:
+    """(scaling_factor, shift_factor) of a VAE's config.json."""
+    config = read_config(path)
+    factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
+    if not all(type(n) in (int, float) and abs(n) < 1e3 for n in (factor, shift)) or factor <= 0:
+        raise Refusal(
+            f"{path} has scaling_factor {factor!r:.50} and shift_factor {shift!r:.50}",
+            "two numbers, such as 0.13025 and 0",
+            AGAIN,
+        )
+    return factor, shift
+
+
+def check_betas(name: str, start: object, end: object, steps: object) -> None:
+    """Raise Refusal where these make no noise schedule."""
+    numbers = all(type(beta) is float for beta in (start, end)) and type(steps) is int
+    if not numbers or not (0 < start <= end < 1 and 1 < steps <= 10**5):
+        raise Refusal(
+            f"{name}'s scheduler has betas {start!r:.50} to {end!r:.50} in {steps!r:.50} steps",
+            "numbers between 0 and 1 that do not fall, in 2 to 100,000 steps",
+            AGAIN,
+        )
