@@ -248,10 +248,10 @@ def shorten(config: Config) -> Config:
     return replace(config, **{k: v for k, v in quick if getattr(config, k) == getattr(usual, k)})
 
 
-def parse_or_leave(argv: list[str] | None = None) -> None:
-    """Leave with an error now if the command line has one."""
+def parse_or_leave(argv: list[str] | None = None) -> Config:
+    """The command line's Config. Leaves with an error now if it has one."""
     try:
-        parse(argv)
+        return parse(argv)
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
 

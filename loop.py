@@ -11,9 +11,11 @@ in model.py.
 import sys
 
 import config as configuration
+import start
 
 if __name__ == "__main__":
-    configuration.parse_or_leave()  # a wrong option is answered before twelve seconds of imports
+    # A wrong option is answered before the imports, and what waits for hardware begins.
+    start.begin(configuration.parse_or_leave())
 
 import dataclasses
 import functools
