@@ -25,6 +25,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import tyro
+
 ROOT = Path(__file__).resolve().parent.parent
 # What a start passes through, by module: imports as a whole, and functions. One inside another is
 # counted in both; those that a version lacks are left out there.
@@ -120,7 +122,7 @@ class Options:
     """Time the start of a recipe."""
 
     # Recipe of loop.py.
-    recipe: str = "pocket"
+    recipe: tyro.conf.Positional[str] = "pocket"
     # The earlier version: anything that git knows.
     than: str = "0d5804a"
     # Starts of each version.
@@ -165,9 +167,7 @@ def table(versions: dict[str, dict]) -> str:
 
 
 def main() -> None:
-    import tyro
-
-    options = tyro.cli(Options, config=(tyro.conf.PositionalRequiredArgs,))
+    options = tyro.cli(Options)
     with tempfile.TemporaryDirectory() as folder:
         before, scratch = Path(folder) / "before", Path(folder)
         git = ["git", "-C", str(ROOT), "worktree"]
