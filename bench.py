@@ -29,12 +29,12 @@ from typing import Literal
 
 import bitsandbytes
 import diffusers
-import plan
 import torch
 import tyro
 
 import loop
 import model
+import plan
 from benchmarks import synthetic
 from files import Refusal, first_line, write_whole
 
@@ -209,7 +209,7 @@ def ladder(options: Options) -> Rows:
 
 
 def recipe(options: Options) -> Rows:
-    """Recipes as their command runs them. An unknown one is a row with an error: the others are measured."""
+    """Recipes as their command runs them. An unknown one is a row with an error."""
     for name in options.recipes or [r for r in configuration.RECIPES if r != "pocket"]:
         for side in options.resolution or (0,):
             cap = f", cap {options.cap_gib:g} GiB" if options.cap_gib else ""

@@ -2,6 +2,7 @@
 is answered before torch and diffusers are imported, which takes some twelve seconds.
 """
 
+import functools
 import logging
 import math
 import os
@@ -82,7 +83,7 @@ class Config:
     # Optimizer steps of the whole run.
     max_train_steps: int = 1000
     # Only as long as the change needs to be seen: some twenty seconds after start-up, in the recipe
-    # pocket. Changes the options that have the recipe's usual values.
+    # pocket. Changes options that are not given.
     quick: bool = False
     # Step size of AdamW, as published; higher learns faster and forgets sooner.
     learning_rate: float = 5e-5
@@ -217,7 +218,7 @@ RECIPES = {
 }
 
 
-# What --quick changes, unless another value was asked for.
+# What --quick changes, unless it was asked for.
 QUICK = {
     "pocket": {
         "max_train_steps": 80,
@@ -231,21 +232,22 @@ def parse(argv: list[str] | None = None) -> Config:
     """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
     option.
     """
-    config = tyro.extras.overridable_config_cli(RECIPES, args=argv, prog="loop.py")
-    return check(shorten(config) if config.quick else config)
+    read = functools.partial(tyro.extras.overridable_config_cli, args=argv, prog="loop.py")
+    config = read(RECIPES)
+    # --quick: the same words again, where what is not given has another value.
+    return check(read(RECIPES | quick(config.recipe)) if config.quick else config)
 
 
-def shorten(config: Config) -> Config:
-    """`config` with the recipe's quick values where it has the recipe's usual ones."""
-    if config.recipe not in QUICK:
+def quick(recipe: str) -> dict[str, tuple[str, Config]]:
+    """The recipe with its quick values, as RECIPES holds it. Raises Refusal where it has none."""
+    if recipe not in QUICK:
         raise Refusal(
-            f"--quick with the recipe {config.recipe}",
+            f"--quick with the recipe {recipe}",
             f"{' or '.join(QUICK)}, whose whole run takes minutes",
             "--max-train-steps 100 for a short run",
         )
-    usual = RECIPES[config.recipe][1]
-    quick = QUICK[config.recipe].items()
-    return replace(config, **{k: v for k, v in quick if getattr(config, k) == getattr(usual, k)})
+    about, usual = RECIPES[recipe]
+    return {recipe: (about, replace(usual, **QUICK[recipe]))}
 
 
 def parse_or_leave(argv: list[str] | None = None) -> Config:

@@ -39,9 +39,9 @@ import generate
 import graph
 import hub
 import lora
-import memory
 import model
 import nf4
+import plan
 import report
 import sources
 from config import Config
@@ -311,7 +311,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     same = checkpoint.identity(config, dtype, pictures, str(prints), noise)
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
-    config, plan = memory.choose(config, device, dtype, micro_step)
+    config, planned = plan.choose(config, device, dtype, micro_step)
     write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
     examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod))
 
@@ -324,7 +324,7 @@ def set_up(config: Config, device: torch.device) -> tuple[Run, str]:
     run.start = run.adapter.flat.detach().cpu().clone()
     checkpoint.restore(run, state)
     lines = report.describe(run, pictures, f"{reason}; {how}", host)
-    return run, f"{lines}\n{plan}".rstrip()
+    return run, f"{lines}\n{planned}".rstrip()
 
 
 def assemble(
@@ -443,7 +443,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = configuration.parse(argv)
         if config.plan_for:
-            print(memory.table(config, micro_step))
+            print(plan.table(config, micro_step))
             return 0
         with report.Interrupts() as interrupts, only_run(config.out):
             if steps := checkpoint.finished(config):

@@ -25,6 +25,7 @@ import loop  # noqa: E402
 import lora  # noqa: E402
 import memory  # noqa: E402
 import model  # noqa: E402
+import plan  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
 
 GIB = 2**30
@@ -92,7 +93,7 @@ def unet_config(tiny: bool) -> dict:
         from conftest import TINY
 
         return TINY
-    return memory.SDXL_UNET
+    return plan.SDXL_UNET
 
 
 def predict(out: Path, tiny: bool) -> None:
@@ -106,7 +107,7 @@ def predict(out: Path, tiny: bool) -> None:
             rehearsals[same] = memory.Rehearsal(config, dtype, loop.micro_step, unet_config(tiny))
         began = time.perf_counter()
         found = rehearsals[same].predict(config)
-        rows.append({"case": asdict(case), "parts": found.parts, "flop": found.flop})
+        rows.append({"case": asdict(case), "parts": found.parts, "flop": found.work["flop"]})
         rows[-1]["counted"] = found.peak - memory.RESERVE
         seconds = time.perf_counter() - began
         print(f"{found.peak / GIB:6.2f} GiB, {seconds:4.1f} s: {case}", flush=True)
