@@ -17,6 +17,7 @@ import json
 import os
 import platform
 import runpy
+import shlex
 import statistics
 import subprocess
 import sys
@@ -127,8 +128,8 @@ class Options:
     than: str = "0d5804a"
     # Starts of each version.
     times: int = 5
-    # More options for loop.py.
-    train: tuple[str, ...] = ()
+    # More options for loop.py, as one word.
+    train: str = ""
     # What to write.
     out: Path = Path("benchmarks/startup.json")
 
@@ -172,7 +173,13 @@ def main() -> None:
         before, scratch = Path(folder) / "before", Path(folder)
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--detach", str(before), options.than], check=True)
-        argv = [options.recipe, *options.train, "--max-train-steps", "1", "--validation-prompts"]
+        argv = [
+            options.recipe,
+            *shlex.split(options.train),
+            "--max-train-steps",
+            "1",
+            "--validation-prompts",
+        ]
         argv = [*argv, "--cache-dir", str(scratch / "cache")]
         try:
             starts = {options.than: [], "now": []}
