@@ -4,10 +4,10 @@ The UNet has SDXL base's shape and random weights, drawn on the device, and the 
 numbers in the place of the cache: nothing is downloaded or read. What is timed is loop.py's own
 optimizer_step(), with the examples that the host prepares for it.
 
-ladder: one technique after the other. recipe: a recipe with its own batch (the memory plan is not
-asked), under --cap-gib. against: the ladder's file beside other trainers' numbers. floor: the
-card's fastest matrix product. profile: where a step's time goes. same: how far each technique's
-loss and gradient are from fp32. t4: what a T4 would need, by arithmetic.
+ladder: one technique after the other. recipe: a recipe as the command runs it, with its memory
+plan, under --cap-gib. against: the ladder's file beside other trainers' numbers. Where a step's
+time goes says `python -m benchmarks.step_profile`, how exact it is `benchmarks.exactness`, and what
+another card needs `make plan`.
 """
 
 import config as configuration  # first: it sets how long idle threads spin, before torch asks
@@ -31,17 +31,12 @@ import bitsandbytes
 import diffusers
 import torch
 import tyro
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
 
-import data
-import graph
 import loop
 import model
+import plan
+from benchmarks import synthetic
 from files import Refusal, first_line, write_whole
-from nf4 import WHOLE
 
 ROOT = Path(__file__).parent
 Row = dict[str, str | float]
@@ -76,44 +71,26 @@ PEERS_SOURCE = (
     "The peers' numbers were measured once, not by this script: on an H100 with torch 2.11, "
     "full-size SDXL with random weights, rank 16, AdamW8bit, 4 images per optimizer step."
 )
-# TFLOP of one image: forward, and backward to the noisy latent with frozen weights; the adapter not
-# counted. Counted by useful_flop(), which takes seconds; other sizes are counted when asked for.
-USEFUL_TFLOP = {512: 3.172, 768: 7.468, 1024: 14.222}
-
-T4_PEAK, T4_BYTES, T4_LAUNCH = 65e12, 300e9, 5e-6  # FLOP/s in fp16 and B/s, as sold; s, assumed
-PUBLISHED_MINUTES = 118  # of 1,000 steps of the published run, on a T4
 
 
-@dataclass(frozen=True)
-class Options:
-    """Seconds and GiB per technique, on random weights and random pictures."""
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What every measurement has."""
 
-    # What to measure; see the top of bench.py.
-    command: tyro.conf.Positional[
-        Literal["ladder", "recipe", "against", "floor", "profile", "same", "t4"]
-    ]
-    # The recipes of "recipe"; none means all of the full size.
-    recipes: tyro.conf.Positional[tuple[str, ...]] = ()
     # Sides of the training square in pixels; recipes have their own unless this is given.
     resolution: tuple[int, ...] = ()
-    # Rows of the ladder, for "ladder", "profile" and "same"; none means all ("profile": graph).
+    # Rows of the ladder; none means all (step_profile: graph).
     rows: tuple[Literal[tuple(LADDER)], ...] = ()
     # The UNet's dtype; empty is fp16 (on a CPU fp32), and for "recipe" the recipe's own.
     mixed_precision: Literal["", "fp32", "fp16", "bf16"] = ""
-    # Steps that are timed; 0 means 10, eager ones 3 and those of "recipe" 50.
-    steps: int = 0
-    # Steps before them, in which libraries choose kernels and the graph is recorded.
+    # Steps before those measured, in which libraries choose kernels and the graph is recorded.
     warm_up: int = 3
-    # Leave this much of the GPU's memory to the process; 0 is all of it. 14.5 is a T4's.
-    cap_gib: float = 0.0
     # auto, cpu or cuda.
     device: str = "auto"
     # The pocket model's shape instead of SDXL's: to try this script on a CPU.
     tiny: bool = False
-    # Where the rows go as JSON, beside those already there; empty is runs/bench/bench_COMMAND.json.
+    # Where the rows go as JSON, beside those already there; empty is a file under runs/bench.
     out: str = ""
-    # The ladder's file, which "against" reads.
-    ladder: str = "benchmarks/bench_ladder.json"
 
     @property
     def folder(self) -> Path:
@@ -132,97 +109,20 @@ class Options:
         return self.mixed_precision or ("fp16" if self.on.type == "cuda" else "fp32")
 
 
-# ---- a run without files -------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Options(Common):
+    """Seconds and GiB per technique, on random weights and random pictures."""
 
-
-def random_unet(
-    folder: Path, device: torch.device, dtype: torch.dtype, rounded=None, nf4: bool = False
-) -> diffusers.UNet2DConditionModel:
-    """A UNet of the shape in `folder`, drawn on `device`: matrices normal with deviation 0.02,
-    norms 1, biases 0, which keeps fp16 finite. rounded: the dtype that the numbers are rounded to
-    first, so that two dtypes can have one model. nf4: Linears in 4 bits, each when it is drawn.
-    """
-    with torch.device("meta"):
-        config = diffusers.UNet2DConditionModel.load_config(folder / "unet")
-        unet = diffusers.UNet2DConditionModel.from_config(config)
-    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
-    for name, module in list(unet.named_modules()):
-        for key, was in list(module.named_parameters(recurse=False)):
-            if was.ndim > 1:
-                numbers = 0.02 * torch.randn(was.shape, generator=generator, device=device)
-            else:
-                numbers = torch.full(was.shape, float(key == "weight"), device=device)
-            numbers = numbers.to(rounded or dtype).to(dtype)
-            setattr(module, key, torch.nn.Parameter(numbers, requires_grad=False))
-        if nf4 and isinstance(module, torch.nn.Linear) and not name.startswith(WHOLE):
-            parent, _, child = name.rpartition(".")
-            setattr(unet.get_submodule(parent), child, four_bits(module))
-    return unet.requires_grad_(False).eval()
-
-
-def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
-    """The same layer with its weight in NF4 (Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
-    weight, bias = linear.weight, linear.bias
-    layer = bitsandbytes.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=bias is not None,
-        compute_dtype=weight.dtype,
-        quant_type="nf4",
-        device="meta",
-    )
-    packed = bitsandbytes.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
-    layer.weight = packed.to(weight.device)  # this quantises
-    layer.bias = bias
-    layer.support_avx512bf16_for_cpu = False  # as nf4.linear_4bit() says
-    return layer
-
-
-class RandomPictures:
-    """In the cache's place: `count` encoded pictures of `side` pixels with their captions."""
-
-    def __init__(self, unet: diffusers.UNet2DConditionModel, side: int, count: int = 16):
-        g, config = torch.Generator().manual_seed(0), unet.config
-        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
-        self.mean = 5 * torch.randn(count, 4, side // 8, side // 8, generator=g)
-        self.context = torch.randn(count + 1, 77, config.cross_attention_dim, generator=g)
-        self.context = self.context.to(unet.dtype)  # as the cache keeps it
-        self.pooled = torch.randn(count + 1, pooled, generator=g).to(unet.dtype)
-        self.time_ids = model.add_time_ids((683, 1024), (0, 128), (side, side))
-
-    def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        mean = self.mean[index].flip(-1) if flip else self.mean[index]
-        return mean, torch.full_like(mean, 0.01), self.time_ids
-
-    def prompt(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.context[index], self.pooled[index]
-
-
-def assemble(
-    config: configuration.Config,
-    device: torch.device,
-    folder: Path,
-    rounded=None,
-    nf4: bool = False,
-) -> tuple[loop.Run, list[str]]:
-    """What loop.set_up() does, on random weights and pictures. Returns the run, and what is to be
-    said about it.
-    """
-    where = torch.device("cpu") if device.type == "meta" else device
-    dtype, _ = model.choose_dtype(config.mixed_precision, where)
-    unet = random_unet(folder, device, dtype, rounded, nf4)
-    said: list[str] = []
-    schedule = model.load_noise_schedule(str(ROOT / "tests/sdxl"), device)
-    pictures = RandomPictures(unet, config.resolution)
-    names = [f"random {i}" for i in range(len(pictures.mean))]
-    shape = tuple(pictures.mean.shape[1:])
-    examples = data.Examples(pictures, names, config.seed, True, 0.0, 0.0, 1000, shape)
-    scaling = model.latent_scaling(str(ROOT / "tests/sdxl"))
-    run, how = loop.assemble(config, unet, examples, schedule, scaling, {})
-    if isinstance(run.forward_backward, graph.Recorded):
-        run.forward_backward.say = said.append
-    said.append(how)
-    return run, said
+    # What to measure; see the top of bench.py.
+    command: tyro.conf.Positional[Literal["ladder", "recipe", "against"]]
+    # The recipes of "recipe"; none means all of the full size.
+    recipes: tyro.conf.Positional[tuple[str, ...]] = ()
+    # Steps that are timed; 0 means 10, eager ones 3 and those of "recipe" 50.
+    steps: int = 0
+    # Leave this much of the GPU's memory to the process; 0 is all of it. 14.5 is a T4's.
+    cap_gib: float = 0.0
+    # The ladder's file, which "against" reads.
+    ladder: str = "benchmarks/bench_ladder.json"
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -249,31 +149,6 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * side**3 / statistics.median(seconds[2:])
 
 
-@functools.cache
-def useful_flop(folder: Path, side: int) -> float:
-    """FLOP of one image of `side` pixels, as USEFUL_TFLOP says."""
-    unet = random_unet(folder, torch.device("meta"), torch.float16)
-    batch = meta_batch(unet, side)
-    x_t = batch["noise"].requires_grad_()
-    with FlopCounterMode(display=False) as counted:
-        model.predict(unet, x_t, batch).sum().backward()
-    return counted.get_total_flops()
-
-
-def meta_batch(unet: diffusers.UNet2DConditionModel, side: int) -> dict[str, Tensor]:
-    """One example's batch in shapes only."""
-    examples = data.Examples(
-        RandomPictures(unet, side), ["random"], 0, False, 0.0, 0.0, 1000, (4, side // 8, side // 8)
-    )
-    return examples.batch(range(1), torch.device("meta"))
-
-
-def flop_of(options: Options, side: int) -> float:
-    if not options.tiny and side in USEFUL_TFLOP:
-        return USEFUL_TFLOP[side] * 1e12
-    return useful_flop(options.folder, side)
-
-
 def time_row(options: Options, config: configuration.Config, nf4: bool, steps: int) -> Row:
     """Seconds and GiB of optimizer_step() under `config`."""
     device = options.on
@@ -283,7 +158,7 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
         torch._C._cuda_clearCublasWorkspaces()  # of the rows before: each stream keeps its own
     model.free_memory()
     row: Row = {"gib_before": gib(torch.cuda.memory_allocated()) if cuda else 0.0}
-    run, said = assemble(config, device, options.folder, nf4=nf4)
+    run, said = synthetic.assemble(config, device, options.folder, nf4=nf4)
     model.free_memory()
     if cuda:  # a base quantised in place was whole for a moment; one that nf4.py loads never is
         torch.cuda.reset_peak_memory_stats()
@@ -299,7 +174,7 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
     else:
         timed, n = seconds[options.warm_up :], config.examples_per_step
         middle = statistics.median(timed)
-        useful = n * flop_of(options, config.resolution) / middle
+        useful = n * synthetic.flop_of(options.folder, config.resolution) / middle
         row |= {"s_per_step": round(middle, 4), "s_lowest": round(min(timed), 4)}
         row |= {"s_highest": round(max(timed), 4), "images_per_s": round(n / middle, 2)}
         row |= {"mfu": round(useful / peak, 3), "s_first_step": round(seconds[0], 2)}
@@ -315,7 +190,7 @@ def gib(count: int) -> float:
     return round(count / 2**30, 2)
 
 
-def changed(options: Options, side: int, row: str, precision: str = "") -> configuration.Config:
+def changed(options: Common, side: int, row: str, precision: str = "") -> configuration.Config:
     """Row `row` of the ladder as a Config: t4's mathematics, with everything a row is about set."""
     settings = ONE_BY_FOUR | LADDER[row] | {"resolution": side, "max_train_steps": 10**6}
     precision = precision or options.precision()
@@ -334,7 +209,7 @@ def ladder(options: Options) -> Rows:
 
 
 def recipe(options: Options) -> Rows:
-    """Recipes as they are. An unknown one is a row with an error: the others are measured."""
+    """Recipes as their command runs them. An unknown one is a row with an error."""
     for name in options.recipes or [r for r in configuration.RECIPES if r != "pocket"]:
         for side in options.resolution or (0,):
             cap = f", cap {options.cap_gib:g} GiB" if options.cap_gib else ""
@@ -353,204 +228,16 @@ def recipe_row(options: Options, name: str, side: int) -> Row:
         max_train_steps=10**6,
         resolution=side or config.resolution,
         mixed_precision=options.mixed_precision or config.mixed_precision,
+        pretrained_model_name_or_path=str(options.folder),
+        cache_dir=str(ROOT / "runs" / "bench"),  # of what the plan finds out
     )
-    nf4 = "nf4" in dataclasses.asdict(config).values()
-    settings = {"px": config.resolution, "dtype": config.mixed_precision}
-    settings["batch"] = f"{config.train_batch_size}x{config.gradient_accumulation_steps}"
-    return settings | time_row(options, config, nf4, options.steps or 50)
-
-
-def floor(options: Options) -> Rows:
-    """The matrix product, and the seconds in which it would do the ladder's work."""
-    for precision in [options.mixed_precision] if options.mixed_precision else model.DTYPES:
-        yield precision, functools.partial(floor_row, options, model.DTYPES[precision])
-
-
-def floor_row(options: Options, dtype: torch.dtype) -> Row:
-    peak = matrix_peak(options.on, dtype)
-    row: Row = {"tflop_per_s": round(peak / 1e12, 1)}
-    for side in options.sides:
-        row[f"tflop_per_image_{side}"] = round(flop_of(options, side) / 1e12, 4)
-        row[f"s_floor_{side}_4_images"] = round(4 * flop_of(options, side) / peak, 4)
-    return row
-
-
-# ---- where the time goes -------------------------------------------------------------------------
-
-# The first that matches: a convolution may be called a gemm, and a copy an element-wise kernel.
-KINDS = {
-    "optimizer": r"optimizer|adam|foreach",
-    "attention": r"flash|fmha|sdpa|attention|softmax",
-    "dequantising": r"quantize",
-    "copies": r"copy|CatArray|concat|memcpy|memset|cat\b|nchwTonhwc|nhwcTonchw|transpose|_to_copy",
-    "convolutions": r"conv|cudnn|fprop|dgrad|wgrad|winograd|im2col|col2im",
-    "norms": r"norm|RowwiseMoments|welford|GammaBeta|InternalGradients|FusedParams|batch_norm",
-    "products": r"gemm|gemv|nvjet|cutlass|splitk|cublas|::(add|b|badd)?mm|matmul|_int_mm",
-    "elementwise": r"elementwise|gelu|silu|reduce|unrolled|index|fill|scatter|::(mul|add|sum)",
-}
-
-
-def kind_of(kernel: str) -> str:
-    found = (kind for kind, names in KINDS.items() if re.search(names, kernel, re.IGNORECASE))
-    return next(found, "other")
-
-
-def profile(options: Options) -> Rows:
-    for side in options.sides:
-        for row in options.rows or ("graph",):
-            config = changed(options, side, row)
-            name = f"{side} px, {config.mixed_precision}, {row}"
-            yield name, functools.partial(profile_row, options, config, row == "nf4")
-
-
-def profile_row(options: Options, config: configuration.Config, nf4: bool) -> Row:
-    """Milliseconds and number of one step's kernels (on a CPU: of its operators), by kind."""
-    from torch.profiler import ProfilerActivity
-
-    device = options.on
-    run, said = assemble(config, device, options.folder, nf4=nf4)
-    for _ in range(options.warm_up):
-        loop.optimizer_step(run)
-    cuda = device.type == "cuda"
-    for _ in range(2):  # the first pass only starts the profiler, which takes seconds
-        with torch.profiler.profile(
-            activities=[ProfilerActivity.CUDA if cuda else ProfilerActivity.CPU]
-        ) as profiler:
-            began = wait(device)
-            loop.optimizer_step(run)
-            wall = wait(device) - began
-    spent = dict.fromkeys([*KINDS, "other"], (0.0, 0))
-    longest = []
-    for event in profiler.key_averages():
-        span = event.key.startswith(("Optimizer.", "ProfilerStep"))  # others lie in it
-        if span or ("CUDA" in str(event.device_type)) != cuda:
-            continue
-        us = event.self_device_time_total if cuda else event.self_cpu_time_total
-        kind = kind_of(event.key)
-        spent[kind] = (spent[kind][0] + us / 1000, spent[kind][1] + event.count)
-        longest.append((us / 1000, event.count, kind, event.key[:160]))
-    row: Row = {"ms_wall_profiled": round(1000 * wall, 1)}
-    row["ms_kernels"] = round(sum(ms for ms, _ in spent.values()), 1)
-    row["kernels"] = sum(count for _, count in spent.values())
-    for kind, (ms, count) in spent.items():
-        row |= {f"ms_{kind}": round(ms, 2), f"n_{kind}": count}
-    row["longest"] = [
-        f"{ms:.2f} ms, {n} x, {k}: {key}" for ms, n, k, key in sorted(longest)[:-41:-1]
-    ]
-    return row | {"said": "; ".join(said)}
-
-
-# ---- whether it is the same ----------------------------------------------------------------------
-
-
-def gradient(
-    options: Options, config: configuration.Config, rounded=None, nf4: bool = False
-) -> tuple:
-    """(mean loss, flat gradient (N,) fp32 on the CPU) of the examples of step 0, with an adapter
-    whose B are not zero: the gradient of A is zero else, whatever is wrong with it.
-    """
-    run, _ = assemble(config, options.on, options.folder, rounded, nf4)
-    noise = torch.randn(run.adapter.flat.shape, generator=torch.Generator().manual_seed(1))
-    run.adapter.flat.data.add_(0.01 * noise.to(options.on))
-    run.factor.fill_(run.scale.value)
-    for numbers in loop.micro_batches(0, config.examples_per_step, config.train_batch_size):
-        run.forward_backward(run.examples.batch(numbers, options.on))
-    return run.loss_sum.item(), (run.adapter.flat.grad / run.factor).cpu()
-
-
-@functools.lru_cache(maxsize=1)
-def reference(options: Options, side: int, rounded: torch.dtype) -> tuple:
-    """gradient() by the definitions in fp32, of weights rounded as those compared to it."""
-    return gradient(options, changed(options, side, "eager", "fp32"), rounded)
-
-
-def same(options: Options) -> Rows:
-    rows = options.rows or [row for row in LADDER if row != "nf4"]
-    for side in options.sides:
-        for precision in [options.mixed_precision] if options.mixed_precision else ["fp16", "bf16"]:
-            for row in rows:
-                yield (
-                    f"{side} px, {precision}, {row}",
-                    functools.partial(same_row, options, side, row, precision),
-                )
-
-
-def same_row(options: Options, side: int, row: str, precision: str) -> Row:
-    """Relative differences from reference(). cosine: between the two gradients."""
-    torch.backends.cudnn.allow_tf32 = False  # the reference's convolutions in fp32 indeed
-    want_loss, want = reference(options, side, model.DTYPES[precision])
     model.free_memory()
-    loss, grad = gradient(options, changed(options, side, row, precision), nf4=row == "nf4")
-    cosine = torch.nn.functional.cosine_similarity(grad.double(), want.double(), dim=0)
-    return {
-        "loss": loss,
-        "loss_off": float(f"{abs(loss - want_loss) / abs(want_loss):.3g}"),
-        "gradient_off": float(f"{(grad - want).norm() / want.norm():.3g}"),
-        "one_minus_cosine": float(f"{1 - cosine:.3g}"),
-        "gradient_norm": float(f"{want.norm():.4g}"),
-    }
-
-
-# ---- by arithmetic -------------------------------------------------------------------------------
-
-
-class Traffic(TorchDispatchMode):
-    """Counts operators that compute, and the bytes that those other than matrix products and
-    convolutions read and write, as if nothing stayed in a cache.
-    """
-
-    operators = moved = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        name = str(func)
-        if not func.is_view and not re.search(r"empty|detach|_unsafe_view|split|as_strided", name):
-            self.operators += 1
-            if not re.search(r"mm|convolution", name):
-                tensors = [t for t in tree_leaves((args, kwargs, out)) if isinstance(t, Tensor)]
-                self.moved += sum(t.numel() * t.element_size() for t in tensors)
-        return out
-
-
-def t4(options: Options) -> Rows:
-    side = options.sides[0]
-    yield (
-        f"1,000 steps of t4 at {side} px on a T4 (estimate)",
-        functools.partial(t4_row, options, side),
-    )
-
-
-def t4_row(options: Options, side: int) -> Row:
-    """Minutes of 4,000 images: the arithmetic at two shares of the T4's peak; the bytes of what is
-    no matrix product, and the launches, which the slower end adds.
-    """
-    config = changed(options, side, "graph", "fp16")
-    run, _ = assemble(
-        dataclasses.replace(config, use_8bit_adam=False), torch.device("meta"), options.folder
-    )
-    with Traffic() as traffic:
-        loop.micro_step(run, meta_batch(run.unet, side))
-    flop, images = flop_of(options, side), 4 * 1000
-    products = {share: images * flop / (share * T4_PEAK) / 60 for share in (0.25, 0.45)}
-    moved = images * traffic.moved / T4_BYTES / 60
-    launches = images * traffic.operators * T4_LAUNCH / 60
-    row: Row = {"tflop_per_image": round(flop / 1e12, 4), "min_at_45%": round(products[0.45], 1)}
-    row |= {"min_at_25%": round(products[0.25], 1), "gb_moved": round(traffic.moved / 1e9, 2)}
-    row |= {"min_bytes": round(moved, 1), "operators": traffic.operators}
-    row |= {"min_launches": round(launches, 1), "min_from": round(products[0.45], 1)}
-    row |= {"min_to": round(products[0.25] + moved + launches, 1), "published": PUBLISHED_MINUTES}
-    print(
-        f"Estimate, not a measurement. FLOP: {flop / 1e12:.2f} TFLOP x {images} images / "
-        f"({T4_PEAK / 1e12:.0f} TFLOP/s x 45 % and 25 %) = {products[0.45]:.1f} and "
-        f"{products[0.25]:.1f} min.\nBytes of all but matrix products and convolutions: "
-        f"{traffic.moved / 1e9:.2f} GB x {images} / {T4_BYTES / 1e9:.0f} GB/s = {moved:.1f} min."
-        f"\nLaunches in a graph: {traffic.operators} operators x {images} x "
-        f"{T4_LAUNCH * 1e6:.0f} us = {launches:.1f} min.\nRange: {products[0.45]:.0f} to "
-        f"{products[0.25] + moved + launches:.0f} min (the slower end adds all three); published: "
-        f"{PUBLISHED_MINUTES} min.\nTo check on a T4: python bench.py recipe t4 --steps 20, and "
-        "report its table: s_per_step x 1000 / 60 is the minutes, gib_reserved the memory."
-    )
-    return row
+    dtype, _ = model.choose_dtype(config.mixed_precision, options.on)
+    config, why = plan.choose(config, options.on, dtype, loop.micro_step)
+    row: Row = {"px": config.resolution, "dtype": config.mixed_precision}
+    row["way"] = plan.in_words(config)
+    row |= time_row(options, config, config.base_quantization == "nf4", options.steps or 50)
+    return row | {"said": f"{why}; {row['said']}" if why else row["said"]}
 
 
 def against(options: Options) -> Rows:
@@ -616,33 +303,40 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
+def measure(rows: Rows, path: Path, typed: str, on: str) -> dict[str, Row]:
+    """Every row, stored and printed as soon as it is there."""
+    # without paths of this machine, which tell nobody much
+    typed = re.sub(r" --(out|ladder)[ =]\S+", "", typed)
+    found = {}
+    for name, row in rows:
+        result = attempt(row)
+        model.free_memory()
+        found[name] = result | {"on": on, "command": typed}
+        store(path, name, found[name])
+        shown = {k: v for k, v in result.items() if k not in ("longest", "source")}
+        print(f"{name}: {json.dumps(shown)}", flush=True)
+    print(f"\n{on}\n\n{table(found)}\n\nwritten to {path}")
+    return found
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 1 where a row failed or the options cannot be."""
     options = tyro.cli(Options, args=argv, prog="bench.py")
-    commands = (ladder, recipe, against, floor, profile, same, t4)
+    rows = {f.__name__: f for f in (ladder, recipe, against)}[options.command](options)
     path = Path(options.out or ROOT / "runs" / "bench" / f"bench_{options.command}.json")
     typed = " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)])
-    typed = re.sub(r" --(out|ladder)[ =]\S+", "", typed)  # a path of this machine tells nobody much
-    rows = {}
     try:
         on = "" if options.command == "against" else machine(options.on)  # of several machines
         if options.cap_gib and options.on.type == "cuda":
             whole = torch.cuda.get_device_properties(options.on).total_memory
             torch.cuda.set_per_process_memory_fraction(options.cap_gib * 2**30 / whole)
-        for name, measure in {f.__name__: f for f in commands}[options.command](options):
-            row = attempt(measure)
-            model.free_memory()
-            rows[name] = row | {"on": on, "command": typed}
-            store(path, name, rows[name])
-            shown = {k: v for k, v in row.items() if k not in ("longest", "source")}
-            print(f"{name}: {json.dumps(shown)}", flush=True)
+        found = measure(rows, path, typed, on)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 1
-    print(f"\n{on}\n\n{table(rows)}\n\nwritten to {path}")
     if options.command == "against":
         print(PEERS_SOURCE)
-    return int(any("error" in row for row in rows.values()))
+    return int(any("error" in row for row in found.values()))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 is answered before torch and diffusers are imported, which takes some twelve seconds.
 """
 
+import functools
 import logging
 import math
 import os
@@ -90,7 +91,7 @@ class Config:
     # Optimizer steps of the whole run.
     max_train_steps: int = 1000
     # Only as long as the change needs to be seen: some twenty seconds after start-up, in the recipe
-    # pocket. Changes the options that have the recipe's usual values.
+    # pocket. Changes options that are not given.
     quick: bool = False
     # Step size of AdamW, as published; higher learns faster and forgets sooner.
     learning_rate: float = 5e-5
@@ -235,7 +236,7 @@ RECIPES = {
 }
 
 
-# What --quick changes, unless another value was asked for.
+# What --quick changes, unless it was asked for.
 QUICK = {
     "pocket": {
         "max_train_steps": 80,
@@ -249,40 +250,41 @@ def parse(argv: list[str] | None = None) -> Config:
     """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
     option.
     """
-    config = tyro.extras.overridable_config_cli(RECIPES, args=argv, prog="loop.py")
-    return check(shorten(config) if config.quick else config)
+    read = functools.partial(tyro.extras.overridable_config_cli, args=argv, prog="loop.py")
+    config = read(RECIPES)
+    # --quick: the same words again, where what is not given has another value.
+    return check(read(RECIPES | quick(config.recipe)) if config.quick else config)
 
 
-def shorten(config: Config) -> Config:
-    """`config` with the recipe's quick values where it has the recipe's usual ones."""
-    if config.recipe not in QUICK:
+def quick(recipe: str) -> dict[str, tuple[str, Config]]:
+    """The recipe with its quick values, as RECIPES holds it. Raises Refusal where it has none."""
+    if recipe not in QUICK:
         raise Refusal(
-            f"--quick with the recipe {config.recipe}",
+            f"--quick with the recipe {recipe}",
             f"{' or '.join(QUICK)}, whose whole run takes minutes",
             "--max-train-steps 100 for a short run",
         )
-    usual = RECIPES[config.recipe][1]
-    quick = QUICK[config.recipe].items()
-    return replace(config, **{k: v for k, v in quick if getattr(config, k) == getattr(usual, k)})
+    about, usual = RECIPES[recipe]
+    return {recipe: (about, replace(usual, **QUICK[recipe]))}
 
 
-def parse_or_leave(argv: list[str] | None = None) -> None:
-    """Leave with an error now if the command line has one."""
+def parse_or_leave(argv: list[str] | None = None) -> Config:
+    """The command line's Config. Leaves with an error now if it has one."""
     if not SPEAKS:
         return be_silent_or_leave(argv)
     try:
-        parse(argv)
+        return parse(argv)
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
 
 
-def be_silent_or_leave(argv: list[str] | None) -> None:
+def be_silent_or_leave(argv: list[str] | None) -> Config:
     """parse_or_leave() of a process beside the one that speaks. torchrun ends all with the first
     that leaves, so it leaves later.
     """
     try:
         with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-            parse(argv)
+            return parse(argv)
     except (SystemExit, Refusal) as why:
         time.sleep(10)
         sys.exit(why.code if isinstance(why, SystemExit) else 1)

@@ -38,6 +38,16 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     return root / part
 
 
+def on_this_disk(name: str) -> Path:
+    """The model's folder, as far as it is here: nobody is asked. An error where it is not."""
+    root = Path(name).expanduser()
+    if root.is_dir():
+        return root
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, local_files_only=True))
+
+
 def check_layout(root: Path, name: str, parts: tuple[str, ...]) -> None:
     """Raise Refusal where `root` is no SDXL model in diffusers' layout, or lacks one of `parts`."""
     index = root / "model_index.json"

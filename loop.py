@@ -11,9 +11,11 @@ in model.py.
 import sys
 
 import config as configuration
+import start
 
 if __name__ == "__main__":
-    configuration.parse_or_leave()  # a wrong option is answered before twelve seconds of imports
+    # A wrong option is answered before the imports, and what waits for hardware begins.
+    start.begin(configuration.parse_or_leave())
 
 import contextlib
 import dataclasses
@@ -40,10 +42,10 @@ import fused
 import generate
 import graph
 import lora
-import memory
 import model
 import nf4
 import parallel
+import plan
 import report
 import sources
 import vetting
@@ -313,7 +315,7 @@ def set_up(
     state = checkpoint.newest_state(out / "checkpoints")
     checkpoint.check_same(config, same, state)  # before an hour of encoding, as are the next lines
     most = team.largest_share(config.examples_per_step)
-    config, plan = memory.choose(config, device, dtype, micro_step, most)
+    config, planned = plan.choose(config, device, dtype, micro_step, most)
     if team.first:
         write_whole(out / "config.json", json.dumps(dataclasses.asdict(config), indent=1).encode())
     examples = prepare(config, device, dtype, pictures, prints, len(schedule.alphas_cumprod), team)
@@ -329,7 +331,7 @@ def set_up(
     checkpoint.restore(run, state)
     team.check_equal("the run's start", run.adapter.flat, f"{run.step} {same}")
     lines = report.describe(run, pictures, f"{reason}; {how}", host)
-    return run, f"{lines}\n{plan}".rstrip()
+    return run, f"{lines}\n{planned}".rstrip()
 
 
 def assemble(
@@ -479,7 +481,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config = configuration.parse(argv)
         if config.plan_for:
-            print(memory.table(config, micro_step))
+            print(plan.table(config, micro_step))
             return 0
         team = parallel.join(config.ddp_timeout)
         return train(config, team)

@@ -25,6 +25,9 @@ import loop  # noqa: E402
 import lora  # noqa: E402
 import memory  # noqa: E402
 import model  # noqa: E402
+import nf4  # noqa: E402
+import plan  # noqa: E402
+from benchmarks import synthetic  # noqa: E402
 from config import RECIPES, Config  # noqa: E402
 
 GIB = 2**30
@@ -46,6 +49,7 @@ class Case:
     fused: bool = True
     cuda_graph: bool = True
     cap_gib: float = 0.0
+    nf4: bool = False
 
     def config(self, tiny: bool) -> Config:
         some = SOME_TINY if tiny else SOME
@@ -60,6 +64,7 @@ class Case:
             gradient_checkpointing=self.checkpointing != "none",
             checkpointed_blocks=some if self.checkpointing == "some" else (),
             use_8bit_adam=True,
+            base_quantization="nf4" if self.nf4 else "none",
         )
 
 
@@ -84,6 +89,9 @@ CASES = [
     Case("fp32", 512, 1, "all", fused=False, cuda_graph=False, cap_gib=14.5),
     Case("fp32", 512, 1, "none", cap_gib=14.5),
     Case("fp32", 768, 1, "all", cap_gib=14.5),
+    Case("fp16", 512, 1, "all", nf4=True),
+    Case("fp16", 512, 4, "all", nf4=True),
+    Case("fp16", 1024, 1, "all", nf4=True),
 ]
 
 
@@ -92,7 +100,7 @@ def unet_config(tiny: bool) -> dict:
         from conftest import TINY
 
         return TINY
-    return memory.SDXL_UNET
+    return plan.SDXL_UNET
 
 
 def predict(out: Path, tiny: bool) -> None:
@@ -100,13 +108,13 @@ def predict(out: Path, tiny: bool) -> None:
     rehearsals, rows = {}, []
     for case in CASES:
         config, dtype = case.config(tiny), model.DTYPES[case.dtype]
-        same = (case.dtype, case.rank, case.fused)
+        same = (case.dtype, case.rank, case.fused, case.nf4)
         if same not in rehearsals:
             rehearsals.clear()
             rehearsals[same] = memory.Rehearsal(config, dtype, loop.micro_step, unet_config(tiny))
         began = time.perf_counter()
         found = rehearsals[same].predict(config)
-        rows.append({"case": asdict(case), "parts": found.parts, "flop": found.flop})
+        rows.append({"case": asdict(case), "parts": found.parts, "flop": found.work["flop"]})
         rows[-1]["counted"] = found.peak - memory.RESERVE
         seconds = time.perf_counter() - began
         print(f"{found.peak / GIB:6.2f} GiB, {seconds:4.1f} s: {case}", flush=True)
@@ -133,6 +141,14 @@ def set_up(config: Config, unet, device: torch.device) -> loop.Run:
     schedule = model.NoiseSchedule(torch.linspace(0.99, 0.01, 1000, device=device), "epsilon")
     examples = Batches(config, unet, device)
     return loop.assemble(config, unet, examples, schedule, (0.13025, 0.0), {})[0]
+
+
+def in_four_bits(unet: UNet2DConditionModel) -> None:
+    """The Linears of `unet` as an NF4 base has them, in place."""
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, torch.nn.Linear) and not name.startswith(nf4.WHOLE):
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, synthetic.four_bits(layer))
 
 
 def bare(unet, adapter: lora.Adapter, processors: dict) -> None:
@@ -196,17 +212,20 @@ def measure(predicted: Path, out: Path, tiny: bool) -> None:
     with live:
         for row in rows:
             case = Case(**row["case"])
-            if case.dtype not in unets:
+            kind = (case.dtype, case.nf4)
+            if kind not in unets:
                 unets.clear()
                 gc.collect()
                 with memory.default_dtype(model.DTYPES[case.dtype]), device:
                     unet = UNet2DConditionModel.from_config(unet_config(tiny))
+                if case.nf4:
+                    in_four_bits(unet.requires_grad_(False))
                 named = unet.requires_grad_(False).eval().named_modules()
                 found = {n: m.processor for n, m in named if type(m).__name__ == "Attention"}
-                unets[case.dtype] = (unet, found)
+                unets[kind] = (unet, found)
                 del unet, named
             try:
-                row |= measure_case(case, case.config(tiny), *unets[case.dtype], device, live)
+                row |= measure_case(case, case.config(tiny), *unets[kind], device, live)
             except Exception as error:  # the others are still worth their time
                 row["error"] = f"{type(error).__name__}: {str(error)[:300]}"
                 print(row["error"], case, flush=True)

@@ -1,5 +1,5 @@
-"""bench.py on a CPU: every command runs, what it counts is right, and a failing row costs no
-other.
+"""bench.py and its neighbours on a CPU: every command runs, what it counts is right, and a failing
+row costs no other.
 """
 
 import json
@@ -10,20 +10,20 @@ import pytest
 import torch
 
 import bench
-from benchmarks import two_gpus
+from benchmarks import exactness, step_profile, synthetic, two_gpus
 from conftest import ROOT, SDXL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-TINY = ["--tiny", "--device", "cpu", "--resolution", "64", "--steps", "1", "--warm-up", "1"]
+TINY = ["--tiny", "--device", "cpu", "--resolution", "64", "--warm-up", "1"]
 
 
 @pytest.fixture
 def run(tmp_path):
-    """run(command, ...) -> (exit code, rows of the file)."""
+    """run(command, ..., script=bench) -> (exit code, rows of the file)."""
 
-    def call(*argv: str) -> tuple[int, dict]:
-        out = tmp_path / "bench.json"
-        code = bench.main([*argv, *TINY, "--out", str(out)])
+    def call(*argv: str, script=bench) -> tuple[int, dict]:
+        out, once = tmp_path / "bench.json", ["--steps", "1"] if script is bench else []
+        code = script.main([*argv, *TINY, *once, "--out", str(out)])
         return code, json.loads(out.read_text())["rows"]
 
     return call
@@ -72,24 +72,24 @@ def test_a_row_that_fails_is_a_result_and_the_others_are_measured(run, monkeypat
     assert code == 1
     assert original["error"].startswith("out of memory in step 2: Tried to allocate")
     assert "expected original, t4" in nonesuch["error"]
-    assert t4["s_per_step"] > 0 and t4["batch"] == "1x4"
+    assert t4["s_per_step"] > 0 and t4["way"] == "1 x 4, nothing recomputed"
 
 
 def test_same_compares_loss_and_gradient_with_fp32(run):
-    _, rows = run("same", "--rows", "4x1", "checkpointing", "--mixed-precision", "bf16")
+    _, rows = run("--rows", "4x1", "checkpointing", "--mixed-precision", "bf16", script=exactness)
     assert len(rows) == 2
     for row in rows.values():
         assert row["gradient_norm"] > 0
         assert 1e-3 < row["gradient_off"] < 0.1 and 0 < row["loss_off"] < 0.01
-    _, rows = run("same", "--rows", "4x1", "--mixed-precision", "fp32")
+    _, rows = run("--rows", "4x1", "--mixed-precision", "fp32", script=exactness)
     assert rows["64 px, fp32, 4x1"]["gradient_off"] < 1e-4
 
 
 @pytest.mark.slow
 def test_profile_sorts_all_of_a_step_by_kind(run):
-    code, rows = run("profile", "--rows", "fused")
+    code, rows = run("profile", "--rows", "fused", script=step_profile)
     (row,) = rows.values()
-    kinds = [*bench.KINDS, "other"]
+    kinds = [*step_profile.KINDS, "other"]
     assert code == 0 and row["kernels"] == sum(row[f"n_{kind}"] for kind in kinds)
     assert row["ms_kernels"] == pytest.approx(sum(row[f"ms_{kind}"] for kind in kinds), abs=0.2)
     assert row["ms_products"] > 0 and row["ms_convolutions"] > 0 and row["longest"]
@@ -114,37 +114,47 @@ def test_profile_sorts_all_of_a_step_by_kind(run):
     ],
 )
 def test_kernels_are_called_by_their_kind(kernel, kind):
-    assert bench.kind_of(kernel) == kind
+    assert step_profile.kind_of(kernel) == kind
 
 
 @pytest.mark.slow
 def test_flop_are_counted_and_the_floor_follows_from_them(run):
-    code, rows = run("floor", "--mixed-precision", "fp32")
+    code, rows = run("floor", "--mixed-precision", "fp32", script=step_profile)
     row = rows["fp32"]
-    counted = bench.useful_flop(bench.ROOT / "pocket/model", 64)
+    counted = synthetic.useful_flop(bench.ROOT / "pocket/model", 64)
     assert code == 0 and row["tflop_per_image_64"] == pytest.approx(counted / 1e12, abs=1e-4)
     assert row["s_floor_64_4_images"] > 0
-    full = bench.useful_flop(SDXL, 512) / 1e12
-    assert full == pytest.approx(bench.USEFUL_TFLOP[512], abs=1e-3)
+    full = synthetic.useful_flop(SDXL, 512) / 1e12
+    assert full == pytest.approx(synthetic.USEFUL_TFLOP[512], abs=1e-3)
 
 
-@pytest.mark.slow
-def test_the_t4_estimate_shows_its_arithmetic(run, capsys):
-    code, rows = run("t4")
-    (row,) = rows.values()
-    said = capsys.readouterr().out
-    assert code == 0 and row["operators"] > 1000 and row["gb_moved"] > 0
-    assert row["min_from"] <= row["min_at_25%"] <= row["min_to"]
-    assert "Estimate, not a measurement" in said and "118" in said
-    assert "python bench.py recipe t4 --steps 20" in said
+def test_a_recipe_is_measured_as_the_plan_has_it(monkeypatch):
+    """No GPU here: the plan is one that a GPU could have given."""
+    asked = []
+
+    def choose(config, device, dtype, step):
+        asked.append(config)
+        assert step is bench.loop.micro_step
+        return bench.plan.shaped(config, 2, ("mid_block.attentions.0",)), "memory plan: so"
+
+    timed = []
+    monkeypatch.setattr(bench.plan, "choose", choose)
+    monkeypatch.setattr(
+        bench, "time_row", lambda o, config, *a: timed.append(config) or {"said": ""}
+    )
+    options = bench.Options(command="recipe", device="cpu", tiny=True)
+    row = bench.recipe_row(options, "t4", 64)
+    assert row["way"] == "2 x 2, 1 block recomputed" and row["said"].startswith("memory plan: so")
+    assert timed[0].train_batch_size == 2 and asked[0].train_batch_size == 1
+    assert (bench.plan.hub.fetch(asked[0].pretrained_model_name_or_path, "unet")).is_dir()
 
 
 def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
-    full = bench.random_unet(SDXL, torch.device("meta"), torch.float16)
+    full = synthetic.random_unet(SDXL, torch.device("meta"), torch.float16)
     assert sum(p.numel() for p in full.parameters()) == 2_567_463_684
     pocket, cpu = bench.ROOT / "pocket/model", torch.device("cpu")
-    half = bench.random_unet(pocket, cpu, torch.bfloat16).state_dict()
-    reference = bench.random_unet(pocket, cpu, torch.float32, torch.bfloat16).state_dict()
+    half = synthetic.random_unet(pocket, cpu, torch.bfloat16).state_dict()
+    reference = synthetic.random_unet(pocket, cpu, torch.float32, torch.bfloat16).state_dict()
     assert all(torch.equal(half[name].float(), numbers) for name, numbers in reference.items())
     assert not all(p.std() == 0 for p in half.values())
 

@@ -398,5 +398,9 @@ def test_quick_is_short_and_gives_way_to_what_is_asked_for():
     asked = config.parse(["pocket", "--quick", "--max-train-steps", "7"])
     assert asked.max_train_steps == 7
     assert asked.lr_warmup_steps == config.QUICK["pocket"]["lr_warmup_steps"]
+    usual = config.RECIPES["pocket"][1].max_train_steps
+    assert (
+        config.parse(["pocket", "--quick", f"--max-train-steps={usual}"]).max_train_steps == usual
+    )
     with pytest.raises(Refusal, match="--max-train-steps"):
         config.parse(["t4", "--quick"])

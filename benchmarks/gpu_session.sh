@@ -1,0 +1,19 @@
+#!/bin/sh
+# What is to be measured on one GPU, in the order of what matters: half an hour on an H100.
+# Each line stores its file and is worth its time alone. sh benchmarks/gpu_session.sh SCRATCH
+set -u
+out=${1:?a folder with 40 GB free}
+python=${PYTHON:-.venv/bin/python}
+mkdir -p "$out"
+$python bench.py ladder --resolution 512 1024 --out "$out/bench_ladder.json"
+$python benchmarks/full_size.py make "$out/model" "$out/photos"
+model="--pretrained-model-name-or-path $out/model --dataset-name $out/photos"
+$python benchmarks/startup.py t4 --out "$out/startup.json" --train "$model"
+$python benchmarks/full_size.py run "$out/model" "$out/photos" "$out/full_size"
+$python benchmarks/memory_check.py predict "$out/predicted.json"
+$python benchmarks/memory_check.py measure "$out/predicted.json" "$out/memory_check.json"
+$python bench.py recipe --steps 20 --out "$out/bench_recipe.json"
+$python -m benchmarks.int8 time --out "$out/int8.json"
+$python -m benchmarks.exactness --out "$out/exactness.json"
+$python -m benchmarks.step_profile profile --resolution 512 1024 --rows graph 4x1 \
+  --out "$out/step_profile.json"

@@ -1,0 +1,217 @@
+"""From command to first optimizer step, phase by phase, beside an earlier version of this code.
+
+    python benchmarks/startup.py pocket                        writes benchmarks/startup.json
+    python benchmarks/startup.py t4 --than 0d5804a --out runs/startup.json
+
+Both versions run in turn, since a machine's speed changes over minutes, with encoded pictures in
+the cache. The clock starts before the process does and stops when the first step is logged; the
+process ends there. `cpu_s` is what both versions make the processor do: less noisy where others
+share it, but blind to what is done while a disk or a GPU is waited for.
+"""
+
+import contextlib
+import functools
+import importlib.abc
+import importlib.machinery
+import json
+import os
+import platform
+import runpy
+import shlex
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+
+ROOT = Path(__file__).resolve().parent.parent
+# What a start passes through, by module: imports as a whole, and functions. One inside another is
+# counted in both; those that a version lacks are left out there.
+IMPORTS = ("config", "torch", "bitsandbytes", "diffusers", "model", "generate", "memory")
+FUNCTIONS = {
+    "config": ("parse",),
+    "sources": ("read_dataset",),
+    "hub": ("fingerprint", "unet_fingerprint"),
+    "memory": ("choose",),
+    "plan": ("choose",),
+    "data": ("fill_cache",),
+    "nf4": ("load_unet_nf4",),
+    "model": ("load_unet", "build_unet", "count_cut"),
+    "lora": ("inject",),
+    "fused": ("use",),
+    "report": ("describe",),
+}
+
+
+# ---- inside a run --------------------------------------------------------------------------------
+
+
+class Clock(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Times the imports of IMPORTS and the FUNCTIONS of this run, and ends it when its first step
+    is logged.
+    """
+
+    def __init__(self, report: Path, began: float):
+        self.report, self.began, self.spans = report, began, {}
+        self.loaders: dict[str, importlib.abc.Loader] = {}
+
+    @contextlib.contextmanager
+    def span(self, name: str):
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.spans[name] = self.spans.get(name, 0.0) + time.perf_counter() - began
+
+    def find_spec(self, name, path=None, target=None):
+        if name not in (*IMPORTS, *FUNCTIONS):
+            return None
+        spec = importlib.machinery.PathFinder.find_spec(name, path)
+        if spec and spec.loader:
+            self.loaders[name], spec.loader = spec.loader, self
+        return spec
+
+    def create_module(self, spec):
+        return self.loaders[spec.name].create_module(spec)
+
+    def exec_module(self, module):
+        name = module.__name__
+        module.__spec__.loader = module.__loader__ = self.loaders[name]
+        with self.span(f"import {name}") if name in IMPORTS else contextlib.nullcontext():
+            module.__loader__.exec_module(module)
+        for key in FUNCTIONS.get(name, ()):
+            if hasattr(module, key):
+                setattr(module, key, self.timed(f"{name}.{key}", getattr(module, key)))
+        if name == "report":
+            module.Log.write = self.end
+
+    def timed(self, name, function):
+        @functools.wraps(function)
+        def call(*args, **kwargs):
+            with self.span(name):
+                return function(*args, **kwargs)
+
+        return call
+
+    def end(self, run, loss, norm, rate, seconds) -> None:
+        """In the place of the log's first line."""
+        self.spans |= {"first step": seconds, "all": time.time() - self.began}
+        times = os.times()
+        result = {"seconds": self.spans, "cpu_s": times.user + times.system, "loss": loss}
+        self.report.write_text(json.dumps(result))
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def child(tree: Path, report: Path, began: float, argv: list[str]) -> None:
+    """`python loop.py` of the version in `tree`, timed."""
+    os.chdir(tree)
+    sys.path[0], sys.argv = str(tree), ["loop.py", *argv]
+    sys.meta_path.insert(0, Clock(report, began))
+    runpy.run_path("loop.py", run_name="__main__")
+
+
+# ---- around it -----------------------------------------------------------------------------------
+
+
+@dataclass
+class Options:
+    """Time the start of a recipe."""
+
+    # Recipe of loop.py.
+    recipe: tyro.conf.Positional[str] = "pocket"
+    # The earlier version: anything that git knows.
+    than: str = "0d5804a"
+    # Starts of each version.
+    times: int = 5
+    # More options for loop.py, as one word.
+    train: str = ""
+    # What to write.
+    out: Path = Path("benchmarks/startup.json")
+
+
+def start(tree: Path, scratch: Path, argv: list[str]) -> dict:
+    """One start of the version in `tree`, with nothing in its output folder."""
+    report, words = scratch / "report.json", [*argv, "--output-dir", str(scratch / "out")]
+    report.unlink(missing_ok=True)
+    subprocess.run(["rm", "-rf", str(scratch / "out")], check=True)
+    script = [sys.executable, __file__, "child", str(tree), str(report), str(time.time())]
+    done = subprocess.run([*script, *words], capture_output=True, text=True)
+    if not report.is_file():
+        sys.exit(f"{tree}: no first step\n{done.stdout[-2000:]}{done.stderr[-2000:]}")
+    return json.loads(report.read_text())
+
+
+def middle(starts: list[dict]) -> dict:
+    """Medians of several starts, phase by phase."""
+    spans = {name: [s["seconds"].get(name, 0.0) for s in starts] for name in starts[0]["seconds"]}
+    return {
+        "seconds": {name: round(statistics.median(values), 3) for name, values in spans.items()},
+        "lowest": round(min(spans["all"]), 2),
+        "highest": round(max(spans["all"]), 2),
+        "cpu_s": round(statistics.median(s["cpu_s"] for s in starts), 2),
+        "loss": starts[0]["loss"],
+    }
+
+
+def table(versions: dict[str, dict]) -> str:
+    names = list(dict.fromkeys(name for v in versions.values() for name in v["seconds"]))
+    lines = ["| seconds | " + " | ".join(versions) + " |", "|---|" + "---|" * len(versions)]
+    for name in [*(n for n in names if n != "all"), "all"]:
+        cells = [str(v["seconds"].get(name, "")) for v in versions.values()]
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    options = tyro.cli(Options)
+    with tempfile.TemporaryDirectory() as folder:
+        before, scratch = Path(folder) / "before", Path(folder)
+        git = ["git", "-C", str(ROOT), "worktree"]
+        subprocess.run([*git, "add", "--detach", str(before), options.than], check=True)
+        argv = [
+            options.recipe,
+            *shlex.split(options.train),
+            "--max-train-steps",
+            "1",
+            "--validation-prompts",
+        ]
+        argv = [*argv, "--cache-dir", str(scratch / "cache")]
+        try:
+            starts = {options.than: [], "now": []}
+            for turn in range(options.times + 1):
+                for name, tree in ((options.than, before), ("now", ROOT)):
+                    found = start(tree, scratch, argv)
+                    print(name, round(found["seconds"]["all"], 2), flush=True)
+                    if turn:  # the first fills the caches: pictures, bytecode, plan, files' pages
+                        starts[name].append(found)
+        finally:
+            subprocess.run([*git, "remove", "--force", str(before)], check=True)
+    versions = {name: middle(found) for name, found in starts.items()}
+    old, new = versions.values()
+    shares = [
+        b["seconds"]["all"] / a["seconds"]["all"] for a, b in zip(*starts.values(), strict=True)
+    ]
+    result = {
+        "command": " ".join(["python benchmarks/startup.py", *sys.argv[1:]]),
+        "on": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
+        f"Python {platform.python_version()}, {options.times} starts each, in turn",
+        "now / before, median of pairs": round(statistics.median(shares), 3),
+        "of cpu_s": round(new["cpu_s"] / old["cpu_s"], 3),
+        "versions": versions,
+    }
+    (ROOT / options.out).write_text(json.dumps(result, indent=1) + "\n")
+    print(
+        f"{table(versions)}\n\n{json.dumps({k: v for k, v in result.items() if k != 'versions'})}"
+    )
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["child"]:
+        child(Path(sys.argv[2]), Path(sys.argv[3]), float(sys.argv[4]), sys.argv[5:])
+    else:
+        main()

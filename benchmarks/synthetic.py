@@ -1,0 +1,142 @@
+"""A run without files: loop.py's own, on a UNet of random weights and on pictures of random numbers
+in the place of the cache. Nothing is downloaded or read. bench.py and others measure such runs.
+"""
+
+import config as configuration  # first: it sets how long idle threads spin, before torch asks
+
+# isort: split
+import functools
+from pathlib import Path
+
+import bitsandbytes
+import diffusers
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import data
+import graph
+import loop
+import model
+from nf4 import WHOLE
+
+ROOT = Path(__file__).resolve().parent.parent
+# TFLOP of one image: forward, and backward to the noisy latent with frozen weights; the adapter not
+# counted. Counted by useful_flop(), which takes seconds; other sizes are counted when asked for.
+USEFUL_TFLOP = {512: 3.172, 768: 7.468, 1024: 14.222}
+
+
+def random_unet(
+    folder: Path, device: torch.device, dtype: torch.dtype, rounded=None, nf4: bool = False
+) -> diffusers.UNet2DConditionModel:
+    """A UNet of the shape in `folder`, drawn on `device`: matrices normal with deviation 0.02,
+    norms 1, biases 0, which keeps fp16 finite. rounded: the dtype that the numbers are rounded to
+    first, so that two dtypes can have one model. nf4: Linears in 4 bits, each when it is drawn.
+    """
+    with torch.device("meta"):
+        config = diffusers.UNet2DConditionModel.load_config(folder / "unet")
+        unet = diffusers.UNet2DConditionModel.from_config(config)
+    generator = None if device.type == "meta" else torch.Generator(device).manual_seed(0)
+    for name, module in list(unet.named_modules()):
+        for key, was in list(module.named_parameters(recurse=False)):
+            if was.ndim > 1:
+                numbers = 0.02 * torch.randn(was.shape, generator=generator, device=device)
+            else:
+                numbers = torch.full(was.shape, float(key == "weight"), device=device)
+            numbers = numbers.to(rounded or dtype).to(dtype)
+            setattr(module, key, torch.nn.Parameter(numbers, requires_grad=False))
+        if nf4 and isinstance(module, torch.nn.Linear) and not name.startswith(WHOLE):
+            parent, _, child = name.rpartition(".")
+            setattr(unet.get_submodule(parent), child, four_bits(module))
+    return unet.requires_grad_(False).eval()
+
+
+def four_bits(linear: torch.nn.Linear) -> torch.nn.Module:
+    """The same layer with its weight in NF4 (Dettmers et al. 2023, arXiv:2305.14314, section 3)."""
+    weight, bias = linear.weight, linear.bias
+    layer = bitsandbytes.nn.Linear4bit(
+        linear.in_features,
+        linear.out_features,
+        bias=bias is not None,
+        compute_dtype=weight.dtype,
+        quant_type="nf4",
+        device="meta",
+    )
+    packed = bitsandbytes.nn.Params4bit(weight.data, requires_grad=False, quant_type="nf4")
+    layer.weight = packed.to(weight.device)  # this quantises
+    layer.bias = bias
+    layer.support_avx512bf16_for_cpu = False  # as nf4.linear_4bit() says
+    return layer
+
+
+class RandomPictures:
+    """In the cache's place: `count` encoded pictures of `side` pixels with their captions."""
+
+    def __init__(self, unet: diffusers.UNet2DConditionModel, side: int, count: int = 16):
+        g, config = torch.Generator().manual_seed(0), unet.config
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        self.mean = 5 * torch.randn(count, 4, side // 8, side // 8, generator=g)
+        self.context = torch.randn(count + 1, 77, config.cross_attention_dim, generator=g)
+        self.context = self.context.to(unet.dtype)  # as the cache keeps it
+        self.pooled = torch.randn(count + 1, pooled, generator=g).to(unet.dtype)
+        self.time_ids = model.add_time_ids((683, 1024), (0, 128), (side, side))
+
+    def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
+        mean = self.mean[index].flip(-1) if flip else self.mean[index]
+        return mean, torch.full_like(mean, 0.01), self.time_ids
+
+    def prompt(self, index: int) -> tuple[Tensor, Tensor]:
+        return self.context[index], self.pooled[index]
+
+
+def assemble(
+    config: configuration.Config,
+    device: torch.device,
+    folder: Path,
+    rounded=None,
+    nf4: bool = False,
+) -> tuple[loop.Run, list[str]]:
+    """What loop.set_up() does, on random weights and pictures. Returns the run, and what is to be
+    said about it.
+    """
+    where = torch.device("cpu") if device.type == "meta" else device
+    dtype, _ = model.choose_dtype(config.mixed_precision, where)
+    unet = random_unet(folder, device, dtype, rounded, nf4)
+    said: list[str] = []
+    schedule = model.load_noise_schedule(str(ROOT / "tests/sdxl"), device)
+    pictures = RandomPictures(unet, config.resolution)
+    names = [f"random {i}" for i in range(len(pictures.mean))]
+    shape = tuple(pictures.mean.shape[1:])
+    examples = data.Examples(pictures, names, config.seed, True, 0.0, 0.0, 1000, shape)
+    scaling = model.latent_scaling(str(ROOT / "tests/sdxl"))
+    run, how = loop.assemble(config, unet, examples, schedule, scaling, {})
+    if isinstance(run.forward_backward, graph.Recorded):
+        run.forward_backward.say = said.append
+    said.append(how)
+    return run, said
+
+
+@functools.cache
+def useful_flop(folder: Path, side: int) -> float:
+    """FLOP of one image of `side` pixels, as USEFUL_TFLOP says."""
+    unet = random_unet(folder, torch.device("meta"), torch.float16)
+    batch = meta_batch(unet, side)
+    x_t = batch["noise"].requires_grad_()
+    with FlopCounterMode(display=False) as counted:
+        model.predict(unet, x_t, batch).sum().backward()
+    return counted.get_total_flops()
+
+
+def meta_batch(unet: diffusers.UNet2DConditionModel, side: int) -> dict[str, Tensor]:
+    """One example's batch in shapes only."""
+    examples = data.Examples(
+        RandomPictures(unet, side), ["random"], 0, False, 0.0, 0.0, 1000, (4, side // 8, side // 8)
+    )
+    return examples.batch(range(1), torch.device("meta"))
+
+
+def flop_of(folder: Path, side: int) -> float:
+    """useful_flop(), known already for SDXL at its usual sizes."""
+    if folder.name == "sdxl" and side in USEFUL_TFLOP:
+        return USEFUL_TFLOP[side] * 1e12
+    return useful_flop(folder, side)
