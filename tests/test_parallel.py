@@ -485,6 +485,7 @@ def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path)
         assert not (tmp_path / name / lora.FILE_NAME).stat().st_size == 0
         done = train(second, name)
         assert done.codes == [0] * second, done.said
+        assert [("training" in said) for said in done.said] == [True, False][:second]  # one speaks
         want, got = moved(tmp_path / "whole"), moved(tmp_path / name)
         assert 0 <= (got - want).norm() / want.norm() <= 1e-2
         log = (tmp_path / name / "log.jsonl").read_text().splitlines()
