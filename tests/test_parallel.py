@@ -142,6 +142,7 @@ def tiny_run(team, n=4, precision="fp32", **changes) -> loop.Run:
         batch=batch,
         example=lambda i: types.SimpleNamespace(picture=i),
         names=[f"{i}.png" for i in range(100)],
+        source=None,
     )
     schedule = model.load_noise_schedule(str(POCKET), CPU)
     run, _ = loop.assemble(config, unet, examples, schedule, (0.13, 0.0), {})
@@ -208,7 +209,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(tog
     done = together(2, work)
     assert done.codes == [1, 1]
     assert "".join(done.said).count("error: ") == 1
-    assert "loss of step 1 is nan (pictures 0.png, 1.png, 2.png, 3.png)" in "".join(done.said)
+    assert "loss of step 1 is nan: pictures 0.png, 1.png, 2.png, 3.png" in "".join(done.said)
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(together):
@@ -484,6 +485,7 @@ def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path)
         assert not (tmp_path / name / lora.FILE_NAME).stat().st_size == 0
         done = train(second, name)
         assert done.codes == [0] * second, done.said
+        assert [("training" in said) for said in done.said] == [True, False][:second]  # one speaks
         want, got = moved(tmp_path / "whole"), moved(tmp_path / name)
         assert 0 <= (got - want).norm() / want.norm() <= 1e-2
         log = (tmp_path / name / "log.jsonl").read_text().splitlines()
@@ -501,6 +503,15 @@ def test_a_damaged_picture_ends_all_processes_with_one_sentence(train, few, tmp_
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and f"picture {first} cannot be read" in said
+
+
+def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train):
+    assert train(1, "r", "--deterministic", "--max-train-steps", "2").codes == [0]
+    done = train(2, "r", "--deterministic")
+    assert done.codes == [1, 1]
+    said = "".join(done.said)
+    assert said.count("error: ") == 1
+    assert "1 CPU threads, and this command has computed by" in said and "2 processes;" in said
 
 
 @pytest.mark.slow
