@@ -11,6 +11,7 @@ all-reduce is timed by itself, and the steps' losses are kept: they are the same
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -64,21 +65,24 @@ def measured(side: int) -> Callable[[int], float]:
     return seconds
 
 
-def estimated(minutes: float) -> Callable[[int], float]:
-    """seconds(m) on a T4 that takes `minutes` for 1,000 steps of 4 passes of one example."""
-    return lambda m: m * minutes * 60 / 4000
+def estimated(minutes: float, launches: float) -> Callable[[int], float]:
+    """seconds(m) of one pass of m examples on a T4 that takes `minutes` for 1,000 passes of 4, of
+    which `launches` do not depend on m.
+    """
+    return lambda m: 60 / 1000 * ((minutes - launches) * m / 4 + launches)
 
 
 def paper() -> list[str]:
     """The README's rows: efficiency by number of GPUs."""
-    t4 = json.loads((ROOT / "benchmarks" / "bench_t4.json").read_text())["rows"]
-    (t4,) = t4.values()
-    fast, slow = estimated(t4["min_from"]), estimated(t4["min_to"])
+    said = (ROOT / "benchmarks" / "plan_t4.txt").read_text()  # what make plan estimates
+    low, high = map(float, re.search(r"time +(\S+) to (\S+) minutes", said).groups())
+    launches = float(re.search(r"launches .*: (\S+) min", said)[1])
+    fast, slow = estimated(low, launches), estimated(high, launches)
     pcie, half, nvlink = LINKS.values()
     cases = {
-        f"T4, 512 px, {t4['min_from']:g} min for 1,000 steps · PCIe 3 x16": (4, fast, pcie),
+        f"T4, 512 px, {low:g} min for 1,000 steps · PCIe 3 x16": (4, fast, pcie),
         "the same, through host memory": (4, fast, half),
-        f"T4, 512 px, {t4['min_to']:g} min for 1,000 steps · through host memory": (4, slow, half),
+        f"T4, 512 px, {high:g} min for 1,000 steps · through host memory": (4, slow, half),
         "H100, 512 px · NVLink": (16, measured(512), nvlink),
         "H100, 1024 px · NVLink": (16, measured(1024), nvlink),
     }
@@ -101,17 +105,18 @@ def child(options: argparse.Namespace) -> None:
     import model
     import parallel
     import torch  # isort: skip
+    from benchmarks import synthetic
 
     with parallel.join(600) as team:
         device = team.start(model.check_device(options.device))
-        given = bench.Options("ladder", tiny=options.small, device=options.device)
+        given = bench.Options(command="ladder", tiny=options.small, device=options.device)
         rows = {}
         for side in options.sides:
             config = bench.changed(given, side, "4x1")
             config = bench.dataclasses.replace(
                 config, train_batch_size=PASS, gradient_accumulation_steps=N // PASS
             )
-            run, said = bench.assemble(config, device, given.folder)
+            run, said = synthetic.assemble(config, device, given.folder)
             run.team = team
             seconds, losses, began = [], [], bench.wait(device)
             for _ in range(options.warm_up + options.steps):
