@@ -407,11 +407,11 @@ def fit(config: Config, interrupts: report.Interrupts, team: parallel.Alone) -> 
                 checkpoint.save_state(run)
             if run.stop:
                 team.wait("saving")  # the first to leave has torchrun end the others
-                print(f"\ninterrupted: step {run.step} is saved; the same command continues")
-                return 128 + (interrupts.caught or signal.SIGTERM)
+                break
     interrupts.gently = False  # now a signal may leave at once: the same command does the rest
-    if interrupts.caught:  # as does one that came after the last step had asked
-        raise KeyboardInterrupt(interrupts.caught)
+    if run.stop or interrupts.caught:  # one may have come after the last step had asked
+        print(f"\ninterrupted: step {run.step} is saved; the same command continues")
+        return 128 + (interrupts.caught or signal.SIGTERM)
     run.forward_backward = None  # a recording holds the memory of a whole step
     model.free_memory()
     team.leave()

@@ -271,7 +271,7 @@ def small_run(base: Path) -> loop.Run:
     """The run whose checkpoints are damaged, set up; its folder is copied before each use."""
     options = small_config(base)
     pictures = sources.read_dataset(options.dataset_name)
-    prints = loop.encoder_prints(str(POCKET), False)
+    prints = checkpoint.encoder_prints(str(POCKET), False)
     schedule = model.load_noise_schedule(str(POCKET), CPU)
     noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
     same = checkpoint.identity(options, torch.float32, pictures, str(prints), noise)
@@ -474,7 +474,7 @@ def fill(base: Path, folder: Path) -> data.Cache:
 
     pictures = sources.read_dataset(str(base / "data"))
     encoder = data.Encoder(pictures, hostile.vae, hostile.text_encoders, 64, False, 42)
-    prints = loop.encoder_prints(str(POCKET), False)
+    prints = checkpoint.encoder_prints(str(POCKET), False)
     return data.fill_cache(folder, encoder, False, torch.float32, prints)
 
 
@@ -585,7 +585,7 @@ def bad_json_number(case: Case, content: bytes, file: Path) -> bytes | None:
 
 def walk_model(name: str) -> None:
     """Everything that a run and a drawing read of a model."""
-    loop.encoder_prints(name, False)
+    checkpoint.encoder_prints(name, False)
     schedule = model.load_noise_schedule(name, CPU)
     abar = schedule.alphas_cumprod
     assert abar.isfinite().all() and (abar >= 0).all() and (abar <= 1).all() and len(abar) > 0

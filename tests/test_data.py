@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from PIL import Image, ImageOps
 
 import ahead
+import checkpoint
 import data
 import files
 import hub
@@ -1157,7 +1158,7 @@ def test_models_that_differ_in_their_unconditional_embedding_do_not_share_it(tmp
             CPU,
             torch.float32,
             ink()[:3],
-            loop.encoder_prints(config.pretrained_model_name_or_path, False),
+            checkpoint.encoder_prints(config.pretrained_model_name_or_path, False),
             1000,
         )
         want, _ = model.encode_unconditional(model.load_text_encoders(name, CPU))
@@ -1175,7 +1176,7 @@ def test_a_run_names_all_damaged_pictures_before_it_encodes(tmp_path, cache):
             CPU,
             torch.float32,
             pictures,
-            loop.encoder_prints(config.pretrained_model_name_or_path, False),
+            checkpoint.encoder_prints(config.pretrained_model_name_or_path, False),
             1000,
         )
 

@@ -59,7 +59,8 @@ def checkpoints(tmp_path):
     for step in (2, 1000004):
         folder = root / f"{step:06d}"
         folder.mkdir(parents=True)
-        torch.save({"step": step, "flat": torch.arange(5000.0)}, folder / "state.pt")
+        state = {"step": step, "flat": torch.arange(5000.0), "modules": []}
+        torch.save(state | {"optimizer": {}, "scale": {}, "identity": {}}, folder / "state.pt")
         content = (folder / "state.pt").read_bytes()
         (folder / "state.sha256").write_text(checkpoint.sum_of(content))
     return root
