@@ -17,7 +17,7 @@ import deterministic
 import files
 import loop
 import lora
-import memory
+import plan
 from stress import tiny
 
 CPU = torch.device("cpu")
@@ -96,8 +96,8 @@ def test_xformers_is_refused_and_the_memory_plan_falls_away(monkeypatch):
     with pytest.raises(files.Refusal, match="--attention sdpa"):
         configuration.parse(["original", "--deterministic"])
     chosen = configuration.parse(["t4", "--deterministic"])
-    monkeypatch.setattr(memory, "choose_plan", lambda *_: pytest.fail("planned"))
-    same, why = memory.choose(chosen, torch.device("cuda"), torch.float16, loop.micro_step)
+    monkeypatch.setattr(plan, "choose_plan", lambda *_: pytest.fail("planned"))
+    same, why = plan.choose(chosen, torch.device("cuda"), torch.float16, loop.micro_step)
     assert same == chosen and "memory plan: none" in why
 
 

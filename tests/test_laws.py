@@ -106,7 +106,11 @@ def moved(folder, few) -> torch.Tensor:
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "bound"), [("--no-use-8bit-adam", 1e-3), ("--use-8bit-adam", 1e-2)]
+    ("optimizer", "bound"),
+    [
+        pytest.param("--no-use-8bit-adam", 1e-3, marks=pytest.mark.slow),
+        ("--use-8bit-adam", 1e-2),
+    ],
 )
 def test_1x4_equals_2x2_equals_4x1_equals_3_and_1(
     train, tmp_path, few, monkeypatch, optimizer, bound
@@ -300,6 +304,7 @@ def test_killed_while_writing_and_started_again_equals_uninterrupted(
     assert deaths >= 4
 
 
+@pytest.mark.slow  # tests/test_stress.py kills forked ones
 def test_sigkill_in_a_process_of_its_own_then_the_same_command(train, tmp_path, few, cache):
     assert train("whole", "--max-train-steps", "30") == 0
     script = "import sys, loop; sys.exit(loop.main(sys.argv[1:]))"
@@ -740,6 +745,7 @@ def test_running_out_of_memory_says_what_to_change_and_keeps_the_steps_before(
     assert checkpoint.newest_state(tmp_path / "r" / "checkpoints")["step"] == 3
 
 
+@pytest.mark.slow  # tests/test_deterministic.py has one that is killed
 def test_fp16_resumed_equals_uninterrupted_loss_scale_included(train, tmp_path, monkeypatch):
     scale = loop.LossScale
     monkeypatch.setattr(

@@ -378,6 +378,7 @@ def test_model_reads_colours_and_numbers_in_new_combinations(pipe):
     assert sum(right) / 3 >= HELDOUT["thresholds"]["combinations_of_10"]
 
 
+@pytest.mark.slow
 def test_seed_matters(pipe):
     prompts = HELDOUT["seeds"]
     drawn = [ask(pipe, prompts, seed) for seed in (0, 1, 2)]
