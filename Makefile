@@ -22,7 +22,8 @@ $(VENV)/.ready: requirements.txt constraints.txt
 train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
 	@recipe="$(RECIPE)"; gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
 	if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then \
-	  gpus=$$(echo "$$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c .); fi; \
+	  seen=$$(echo "$$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '^[^-]'); \
+	  if [ $$seen -lt $$gpus ]; then gpus=$$seen; fi; fi; \
 	if [ -z "$$recipe" ]; then \
 	  if [ $$gpus -gt 0 ]; then recipe="t4 --device cuda"; why="a GPU is here"; \
 	  else recipe=pocket; why="no GPU found"; fi; \

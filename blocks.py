@@ -35,7 +35,8 @@ def whole_block(path: Path) -> bool:
         bare = blob.replace(said[0], SUM.format(0).encode(), 1)
         if zlib.crc32(bare) == int(said[1], 16):
             return True
-    print(f"{path} is damaged and is made anew")
+    earlier = b'"__metadata__"' in header and b'"crc32"' not in header
+    print(f"{path} is {'of an earlier version' if earlier else 'damaged'} and is made anew")
     if path.is_dir():
         raise Refusal(f"{path} is a folder", "a file of the cache", f"rm -r {path}")
     return False

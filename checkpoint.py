@@ -157,9 +157,11 @@ def remove_old(root: Path, step: int, limit: int) -> None:
 
 
 def save_state_once(run: Run) -> None:
-    """save_state(), unless there is nothing trained, it is saved already or it is not finite."""
+    """save_state(), unless there is nothing trained, it is saved already, or it is half a step or
+    not finite.
+    """
     there = (run.config.out / "checkpoints" / f"{run.step:06d}").exists()
-    if run.step and not there and not diagnose.in_state(run):
+    if run.step and not there and not run.half_done and not diagnose.in_state(run):
         save_state(run)
 
 

@@ -325,7 +325,10 @@ def fill(
     """
     blocks = cut(range(len(keys)), BLOCK)
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
-    todo = [each for each in zip(files, blocks, strict=True) if not whole_block(each[0])]
+    # The first of several looks at every byte; where it finds damage, it alone has that to do.
+    there = whole_block if team.first else Path.is_file
+    shown = tqdm(files, f"reading encoded {kind}s", leave=False, mininterval=1, delay=2)
+    todo = [(file, block) for file, block in zip(shown, blocks, strict=True) if not there(file)]
     if team.first:
         sweep_parts(folder)
     claimed = (pair for pair in todo if team.claim(pair[0].name))
@@ -379,7 +382,9 @@ def fill_cache(
     encoder.free("vae")
     team.wait("encoding")
     if encoder.speed and team.first:
-        print(encoder.speed, file=sys.stderr)  # with the progress bars: said at a first start only
+        share = f" (by the first of {team.size} processes)" if team.size > 1 else ""
+        # With the progress bars, on stderr: it is said at a first start only.
+        print(f"{encoder.speed}{share}", file=sys.stderr)
     return Cache(latents, prompts)
 
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from files import Refusal
+from files import Refusal, first_line
 
 if TYPE_CHECKING:
     from config import Config
@@ -40,7 +40,8 @@ ORDER = (
 def mode(on: bool) -> Iterator[None]:
     """While the block runs, only deterministic kernels; afterwards all is as before.
 
-    Raises Refusal where CUDA has started already with another workspace.
+    Raises Refusal where CUDA has started already with another workspace, and for an operation that
+    has no deterministic kernel.
     """
     if not on:
         yield
@@ -61,6 +62,14 @@ def mode(on: bool) -> Iterator[None]:
         cudnn.deterministic, cudnn.benchmark = True, False
         attention.enable_cudnn_sdp(False)
         yield
+    except RuntimeError as error:
+        if "does not have a deterministic implementation" not in str(error):
+            raise
+        raise Refusal(
+            f"--deterministic, and {first_line(error)}",
+            "operations that add in one order",
+            "the same command without --deterministic, or with --attention sdpa --no-compile",
+        ) from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         cudnn.deterministic, cudnn.benchmark = before[1:]

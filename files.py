@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
@@ -142,7 +143,8 @@ def sweep_parts(folder: Path) -> None:
     container every start may have the same.
     """
     for part in list(folder.rglob(".*.part")):
-        if not is_at_work(part.name.split(".")[-2]):
+        ours = re.fullmatch(r"\..+\.(\d+)\.part", part.name)  # others' hidden files may end so, too
+        if ours and not is_at_work(ours[1]):
             with contextlib.suppress(OSError):  # a read-only cache, say: it does no harm there
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from files import first_line
+from files import Refusal, first_line
 
 Batch = dict[str, Tensor]
 WARM_UP = 2  # passes before recording: libraries choose kernels and make workspaces in them
@@ -69,6 +69,12 @@ class Recorded:
         except RuntimeError as error:  # an operation that no recording can hold
             if isinstance(error.__context__, torch.cuda.OutOfMemoryError):
                 raise error.__context__ from None  # ending the recording failed in its wake
+            if torch.are_deterministic_algorithms_enabled():  # its bits were promised as recorded
+                raise Refusal(
+                    f"--deterministic, and steps cannot be recorded ({first_line(error)})",
+                    "a step that a CUDA graph can hold",
+                    "--no-cuda-graph with a new --output-dir, or no --deterministic",
+                ) from error
             self.eager = True
             self.recordings.clear()
             self.say(f"steps are not recorded in a CUDA graph: {first_line(error)}")

@@ -146,7 +146,8 @@ class Run:
     identity: what makes it this run and no other; start: the untrained vector, on the CPU; factor:
     the loss scale and loss_sum: the step's loss so far, () fp32 on the device; forward_backward:
     micro_step(), as it is or recorded; coming: the batch that begins the next step; team: the
-    processes that share the run; stop: whether one of them was asked to stop.
+    processes that share the run; stop: whether one of them was asked to stop; half_done: whether
+    the optimizer is at work, or has failed at it.
     """
 
     config: Config
@@ -168,6 +169,7 @@ class Run:
     team: parallel.Alone = parallel.ALONE
     interrupts: report.Interrupts = dataclasses.field(default_factory=report.Interrupts)
     stop: bool = False
+    half_done: bool = False
 
 
 def micro_step(run: Run, batch: dict[str, Tensor]) -> None:
@@ -220,7 +222,9 @@ def optimizer_step(run: Run) -> tuple[float, float]:
     if not overflow:
         grad.mul_(min(1.0, config.max_grad_norm / (norm + 1e-6)))  # clip: one vector, one norm
         run.optimizer.param_groups[0]["lr"] = learning_rate(run.step, config)
+        run.half_done = True  # what fails from here on leaves numbers that must not be saved
         run.optimizer.step()
+        run.half_done = False
     grad.zero_()  # not zero_grad(), which would cut the gradients loose from the flat vector
     run.scale.update(finite=not overflow)
     run.step += 1

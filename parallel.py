@@ -5,6 +5,9 @@ of a step's examples, and the sum of their gradients is one all-reduce of the fl
 out in loop.optimizer_step(). What is here is around that: who has which share, who encodes which
 block of pictures, who speaks, and how the others learn that one has died or hangs.
 
+A GPU that hangs inside a sum is ended by NCCL's own watchdog, a minute after the timeout and
+without a rank's name: all processes have reached that meeting point.
+
 For the last, every process keeps a sign in torchrun's store: how many meeting points (sums and
 waits) it has reached, and a number that moves while it works between two of them. One that is
 behind and shows no new sign within the timeout, or whose process is gone, ends the others.
@@ -175,11 +178,14 @@ class Team(Alone):
                 rank=self.rank,
                 world_size=self.size,
                 timeout=timedelta(seconds=seconds),
-                # With it NCCL begins now, and the memory plan sees what its buffers leave.
                 device_id=device if device.type == "cuda" else None,
             )
+            if device.type == "cuda":
+                connect(device)
         except RuntimeError as error:
             raise self._gone(error) from error
+        if device.type == "cuda":  # whose roundings, and the dtype that "auto" takes, are its own
+            self.check_equal("the kind of GPU", torch.empty(0), torch.cuda.get_device_name(device))
         return device
 
     def leave(self):
@@ -187,7 +193,8 @@ class Team(Alone):
             self.left = True
             self.noticed.set()
             self.count = DONE
-            self.sign("done")
+            with contextlib.suppress(Refusal):  # nobody is there to be told
+                self.sign("done")
             if dist.is_initialized():
                 dist.destroy_process_group()
 
@@ -199,11 +206,13 @@ class Team(Alone):
             raise self._gone(error) from error
 
     def claim(self, name):
-        return self.store.add(f"claim {name}", 1) == 1
+        with self._store_at_work():
+            return self.store.add(f"claim {name}", 1) == 1
 
     def sign(self, what):
         self.beats += 1
-        self.store.set(f"sign {self.rank}", f"{self.count} {self.beats} {os.getpid()} {what}")
+        with self._store_at_work():
+            self.store.set(f"sign {self.rank}", f"{self.count} {self.beats} {os.getpid()} {what}")
 
     def wait(self, what):
         self._arrive(what)
@@ -216,9 +225,10 @@ class Team(Alone):
     def check_equal(self, what, tensor, text=""):
         key = f"digest {self.count}"
         bits = digest(tensor.detach().cpu().contiguous().numpy().tobytes(), text)
-        self.store.set(f"{key} {self.rank}", bits)
-        self.wait(what)
-        found = [self.store.get(f"{key} {rank}") for rank in range(self.size)]
+        with self._store_at_work():
+            self.store.set(f"{key} {self.rank}", bits)
+            self.wait(what)
+            found = [self.store.get(f"{key} {rank}") for rank in range(self.size)]
         usual = Counter(found).most_common(1)[0][0]  # of equally many, rank 0's
         if others := [str(rank) for rank, theirs in enumerate(found) if theirs != usual]:
             raise Refusal(
@@ -230,16 +240,30 @@ class Team(Alone):
     def why(self):
         try:
             return f"error: {lost}" if (lost := self._lost(self.store)) else ""
-        except RuntimeError:
-            return ""
+        except Refusal as no_store:
+            return f"error: {no_store}"
 
-    def say(self, sentence):
+    def say(self, sentence, store=None):
         with contextlib.suppress(RuntimeError):  # without a store, each speaks for itself
-            if self.store.add("said", 1) > 1:
+            if (store or self.store).add("said", 1) > 1:
                 return
-        super().say(sentence)
+        alone = "; GPUS=1 keeps to the first GPU" if torch.cuda.is_initialized() else ""
+        super().say(f"{sentence} (rank {self.rank} of {self.size}{alone})")
 
     # ---- who has died, who hangs
+
+    @contextlib.contextmanager
+    def _store_at_work(self):
+        """Raises Refusal where the store cannot be reached any more: it is torchrun's."""
+        try:
+            yield
+        except RuntimeError as error:
+            self.noticed.set()
+            raise Refusal(
+                f"rank {self.rank} has no store ({first_line(error)}): torchrun has died",
+                "torchrun at work beside its processes",
+                AGAIN,
+            ) from error
 
     def _arrive(self, what: str) -> None:
         self.count, self.arrived = self.count + 1, time.monotonic()
@@ -249,10 +273,11 @@ class Team(Alone):
         """Each other rank's count, beats, process and words; zeros until it has begun."""
         signs = dict.fromkeys(range(self.size), (0, 0, 0, "not yet started"))
         del signs[self.rank]
-        for rank in signs:
-            if store.check([key := f"sign {rank}"]):
-                *numbers, what = store.get(key).decode().split(maxsplit=3)
-                signs[rank] = (*map(int, numbers), what)
+        with self._store_at_work():
+            for rank in signs:
+                if store.check([key := f"sign {rank}"]):
+                    *numbers, what = store.get(key).decode().split(maxsplit=3)
+                    signs[rank] = (*map(int, numbers), what)
         return signs
 
     def _all_here(self) -> bool:
@@ -296,15 +321,21 @@ class Team(Alone):
         while not self.noticed.wait(min(1.0, self.timeout / 4)):
             try:
                 lost = self._lost(self.watched)
-            except RuntimeError as error:
-                lost = Refusal(
-                    f"rank {self.rank} has no store ({first_line(error)}): torchrun has died",
-                    "torchrun at work beside its processes",
-                    AGAIN,
-                )
+            except Refusal as no_store:
+                lost = no_store
+                self.noticed.clear()  # the process itself may not have met it yet
             if lost and not self.noticed.wait(GRACE):
-                self.say(f"error: {lost}")
+                self.say(f"error: {lost}", self.watched)  # self.store may be waiting for a key
                 os._exit(1)
+
+
+def connect(device: torch.device) -> None:
+    """A first sum, at which NCCL makes its connections and buffers: here, so that what fails does
+    so before an hour of encoding, and so that the memory plan sees what they leave.
+    """
+    dist.all_reduce(torch.zeros(2**24, device=device))
+    torch.cuda.synchronize(device)
+    torch.cuda.empty_cache()
 
 
 def alive(pid: int) -> bool:

@@ -132,6 +132,8 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
     )
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
     several = f", shared by {run.team.size} processes" if run.team.size > 1 else ""
+    if run.team.size > n:
+        several += f", of which {run.team.size - n} have no example: GPUS={n} would do as well"
     how += "; deterministic kernels" if config.deterministic else ""
     nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
     lines = (

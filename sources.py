@@ -251,7 +251,11 @@ def own_file(name: str, path: str) -> Path:
     import datasets
     import huggingface_hub
 
-    kept = (datasets.config.HF_CACHE_HOME, huggingface_hub.constants.HF_HUB_CACHE)
+    kept = (
+        *(datasets.config.HF_CACHE_HOME, huggingface_hub.constants.HF_HUB_CACHE),
+        *(datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH),
+        datasets.config.EXTRACTED_DATASETS_PATH,
+    )
     folders = [Path(name)] if Path(name).is_dir() else [Path(each) for each in kept]
     target = (folders[0] / path).resolve()  # `path` itself where it is absolute
     if any(target.is_relative_to(folder.resolve()) for folder in folders):

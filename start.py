@@ -24,8 +24,8 @@ PIECE = 2**24  # bytes read at once
 def begin(config: Config) -> None:
     """Start both in threads, and import the slowest library without its compiler.
 
-    The threads are waited for at the process' end, not before: the driver makes one context,
-    whoever asks first, and a file is read once. A plan needs neither.
+    Nothing waits for the threads: the driver makes one context, whoever asks first, and a file is
+    read once. A plan needs neither.
     """
     name, half = config.pretrained_model_name_or_path, config.mixed_precision != "fp32"
     cache_dir = config.cache_dir if config.base_quantization == "nf4" else ""
@@ -33,7 +33,9 @@ def begin(config: Config) -> None:
     if config.device != "cpu":
         jobs.append(functools.partial(make_context, config.device))
     for job in jobs if not config.plan_for else ():
-        threading.Thread(target=quietly, args=(job,)).start()
+        # The driver must not be left in the middle; the reading may be, else a refusal would wait.
+        daemon = job.func is read_weights
+        threading.Thread(target=quietly, args=(job,), daemon=daemon).start()
     quietly(import_bitsandbytes)
 
 

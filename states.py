@@ -71,7 +71,9 @@ def wrong_numbers(run: Run, state: dict) -> str:
         for key, value in kept[0].items():  # bitsandbytes keeps its numbers one level deeper
             found |= value if type(value) is dict else {key: value}
         step = found.pop("step", None)
-        if type(step) not in (int, torch.Tensor) or not 0 <= float(step) <= state["step"]:
+        if torch.is_tensor(step) and step.numel() == 1 and step.device.type == "cpu":
+            step = step.item()
+        if type(step) not in (int, float) or not 0 <= step <= state["step"]:
             return f"its optimizer is at step {step}"
         want |= kept_by_adamw(n, run.config.use_8bit_adam)
     if found.keys() != want.keys():
@@ -80,6 +82,8 @@ def wrong_numbers(run: Run, state: dict) -> str:
         tensor = found[key]
         if not isinstance(tensor, torch.Tensor) or tensor.layout != torch.strided:
             return f"{key} is no tensor"
+        if tensor.device.type != "cpu":  # "meta": a shape without numbers
+            return f"{key} is on {tensor.device}"
         if tensor.dtype != dtype or tensor.shape != (size,):
             return f"{key} is {str(tensor.dtype)[6:]} {[*tensor.shape]}, not {dtype} [{size}]"
         if not tensor.isfinite().all():

@@ -31,6 +31,7 @@ import tyro
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
+import checkpoint
 import config as configuration
 import loop
 import lora
@@ -133,7 +134,7 @@ def whole_unet(dtype: torch.dtype, make) -> tuple[Tensor, Tensor]:
     with tempfile.TemporaryDirectory() as folder:
         config = dataclasses.replace(config, cache_dir=folder)
         pictures = loop.sources.read_dataset(str(ROOT / "pocket" / "ink"))[:16]
-        prints = loop.encoder_prints(str(POCKET), False)
+        prints = checkpoint.encoder_prints(str(POCKET), False)
         examples = loop.prepare(config, device, torch.float32, pictures, prints, 1000)
         batch = examples.batch(range(16), device)
     schedule = model.load_noise_schedule(str(POCKET), device)
@@ -258,7 +259,7 @@ def time_it() -> dict:
     rows = {}
     base = configuration.RECIPES["t4"][1]
     for size in (1, 4):
-        for name, settings in {"fp16, fused": {}, "fp16": {}, "int8, else fp16": {}}.items():
+        for name in ("fp16, fused", "fp16", "int8, else fp16"):
             config = dataclasses.replace(
                 base,
                 mixed_precision="fp16",
@@ -266,7 +267,6 @@ def time_it() -> dict:
                 train_batch_size=size,
                 gradient_accumulation_steps=4 // size,
                 max_train_steps=10**6,
-                **settings,
             )
             make = synthetic.random_unet
 

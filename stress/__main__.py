@@ -71,8 +71,9 @@ def main(argv: list[str]) -> int:
     for name in options.only:
         (folder / name).mkdir()
         count = options.inputs if name == "fuzz" else options.runs
-        more = {"first": options.first} if options.first is not None else {}
-        more |= {"cold": options.cold} if name == "kills" else {}
+        more = {"cold": options.cold} if name == "kills" else {}
+        if options.first is not None:
+            more |= {"only": (options.first,)} if name == "fuzz" else {"first": options.first}
         say(f"{name}: {count} at most, seed {options.seed}")
         result[name] = PARTS[name](options.seed, count, folder / name, say, **more)
         failures += len(result[name]["failures"])

@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stress import tiny
-from stress.child import Forked, Room
+from stress.child import PATIENCE, Forked, Room
 from stress.kills import ENOUGH, side_by_side
 from stress.reference import Reference, differences, make, misbehaviour
 
@@ -246,7 +246,8 @@ def read_only(room: Room, reference: Reference, which: str, filled: bool) -> tup
 def second(room: Room, reference: Reference, aim: str) -> tuple[list[str], str]:
     """A second run is started on the output folder of a first one that is in phase `aim`."""
     first = Forked(room, reference.argv)
-    while last_phase(first) != aim and first.poll() is None:
+    until = time.monotonic() + PATIENCE
+    while last_phase(first) != aim and first.poll() is None and time.monotonic() < until:
         time.sleep(0.0003)
     first.kill(signal.SIGSTOP)
     try:

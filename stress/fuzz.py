@@ -282,7 +282,11 @@ def summary(seed: int, results: list[dict]) -> dict:
             "most seconds": max(each["seconds"] for each in mine),
         }
     outcomes = Counter(each["outcome"] for each in results)
-    failures = [each | {"seed": seed} for each in results if each["outcome"] == "failure"]
+    failures = [
+        each | {"repeat": f"python -m stress.fuzz --seed {seed} --only {each['number']}"}
+        for each in results
+        if each["outcome"] == "failure"
+    ]
     return {
         "seed": seed,
         "inputs": len(results),

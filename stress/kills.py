@@ -18,8 +18,9 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
+import checkpoint
 from stress import tiny
-from stress.child import PHASES, Cold, Forked, Room, Run
+from stress.child import PATIENCE, PHASES, Cold, Forked, Room, Run
 from stress.reference import Reference, differences, make, misbehaviour
 
 AIMS = ("saving", "exporting", "drawing", "caching", "stepping", "logging")
@@ -32,9 +33,13 @@ def strike(run: Run, number: signal.Signals, due: Callable[[Run], bool]) -> str:
     """Send the signal when `due`, and wait. The phase the run was in, or "" if it ended before, or
     while it drew its last.
     """
+    until = time.monotonic() + PATIENCE
     while not due(run):
         if run.poll() is not None:
             return ""
+        if time.monotonic() > until:  # it hangs, before its moment has come
+            run.kill(signal.SIGKILL)
+            raise TimeoutError(f"no end and no such moment in {PATIENCE} s")
         time.sleep(0.0003)
     entries = run.marks.entries()
     run.kill(number)
@@ -94,7 +99,20 @@ def unlucky(room: Room, reference: Reference, seed: int, number: int) -> dict:
     extra = tuple(f"out/checkpoints/{step:06d}/" for step in range(tiny.STEPS))
     polite = any(name == "SIGTERM" for name, _ in deaths)
     wrong += misbehaviour(run.output()) or differences(room, reference, extra if polite else ())
+    if polite:
+        wrong += kept_checkpoints(room)
     return {"deaths": deaths, "wrong": wrong, "plan": plans}
+
+
+def kept_checkpoints(room: Room) -> list[str]:
+    """What is wrong with the checkpoints that a run has kept: two, each as its own sum says."""
+    folders = sorted((room.out / "checkpoints").iterdir())
+    wrong = [] if len(folders) == tiny.LIMIT else [f"{len(folders)} checkpoints are kept"]
+    for folder in folders:
+        said = (folder / "state.sha256").read_text().strip()
+        if checkpoint.sum_of((folder / "state.pt").read_bytes()) != said:
+            wrong.append(f"checkpoint {folder.name} is damaged")
+    return wrong
 
 
 def impolite(code: int, phase: str) -> list[str]:

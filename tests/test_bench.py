@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench
-from benchmarks import exactness, step_profile, synthetic, two_gpus
+from benchmarks import exactness, int8, step_profile, synthetic, two_gpus
 from conftest import ROOT, SDXL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -157,6 +157,16 @@ def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
     reference = synthetic.random_unet(pocket, cpu, torch.float32, torch.bfloat16).state_dict()
     assert all(torch.equal(half[name].float(), numbers) for name, numbers in reference.items())
     assert not all(p.std() == 0 for p in half.values())
+
+
+def test_int8_is_near_what_it_stands_for_forward_and_back():
+    linear = torch.nn.Linear(96, 64).requires_grad_(False)
+    layer, x = int8.Int8Linear(linear), torch.randn(5, 7, 96, requires_grad=True)
+    want, found = linear(x), layer(x)
+    grad = torch.randn_like(want)
+    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (want, found)]
+    for one, other in ((want, found), gradients):
+        assert 0 < (one - other).norm() < 0.03 * one.norm()
 
 
 # ---- several GPUs --------------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import graph
+from files import Refusal
 
 
 class Stage:
@@ -23,8 +24,9 @@ class Stage:
                 return "pool"
 
         @contextlib.contextmanager
-        def record(recording, pool=None):
+        def record(recording, pool=None, **mode):
             """What is recorded is not carried out."""
+            stage.mode = mode
             before, stage.recorded, stage.pool = stage.sum.clone(), stage.recorded + 1, pool
             try:
                 yield
@@ -80,6 +82,20 @@ def test_where_recording_fails_the_step_itself_goes_on_and_the_reason_is_said(mo
     assert stage.sum.tolist() == [22] * 3
     want = "steps are not recorded in a CUDA graph: operation not permitted"
     assert len(stage.said) == 1 and stage.said[0].startswith(want)
+
+
+@pytest.mark.parametrize("several", [True, False])
+def test_beside_other_processes_a_recording_holds_for_its_own_thread(monkeypatch, several):
+    monkeypatch.setattr(graph.dist, "is_initialized", lambda: several)
+    stage = Stage(monkeypatch)
+    stage.recorder(batch(1, 1))
+    assert stage.mode == ({"capture_error_mode": "thread_local"} if several else {})
+
+
+def test_what_is_promised_as_recorded_is_not_computed_otherwise(monkeypatch):
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    with pytest.raises(Refusal, match=r"cannot be recorded.*--no-cuda-graph"):
+        Stage(monkeypatch, RuntimeError("not permitted")).recorder(batch(1, 1))
 
 
 def test_running_out_of_memory_is_not_taken_for_a_failed_recording(monkeypatch):

@@ -31,7 +31,7 @@ import sources
 import states
 import vetting
 from conftest import INK, POCKET, make_unet
-from files import Refusal, digest, sayable
+from files import Refusal, digest, safetensors_bytes, sayable
 from stress import bad_pictures, fuzz
 from stress.case import sentence_is_whole
 
@@ -53,6 +53,16 @@ def encoded(image: Image.Image, kind: str) -> bytes:
     file = io.BytesIO()
     image.save(file, kind)
     return file.getvalue()
+
+
+def test_a_thousand_inputs_hold_every_kind_of_picture_that_they_should():
+    pairs, turns = bad_pictures.in_turn(), [fuzz.kind_and_turn(i) for i in range(1000)]
+    whole = [turn // 4 for kind, turn in turns if kind == "picture" and turn % 4 == 0]
+    met = {pairs[at % len(pairs)] for at in whole}
+    assert {mode for _, mode in met} >= {"CMYK", "I;16", "LA", "P", "F", "RGBA"}
+    assert (
+        ("JPEG", "CMYK") in met and ("PNG", "I;16") in met and len({name for name, _ in met}) > 10
+    )
 
 
 def test_sixty_inputs_of_the_fuzzer_are_answered_rightly_or_with_a_sentence(tmp_path):
@@ -513,5 +523,8 @@ def test_a_damaged_or_swapped_cache_file_is_made_anew(tmp_path, capsys):
         assert data.fill(tmp_path, "latent", keys, encode) == files
         assert [file.read_bytes() for file in files] == good
         assert capsys.readouterr().out == f"{files[0]} is damaged and is made anew\n"
+    files[0].write_bytes(safetensors_bytes({"mean": torch.ones(3)}, {"kind": "latent"}))
+    data.fill(tmp_path, "latent", keys, encode)
+    assert capsys.readouterr().out == f"{files[0]} is of an earlier version and is made anew\n"
     data.fill(tmp_path, "latent", keys, None)  # nothing is left to be encoded
     assert capsys.readouterr().out == ""

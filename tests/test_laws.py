@@ -745,6 +745,27 @@ def test_running_out_of_memory_says_what_to_change_and_keeps_the_steps_before(
     assert checkpoint.newest_state(tmp_path / "r" / "checkpoints")["step"] == 3
 
 
+def test_out_of_memory_inside_the_optimizer_saves_no_half_step(
+    train, tmp_path, monkeypatch, capsys
+):
+    options = ("--no-use-8bit-adam", "--checkpoints-total-limit", "1", "--checkpointing-steps", "2")
+    assert train("whole", *options) == 0
+    step, left = torch.optim.AdamW.step, [3]
+
+    def full(optimizer):  # after everything has moved
+        step(optimizer)
+        left[0] -= 1
+        if left[0] == 0:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory. Tried to allocate 89 MiB.")
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", full)
+    assert train("r", *options) == 1
+    assert "the GPU's memory is full" in capsys.readouterr().err
+    assert train("r", *options) == 0
+    assert "continuing after step 2 of 4" in capsys.readouterr().out
+    assert adapter(tmp_path / "r") == adapter(tmp_path / "whole")
+
+
 @pytest.mark.slow  # tests/test_deterministic.py has one that is killed
 def test_fp16_resumed_equals_uninterrupted_loss_scale_included(train, tmp_path, monkeypatch):
     scale = loop.LossScale

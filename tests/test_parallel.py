@@ -4,6 +4,7 @@ ten seconds a process to import torch, is in test_torchrun.py.
 
 import contextlib
 import dataclasses
+import gc
 import json
 import multiprocessing
 import os
@@ -11,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 
@@ -70,6 +72,7 @@ def together(tmp_path):
         # As torchrun does it: the store is not in one of the processes.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         answers, results = FORK.Queue(), {}
+        gc.collect()  # a store that a child frees would wait for a thread that is not there
         started = [
             FORK.Process(target=child, args=(r, size, store.port, work, timeout, command, answers))
             for r in range(size)
@@ -357,10 +360,39 @@ def test_the_store_gone_with_torchrun_ends_the_process(tmp_path, monkeypatch):
     team, ended, said = parallel.Team(0, 2, "127.0.0.1", store.port, 1.0), [], []
     monkeypatch.setattr(parallel, "GRACE", 0.1)
     monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), team.noticed.set()))
-    monkeypatch.setattr(team, "say", said.append)
+    monkeypatch.setattr(team, "say", lambda sentence, _: said.append(sentence))
     del store
     team._watch()
     assert ended == [1] and "torchrun has died" in said[0]
+
+
+def test_the_store_gone_while_training_is_a_refusal_so_that_the_state_is_saved():
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    team = parallel.Team(0, 2, "127.0.0.1", store.port, 1.0)
+    del store
+    team.store.set("to notice", "")  # the first to write does not wait for an answer
+    acts = (lambda: team.all_reduce(torch.ones(1)), lambda: team.claim("a"), team._all_here)
+    for act in acts:
+        with pytest.raises(Refusal, match="torchrun has died"):
+            act()
+    assert "torchrun has died" in team.why()
+    team.leave()  # says nothing more
+
+
+def test_the_watch_speaks_while_the_process_waits_for_a_key(monkeypatch, capfd):
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    team, ended = parallel.Team(0, 2, "127.0.0.1", store.port, 30.0), []
+    store.set("0/sign 1", "1 1 999999999 training")  # of a process that is not there
+    monkeypatch.setattr(parallel, "GRACE", 0.1)
+    monkeypatch.setattr(os, "_exit", lambda code: (ended.append(code), team.noticed.set()))
+    waiting = threading.Thread(target=lambda: team.store.get("never set"), daemon=True)
+    waiting.start()
+    began = time.monotonic()
+    team._watch()
+    assert ended == [1] and time.monotonic() - began < 20 and waiting.is_alive()
+    assert "rank 1 has died" in capfd.readouterr().err
+    store.set("0/never set", "so that the thread ends")
+    waiting.join()
 
 
 # ---- what torchrun says --------------------------------------------------------------------------
@@ -394,8 +426,13 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(current=device))
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: calls.update(backend=a, **k))
-    device = parallel.Team(1, 2, "127.0.0.1", store.port, 1.0).start(torch.device("cuda"))
+    monkeypatch.setattr(parallel, "connect", lambda device: calls.update(connected=device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
+    team = parallel.Team(1, 2, "127.0.0.1", store.port, 1.0)
+    monkeypatch.setattr(team, "check_equal", lambda _, __, text: calls.update(name=text))
+    device = team.start(torch.device("cuda"))
     assert device == calls["current"] == calls["device_id"] == torch.device("cuda", 1)
+    assert calls["connected"] == device and calls["name"] == "name of cuda:1"
     assert calls["backend"] == ("nccl",) and (calls["rank"], calls["world_size"]) == (1, 2)
 
 
@@ -422,6 +459,8 @@ def test_a_wrong_option_is_said_by_the_first_process_alone(monkeypatch, capsys):
         (4, {"GPUS": "3"}, "-m torch.distributed.run --standalone --nproc-per-node 3 ", "t4 --dev"),
         (4, {"CUDA_VISIBLE_DEVICES": "2"}, "", "t4 --device cuda"),
         (4, {"CUDA_VISIBLE_DEVICES": ""}, "", "pocket"),
+        (4, {"CUDA_VISIBLE_DEVICES": "-1"}, "", "pocket"),
+        (0, {"CUDA_VISIBLE_DEVICES": "0"}, "", "pocket"),  # left over from another machine
         (2, {"RECIPE": "native"}, "-m torch.distributed.run --standalone --nproc-per-", "native"),
     ],
 )

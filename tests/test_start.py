@@ -83,6 +83,17 @@ def test_a_file_that_the_kernel_has_is_not_read_again(monkeypatch, tmp_path):
     assert start.read_ahead(path) == 2 * start.PIECE + 5
 
 
+def test_a_refusal_does_not_wait_for_the_reading(monkeypatch):
+    read, before = threading.Event(), set(threading.enumerate())
+    monkeypatch.setattr(start, "read_weights", lambda *_: read.wait(60))
+    monkeypatch.setattr(start, "import_bitsandbytes", lambda: None)
+    start.begin(replace(T4, device="cpu"))
+    (reading,) = set(threading.enumerate()) - before
+    assert reading.daemon  # the interpreter's end waits for all others
+    read.set()
+    reading.join()
+
+
 def test_what_goes_wrong_is_left_for_the_run_to_say(capfd):
     before = threading.enumerate()
     start.begin(replace(T4, device="cuda:9", pretrained_model_name_or_path="no/such/folder"))

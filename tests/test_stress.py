@@ -24,6 +24,7 @@ def stress(tmp_path, *options: str) -> dict:
         [sys.executable, "-m", "stress", *options, "--out", str(out)],
         cwd=ROOT,
         env=os.environ | {"TMPDIR": str(tmp)},
+        timeout=900,
         capture_output=True,
         text=True,
     )
