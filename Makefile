@@ -6,6 +6,8 @@ ARGS   ?=
 GPUS   ?=
 DATA   ?=
 CARD   ?= T4
+# tests in a process for each core, up to four
+SHARED := -n auto --maxprocesses 4 --dist worksteal
 SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 
 help:  ## this list
@@ -49,7 +51,7 @@ bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; A
 	$(PYTHON) bench.py $(if $(ARGS),$(ARGS),ladder)
 
 test: $(SETUP)  ## the mathematics, the laws and the whole job on a small model; CPU, no network
-	$(PYTHON) -m pytest -n auto --maxprocesses 4 --dist worksteal
+	$(PYTHON) -m pytest $(SHARED)
 
 check: $(SETUP)  ## lint and format
 	$(PYTHON) -m ruff check .
@@ -62,7 +64,7 @@ stress: $(SETUP)  ## kill runs, fill disks, damage files: the laws must hold (CP
 	$(PYTHON) -m stress $(if $(ARGS),$(ARGS),--seed 0 --runs 200 --inputs 1000 --out benchmarks/stress.json)
 
 slow: $(SETUP)  ## the tests that make test leaves out
-	$(PYTHON) -m pytest -m slow
+	$(PYTHON) -m pytest -m slow $(SHARED)
 
 check-all: notebooks slow  ## what is slow; CI runs check, test and this
 

@@ -93,19 +93,23 @@ class Interrupts:
     """
 
     def __init__(self):
-        self.gently, self.caught = False, 0
+        self.gently, self.caught, self.raised = False, 0, False
 
     def __enter__(self):
         self.old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, _, error, __):
         for number, handler in self.old.items():
             signal.signal(number, handler)
+        # A library that is interrupted within its own C code may answer with an error of its own.
+        if self.raised and isinstance(error, Exception):
+            raise KeyboardInterrupt(self.caught) from error
 
     def _handle(self, number, _frame):
         second_time, self.caught = bool(self.caught), number
         if not self.gently or second_time:
+            self.raised = True
             raise KeyboardInterrupt(number)
 
 

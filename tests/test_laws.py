@@ -381,6 +381,25 @@ def test_a_signal_in_the_last_step_leaves_before_the_export(train, tmp_path, mon
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
 
 
+def test_an_error_that_a_library_makes_of_an_interruption_is_none(
+    train, tmp_path, monkeypatch, capsys
+):
+    read = lora.read
+
+    def interrupted(path):
+        try:
+            os.kill(os.getpid(), signal.SIGTERM)
+        except KeyboardInterrupt:  # as safetensors' loader was seen to do
+            raise ValueError("could not determine the shape of an object") from None
+        return read(path)
+
+    monkeypatch.setattr(lora, "read", interrupted)
+    assert train("r") == 128 + signal.SIGTERM
+    assert "the same command continues" in capsys.readouterr().err
+    monkeypatch.setattr(lora, "read", read)
+    assert train("r") == 0
+
+
 def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(
     train, tmp_path, monkeypatch, capsys
 ):
