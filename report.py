@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,7 @@ class Log:
     """
 
     def __init__(self, out: Path, start: int, config: Config, speaks: bool = True):
-        self.board = None
+        self.board, self.hook = None, threading.excepthook
         if not speaks:
             self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
             return
@@ -42,15 +43,22 @@ class Log:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+            threading.excepthook = self._in_a_thread
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *_) -> None:
+        threading.excepthook = self.hook
         self.bar.close()
         self.file.close()
         if self.board:
             self.board.close()
+
+    def _in_a_thread(self, what) -> None:
+        """No traceback of a full disk from TensorBoard's thread: the next write raises it again."""
+        if not isinstance(what.exc_value, OSError):
+            self.hook(what)
 
     def write(self, run: Run, loss: float, norm: float, rate: float, seconds: float) -> None:
         values = {

@@ -8,6 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import datasets
@@ -379,6 +380,23 @@ def test_a_signal_in_the_last_step_leaves_before_the_export(train, tmp_path, mon
     assert not (tmp_path / "stopped" / lora.FILE_NAME).exists()
     assert train("stopped") == 0
     assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+
+
+def test_tensorboards_thread_says_nothing_of_a_full_disk_that_the_next_write_says(
+    tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+
+    def fail(error):
+        raise error
+
+    for error, told in ((OSError(28, "No space left on device"), 0), (ValueError(), 1)):
+        with report.Log(tmp_path, 0, RECIPES["pocket"][1]):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+        assert threading.excepthook == said.append and len(said) == told
 
 
 def test_an_error_that_a_library_makes_of_an_interruption_is_none(
