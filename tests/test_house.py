@@ -2,6 +2,7 @@
 
 import ast
 import io
+import json
 import re
 import tokenize
 
@@ -9,6 +10,7 @@ import pytest
 
 from conftest import ROOT
 
+STRESS = json.loads((ROOT / "benchmarks" / "stress.json").read_text())
 MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 BUDGET = {  # lines of code: without blanks, comments and docstrings
     "ahead": 50,
@@ -166,6 +168,18 @@ def test_every_make_target_and_local_link_in_the_readme_exists():
     assert named and named <= targets
     links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
     assert links and all((ROOT / link).exists() for link in links)
+
+
+def test_the_readme_says_what_the_last_stress_run_gave_in_25_lines():
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## What you can rely on\n")[2].partition("\n## ")[0]
+    assert len(section.splitlines()) <= 25
+    kills, disk, fuzz = (STRESS[part] for part in ("kills", "disk", "fuzz"))
+    assert kills["runs"] >= 200 and fuzz["inputs"] >= 1000 and STRESS["failed"] == 0
+    phases = ", ".join(f"{count} {phase}" for phase, count in kills["deaths_by_phase"].items())
+    assert f"{kills['runs']} runs were killed {kills['deaths']} times ({phases}; " in section
+    assert f"So did {disk['runs']} runs" in section
+    assert f"{fuzz['refused']} were refused\n   and {fuzz['accepted']} answered" in section
 
 
 def test_every_option_has_its_reason():
