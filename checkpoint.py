@@ -338,6 +338,8 @@ def finished(config: Config) -> int:
         return 0
     state = {"identity": known}
     check_same(config, fixed_options(config), state)
+    if config.deterministic:  # a promise about how it was computed, from the first step on
+        check_same(config, {"deterministic": "True"}, state)
     if "identity" in said:  # not in a note of an earlier version
         check_same(config, local_identity(config, half), state)
     return steps if whole and steps >= config.max_train_steps else 0

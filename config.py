@@ -62,7 +62,8 @@ class Config:
     image_column: str = ""
     # Column that holds the captions; empty finds text, caption or prompt.
     caption_column: str = ""
-    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE.
+    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, or
+    # runs/RECIPE-quick.
     output_dir: str = ""
     # Where encoded pictures and captions are kept; runs share it, and it may go between runs.
     cache_dir: str = "cache"
@@ -179,7 +180,7 @@ class Config:
 
     @property
     def out(self) -> Path:
-        return Path(self.output_dir or f"runs/{self.recipe}")
+        return Path(self.output_dir or f"runs/{self.recipe}{'-quick' if self.quick else ''}")
 
 
 RECIPES = {

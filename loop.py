@@ -383,7 +383,8 @@ def fit(config: Config, interrupts: report.Interrupts, team: parallel.Alone) -> 
     device = team.start(model.check_device(config.device))
     if device.type == "cpu" and config.recipe != "pocket":
         print(
-            "no GPU is used: full-size SDXL takes minutes a step on a CPU (pocket is made for one)"
+            "no GPU is used: full-size SDXL takes minutes a step on a CPU (pocket is made for one)",
+            flush=True,  # before a download of gigabytes
         )
     run, lines = set_up(config, device, team)
     run.interrupts = interrupts

@@ -274,7 +274,7 @@ def in_words(config: Config) -> str:
 
 def why_not_more(plan: Plan) -> str:
     if not plan.faster:
-        return "no way is faster"
+        return "no way that was tried is faster"
     way, needed = plan.faster
     return f"the next faster way ({in_words(way)}) needs {needed / GIB:.1f} GiB"
 

@@ -144,9 +144,11 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
                 f"{where} names {name!r}, which is "
                 f"{'no file' if inside else 'outside the data folder'}",
                 f"a picture inside {folder}",
-                "add the picture or remove the line",
+                f"copy the picture into {folder} and name it there, or remove the line",
             )
-        column = find_column(list(row), caption_column, ("text", "caption", "prompt"), where)
+        remedy = 'add one ("text": "" trains without), or --caption-column NAME'
+        usual = ("text", "caption", "prompt")
+        column = find_column(list(row), caption_column, usual, where, remedy)
         caption = "" if row[column] is None else row[column]
         if not is_text(caption):
             raise Refusal(
@@ -162,8 +164,8 @@ def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
     forgotten = sorted(found - captions.keys())
     if forgotten:
         raise Refusal(
-            f"{len(forgotten)} pictures in {folder}, such as {forgotten[0].name}, have no line in "
-            "metadata.jsonl",
+            f"pictures in {folder} have no line in metadata.jsonl ({len(forgotten)}, such as "
+            f"{forgotten[0].name})",
             "a line for each picture",
             "add the lines or move the pictures elsewhere",
         )
@@ -267,13 +269,19 @@ def own_file(name: str, path: str) -> Path:
     )
 
 
-def find_column(columns: list[str], wanted: str, usual: tuple[str, ...], where: str) -> str:
+def find_column(
+    columns: list[str],
+    wanted: str,
+    usual: tuple[str, ...],
+    where: str,
+    remedy: str = "--caption-column NAME (or --image-column NAME)",
+) -> str:
     """`wanted`, or the first of the usual names that is there."""
     found = [c for c in ((wanted,) if wanted else usual) if c in columns]
     if not found:
         raise Refusal(
             f"{where} has the columns {', '.join(columns) or 'none that hold pictures'}",
             f"{' or '.join((wanted,) if wanted else usual) or 'a column of pictures'}",
-            "--caption-column NAME (or --image-column NAME)",
+            remedy,
         )
     return found[0]

@@ -108,6 +108,8 @@ def test_the_promise_may_be_given_up_and_not_taken_up(train, capsys):
     capsys.readouterr()
     assert train("without", *longer, "--deterministic") == 1
     assert "deterministic False, and this command has deterministic True" in capsys.readouterr().err
+    assert train("without", *short, "--deterministic") == 1  # nor of a run that is finished
+    assert "deterministic False, and this command has deterministic True" in capsys.readouterr().err
     cut = ("--train-batch-size", "4", "--gradient-accumulation-steps", "1")
     assert train("with", *longer, "--deterministic", *cut) == 1
     assert "train_batch_size 2, and this command has train_batch_size 4" in capsys.readouterr().err

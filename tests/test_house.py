@@ -17,7 +17,7 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
     "config": 240,
     "files": 130,
     "hub": 130,
-    "sources": 215,
+    "sources": 220,
     "model": 270,
     "blocks": 40,
     "data": 320,
