@@ -14,6 +14,8 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as make test runs them: each has its 
     cores, workers = os.cpu_count() or 1, int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
 
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -103,3 +105,23 @@ def one_thread():
 def cache(tmp_path_factory) -> Path:
     """One cache of the pocket's encoded pictures for all whole runs."""
     return tmp_path_factory.mktemp("cache")
+
+
+def ink_rows(count: int) -> list[str]:
+    """The lines of the first `count` ink drawings in metadata.jsonl."""
+    return (INK / "metadata.jsonl").read_text().splitlines()[:count]
+
+
+def write_pictures(folder: Path, rows: list[str]) -> Path:
+    """The ink drawings that `rows` name, with these lines in this order, in a new `folder`."""
+    folder.mkdir(parents=True)
+    for row in rows:
+        shutil.copy(INK / json.loads(row)["file_name"], folder)
+    (folder / "metadata.jsonl").write_text("\n".join(rows))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory) -> Path:
+    """Six of the ink drawings."""
+    return write_pictures(tmp_path_factory.mktemp("few") / "ink", ink_rows(6))

@@ -9,7 +9,6 @@ import itertools
 import json
 import math
 import re
-import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -25,7 +24,7 @@ import lora
 import nf4
 import sources
 from config import RECIPES
-from conftest import INK, POCKET
+from conftest import POCKET, ink_rows, write_pictures
 
 SEED = RECIPES["pocket"][1].seed
 STEPS, DUE, FAULT = 5, 2, 4  # a checkpoint is due after step 2; step 4 begins with the fault
@@ -43,12 +42,7 @@ def one_thread_for_all():
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
     """Eight of the ink drawings."""
-    folder = tmp_path_factory.mktemp("few")
-    rows = (INK / "metadata.jsonl").read_text().splitlines()[:8]
-    for row in rows:
-        shutil.copy(INK / json.loads(row)["file_name"], folder)
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
+    return write_pictures(tmp_path_factory.mktemp("few") / "ink", ink_rows(8))
 
 
 @pytest.fixture(scope="module")

@@ -28,19 +28,8 @@ import model
 import report
 import sources
 from config import RECIPES
-from conftest import INK, POCKET, ROOT, make_batch
+from conftest import INK, POCKET, ROOT, ink_rows, make_batch, write_pictures
 from test_adapter_files import answer, off, pipeline
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Six of the ink drawings."""
-    folder = tmp_path_factory.mktemp("few")
-    rows = (INK / "metadata.jsonl").read_text().splitlines()[:6]
-    for row in rows:
-        shutil.copy(INK / json.loads(row)["file_name"], folder)
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
 
 
 @pytest.fixture
@@ -164,15 +153,8 @@ def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache
 def many(tmp_path_factory):
     """33 ink drawings, three blocks of the cache, with their captions in metadata.jsonl."""
     folder = tmp_path_factory.mktemp("first") / "many"
-    write_pictures(folder, (INK / "metadata.jsonl").read_text().splitlines()[:33])
+    write_pictures(folder, ink_rows(33))
     return folder
-
-
-def write_pictures(folder, rows):
-    folder.mkdir(parents=True)
-    for row in rows:
-        shutil.copy(INK / json.loads(row)["file_name"], folder)
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
 
 
 def test_threads_the_caches_state_and_the_order_on_disk_change_no_byte(

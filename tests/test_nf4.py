@@ -21,7 +21,7 @@ import loop
 import lora
 import model
 import nf4
-from conftest import INK, POCKET, make_batch, make_unet
+from conftest import POCKET, ink_rows, make_batch, make_unet, write_pictures
 from files import Refusal
 
 CPU = torch.device("cpu")
@@ -284,12 +284,7 @@ def train(cache, tmp_path):
     """train("name", "--option", ...): a run of the recipe lowmem in tmp_path/name, on the pocket
     model and six of its drawings; returns its exit code.
     """
-    few = tmp_path / "few"
-    few.mkdir()
-    rows = (INK / "metadata.jsonl").read_text().splitlines()[:6]
-    for row in rows:
-        shutil.copy(INK / json.loads(row)["file_name"], few)
-    (few / "metadata.jsonl").write_text("\n".join(rows))
+    few = write_pictures(tmp_path / "few", ink_rows(6))
 
     def run(name: str, *options: str) -> int:
         fixed = {

@@ -27,7 +27,7 @@ import lora
 import model
 import parallel
 from config import RECIPES
-from conftest import INK, POCKET, ROOT, make_batch, make_unet
+from conftest import POCKET, ROOT, make_batch, make_unet
 from files import Refusal
 
 CPU = torch.device("cpu")
@@ -478,17 +478,6 @@ def test_make_train_takes_the_gpus_that_it_finds(tmp_path, cards, more, start, r
 
 
 # ---- the command ---------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    """Six of the ink drawings."""
-    folder = tmp_path_factory.mktemp("few")
-    rows = (INK / "metadata.jsonl").read_text().splitlines()[:6]
-    for row in rows:
-        shutil.copy(INK / json.loads(row)["file_name"], folder)
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
 
 
 @pytest.fixture

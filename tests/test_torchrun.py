@@ -7,7 +7,6 @@ test_parallel.py.
 import fcntl
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -16,19 +15,9 @@ import time
 import pytest
 
 import lora
-from conftest import INK, POCKET, ROOT
+from conftest import POCKET, ROOT
 
 pytestmark = pytest.mark.slow
-
-
-@pytest.fixture(scope="module")
-def few(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("few")
-    rows = (INK / "metadata.jsonl").read_text().splitlines()[:6]
-    for row in rows:
-        shutil.copy(INK / json.loads(row)["file_name"], folder)
-    (folder / "metadata.jsonl").write_text("\n".join(rows))
-    return folder
 
 
 @pytest.fixture
