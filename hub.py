@@ -5,10 +5,10 @@ A folder in diffusers' layout, or the Hub, of which only what is needed is downl
 
 import functools
 import hashlib
+import json
 from pathlib import Path
 
 from files import Refusal, first_line, open_safetensors
-from vetting import read_config
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
@@ -46,6 +46,35 @@ def on_this_disk(name: str) -> Path:
     from huggingface_hub import snapshot_download
 
     return Path(snapshot_download(name, local_files_only=True))
+
+
+def read_config(path: Path) -> dict:
+    """The object in a model's JSON file. Raises Refusal where there is none, or where a number in
+    it is of no model: what it describes is built before its weights are compared with it, and would
+    take all memory, or all time.
+    """
+    try:
+        config = json.loads(path.read_text())
+        if not isinstance(config, dict):
+            raise TypeError(f"it holds a {type(config).__name__}")
+        for key, value in config.items():
+            numbers = [value] if not isinstance(value, list) else flat_list(value)
+            most = 256 if "layers" in key else 10**6  # SDXL has 32 layers and 49,408 words
+            wrong = [n for n in numbers if isinstance(n, int | float) and not -most <= n <= most]
+            if wrong:
+                raise ValueError(f"{key} is {wrong[0]:g}, beyond {most:,}")
+        return config
+    except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
+        raise Refusal(
+            f"{path} is no configuration of an SDXL model ({first_line(error)})",
+            "a JSON object as diffusers wrote it",
+            "download the model again",
+        ) from error
+
+
+def flat_list(value: list) -> list:
+    """The values in lists of lists."""
+    return [x for each in value for x in (flat_list(each) if isinstance(each, list) else [each])]
 
 
 def check_layout(root: Path, name: str, parts: tuple[str, ...]) -> None:

@@ -25,8 +25,7 @@ from transformers.utils import logging as transformers_logging
 
 import vetting
 from files import Refusal, first_line, open_safetensors
-from hub import fetch, weight_files
-from vetting import read_config
+from hub import fetch, read_config, weight_files
 
 transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
 

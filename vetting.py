@@ -4,7 +4,6 @@ be met by the first step.
 """
 
 import contextlib
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor
 
 from files import Refusal, first_line
+from hub import read_config
 
 AGAIN = "download the model again, or choose another SDXL model (no inpainting or refiner model)"
 
@@ -28,35 +28,6 @@ def refused(found: str) -> Iterator[None]:
     except Exception as error:
         why = f"{type(error).__name__}: {first_line(error)}"
         raise Refusal(f"{found} ({why})", "an SDXL model's own files", AGAIN) from error
-
-
-def read_config(path: Path) -> dict:
-    """The object in a model's JSON file. Raises Refusal where there is none, or where a number in
-    it is of no model: what it describes is built before its weights are compared with it, and would
-    take all memory, or all time.
-    """
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise TypeError(f"it holds a {type(config).__name__}")
-        for key, value in config.items():
-            numbers = [value] if not isinstance(value, list) else flat_list(value)
-            most = 256 if "layers" in key else 10**6  # SDXL has 32 layers and 49,408 words
-            wrong = [n for n in numbers if isinstance(n, int | float) and not -most <= n <= most]
-            if wrong:
-                raise ValueError(f"{key} is {wrong[0]:g}, beyond {most:,}")
-        return config
-    except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise Refusal(
-            f"{path} is no configuration of an SDXL model ({first_line(error)})",
-            "a JSON object as diffusers wrote it",
-            "download the model again",
-        ) from error
-
-
-def flat_list(value: list) -> list:
-    """The values in lists of lists."""
-    return [x for each in value for x in (flat_list(each) if isinstance(each, list) else [each])]
 
 
 def unet_inputs(unet: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:

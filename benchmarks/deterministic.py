@@ -1,17 +1,23 @@
-"""What --deterministic is worth on this GPU: the same fp16 run three times, with it and without.
+"""What --deterministic is worth on this GPU: which kernels differ from call to call, and whether a
+killed fp16 run equals an uninterrupted one.
 
+`python benchmarks/deterministic.py kernels OUT.json` calls each kernel of a step, and a whole
+recorded step, again and again on the same numbers, and counts the answers that differ; with
+--deterministic under its modes. It takes no model.
 `python benchmarks/full_size.py make MODEL PHOTOS` writes SDXL with random weights (7 GB) once; then
-`python benchmarks/deterministic.py MODEL PHOTOS OUT` makes, with the flag and without, two
+`python benchmarks/deterministic.py runs MODEL PHOTOS OUT` makes, with the flag and without, two
 uninterrupted runs and one that is killed (SIGKILL) and started again, each a process of its own,
 and OUT/deterministic.json: whether adapters and loss-scale counters are equal to the bit, how many
-numbers differ and how far, and what the flag costs in seconds per step. Exits with 1 where runs
-with the flag differ.
+numbers differ and how far. Exits with 1 where runs with the flag differ. So that something can go
+wrong with the loss scale, it starts at 2^22 there and doubles after every second good step: it
+overflows, is halved and grows again all the time.
 
 `--options ...` after all else goes to loop.py. Tried out on a CPU, where both ways are equal, by
 `--device cpu --options --resolution 32 ...` on the stress suite's tiny model.
 """
 
 import argparse
+import dataclasses
 import json
 import signal
 import statistics
@@ -22,17 +28,43 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
+CALLS = 20
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    of_kernels = commands.add_parser("kernels")
+    of_kernels.add_argument("out", type=Path)
+    of_kernels.add_argument("--deterministic", action="store_true")
+    of_runs = commands.add_parser("runs")
     for name in ("model", "photos", "out"):
-        parser.add_argument(name, type=Path)
-    parser.add_argument("--recipes", nargs="+", default=["t4", "lowmem"])
-    parser.add_argument("--device", default="cuda")
-    parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for loop.py")
+        of_runs.add_argument(name, type=Path)
+    of_runs.add_argument("--recipes", nargs="+", default=["t4", "lowmem"])
+    of_runs.add_argument("--flags", nargs="+", choices=["with", "without"], default=list(FLAGS))
+    of_runs.add_argument("--steps", type=int, default=40)
+    of_runs.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for loop.py")
+    for each in (of_kernels, of_runs):
+        each.add_argument("--device", default="cuda")
     return parser.parse_args()
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+FLAGS = {"without": "--no-deterministic", "with": "--deterministic"}
+
+
+def child(argv: list[str]) -> int:
+    """loop.py with a loss scale that moves."""
+    import loop
+
+    whole = loop.LossScale
+
+    def moving(enabled: bool, value: float):
+        return whole(enabled, 2.0**22 if enabled else value, growth_interval=2)
+
+    loop.LossScale = moving
+    return loop.main(argv)
 
 
 def one(out: Path, argv: list[str], kill_after: int = 0) -> int:
@@ -42,7 +74,7 @@ def one(out: Path, argv: list[str], kill_after: int = 0) -> int:
     out.mkdir(parents=True, exist_ok=True)
     with open(out.with_suffix(".txt"), "a") as said:
         process = subprocess.Popen(
-            [sys.executable, str(ROOT / "loop.py"), *argv, "--output-dir", str(out)],
+            [sys.executable, __file__, "child", *argv, "--output-dir", str(out)],
             stdout=said,
             stderr=subprocess.STDOUT,
         )
@@ -111,22 +143,14 @@ def command_line(options: argparse.Namespace, recipe: str) -> list[str]:
     ]
 
 
-def main() -> int:
-    options = parse()
-    import torch
-
-    cuda = options.device.startswith("cuda")
-    results = {
-        "command": "python benchmarks/deterministic.py MODEL PHOTOS OUT",
-        "device": torch.cuda.get_device_name() if cuda else "CPU",
-        "torch": torch.__version__,
-        "steps": options.steps,
-    }
-    failed = False
+def all_runs(options: argparse.Namespace) -> int:
+    results, failed = about(options), False
+    results["command"] = "python benchmarks/deterministic.py runs MODEL PHOTOS OUT"
+    results["steps"] = options.steps
     for recipe in options.recipes:
         argv = command_line(options, recipe)
-        for name, flag in (("without", "--no-deterministic"), ("with", "--deterministic")):
-            folders = runs(options.out / recipe / name, [*argv, flag], options.steps)
+        for name in options.flags:
+            folders = runs(options.out / recipe / name, [*argv, FLAGS[name]], options.steps)
             pairs = {
                 kind: apart(folders["first"], folders[kind]) for kind in ("second", "continued")
             }
@@ -138,5 +162,188 @@ def main() -> int:
     return failed
 
 
+# ---- kernels -------------------------------------------------------------------------------------
+
+
+def works(device) -> dict:
+    """Name -> a function without arguments that returns tensors: what a step calls, forward and
+    backward, at the sizes of four images at 512 px (on a CPU of one at 64 px).
+    """
+    import torch
+    import torch.nn.functional as F
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    import fused
+
+    dtype, B, side = (torch.float16, 4, 64) if device.type == "cuda" else (torch.float32, 1, 8)
+    stream = torch.Generator(device).manual_seed(0)
+
+    def some(*shape, grad=True):
+        numbers = torch.randn(shape, generator=stream, device=device).to(dtype)
+        return numbers.requires_grad_(grad)
+
+    def differentiated(function, *inputs):
+        moving, along = [x for x in inputs if x.requires_grad], []
+
+        def work():
+            answer = function(*inputs)
+            along.append(along[0] if along else some(*answer.shape, grad=False))
+            return [answer.detach(), *torch.autograd.grad(answer, moving, along[0])]
+
+        return work
+
+    def attention(backend, keys):
+        def work(q, k, v):
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        return differentiated(work, some(B, 10, side * side // 4, 64), *keys)
+
+    def convolution(x, weight):
+        return F.conv2d(x, weight, padding=1)
+
+    tokens = side * side // 4
+    own, words = ([some(B, 10, n, 64) for _ in "kv"] for n in (tokens, 77))
+    found = {}
+    backends = {
+        "flash": SDPBackend.FLASH_ATTENTION,
+        "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
+    }
+    if not torch.are_deterministic_algorithms_enabled():  # where it is excluded
+        backends["cuDNN's"] = SDPBackend.CUDNN_ATTENTION
+    for name, backend in backends.items():
+        found[f"{name} attention, self"] = attention(backend, own)
+        found[f"{name} attention, cross"] = attention(backend, words)
+    for width, at in ((320, side), (640, side // 2), (1280, side // 4)):
+        weight = some(width, width, 3, 3, grad=False)
+        found[f"convolution, {width} wide"] = differentiated(
+            convolution, some(B, width, at, at), weight
+        )
+    found["convolution, stride 2"] = differentiated(
+        lambda x, w: F.conv2d(x, w, stride=2, padding=1),
+        some(B, 320, side, side),
+        some(320, 320, 3, 3, grad=False),
+    )
+    found["upsampling"] = differentiated(
+        lambda x: F.interpolate(x, scale_factor=2.0), some(B, 640, side // 2, side // 2)
+    )
+    found["group norm"] = differentiated(lambda x: F.group_norm(x, 32), some(B, 320, side, side))
+    found["layer norm"] = differentiated(lambda x: F.layer_norm(x, (640,)), some(B, tokens, 640))
+    found["product"] = differentiated(
+        lambda x, w: x @ w, some(B * tokens, 640), some(640, 5120, grad=False)
+    )
+    found["A's and B's gradients"] = differentiated(
+        lambda x, A, B: x @ A.t() @ B.t(), some(B * tokens, 640), some(16, 640), some(640, 16)
+    )
+    gate = [some(B * tokens, 2560, grad=False) for _ in range(3)]
+    found["gate"] = lambda: [fused.gate_forward(*gate[:2]), *fused.gate_backward(*gate)]
+    flat = torch.randn(23_224_320 // (1 if device.type == "cuda" else 1000), device=device)
+    found["norm of the gradient"] = lambda: [flat.norm()]
+    packed, state = quantize_4bit(some(1280, 1280, grad=False), quant_type="nf4")
+    found["NF4"] = lambda: [dequantize_4bit(packed, state)]
+    found["AdamW8bit"] = eight_bit_step(flat)
+    return found
+
+
+def eight_bit_step(flat):
+    import torch
+
+    import loop
+    from config import RECIPES
+
+    config = dataclasses.replace(RECIPES["t4"][1], use_8bit_adam=True)
+
+    def work():
+        vector = torch.nn.Parameter(flat.clone())
+        vector.grad = flat.clone()
+        optimizer = loop.make_optimizer(config, vector)
+        for _ in range(2):
+            optimizer.step()
+        return [vector.detach()]
+
+    return work
+
+
+def whole_step(device) -> dict:
+    """A recorded micro-step of four images, as recipe t4 has it, on random weights: how often its
+    flat gradient differs, by how much, and its seconds. (On a CPU: the pocket's shape, one image.)
+    """
+    import torch
+
+    import bench
+    from benchmarks import synthetic
+
+    cuda = device.type == "cuda"
+    options = bench.Options(command="ladder", device=device.type, tiny=not cuda)
+    config = bench.changed(options, 512 if cuda else 64, "4x1")
+    config = dataclasses.replace(config, deterministic=torch.are_deterministic_algorithms_enabled())
+    run, said = synthetic.assemble(config, device, options.folder)
+    run.adapter.flat.data.add_(0.01 * torch.ones_like(run.adapter.flat))  # B = 0 would hide A's
+    batch, grads, spent = run.examples.batch(range(4), device), [], []
+    run.factor.fill_(run.scale.value)
+    for _ in range(CALLS):
+        run.adapter.flat.grad.zero_()
+        began = bench.wait(device)
+        run.forward_backward(batch)
+        spent.append(bench.wait(device) - began)
+        grads.append(run.adapter.flat.grad.cpu())
+    off = [((g - grads[0]).norm() / grads[0].norm()).item() for g in grads]
+    return {
+        "answers_that_differ": sum(not torch.equal(g, grads[0]) for g in grads),
+        "largest_relative_difference": max(off),
+        "seconds_median": round(statistics.median(spent[3:]), 5),
+        "said": "; ".join(said),
+    }
+
+
+def kernels(options: argparse.Namespace) -> int:
+    """Counts the answers of CALLS that differ from the first. Returns 1 where the flag is on and
+    one does.
+    """
+    import torch
+
+    import deterministic
+    from files import first_line
+
+    device, results = torch.device(options.device), about(options)
+    way = "with" if options.deterministic else "without"
+    counts = {"of": CALLS - 1}
+    with deterministic.mode(options.deterministic):
+        for name, work in works(device).items():
+            try:
+                first = work()
+                equal = (all(map(torch.equal, first, work())) for _ in range(CALLS - 1))
+                counts[name] = CALLS - 1 - sum(equal)
+            except RuntimeError as error:  # a kernel that this GPU or this mode has not
+                counts[name] = f"not available: {first_line(error)}"
+            print(way, name, counts[name], flush=True)
+        counts["whole step"] = whole_step(device)
+        print(way, counts["whole step"], flush=True)
+    results["command"] = "python benchmarks/deterministic.py kernels OUT.json [--deterministic]"
+    stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
+    options.out.write_text(json.dumps(stored | results | {way: counts}, indent=1) + "\n")
+    differ = [n for n, c in counts.items() if isinstance(c, int) and c and n != "of"]
+    return options.deterministic and bool(differ or counts["whole step"]["answers_that_differ"])
+
+
+# ---- the command ---------------------------------------------------------------------------------
+
+
+def about(options: argparse.Namespace) -> dict:
+    import torch
+
+    cuda = options.device.startswith("cuda")
+    return {
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
+        "torch": torch.__version__,
+    }
+
+
+def main() -> int:
+    options = parse()
+    return kernels(options) if options.command == "kernels" else all_runs(options)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(child(sys.argv[2:]) if sys.argv[1:2] == ["child"] else main())

@@ -1,8 +1,9 @@
 """The whole job at full size: SDXL with random weights in the Hub's folder layout, a T4's memory.
 
-`python benchmarks/full_size.py make MODEL PHOTOS` writes the model's fp16 files (7 GB) and 48
+`python benchmarks/full_size.py make MODEL PHOTOS` writes the model's fp16 files (7 GB) and 240
 pictures of random shapes, once;
-`python benchmarks/full_size.py run MODEL PHOTOS OUT` makes the runs below and OUT/full_size.json.
+`python benchmarks/full_size.py run MODEL PHOTOS OUT` makes the runs below and OUT/full_size.json;
+named after OUT, only some of them, and the file keeps what it had.
 
 Runs, each a process of its own that may use 14.5 GiB of the GPU, 50 steps each: recipe t4 in fp16,
 killed (SIGKILL) after step 27 and started again; native; lowmem, and once more for its second
@@ -57,7 +58,7 @@ def make(folder: Path, photos: Path) -> None:
         vae.save_pretrained(folder / "vae")
         unet = diffusers.UNet2DConditionModel.from_config(configs / "unet").half()
         unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="20GB")
-    draw_pictures(photos, 48)
+    draw_pictures(photos, 240)
 
 
 def draw_pictures(folder: Path, count: int) -> None:
@@ -159,7 +160,7 @@ def one(out: Path, name: str, argv: list[str], folder: str, kill_at: int = 0) ->
     return row | {"said": said(out, name)}
 
 
-def run(folder: Path, photos: Path, out: Path) -> None:
+def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
     import torch
 
     common = f"--pretrained-model-name-or-path {folder} --dataset-name {photos}".split()
@@ -167,8 +168,12 @@ def run(folder: Path, photos: Path, out: Path) -> None:
     half = "--mixed-precision fp16 --checkpointing-steps 20".split()
     t4, blank = ["t4", *common, *half], ["--validation-prompts"]
     drawn = ["--validation-prompts", "a dog on a beach", "--num-inference-steps", "10"]
-    results = {"command": "python benchmarks/full_size.py run MODEL PHOTOS OUT", "cap_gib": CAP_GIB}
-    results["gpu"], results["torch"] = torch.cuda.get_device_name(), torch.__version__
+    file, results = out / "full_size.json", {}
+    if only and file.is_file():
+        results = json.loads(file.read_text())
+    results["command"] = "python benchmarks/full_size.py run MODEL PHOTOS OUT"
+    results |= {"cap_gib": CAP_GIB, "torch": torch.__version__}
+    results["gpu"] = torch.cuda.get_device_name()
     for name, argv, into, kill_at in (
         ("t4_killed", [*t4, *drawn], "t4", SEEN_LAST),
         ("t4", [*t4, *drawn], "t4", 0),
@@ -178,13 +183,15 @@ def run(folder: Path, photos: Path, out: Path) -> None:
         ("lowmem_second_start", ["lowmem", *common, *half, *blank], "lowmem_again", 0),
         ("t4_uninterrupted", [*t4, *blank], "t4_uninterrupted", 0),
     ):
+        if only and name not in only:
+            continue
         results[name] = one(out, name, argv, into, kill_at)
-        (out / "full_size.json").write_text(json.dumps(results, indent=1))
+        file.write_text(json.dumps(results, indent=1))
         print({k: v for k, v in results[name].items() if k not in ("losses", "said")}, flush=True)
     results["resumed_against_uninterrupted"] = compare(out / "t4", out / "t4_uninterrupted")
-    (out / "full_size.json").write_text(json.dumps(results, indent=1))
+    file.write_text(json.dumps(results, indent=1))
     results["load_lora_weights"] = check(folder, out / "t4")
-    (out / "full_size.json").write_text(json.dumps(results, indent=1))
+    file.write_text(json.dumps(results, indent=1))
     print(results["resumed_against_uninterrupted"], results["load_lora_weights"])
 
 
@@ -255,4 +262,4 @@ if __name__ == "__main__":
         sys.exit(child(Path(sys.argv[2]), sys.argv[3:]))
     else:
         Path(sys.argv[4]).mkdir(parents=True, exist_ok=True)
-        run(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]))
+        run(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])

@@ -23,6 +23,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -31,19 +32,24 @@ import tyro
 ROOT = Path(__file__).resolve().parent.parent
 # What a start passes through, by module: imports as a whole, and functions. One inside another is
 # counted in both; those that a version lacks are left out there.
-IMPORTS = ("config", "torch", "bitsandbytes", "diffusers", "model", "generate", "memory")
+IMPORTS = (
+    *("config", "torch", "torch._dynamo", "bitsandbytes", "diffusers", "transformers", "peft"),
+    *("model", "generate", "memory", "torch.utils.tensorboard"),
+)
 FUNCTIONS = {
     "config": ("parse",),
     "sources": ("read_dataset",),
     "hub": ("fingerprint", "unet_fingerprint"),
+    "checkpoint": ("encoder_prints", "identity", "newest_state"),
     "memory": ("choose",),
     "plan": ("choose",),
     "data": ("fill_cache",),
     "nf4": ("load_unet_nf4",),
-    "model": ("load_unet", "build_unet", "count_cut"),
+    "model": ("load_unet", "build_unet", "fill_unet", "load_noise_schedule", "count_cut"),
     "lora": ("inject",),
     "fused": ("use",),
-    "report": ("describe",),
+    "report": ("describe", "Log.__init__"),
+    "graph": ("Recorded.record",),
 }
 
 
@@ -57,11 +63,13 @@ class Clock(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
     def __init__(self, report: Path, began: float):
         self.report, self.began, self.spans = report, began, {}
+        self.at: dict[str, float] = {}  # when each began for the first time
         self.loaders: dict[str, importlib.abc.Loader] = {}
 
     @contextlib.contextmanager
     def span(self, name: str):
         began = time.perf_counter()
+        self.at.setdefault(name, time.time() - self.began)
         try:
             yield
         finally:
@@ -84,8 +92,10 @@ class Clock(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         with self.span(f"import {name}") if name in IMPORTS else contextlib.nullcontext():
             module.__loader__.exec_module(module)
         for key in FUNCTIONS.get(name, ()):
-            if hasattr(module, key):
-                setattr(module, key, self.timed(f"{name}.{key}", getattr(module, key)))
+            *inside, key = key.split(".")
+            holder = getattr(module, *inside) if inside else module
+            if hasattr(holder, key):
+                setattr(holder, key, self.timed(f"{name}.{key}", getattr(holder, key)))
         if name == "report":
             module.Log.write = self.end
 
@@ -101,7 +111,8 @@ class Clock(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         """In the place of the log's first line."""
         self.spans |= {"first step": seconds, "all": time.time() - self.began}
         times = os.times()
-        result = {"seconds": self.spans, "cpu_s": times.user + times.system, "loss": loss}
+        result = {"seconds": self.spans, "at": self.at, "loss": loss}
+        result["cpu_s"] = times.user + times.system
         self.report.write_text(json.dumps(result))
         sys.stdout.flush()
         os._exit(0)
@@ -124,7 +135,7 @@ class Options:
 
     # Recipe of loop.py.
     recipe: tyro.conf.Positional[str] = "pocket"
-    # The earlier version: anything that git knows.
+    # The earlier version: anything that git knows, or a folder that holds it; empty for none.
     than: str = "0d5804a"
     # Starts of each version.
     times: int = 5
@@ -151,6 +162,7 @@ def middle(starts: list[dict]) -> dict:
     spans = {name: [s["seconds"].get(name, 0.0) for s in starts] for name in starts[0]["seconds"]}
     return {
         "seconds": {name: round(statistics.median(values), 3) for name, values in spans.items()},
+        "begins at": {name: round(at, 3) for name, at in starts[0]["at"].items()},
         "lowest": round(min(spans["all"]), 2),
         "highest": round(max(spans["all"]), 2),
         "cpu_s": round(statistics.median(s["cpu_s"] for s in starts), 2),
@@ -167,47 +179,51 @@ def table(versions: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
+@contextlib.contextmanager
+def earlier(than: str, scratch: Path) -> Iterator[dict[str, Path]]:
+    """The folders of both versions by name, the earlier one checked out where git has it."""
+    if not than or Path(than).is_dir():
+        yield {"before": Path(than).resolve()} if than else {}
+        return
+    folder, git = scratch / "before", ["git", "-C", str(ROOT), "worktree"]
+    subprocess.run([*git, "add", "--detach", str(folder), than], check=True)
+    try:
+        yield {than: folder}
+    finally:
+        subprocess.run([*git, "remove", "--force", str(folder)], check=True)
+
+
 def main() -> None:
     options = tyro.cli(Options)
+    argv = [options.recipe, *shlex.split(options.train)]
+    argv += ["--max-train-steps", "1", "--validation-prompts"]
     with tempfile.TemporaryDirectory() as folder:
-        before, scratch = Path(folder) / "before", Path(folder)
-        git = ["git", "-C", str(ROOT), "worktree"]
-        subprocess.run([*git, "add", "--detach", str(before), options.than], check=True)
-        argv = [
-            options.recipe,
-            *shlex.split(options.train),
-            "--max-train-steps",
-            "1",
-            "--validation-prompts",
-        ]
-        argv = [*argv, "--cache-dir", str(scratch / "cache")]
-        try:
-            starts = {options.than: [], "now": []}
+        scratch = Path(folder)
+        argv += ["--cache-dir", str(scratch / "cache")]
+        with earlier(options.than, scratch) as trees:
+            trees = trees | {"now": ROOT}
+            starts = {name: [] for name in trees}
             for turn in range(options.times + 1):
-                for name, tree in ((options.than, before), ("now", ROOT)):
+                for name, tree in trees.items():
                     found = start(tree, scratch, argv)
                     print(name, round(found["seconds"]["all"], 2), flush=True)
                     if turn:  # the first fills the caches: pictures, bytecode, plan, files' pages
                         starts[name].append(found)
-        finally:
-            subprocess.run([*git, "remove", "--force", str(before)], check=True)
     versions = {name: middle(found) for name, found in starts.items()}
-    old, new = versions.values()
-    shares = [
-        b["seconds"]["all"] / a["seconds"]["all"] for a, b in zip(*starts.values(), strict=True)
-    ]
     result = {
         "command": " ".join(["python benchmarks/startup.py", *sys.argv[1:]]),
         "on": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores, "
         f"Python {platform.python_version()}, {options.times} starts each, in turn",
-        "now / before, median of pairs": round(statistics.median(shares), 3),
-        "of cpu_s": round(new["cpu_s"] / old["cpu_s"], 3),
-        "versions": versions,
     }
-    (ROOT / options.out).write_text(json.dumps(result, indent=1) + "\n")
-    print(
-        f"{table(versions)}\n\n{json.dumps({k: v for k, v in result.items() if k != 'versions'})}"
-    )
+    if len(versions) == 2:
+        old, new = versions.values()
+        shares = [
+            b["seconds"]["all"] / a["seconds"]["all"] for a, b in zip(*starts.values(), strict=True)
+        ]
+        result["now / before, median of pairs"] = round(statistics.median(shares), 3)
+        result["of cpu_s"] = round(new["cpu_s"] / old["cpu_s"], 3)
+    (ROOT / options.out).write_text(json.dumps(result | {"versions": versions}, indent=1) + "\n")
+    print(f"{table(versions)}\n\n{json.dumps(result)}")
 
 
 if __name__ == "__main__":

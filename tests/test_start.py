@@ -154,3 +154,8 @@ def test_a_start_does_not_import_the_compiler():
     )
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
+
+
+def test_what_begins_before_torch_needs_no_torch():
+    code = "import config, start, sys; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
