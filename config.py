@@ -202,10 +202,12 @@ RECIPES = {
         Config(recipe="native", mixed_precision="auto", resolution=1024, memory_plan=True),
     ),
     "lowmem": (
-        "For cards of 6 to 8 GB: t4 with the frozen UNet's Linear weights in 4 bits, recomputing.",
+        "For cards of 6 to 8 GB: t4 with the frozen UNet's Linear weights in 4 bits; smallest with "
+        "--no-memory-plan.",
         Config(
             recipe="lowmem",
             mixed_precision="auto",
+            memory_plan=True,
             gradient_checkpointing=True,
             base_quantization="nf4",
         ),

@@ -319,7 +319,7 @@ def choose(
         plan = choose_plan(config, predict, card, half, free, most)
     except Refusal:
         raise
-    except Exception as error:  # another torch's fake tensors may lack something: train anyway
+    except Exception as error:  # another torch's meta kernels may lack something: train anyway
         return config, f"memory plan: none, since it failed ({first_line(error)})"
     return plan.config, (
         f"memory plan: {in_words(plan.config)}: {plan.prediction.peak / GIB:.1f} GiB predicted, "

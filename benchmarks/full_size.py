@@ -6,9 +6,9 @@ pictures of random shapes, once;
 named after OUT, only some of them, and the file keeps what it had.
 
 Runs, each a process of its own that may use 14.5 GiB of the GPU, 50 steps each: recipe t4 in fp16,
-killed (SIGKILL) after step 27 and started again; native; lowmem, and once more for its second
-start; original; t4 uninterrupted. Then diffusers' load_lora_weights reads the adapter of t4, in
-both layouts, and is compared with ours.
+killed (SIGKILL) after step 27 and started again; native; lowmem without its plan, and once more for
+its second start; lowmem as it plans for 5.5 GiB; original; t4 uninterrupted. Then diffusers'
+load_lora_weights reads the adapter of t4, in both layouts, and is compared with ours.
 """
 
 import contextlib
@@ -24,7 +24,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
-CAP_GIB = 14.5
+CAP_GIB, SMALL_GIB = 14.5, 5.5
+SMALL = ("lowmem_planned",)  # of the runs below, those held to SMALL_GIB
 SEEN_LAST = 27  # t4 is killed once it has logged this step
 
 
@@ -78,8 +79,8 @@ def draw_pictures(folder: Path, count: int) -> None:
     (folder / "metadata.jsonl").write_text("\n".join(lines))
 
 
-def child(report: Path, argv: list[str]) -> int:
-    """One run of loop.py under the cap; writes what the process took to `report`."""
+def child(report: Path, cap_gib: float, argv: list[str]) -> int:
+    """One run of loop.py under a cap; writes what the process took to `report`."""
     import loop  # first: config.py sets how long idle threads spin, before torch asks
     import model  # isort: skip
     import torch  # isort: skip
@@ -87,7 +88,7 @@ def child(report: Path, argv: list[str]) -> int:
     cuda = torch.cuda.is_available()  # on a CPU only this script itself is tried out
     if cuda:
         torch.cuda.set_per_process_memory_fraction(
-            CAP_GIB * 2**30 / torch.cuda.get_device_properties(0).total_memory
+            cap_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         )
     with model.HostMemory() as host:
         code = loop.main(argv)
@@ -112,7 +113,8 @@ def child(report: Path, argv: list[str]) -> int:
 def start(out: Path, name: str, argv: list[str]) -> subprocess.Popen:
     """One child; what it says goes to OUT/NAME.log, what it took to OUT/NAME.json."""
     print("+ loop.py", " ".join(argv), flush=True)
-    command = [sys.executable, __file__, "child", str(out / f"{name}.json"), *argv]
+    cap = str(SMALL_GIB if name in SMALL else CAP_GIB)
+    command = [sys.executable, __file__, "child", str(out / f"{name}.json"), cap, *argv]
     with open(out / f"{name}.log", "w") as log:
         return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
@@ -166,7 +168,7 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
     common = f"--pretrained-model-name-or-path {folder} --dataset-name {photos}".split()
     common += ["--cache-dir", str(out / "cache"), "--max-train-steps", "50"]
     half = "--mixed-precision fp16 --checkpointing-steps 20".split()
-    t4, blank = ["t4", *common, *half], ["--validation-prompts"]
+    t4, blank, least = ["t4", *common, *half], ["--validation-prompts"], "--no-memory-plan"
     drawn = ["--validation-prompts", "a dog on a beach", "--num-inference-steps", "10"]
     file, results = out / "full_size.json", {}
     if only and file.is_file():
@@ -178,9 +180,10 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
         ("t4_killed", [*t4, *drawn], "t4", SEEN_LAST),
         ("t4", [*t4, *drawn], "t4", 0),
         ("native", ["native", *common, *half, *blank], "native", 0),
-        ("lowmem", ["lowmem", *common, *half, *blank], "lowmem", 0),
+        ("lowmem", ["lowmem", *common, *half, *blank, least], "lowmem", 0),
         ("original", ["original", *common, *blank], "original", 0),
-        ("lowmem_second_start", ["lowmem", *common, *half, *blank], "lowmem_again", 0),
+        ("lowmem_second_start", ["lowmem", *common, *half, *blank, least], "lowmem_again", 0),
+        ("lowmem_planned", ["lowmem", *common, *half, *blank], "lowmem_planned", 0),
         ("t4_uninterrupted", [*t4, *blank], "t4_uninterrupted", 0),
     ):
         if only and name not in only:
@@ -259,7 +262,7 @@ if __name__ == "__main__":
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]), Path(sys.argv[3]))
     elif sys.argv[1] == "child":
-        sys.exit(child(Path(sys.argv[2]), sys.argv[3:]))
+        sys.exit(child(Path(sys.argv[2]), float(sys.argv[3]), sys.argv[4:]))
     else:
         Path(sys.argv[4]).mkdir(parents=True, exist_ok=True)
         run(Path(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4]), sys.argv[5:])

@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 import loop
+import memory
 import plan
 from config import RECIPES
 from conftest import ROOT, SDXL, TINY
@@ -36,7 +36,7 @@ def sdxl():
 
 def test_the_shipped_unet_is_sdxl_base():
     theirs = plan.UNet2DConditionModel.load_config(SDXL / "unet")
-    with FakeTensorMode():
+    with memory.without_numbers():
         built = [plan.UNet2DConditionModel.from_config(c) for c in (plan.SDXL_UNET, theirs)]
     one, other = ({n: p.shape for n, p in unet.named_parameters()} for unet in built)
     assert one == other and sum(shape.numel() for shape in one.values()) == 2_567_463_684
@@ -109,6 +109,20 @@ def test_a_card_too_small_is_refused_with_the_recipe_lowmem(tiny):
     least = tiny(plan.shaped(SMALL, 1, ())).peak
     with pytest.raises(Refusal, match=r"at least .* GiB free.*lowmem.*--no-memory-plan"):
         choose(tiny, int(0.9 * least))
+
+
+def test_lowmem_plans_for_a_card_of_6_gb_and_is_small_without_a_plan():
+    lowmem, card = RECIPES["lowmem"][1], plan.named_card("RTX 2060")
+    predict = plan.predictor(lowmem, torch.float16, loop.micro_step, plan.SDXL_UNET, None)
+    free = int(0.95 * card.gib * GIB)
+    found = plan.choose_plan(lowmem, predict, card, True, free)
+    least = plan.shaped(lowmem, 1, ())
+    assert predict(least).peak < 2.4 * GIB < found.prediction.peak < 0.84 * free
+    ways = ((found.config, found.prediction), (least, predict(least)))
+    fast, slow = (
+        plan.seconds_per_step(way, p.work, p.parts["weights"], card, True, 0.45) for way, p in ways
+    )
+    assert fast < 0.7 * slow
 
 
 def test_what_is_asked_for_is_obeyed_and_a_cpu_is_not_planned(monkeypatch):
