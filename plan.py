@@ -86,12 +86,13 @@ CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
     )
 }
 # The share of the free memory that a plan may fill. What torch reserves is more than what is
-# allocated at the peak, since blocks of other sizes lie between: 1 to 11 % more in 13 of 16 cases
-# of benchmarks/memory_check.json, 14 to 19 % in three. The prediction is within 2 % there.
+# allocated at the peak, since blocks of other sizes lie between: 1 to 12 % more in 15 of the 19
+# cases of benchmarks/memory_check.json that load a base as it is, 14 to 23 % in four (none was
+# short of memory, where torch gives blocks back). The prediction is 1 % under to 4 % over there.
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
 # s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H100's
-# 0.138, 0.061, 0.264 and 0.174 s of benchmarks/bench_ladder.json within a tenth.
+# 0.138, 0.058, 0.261 and 0.174 s of benchmarks/bench_ladder.json within a tenth.
 LAUNCH = 3.5e-6
 EAGER = 0.4  # s of host work that a pass takes at least if it is not recorded
 

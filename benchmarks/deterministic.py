@@ -306,10 +306,9 @@ def kernels(options: argparse.Namespace) -> int:
     import deterministic
     from files import first_line
 
-    device, results = torch.device(options.device), about(options)
-    way = "with" if options.deterministic else "without"
+    device, way = torch.device(options.device), "with" if options.deterministic else "without"
     counts = {"of": CALLS - 1}
-    with deterministic.mode(options.deterministic):
+    with deterministic.mode(options.deterministic):  # first: it must come before CUDA starts
         for name, work in works(device).items():
             try:
                 first = work()
@@ -320,6 +319,7 @@ def kernels(options: argparse.Namespace) -> int:
             print(way, name, counts[name], flush=True)
         counts["whole step"] = whole_step(device)
         print(way, counts["whole step"], flush=True)
+    results = about(options)
     results["command"] = "python benchmarks/deterministic.py kernels OUT.json [--deterministic]"
     stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
     options.out.write_text(json.dumps(stored | results | {way: counts}, indent=1) + "\n")
