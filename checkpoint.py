@@ -83,6 +83,13 @@ def identity(
     }
 
 
+FINGERPRINTS = {  # of what the values of identity() are no options
+    "base": "a base of fingerprint",
+    "encoders": "text encoders, tokenizers and VAE of fingerprint",
+    "data": "pictures and captions of fingerprint",
+}
+
+
 def data_print(pictures: list[sources.Picture]) -> str:
     return digest(*(part for p in pictures for part in (p.digest, p.caption)))
 
@@ -200,8 +207,10 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
         # A run from before an option existed ran as the option's default does.
         theirs = state["identity"].get(key, str(getattr(Config, key, "not set")))
         if theirs != value:
+            name = FINGERPRINTS.get(key, key)
             raise Refusal(
-                f"{config.out} holds a run with {key} {theirs}, and this command has {key} {value}",
+                f"{config.out} holds a run with {name} {theirs}, and this command has {name} "
+                f"{value}",
                 "the same options, base model, pictures and captions as at its start "
                 "(max_train_steps, saving, logging and memory options may change)",
                 "give the old value or put the old content back, or another --output-dir for a new "

@@ -138,7 +138,8 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
     """The lines a run begins with; every number is computed."""
     config, n = run.config, run.config.examples_per_step
     total = sum(parameter_count(p) for p in run.unet.parameters())
-    bare = sum(not p.caption.strip() for p in pictures)
+    names = [p.name for p in pictures if not p.caption.strip()]
+    bare = f"{len(names)} missing or empty" + (f" (the first: {names[0]})" if names else "")
     cut = model.count_cut(
         [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
     )
@@ -152,7 +153,7 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
         f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
         f"host memory while the UNet was loaded: {host.own:.1f} GiB own, {host.mapped:.1f} GiB "
         "mapped file pages",
-        f"{len(pictures)} pictures at {config.resolution} px; captions: {bare} missing or empty, "
+        f"{len(pictures)} pictures at {config.resolution} px; captions: {bare}, "
         f"{cut} cut at the tokenizer's length",
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = "

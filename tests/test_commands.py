@@ -194,9 +194,8 @@ def test_captions_missing_and_cut_are_counted_and_shown(pictures, cache, tmp_pat
         == 0
     )
     said = capsys.readouterr().out
-    assert (
-        "3 pictures at 64 px; captions: 1 missing or empty, 1 cut at the tokenizer's length" in said
-    )
+    assert f"captions: 1 missing or empty (the first: {texts[0].stem}." in said
+    assert "3 pictures at 64 px" in said and ", 1 cut at the tokenizer's length" in said
     assert "1 optimizer steps x 1 images (1 x 1) = 0.3 epochs" in said
     assert "293,888 trainable parameters" in said
     assert any((tmp_path / "out" / "tensorboard").glob("events*"))

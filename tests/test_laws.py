@@ -523,7 +523,7 @@ def test_a_finished_run_refuses_other_options_and_writes_another_dtype(train, tm
             ("--mixed-precision", "bf16"),
             "dtype torch.float32, and this command has dtype torch.bfloat16",
         ),
-        (("--dataset-name", str(INK)), "data "),
+        (("--dataset-name", str(INK)), "pictures and captions of fingerprint "),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused_by_field(train, tmp_path, capsys, options, said):
@@ -569,10 +569,18 @@ def test_a_finished_run_notices_what_was_replaced_in_place(train, few, tmp_path,
         file.write_bytes(content)
 
     for change, folder, words in (
-        (lambda: replaced_unet(base), base, f"r holds a run with base {was}, and this command has"),
-        (encoder, base, "r holds a run with encoders "),
-        (caption, data, "r holds a run with data "),
-        (lambda: name.write_bytes(name.read_bytes() + b"x"), data, "r holds a run with data "),
+        (
+            lambda: replaced_unet(base),
+            base,
+            f"r holds a run with a base of fingerprint {was}, and this command has",
+        ),
+        (encoder, base, "r holds a run with text encoders, tokenizers and VAE of fing"),
+        (caption, data, "r holds a run with pictures and captions of fingerprint "),
+        (
+            lambda: name.write_bytes(name.read_bytes() + b"x"),
+            data,
+            "r holds a run with pictures and captions of fingerprint ",
+        ),
     ):
         shutil.copytree(folder, tmp_path / "kept")
         change()
