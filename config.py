@@ -137,8 +137,7 @@ class Config:
     compile: bool = False
     # Only kernels that add in one fixed order, so that a continued run equals an uninterrupted one
     # to the bit on a GPU, too, with the same GPU, torch and memory options. Without it the backward
-    # passes of attention and convolutions and cuBLAS may add in another order each time. No memory
-    # plan.
+    # pass of self-attention adds in another order each time. No memory plan.
     deterministic: bool = False
     # Keep only block inputs and compute the rest twice: less memory, about a third more time.
     gradient_checkpointing: bool = False

@@ -190,16 +190,36 @@ def sample(
     return latents
 
 
+def use_small_tiles(vae: diffusers.AutoencoderKL, side: int) -> None:
+    """Have `vae` decode latents `side` wide by overlapping tiles of half that: a quarter of the
+    memory.
+    """
+    print("a whole picture does not fit this GPU's memory: decoding in tiles", flush=True)
+    model.free_memory()
+    scale = vae.tile_sample_min_size // vae.tile_latent_min_size
+    vae.use_tiling, vae.tile_latent_min_size = True, side // 2
+    vae.tile_sample_min_size = scale * vae.tile_latent_min_size
+
+
 @torch.no_grad()
 def decode(
     vae: diffusers.AutoencoderKL, latents: list[Tensor], scaling: tuple[float, float]
 ) -> list[Image.Image]:
-    """Latents to pictures, in fp32 and one at a time; above 1024 px in tiles, to save memory."""
+    """Latents to pictures, in fp32 and one at a time; above 1024 px, and where a whole one does not
+    fit the GPU (5 GiB at 1024 px), in tiles.
+    """
     factor, shift = scaling
     vae.use_tiling = latents[0].shape[-1] > 128
     pictures = []
     for latent in latents:
-        pixels = vae.decode(latent.to(vae.device) / factor + shift).sample  # (1, 3, 8H, 8W)
+        scaled = latent.to(vae.device) / factor + shift
+        try:
+            pixels = vae.decode(scaled).sample  # (1, 3, 8H, 8W)
+        except torch.cuda.OutOfMemoryError:
+            pixels = None  # again below, where the error no longer holds what filled the memory
+        if pixels is None:
+            use_small_tiles(vae, scaled.shape[-1])
+            pixels = vae.decode(scaled).sample
         if not pixels.isfinite().all():
             raise Refusal(
                 "a picture came out as NaN or Inf",

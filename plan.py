@@ -88,7 +88,7 @@ CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
 # The share of the free memory that a plan may fill. What torch reserves is more than what is
 # allocated at the peak, since blocks of other sizes lie between: 1 to 12 % more in 15 of the 19
 # cases of benchmarks/memory_check.json that load a base as it is, 14 to 23 % in four (none was
-# short of memory, where torch gives blocks back). The prediction is 1 % under to 4 % over there.
+# short of memory, where torch gives blocks back). The prediction is 1 % under to 2 % over there.
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
 # s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H100's
@@ -333,8 +333,8 @@ def choose(
 # SDXL base's files in GB, fp16 variant and fp32: UNet, second and first text encoder; VAE in fp32.
 DOWNLOAD_GB = {True: 5.14 + 1.39 + 0.25 + 0.33, False: 10.27 + 2.78 + 0.49 + 0.33}
 # GiB of its own that a run's process took at most, and of mapped file pages, which the kernel can
-# drop: benchmarks/full_size.json (fp32's from its earlier run, with fp32 files).
-HOST_GIB = {True: (2.0, 5.4), False: (2.8, 10.2)}
+# drop: benchmarks/full_size.json; fp32's, with fp32 files, benchmarks/full_size_eager.json.
+HOST_GIB = {True: (2.1, 5.5), False: (2.8, 10.2)}
 
 
 def table(config: Config, step: Callable) -> str:
@@ -348,7 +348,14 @@ def table(config: Config, step: Callable) -> str:
         folder = hub.fetch(config.pretrained_model_name_or_path, "unet", half)
         about = UNet2DConditionModel.load_config(folder)
     predict = predictor(config, dtype, step, about, Path(config.cache_dir))
-    plan = Plan(config, predict(config))
+    try:
+        plan = Plan(config, predict(config))
+    except (RuntimeError, AttributeError, TypeError) as error:  # of meta kernels that are missing
+        raise Refusal(
+            f"torch {torch.__version__} cannot run the step without numbers ({first_line(error)})",
+            "a torch whose meta device knows every operation of the step, such as 2.11 or 2.15",
+            "make plan with a newer torch; training itself goes on without a plan",
+        ) from error
     if config.memory_plan:
         try:
             plan = choose_plan(config, predict, card, half, free)
@@ -382,10 +389,9 @@ def rows_of(config: Config, plan: Plan, card: Card, dtype: torch.dtype, free: in
         rows.append(f"why not faster: {why_not_more(plan)}")
     elif not fits:
         largest = max(found.parts, key=found.parts.get)
-        rows.append(
-            f"why not: {largest} alone take {found.parts[largest] / GIB:.1f} GiB. Recipes t4 and "
-            "native choose batch and checkpointing by the card; lowmem has a 4-bit base"
-        )
+        remedy = "Recipes t4, native and lowmem choose batch and checkpointing by the card"
+        remedy += "; a smaller --resolution" if quantised(config) else "; lowmem has a 4-bit base"
+        rows.append(f"why not: {largest} alone take {found.parts[largest] / GIB:.1f} GiB. {remedy}")
     return rows
 
 

@@ -267,7 +267,7 @@ def eight_bit_step(flat):
 
 def whole_step(device) -> dict:
     """A recorded micro-step of four images, as recipe t4 has it, on random weights: how often its
-    flat gradient differs, by how much, and its seconds. (On a CPU: the pocket's shape, one image.)
+    flat gradient differs, by how much, and its seconds. (On a CPU: the pocket's shape.)
     """
     import torch
 
@@ -287,7 +287,7 @@ def whole_step(device) -> dict:
         began = bench.wait(device)
         run.forward_backward(batch)
         spent.append(bench.wait(device) - began)
-        grads.append(run.adapter.flat.grad.cpu())
+        grads.append(run.adapter.flat.grad.cpu().clone())
     off = [((g - grads[0]).norm() / grads[0].norm()).item() for g in grads]
     return {
         "answers_that_differ": sum(not torch.equal(g, grads[0]) for g in grads),
@@ -308,6 +308,13 @@ def kernels(options: argparse.Namespace) -> int:
 
     device, way = torch.device(options.device), "with" if options.deterministic else "without"
     counts = {"of": CALLS - 1}
+
+    def store() -> None:
+        results = about(options)
+        results["command"] = "python benchmarks/deterministic.py kernels OUT.json [--deterministic]"
+        stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
+        options.out.write_text(json.dumps(stored | results | {way: counts}, indent=1) + "\n")
+
     with deterministic.mode(options.deterministic):  # first: it must come before CUDA starts
         for name, work in works(device).items():
             try:
@@ -317,12 +324,10 @@ def kernels(options: argparse.Namespace) -> int:
             except RuntimeError as error:  # a kernel that this GPU or this mode has not
                 counts[name] = f"not available: {first_line(error)}"
             print(way, name, counts[name], flush=True)
+        store()
         counts["whole step"] = whole_step(device)
         print(way, counts["whole step"], flush=True)
-    results = about(options)
-    results["command"] = "python benchmarks/deterministic.py kernels OUT.json [--deterministic]"
-    stored = json.loads(options.out.read_text()) if options.out.is_file() else {}
-    options.out.write_text(json.dumps(stored | results | {way: counts}, indent=1) + "\n")
+    store()
     differ = [n for n, c in counts.items() if isinstance(c, int) and c and n != "of"]
     return options.deterministic and bool(differ or counts["whole step"]["answers_that_differ"])
 

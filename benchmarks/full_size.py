@@ -141,14 +141,15 @@ def measured(out: Path) -> dict:
 
 def one(out: Path, name: str, argv: list[str], folder: str, kill_at: int = 0) -> dict:
     """One run, and what was measured of it. kill_at: the step after which it is killed."""
-    log, began, first = out / folder / "log.jsonl", time.time(), None
+    log, began, first, kept = out / folder / "log.jsonl", time.time(), None, None
     before = log.stat().st_mtime if log.is_file() else 0
     process = start(out, name, [*argv, "--output-dir", str(out / folder)])
     while process.poll() is None:
         done = 0
         if log.is_file() and log.stat().st_mtime > before:
             done = len(log.read_text().splitlines())
-        if done and first is None:
+            kept = done if kept is None else kept  # lines of the run that is continued
+        if first is None and done > (kept or 0):
             first = round(time.time() - began, 1)
         if kill_at and done >= kill_at:
             process.send_signal(signal.SIGKILL)
@@ -166,7 +167,9 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
     import torch
 
     common = f"--pretrained-model-name-or-path {folder} --dataset-name {photos}".split()
-    common += ["--cache-dir", str(out / "cache"), "--max-train-steps", "50"]
+    common += ["--max-train-steps", "50"]
+    small = [*common, "--cache-dir", str(out / "cache-of-small")]  # it encodes in its own memory
+    common += ["--cache-dir", str(out / "cache")]
     half = "--mixed-precision fp16 --checkpointing-steps 20".split()
     t4, blank, least = ["t4", *common, *half], ["--validation-prompts"], "--no-memory-plan"
     drawn = ["--validation-prompts", "a dog on a beach", "--num-inference-steps", "10"]
@@ -176,21 +179,28 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
     results["command"] = "python benchmarks/full_size.py run MODEL PHOTOS OUT"
     results |= {"cap_gib": CAP_GIB, "torch": torch.__version__}
     results["gpu"] = torch.cuda.get_device_name()
-    for name, argv, into, kill_at in (
+    runs = (
         ("t4_killed", [*t4, *drawn], "t4", SEEN_LAST),
         ("t4", [*t4, *drawn], "t4", 0),
         ("native", ["native", *common, *half, *blank], "native", 0),
         ("lowmem", ["lowmem", *common, *half, *blank, least], "lowmem", 0),
         ("original", ["original", *common, *blank], "original", 0),
         ("lowmem_second_start", ["lowmem", *common, *half, *blank, least], "lowmem_again", 0),
-        ("lowmem_planned", ["lowmem", *common, *half, *blank], "lowmem_planned", 0),
+        ("lowmem_planned", ["lowmem", *small, *half, *drawn], "lowmem_planned", 0),
         ("t4_uninterrupted", [*t4, *blank], "t4_uninterrupted", 0),
-    ):
+    )
+    if wrong := set(only) - {name for name, *_ in runs}:
+        sys.exit(f"no run is called {', '.join(wrong)}; there are {[name for name, *_ in runs]}")
+    for name, argv, into, kill_at in runs:
         if only and name not in only:
             continue
         results[name] = one(out, name, argv, into, kill_at)
+        if name in SMALL:
+            results[name]["cap_gib"] = SMALL_GIB
         file.write_text(json.dumps(results, indent=1))
         print({k: v for k, v in results[name].items() if k not in ("losses", "said")}, flush=True)
+    if only and not {"t4", "t4_uninterrupted"} <= set(only):
+        return
     results["resumed_against_uninterrupted"] = compare(out / "t4", out / "t4_uninterrupted")
     file.write_text(json.dumps(results, indent=1))
     results["load_lora_weights"] = check(folder, out / "t4")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -164,6 +165,28 @@ def test_a_wrong_column_is_refused_with_the_columns_there_are(train, tmp_path):
     table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "table" / "train.parquet")
     refused(train("--dataset-name", str(tmp_path / "table")), "image, words", "--caption-column")
     assert train("--dataset-name", str(tmp_path / "table"), "--caption-column", "words") == (0, "")
+
+
+def test_a_picture_that_does_not_fit_the_gpu_is_decoded_in_tiles(monkeypatch, capsys):
+    vae = model.load_vae(str(POCKET), torch.device("cpu"))
+    with Image.open(sorted((ROOT / "pocket" / "ink").glob("*.png"))[0]) as image:
+        pixels = np.asarray(image.convert("RGB").resize((256, 256)), np.float32)
+    pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
+    latents = [model.encode_images(pixels, vae)[0]] * 2
+    (whole, _), decoder = generate.decode(vae, latents, (1.0, 0.0)), vae.decoder.forward
+    assert capsys.readouterr().out == ""
+
+    def small(z, *args, **kwargs):
+        if z.shape[-1] > latents[0].shape[-1] // 2:
+            raise torch.cuda.OutOfMemoryError("CUDA out of memory.")
+        return decoder(z, *args, **kwargs)
+
+    monkeypatch.setattr(vae.decoder, "forward", small)
+    tiled, again = generate.decode(vae, latents, (1.0, 0.0))
+    assert capsys.readouterr().out.count("in tiles") == 1
+    assert tiled.tobytes() == again.tobytes() and tiled.size == whole.size == (256, 256)
+    off = np.abs(np.asarray(tiled, float) - np.asarray(whole, float))
+    assert 0 < off.mean() < 5  # 2.1 of 255: norms see a tile, not the picture
 
 
 def test_captions_missing_and_cut_are_counted_and_shown(pictures, cache, tmp_path, capsys):

@@ -147,7 +147,7 @@ def test_compiling_waits_for_the_first_call():
     assert calls == [{}, {"dynamic": False}] and add.__doc__ == "Adds."
 
 
-def test_a_start_does_not_import_the_compiler():
+def test_bitsandbytes_does_not_start_the_compiler():
     code = (
         "import config, start, sys; start.begin(config.RECIPES['pocket'][1]); import loop; "
         "import bitsandbytes.optim; sys.exit('torch._inductor.compile_fx' in sys.modules)"
