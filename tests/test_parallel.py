@@ -48,6 +48,7 @@ def together(tmp_path):
     """
 
     def child(rank, size, port, work, timeout, command, answers):
+        all_forked.wait()
         torch.set_num_threads(1)  # more would be started by threads that a fork does not have
         sys.stderr = open(tmp_path / f"stderr-{rank}", "w", buffering=1)
         sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size)}
@@ -68,9 +69,14 @@ def together(tmp_path):
             os._exit(1)
         os._exit(0)
 
+    # The store's thread looks up the name of whoever connects, under a lock of the C library: a
+    # process forked just then would wait for that lock for ever.
+    all_forked = FORK.Event()
+
     def run(size, work, timeout=60.0, command=False, patience=90.0, meanwhile=lambda pids: None):
         # As torchrun does it: the store is not in one of the processes.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        all_forked.clear()
         answers, results = FORK.Queue(), {}
         gc.collect()  # a store that a child frees would wait for a thread that is not there
         started = [
@@ -79,6 +85,7 @@ def together(tmp_path):
         ]
         for process in started:
             process.start()
+        all_forked.set()
         meanwhile([process.pid for process in started])
         until = time.monotonic() + patience
         while any(p.is_alive() for p in started) and time.monotonic() < until:
