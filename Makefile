@@ -36,7 +36,7 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DA
 	  start="$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $$gpus"; fi; \
 	echo "recipe $$recipe ($$why)"; \
 	exec $$start loop.py $$recipe $(if $(DATA),--dataset-name "$(DATA)" \
-	  --output-dir "runs/$${recipe%% *}-$(notdir $(DATA:%/=%))") $(ARGS)
+	  --output-dir "runs/$${recipe%% *}-$(notdir $(DATA:%/=%))$(if $(filter --quick,$(ARGS)),-quick)") $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"
 	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(CARD)" $(ARGS)

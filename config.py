@@ -91,7 +91,7 @@ class Config:
     gradient_accumulation_steps: int = 4
     # Optimizer steps of the whole run.
     max_train_steps: int = 1000
-    # Only as long as the change needs to be seen: some twenty seconds after start-up, in the recipe
+    # Only as long as the change needs to be seen: about a minute after start-up, in the recipe
     # pocket. Changes options that are not given.
     quick: bool = False
     # Step size of AdamW, as published; higher learns faster and forgets sooner.

@@ -373,25 +373,39 @@ def rows_of(config: Config, plan: Plan, card: Card, dtype: torch.dtype, free: in
     saved = 2 * (found.parts["optimizer"] + 2 * found.parts["gradients"]) / 1e9
     kept = found.parts["weights"] / 1e9 if quantised(config) else 0.0
     numbers = f"{kept:.1f} GB of 4-bit numbers, " if kept else ""
+    if Path(config.pretrained_model_name_or_path).is_dir():  # another model may have any size
+        files = [
+            f"{'download':>16}    0.0 GB: {config.pretrained_model_name_or_path} is on this disk",
+            f"{'disk':>16} {saved + kept:6.1f} GB: {numbers}{saved:.1f} GB of checkpoints, and "
+            "the pictures",
+        ]
+    else:
+        files = [
+            f"{'host memory':>16} {own:6.1f} GiB of its own, {mapped:.1f} GiB mapped file pages",
+            f"{'download':>16} {DOWNLOAD_GB[half]:6.1f} GB for SDXL base, once, and the pictures",
+            f"{'disk':>16} {DOWNLOAD_GB[half] + saved + kept:6.1f} GB: that, {numbers}{saved:.1f} "
+            "GB of checkpoints, about 1 MB a picture",
+        ]
     rows = [
         f"recipe {config.recipe} on {card.name}, {config.resolution} px, UNet in {str(dtype)[6:]}",
         f"{in_words(way)}, of {config.examples_per_step} images per optimizer step",
         *(f"{part:>16} {size / GIB:6.2f} GiB" for part, size in found.parts.items()),
         f"{'peak':>16} {found.peak / GIB:6.2f} GiB of {card.gib:.2f}, of which {FILL:.0%} may be "
         f"filled: {'fits' if fits else 'does NOT fit'}",
-        f"{'host memory':>16} {own:6.1f} GiB of its own, {mapped:.1f} GiB mapped file pages",
-        f"{'download':>16} {DOWNLOAD_GB[half]:6.1f} GB for SDXL base, once, and the pictures",
-        f"{'disk':>16} {DOWNLOAD_GB[half] + saved + kept:6.1f} GB: that, {numbers}{saved:.1f} GB "
-        "of checkpoints, about 1 MB a picture",
+        *files,
         *estimate(way, found, card, half),
     ]
     if config.memory_plan and fits:
         rows.append(f"why not faster: {why_not_more(plan)}")
     elif not fits:
         largest = max(found.parts, key=found.parts.get)
-        remedy = "Recipes t4, native and lowmem choose batch and checkpointing by the card"
-        remedy += "; a smaller --resolution" if quantised(config) else "; lowmem has a 4-bit base"
-        rows.append(f"why not: {largest} alone take {found.parts[largest] / GIB:.1f} GiB. {remedy}")
+        less = f'RECIPE=lowmem CARD="{card.name}" ARGS="--resolution {config.resolution}"'
+        if quantised(config):
+            less = f'RECIPE={config.recipe} CARD="{card.name}" ARGS="--resolution 512"'
+        rows.append(
+            f"why not: {largest} alone take {found.parts[largest] / GIB:.1f} GiB. What may fit: "
+            f"make plan {less}"
+        )
     return rows
 
 
@@ -405,6 +419,8 @@ def estimate(way: Config, found: Prediction, card: Card, half: bool) -> list[str
     low, high = (passes * sum(parts.values()) / 60 for parts in (fast, slow))
     minutes = {name: passes * seconds / 60 for name, seconds in fast.items()}
     peak = card.half if half else card.single
+    usual = RECIPES[way.recipe][1].resolution
+    size = f" --resolution {way.resolution}" if way.resolution != usual else ""
     launches = f"{found.work['launches']:,} operators a pass, {LAUNCH * 1e6:.1f} us each"
     return [
         f"{'time':>16} {low:6.1f} to {high:.1f} minutes for {way.max_train_steps:,} steps: an "
@@ -416,5 +432,5 @@ def estimate(way: Config, found: Prediction, card: Card, half: bool) -> list[str
         f"GB/s: {minutes['bytes']:.1f} min",
         f"{'launches':>24} {launches if way.cuda_graph else 'by the host'}: "
         f"{minutes['launches']:.1f} min",
-        f"{'to check, there':>24} python bench.py recipe {way.recipe} --steps 20",
+        f"{'to check, there':>24} python bench.py recipe {way.recipe} --steps 20{size}",
     ]
