@@ -53,6 +53,7 @@ def read_config(path: Path) -> dict:
     it is of no model: what it describes is built before its weights are compared with it, and would
     take all memory, or all time.
     """
+    # Here and not in vetting.py, which imports torch: start.py comes by here before torch does.
     try:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):
