@@ -45,17 +45,17 @@ ORDER = (
 def mode(on: bool) -> Iterator[None]:
     """While the block runs, only deterministic kernels; afterwards all is as before.
 
-    Raises Refusal where CUDA has started already with another workspace, and for an operation that
+    Raises Refusal where CUDA has computed already with another workspace, and for an operation that
     has no deterministic kernel.
     """
     if not on:
         yield
         return
     if os.environ.get(WORKSPACE) not in WORKSPACES:
-        if torch.cuda.is_initialized():
+        if computed():
             raise Refusal(
-                f"CUDA has started with {WORKSPACE}={os.environ.get(WORKSPACE, '')}",
-                f"{' or '.join(WORKSPACES)} before it starts",
+                f"CUDA has computed with {WORKSPACE}={os.environ.get(WORKSPACE, '')}",
+                f"{' or '.join(WORKSPACES)} before it does",
                 f"export {WORKSPACE}={WORKSPACES[0]}, then start Python anew",
             )
         os.environ[WORKSPACE] = WORKSPACES[0]
@@ -79,6 +79,17 @@ def mode(on: bool) -> Iterator[None]:
         torch.use_deterministic_algorithms(before[0])
         cudnn.deterministic, cudnn.benchmark = before[1:]
         attention.enable_cudnn_sdp(cudnn_attention)
+
+
+def computed() -> bool:
+    """Whether this process has used a GPU's memory: cuBLAS has not read its workspace before.
+
+    That CUDA has started says nothing, since bitsandbytes asks it for the GPU's name.
+    """
+    if not torch.cuda.is_initialized():
+        return False
+    counts = map(torch.cuda.memory_stats, range(torch.cuda.device_count()))
+    return any(count.get("allocation.all.allocated", 0) for count in counts)
 
 
 def promise(config: Config, device: torch.device, processes: int = 1) -> dict[str, str]:

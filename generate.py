@@ -4,6 +4,8 @@
 `python generate.py my.safetensors --prompts "a fox" --seeds 1 2` draws single pictures.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 import json

@@ -8,6 +8,8 @@ Letters: `B` batch, `C` latent channels (4), `H W` latent size (picture size / 8
 prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pooled embedding (1280).
 """
 
+from __future__ import annotations
+
 import contextlib
 import functools
 import gc
@@ -15,19 +17,19 @@ import re
 import threading
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
-from transformers.utils import logging as transformers_logging
 
 import vetting
 from files import Refusal, first_line, open_safetensors
 from hub import fetch, read_config, weight_files
 
-transformers_logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
+if TYPE_CHECKING:  # imported where a prompt is read: a start from a full cache reads none
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # ---- device and precision ------------------------------------------------------------------------
 
@@ -143,7 +145,8 @@ def build_unet(folder: Path) -> UNet2DConditionModel:
     no_unet = f"{folder / 'config.json'} describes no UNet of SDXL's kind"
     with vetting.refused(no_unet), torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-        predict(unet, *vetting.unet_inputs(unet))
+        if not vetting.is_sdxl_base(unet):
+            predict(unet, *vetting.unet_inputs(unet))
     return unet
 
 
@@ -263,6 +266,10 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
     """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are
     some.
     """
+    from transformers import CLIPTextModel, CLIPTextModelWithProjection
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
     classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
     tokenizers = load_tokenizers(name)
@@ -308,6 +315,8 @@ def zeros_for_empty_prompt(name: str) -> bool:
 def load_tokenizer(name: str, part: str) -> CLIPTokenizer:
     folder = fetch(name, part)
     with vetting.refused(f"{folder} holds no CLIP tokenizer"):
+        from transformers import CLIPTokenizer
+
         return CLIPTokenizer.from_pretrained(folder)
 
 
@@ -352,8 +361,13 @@ def count_cut(prompts: list[str], name: str) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
     end.
     """
+    length = read_config(fetch(name, "tokenizer") / "tokenizer_config.json").get("model_max_length")
+    if isinstance(length, int):  # a token has a byte at least, and two mark the ends: most are short
+        prompts = [p for p in prompts if not p.isascii() or len(p) > length - 2]
+    if not prompts:
+        return 0
     tokenizer = load_tokenizer(name, "tokenizer")  # both cut at one length
-    ids = tokenizer(prompts, truncation=False, verbose=False).input_ids if prompts else []
+    ids = tokenizer(prompts, truncation=False, verbose=False).input_ids
     return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
 
 

@@ -32,22 +32,7 @@ import model
 from config import RECIPES, Config
 from files import Refusal, digest, first_line, write_whole
 from memory import GIB, Prediction, Rehearsal, Work, plus, quantised
-
-# SDXL base's UNet where it differs from diffusers' default, so that a plan needs no download. A
-# test holds it to the model's own file.
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+from vetting import SDXL_UNET
 
 # ---- cards, and how long a step takes there ------------------------------------------------------
 

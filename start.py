@@ -1,9 +1,9 @@
 """What a run can begin before torch is imported: the GPU's context and the reading of its weights.
 
-Importing torch, diffusers and transformers keeps one core busy for 5 to 12 s. Meanwhile the driver
-can make its context and the disk can be read: both let go of the interpreter while they wait.
-Whatever fails here is met again where it is needed, and said there. Deleting this module leaves
-every run as it is.
+Importing torch and diffusers keeps one core busy for seconds. Meanwhile the driver can make its
+context and the disk can be read: both let go of the interpreter while they wait. Whatever fails
+here is met again where it is needed, and said there. Deleting this module leaves every run as it
+is.
 """
 
 import contextlib
@@ -12,17 +12,18 @@ import functools
 import os
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import hub
+import imports
 from config import Config
 
 PIECE = 2**24  # bytes read at once
 
 
 def begin(config: Config) -> None:
-    """Start both in threads, and import the slowest library without its compiler.
+    """Start both in threads, and import the slowest libraries (imports.py).
 
     Nothing waits for the threads: the driver makes one context, whoever asks first, and a file is
     read once. A plan needs neither.
@@ -36,7 +37,8 @@ def begin(config: Config) -> None:
         # The driver must not be left in the middle; the reading may be, else a refusal would wait.
         daemon = job.func is read_weights
         threading.Thread(target=quietly, args=(job,), daemon=daemon).start()
-    quietly(import_bitsandbytes)
+    xformers = config.attention == "xformers"
+    quietly(functools.partial(imports.lean, compiled=config.compile, xformers=xformers))
 
 
 def quietly(job: Callable[[], None]) -> None:
@@ -97,34 +99,3 @@ def cached(descriptor: int, at: int) -> bool:
         return os.preadv(descriptor, [bytearray(1)], at, os.RWF_NOWAIT) == 1
     except OSError:  # it would wait, or this file system cannot tell
         return False
-
-
-# ---- imports -------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def compiled_later() -> Iterator[None]:
-    """What is given to torch.compile() inside is compiled when it is first called."""
-    import torch
-
-    whole = torch.compile
-
-    def later(function=None, **options):
-        if function is None:
-            return functools.partial(later, **options)
-        compiled = functools.cache(lambda: whole(function, **options))
-        return functools.wraps(function)(lambda *args, **kwargs: compiled()(*args, **kwargs))
-
-    torch.compile = later
-    try:
-        yield
-    finally:
-        torch.compile = whole
-
-
-def import_bitsandbytes() -> None:
-    """Import it without torch's compiler, which it asks for at once, for four functions that no
-    run here calls: a fifth of the time that all imports take. diffusers imports it, used or not.
-    """
-    with compiled_later():
-        import bitsandbytes  # noqa: F401

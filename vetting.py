@@ -4,6 +4,8 @@ be met by the first step.
 """
 
 import contextlib
+import inspect
+import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,22 @@ from files import Refusal, first_line
 from hub import read_config
 
 AGAIN = "download the model again, or choose another SDXL model (no inpainting or refiner model)"
+
+# SDXL base's UNet where it differs from diffusers' default, so that a plan needs no download and a
+# start no trial. A test holds it to the model's own file.
+SDXL_UNET = {
+    "sample_size": 128,
+    "block_out_channels": (320, 640, 1280),
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
+    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
+    "transformer_layers_per_block": (1, 2, 10),
+    "attention_head_dim": (5, 10, 20),
+    "cross_attention_dim": 2048,
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+    "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}
 
 
 @contextlib.contextmanager
@@ -43,6 +61,15 @@ def unet_inputs(unet: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
         "pooled": torch.empty(1, pooled),
         "time_ids": torch.empty(1, 6),
     }
+
+
+def is_sdxl_base(unet: torch.nn.Module) -> bool:
+    """Whether unet.config is SDXL base's to the last entry, as it is for nearly every SDXL model."""
+    usual = inspect.signature(type(unet).__init__).parameters
+    wanted = {name: entry.default for name, entry in usual.items() if name != "self"} | SDXL_UNET
+    found = {name: value for name, value in unet.config.items() if not name.startswith("_")}
+    found["upcast_attention"] = bool(found["upcast_attention"])  # null there, false in its heirs
+    return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # (1,) is [1]
 
 
 def check_widths(unet: torch.nn.Module, context: Tensor, pooled: Tensor) -> None:

@@ -11,6 +11,7 @@ import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers.utils import logging
 
 POCKET = Path(__file__).parent.parent / "pocket" / "model"
 STEPS, EVERY, LIMIT = 8, 2, 2  # optimizer steps, steps between checkpoints, checkpoints kept
@@ -55,6 +56,7 @@ TEXT = {
 
 def build(folder: Path, seed: int) -> None:
     """An SDXL with random weights under `folder`; tokenizers and scheduler are the pocket's."""
+    logging.disable_progress_bar()  # tqdm would leave a thread, and this process forks
     torch.manual_seed(seed)
     folder.mkdir(parents=True)
     shutil.copy(POCKET / "model_index.json", folder)

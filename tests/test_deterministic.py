@@ -82,7 +82,14 @@ def test_modes_are_as_before_after_a_refusal_too():
 
 
 def test_a_workspace_that_comes_too_late_is_refused(monkeypatch):
+    stats = {}
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
+    monkeypatch.setenv(deterministic.WORKSPACE, ":0:0")
+    with deterministic.mode(True):  # asked for its name only, as bitsandbytes does
+        assert os.environ[deterministic.WORKSPACE] == ":4096:8"
+    stats["allocation.all.allocated"] = 1
     monkeypatch.setenv(deterministic.WORKSPACE, ":0:0")
     with pytest.raises(files.Refusal, match=f"export {deterministic.WORKSPACE}"):
         with deterministic.mode(True):

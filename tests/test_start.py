@@ -16,6 +16,12 @@ from conftest import POCKET, ROOT
 T4 = RECIPES["t4"][1]
 
 
+@pytest.fixture(autouse=True)
+def whole_libraries(monkeypatch):
+    """For the tests that come after these in one process."""
+    monkeypatch.setattr(start.imports, "lean", lambda **_: None)
+
+
 class Driver:
     """In libcuda's place: notes what is called, and has `count` GPUs."""
 
@@ -86,7 +92,6 @@ def test_a_file_that_the_kernel_has_is_not_read_again(monkeypatch, tmp_path):
 def test_a_refusal_does_not_wait_for_the_reading(monkeypatch):
     read, before = threading.Event(), set(threading.enumerate())
     monkeypatch.setattr(start, "read_weights", lambda *_: read.wait(60))
-    monkeypatch.setattr(start, "import_bitsandbytes", lambda: None)
     start.begin(replace(T4, device="cpu"))
     (reading,) = set(threading.enumerate()) - before
     assert reading.daemon  # the interpreter's end waits for all others
@@ -123,37 +128,6 @@ def test_what_a_run_will_need_is_begun(monkeypatch, config, begun):
     for thread in set(threading.enumerate()) - set(before):
         thread.join()
     assert sorted(found) == begun
-
-
-def test_compiling_waits_for_the_first_call():
-    import torch
-
-    calls, whole = [], torch.compile
-    torch_compile = lambda function, **options: calls.append(options) or function  # noqa: E731
-    try:
-        torch.compile = torch_compile
-        with start.compiled_later():
-            double = torch.compile(lambda x: 2 * x)
-
-            @torch.compile(dynamic=False)
-            def add(a, b=1):
-                """Adds."""
-                return a + b
-
-        assert torch.compile is torch_compile and not calls
-    finally:
-        torch.compile = whole
-    assert (double(3), add(2, b=5), add(2)) == (6, 7, 3)
-    assert calls == [{}, {"dynamic": False}] and add.__doc__ == "Adds."
-
-
-def test_bitsandbytes_does_not_start_the_compiler():
-    code = (
-        "import config, start, sys; start.begin(config.RECIPES['pocket'][1]); import loop; "
-        "import bitsandbytes.optim; sys.exit('torch._inductor.compile_fx' in sys.modules)"
-    )
-    environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, check=True)
 
 
 def test_what_begins_before_torch_needs_no_torch():
