@@ -17,13 +17,12 @@ from torch import Tensor
 from files import Refusal, first_line
 
 Batch = dict[str, Tensor]
-WARM_UP = 2  # passes before recording: libraries choose kernels and make workspaces in them
 
 
 class Recorded:
     """`step(batch)`, recorded once for each shape of batch, then replayed.
 
-    sums: the tensors that `step` adds to; they are put back after the passes that only warm up.
+    sums: the tensors that `step` adds to; they are put back after the pass that only warms up.
     Where recording fails, `step` itself is called from then on. `say` gets the reason, or the
     seconds that it took.
     """
@@ -54,8 +53,7 @@ class Recorded:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            for _ in range(WARM_UP):
-                self.step(inputs)
+            self.step(inputs)  # libraries choose their kernels and make workspaces in it
         torch.cuda.current_stream().wait_stream(side)
         recording = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks the GPU for news from its own thread, which would spoil a recording

@@ -12,6 +12,7 @@ whole libraries. Deleting this module leaves every run as it is, only later.
 
 import contextlib
 import functools
+import gc
 import importlib
 import importlib.machinery
 import importlib.util
@@ -28,7 +29,8 @@ def lean(compiled: bool, xformers: bool) -> None:
     if compiled:
         return
     missing = ["torch._dynamo", "peft", "torchvision"] + ["xformers"] * (not xformers)
-    with uncompiled():
+    missing += ["httpx._main"]  # its command line, which imports a highlighter for all languages
+    with resting_collector(), uncompiled():
         with contextlib.suppress(Exception):
             import bitsandbytes  # noqa: F401
         try:
@@ -37,6 +39,19 @@ def lean(compiled: bool, xformers: bool) -> None:
         except Exception:
             for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
                 del sys.modules[name]
+
+
+@contextlib.contextmanager
+def resting_collector() -> Iterator[None]:
+    """Python looks for garbage again and again while objects are made. Those of an import stay:
+    nothing is looked for meanwhile, and they are left out of it afterwards.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.freeze()
 
 
 @contextlib.contextmanager

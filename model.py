@@ -15,6 +15,7 @@ import functools
 import gc
 import re
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -119,6 +120,9 @@ def process_gib(field: str) -> float:
 # ---- the UNet ------------------------------------------------------------------------------------
 
 
+READERS = 4  # threads that copy weights: one alone copies slower than a GPU takes
+
+
 def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """SDXL's UNet on `device` in `dtype`, each weight straight from its file: the host never holds
     the model.
@@ -131,8 +135,10 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
     unet = build_unet(folder)
     weights = {}
     for path in weight_files(folder, half):
-        with open_safetensors(path, str(device)) as file:
-            weights |= {key: file.get_tensor(key).to(dtype) for key in file.keys()}
+        with open_safetensors(path, str(device)) as file, ThreadPoolExecutor(READERS) as pool:
+            keys = list(file.keys())
+            tensors = pool.map(lambda key, file=file: file.get_tensor(key).to(dtype), keys)
+            weights |= zip(keys, tensors, strict=True)
     return fill_unet(unet, weights, folder)
 
 

@@ -2,6 +2,7 @@
 
     python -m benchmarks.int8 gradients                        CPU, a minute, 4 GB
     python -m benchmarks.int8 train          CPU, minutes; needs what benchmarks/pocket.py needs
+    python -m benchmarks.int8 full                             GPU, a minute: full-size gradients
     python -m benchmarks.int8 time                             GPU, a minute
 
 Weights have one scale per output channel, activations one per token, found as they come (Dettmers
@@ -11,6 +12,7 @@ the weights' scales are first multiplied into the incoming gradient. int8 times 
 int32 (torch._int_mm). Results go to benchmarks/int8.json, under the command's name.
 """
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -18,6 +20,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -177,13 +180,53 @@ def full_width(dtype: torch.dtype, make) -> tuple[Tensor, Tensor]:
     return answer.detach(), grad.float()
 
 
-def gradients() -> dict:
+@contextlib.contextmanager
+def random_unet_with(make) -> Iterator[None]:
+    """Inside, synthetic's UNets have `make`'s layers in their Linears' place; None: as they are."""
+    whole = synthetic.random_unet
+
+    def unet(*args, **kwargs):
+        unet = whole(*args, **kwargs)
+        replace_linears(unet, make) if make else None
+        return unet
+
+    synthetic.random_unet = unet
+    try:
+        yield
+    finally:
+        synthetic.random_unet = whole
+
+
+def full_size(dtype: torch.dtype, make, device: str = "cuda", tiny: bool = False):
+    """The same of full-size SDXL, its random weights rounded to fp16 in every way: four random
+    pictures at 512 px in one pass of loop.micro_step(), without fused layers.
+    """
+    options = bench.Options(command="ladder", device=device, tiny=tiny)
+    precision = next(name for name, known in model.DTYPES.items() if known == dtype)
+    config = bench.changed(options, 64 if tiny else 512, "4x1", precision)
+    config = dataclasses.replace(config, fused=False, cuda_graph=False)
+    with random_unet_with(make):
+        run, _ = synthetic.assemble(config, torch.device(device), options.folder, torch.float16)
+    noise = torch.randn(run.adapter.flat.shape, generator=torch.Generator().manual_seed(1))
+    run.adapter.flat.data.add_(0.01 * noise.to(device))  # else no gradient would reach A
+    batch = run.examples.batch(range(4), run.device)
+    run.factor.fill_(2.0**16 / 4)  # as LossScale begins in fp16
+    run.forward_backward(batch)
+    grad = run.adapter.flat.grad.cpu().clone()
+    with torch.no_grad():
+        answer = model.predict(run.unet, batch["noise"], batch).cpu()
+    run.forward_backward = None  # it and the run hold each other
+    return answer, grad
+
+
+def gradients(works=(whole_unet, full_width)) -> dict:
     """Relative distance from fp32's, and 1 - cosine."""
     results = {}
-    for work in (whole_unet, full_width):
+    for work in works:
         reference, rows = None, {}
         for name, (dtype, make) in WAYS.items():
             found = work(dtype, make)
+            model.free_memory()
             if reference is None:
                 reference = found
                 continue
@@ -268,21 +311,10 @@ def time_it() -> dict:
                 gradient_accumulation_steps=4 // size,
                 max_train_steps=10**6,
             )
-            make = synthetic.random_unet
-
-            def unet(*args, name=name, make=make, **kwargs):
-                unet = make(*args, **kwargs)
-                replace_linears(unet) if name.startswith("int8") else None
-                return unet
-
-            synthetic.random_unet = unet
-            try:
-                options = bench.Options(command="ladder")
-                rows[f"{size}x{4 // size}, {name}"] = row = bench.time_row(
-                    options, config, False, 10
-                )
-            finally:
-                synthetic.random_unet = make
+            options = bench.Options(command="ladder")
+            with random_unet_with(Int8Linear if name.startswith("int8") else None):
+                row = bench.time_row(options, config, False, 10)
+            rows[f"{size}x{4 // size}, {name}"] = row
             print(size, name, {k: v for k, v in row.items() if k != "losses"}, flush=True)
     return {"on": torch.cuda.get_device_name(), "rows": rows}
 
@@ -294,7 +326,7 @@ def time_it() -> dict:
 class Options:
     """int8 for the frozen Linears: what it does to gradients, to learning and to time."""
 
-    command: tyro.conf.Positional[Literal["gradients", "train", "time"]]
+    command: tyro.conf.Positional[Literal["gradients", "full", "train", "time"]]
     # Optimizer steps of each run of "train".
     steps: int = 150
     # Its seeds.
@@ -308,6 +340,7 @@ def main() -> None:
     options = tyro.cli(Options)
     work = {
         "gradients": gradients,
+        "full": lambda: gradients((full_size,)) | {"on": torch.cuda.get_device_name()},
         "train": lambda: train(options.steps, options.seeds, options.work),
         "time": time_it,
     }

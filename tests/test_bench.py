@@ -159,6 +159,13 @@ def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
     assert not all(p.std() == 0 for p in half.values())
 
 
+def test_int8_gradients_of_a_whole_step_are_near_fp32s():
+    ways = [(torch.float32, None), (torch.float32, int8.Int8Linear), (torch.float32, None)]
+    (_, exact), (_, near), (_, again) = (int8.full_size(*w, device="cpu", tiny=True) for w in ways)
+    assert torch.equal(exact, again) and exact.norm() > 0  # so the layers were put back
+    assert 0 < (near - exact).norm() / exact.norm() < 0.1
+
+
 def test_int8_is_near_what_it_stands_for_forward_and_back():
     linear = torch.nn.Linear(96, 64).requires_grad_(False)
     layer, x = int8.Int8Linear(linear), torch.randn(5, 7, 96, requires_grad=True)
