@@ -1,10 +1,11 @@
-"""diffusers and bitsandbytes, imported without what no run here calls: four fifths of the time.
+"""diffusers and bitsandbytes, imported without what no run here calls: most of the time they take.
 
-They import at once torch's compiler, peft, torchvision, and transformers' base classes, on an H100's
-host 10 of 12 s. A run without --compile never calls the first; LoRA layers are our own; and what
-asks for the others are diffusers' other models and its loaders of LoRAs and single files. So they
-are out of sight meanwhile: some missing, as on a machine without them, transformers' classes named
-but empty. Whoever imports one of them later, as encoding and drawing do, gets it whole.
+They import at once torch's compiler, peft, torchvision, transformers' base classes and scipy's
+statistics: on an H100's host 10 of 12 s. A run without --compile never calls the first; LoRA layers
+are our own; and what asks for the others are diffusers' other models, its loaders of LoRAs and of
+single files, and samplers at their first use. So they are out of sight meanwhile: some missing, as
+on a machine without them, others named but empty. Whoever imports one of them later, as encoding
+and drawing do, gets it whole.
 
 Only a process that is a run begins like this (start.py): one that imports loop.py or model.py has
 whole libraries. Deleting this module leaves every run as it is, only later.
@@ -13,11 +14,12 @@ whole libraries. Deleting this module leaves every run as it is, only later.
 import contextlib
 import functools
 import gc
-import importlib
 import importlib.machinery
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Iterator
+from types import ModuleType
 
 
 def lean(compiled: bool, xformers: bool) -> None:
@@ -29,12 +31,13 @@ def lean(compiled: bool, xformers: bool) -> None:
     if compiled:
         return
     missing = ["torch._dynamo", "peft", "torchvision"] + ["xformers"] * (not xformers)
-    missing += ["httpx._main"]  # its command line, which imports a highlighter for all languages
-    with resting_collector(), uncompiled():
+    # httpx's command line, which imports a highlighter for all languages
+    with resting_collector(), out_of_sight({"httpx._main": None}), uncompiled():
         with contextlib.suppress(Exception):
             import bitsandbytes  # noqa: F401
         try:
-            with out_of_sight(missing):
+            named = {name: empty_classes(name) for name in ("transformers", "scipy.stats")}
+            with out_of_sight(dict.fromkeys(missing) | named), nothing_listed():
                 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
         except Exception:
             for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
@@ -43,38 +46,53 @@ def lean(compiled: bool, xformers: bool) -> None:
 
 @contextlib.contextmanager
 def resting_collector() -> Iterator[None]:
-    """Python looks for garbage again and again while objects are made. Those of an import stay:
-    nothing is looked for meanwhile, and they are left out of it afterwards.
-    """
+    """Python looks for garbage again and again while objects are made. Those of an import stay."""
     gc.disable()
     try:
         yield
     finally:
         gc.enable()
-        gc.freeze()
 
 
 @contextlib.contextmanager
-def out_of_sight(missing: list[str]) -> Iterator[None]:
-    """Inside, the modules of `missing` cannot be imported, and transformers has any class, empty.
+def out_of_sight(instead: dict[str, ModuleType | None]) -> Iterator[None]:
+    """Inside, whoever imports a module named in `instead` gets that; None: it is missing.
+
     What is imported already stays as it is.
     """
-
-    def empty(name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)  # no package, so its modules are missing
-        return type(name, (), {})
-
-    named = importlib.util.module_from_spec(importlib.machinery.ModuleSpec("transformers", None))
-    named.__getattr__ = empty
-    put = {name: None for name in missing} | {"transformers": named}
-    put = {name: module for name, module in put.items() if name not in sys.modules}
+    put = {name: module for name, module in instead.items() if name not in sys.modules}
     sys.modules.update(put)
     try:
         yield
     finally:
         for name in put:
             del sys.modules[name]
+
+
+def empty_classes(name: str) -> ModuleType:
+    """A module of that name that has any class, empty, and no modules in it."""
+
+    def empty(name: str) -> type:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return type(name, (), {})
+
+    module = importlib.util.module_from_spec(importlib.machinery.ModuleSpec(name, None))
+    module.__getattr__ = empty
+    return module
+
+
+@contextlib.contextmanager
+def nothing_listed() -> Iterator[None]:
+    """diffusers reads the file lists of all that is installed, for four packages that it may know
+    by another name; no run uses one. Inside, the list is empty.
+    """
+    whole = importlib.metadata.packages_distributions
+    importlib.metadata.packages_distributions = dict
+    try:
+        yield
+    finally:
+        importlib.metadata.packages_distributions = whole
 
 
 @contextlib.contextmanager
@@ -97,7 +115,7 @@ def uncompiled() -> Iterator[None]:
 
     for method in vars(torch.optim.Optimizer).values():
         if hasattr(method, "__wrapped__"):  # torch keeps the marked function here when it is called
-            setattr(method.__wrapped__, "__dynamo_disable", method.__wrapped__)  # noqa: B010
+            setattr(method.__wrapped__, "__dynamo_disable", method.__wrapped__)
     compile, disable, mark = torch.compile, torch.compiler.disable, torch._disable_dynamo
     torch.compile, torch.compiler.disable, torch._disable_dynamo = later, unmarked, unmarked
     try:

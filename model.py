@@ -368,7 +368,9 @@ def count_cut(prompts: list[str], name: str) -> int:
     end.
     """
     length = read_config(fetch(name, "tokenizer") / "tokenizer_config.json").get("model_max_length")
-    if isinstance(length, int):  # a token has a byte at least, and two mark the ends: most are short
+    if isinstance(
+        length, int
+    ):  # a token has a byte at least, and two mark the ends: most are short
         prompts = [p for p in prompts if not p.isascii() or len(p) > length - 2]
     if not prompts:
         return 0

@@ -80,6 +80,9 @@ SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and atte
 # 0.138, 0.058, 0.261 and 0.174 s of benchmarks/bench_ladder.json within a tenth.
 LAUNCH = 3.5e-6
 EAGER = 0.4  # s of host work that a pass takes at least if it is not recorded
+# s that --compile takes before the first step (an H100's host), and the share of a recorded step
+# that it saves there: the rows 4x1 and compile of benchmarks/bench_ladder.json.
+COMPILE, COMPILED = 77, 0.04
 
 
 def seconds_per_pass(
@@ -103,6 +106,21 @@ def seconds_per_step(config: Config, *about) -> float:
     """seconds_per_pass() of as many passes as config's optimizer step has."""
     passes = config.examples_per_step / config.train_batch_size
     return passes * sum(seconds_per_pass(config, *about).values())
+
+
+def seconds_again(config: Config, work: Work, card: Card, half: bool) -> float:
+    """What a pass takes longer for `work` that is done again."""
+    parts = seconds_per_pass(config, work, 0, card, half, SHARES[0])
+    return sum(parts.values()) if config.cuda_graph else parts["products"] + parts["bytes"]
+
+
+def compiling(config: Config, seconds: list[float]) -> str:
+    """--compile against the run's length. seconds: estimates of a step's, the lowest first."""
+    steps = " to ".join(f"{COMPILE / COMPILED / s:,.0f}" for s in sorted(seconds, reverse=True))
+    return (
+        f"{COMPILE} s more at the start (on an H100's host) for {COMPILED:.0%} less a step: "
+        f"{steps} steps earn it back, and the run has {config.max_train_steps:,}"
+    )
 
 
 def named_card(name: str) -> Card:
@@ -198,22 +216,23 @@ def candidates(
     """Every way to cut the step into passes of at most `most` and to recompute blocks, fastest
     first: its seconds, its bytes and its Config.
 
-    Blocks are added in the order of bytes saved per FLOP. Bytes and work are scaled up from one
-    example without and one with everything recomputed, which is somewhat too much; choose_plan()
-    looks at the real number before it believes one.
+    Blocks are added in the order of bytes saved per second lost. Bytes and work are scaled up from
+    one example without and one with everything recomputed, which is somewhat too much;
+    choose_plan() looks at the real number before it believes one.
     """
     plain, all_again = (predict(shaped(config, 1, blocks)) for blocks in (None, ()))
     useful = [name for name, size in plain.kept.items() if size]
-    order = sorted(useful, key=lambda name: -plain.kept[name] / plain.again[name]["flop"])
     fixed = plain.peak - plain.parts["activations"]
     found, n = [], config.examples_per_step
     for size in (size for size in range(1, most + 1) if n % size == 0):
         lowest = fixed + size * all_again.parts["activations"]
         bytes_, work = fixed + size * plain.parts["activations"], enlarged(plain.work, size)
-        ways = [(bytes_, work, None)]
+        ways, again = [(bytes_, work, None)], {n: enlarged(plain.again[n], size) for n in useful}
+        lost = {n: seconds_again(config, again[n], card, half) for n in useful}
+        order = sorted(useful, key=lambda name: -plain.kept[name] / lost[name])
         for count, name in enumerate(order, 1):
             bytes_ -= size * plain.kept[name]
-            work = plus(work, enlarged(plain.again[name], size))
+            work = plus(work, again[name])
             ways.append((max(bytes_, lowest), work, tuple(order[:count])))
         for bytes_, work, blocks in ways:
             way = shaped(config, size, blocks)
@@ -249,6 +268,12 @@ def choose_plan(
         f"close what else uses this GPU; or take {smaller}a smaller --resolution; "
         "--no-memory-plan tries it all the same",
     )
+
+
+def step_seconds(plan: Plan, card: Card, half: bool) -> list[float]:
+    """Estimates of a step's seconds, by SHARES."""
+    about = (plan.prediction.work, plan.prediction.parts["weights"], card, half)
+    return [seconds_per_step(plan.config, *about, share) for share in SHARES]
 
 
 def in_words(config: Config) -> str:
@@ -307,10 +332,13 @@ def choose(
         raise
     except Exception as error:  # another torch's meta kernels may lack something: train anyway
         return config, f"memory plan: none, since it failed ({first_line(error)})"
-    return plan.config, (
+    line = (
         f"memory plan: {in_words(plan.config)}: {plan.prediction.peak / GIB:.1f} GiB predicted, "
         f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; {why_not_more(plan)}"
     )
+    if config.compile:
+        line += f"\n--compile takes {compiling(config, step_seconds(plan, card, half))}"
+    return plan.config, line
 
 
 # ---- make plan -----------------------------------------------------------------------------------
@@ -380,6 +408,8 @@ def rows_of(config: Config, plan: Plan, card: Card, dtype: torch.dtype, free: in
         *files,
         *estimate(way, found, card, half),
     ]
+    if way.cuda_graph:
+        rows.append(f"{'--compile':>24} {compiling(way, step_seconds(plan, card, half))}")
     if config.memory_plan and fits:
         rows.append(f"why not faster: {why_not_more(plan)}")
     elif not fits:

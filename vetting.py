@@ -64,7 +64,7 @@ def unet_inputs(unet: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
 
 
 def is_sdxl_base(unet: torch.nn.Module) -> bool:
-    """Whether unet.config is SDXL base's to the last entry, as it is for nearly every SDXL model."""
+    """Whether unet.config is SDXL base's to the last entry, as nearly every SDXL model's is."""
     usual = inspect.signature(type(unet).__init__).parameters
     wanted = {name: entry.default for name, entry in usual.items() if name != "self"} | SDXL_UNET
     found = {name: value for name, value in unet.config.items() if not name.startswith("_")}

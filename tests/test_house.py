@@ -18,11 +18,11 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
     "files": 130,
     "hub": 140,
     "sources": 220,
-    "model": 275,
+    "model": 280,
     "blocks": 40,
     "data": 320,
     "start": 70,
-    "imports": 60,
+    "imports": 75,
     "lora": 350,
     "fused": 180,
     "graph": 60,
@@ -38,7 +38,7 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
     "loop": 415,
     "bench": 290,
     "memory": 260,
-    "plan": 320,
+    "plan": 325,
 }
 MAY_IMPORT = {
     "files": set(),

@@ -97,6 +97,31 @@ def test_the_chosen_plan_fits_and_the_next_faster_one_does_not(tiny):
     assert both[0] <= both[1]
 
 
+def test_blocks_are_recomputed_in_the_order_of_bytes_saved_per_second_on_that_card(sdxl):
+    plain, first = sdxl(plan.shaped(T4, 1, None)), {}
+    for name in ("T4", "H100"):
+        card = plan.CARDS[name]
+        ways = [way for *_, way in plan.candidates(T4, sdxl, card, True, 1)]
+        order = max((way.checkpointed_blocks for way in ways), key=len)
+        lost = [plan.seconds_again(T4, plain.again[block], card, True) for block in order]
+        saved = [plain.kept[block] / s for block, s in zip(order, lost, strict=True)]
+        assert saved == sorted(saved, reverse=True) and min(lost) > 0
+        first[name] = order[0]
+    # an H100 computes faster than it launches, so there a large resnet block goes first
+    assert first == {"T4": "down_blocks.1.attentions.1", "H100": "up_blocks.2"}
+
+
+def test_compiling_is_set_against_the_length_of_the_run():
+    rows = json.loads((ROOT / "benchmarks" / "bench_ladder.json").read_text())["rows"]
+    plain, compiled = (rows[f"512 px, fp16, {row}"] for row in ("4x1", "compile"))
+    assert compiled["s_first_step"] - plain["s_first_step"] == pytest.approx(plan.COMPILE, rel=0.01)
+    assert 1 - compiled["s_per_step"] / plain["s_per_step"] == pytest.approx(
+        plan.COMPILED, abs=0.005
+    )
+    said = plan.compiling(replace(T4, max_train_steps=500), [1.0, 2.0])
+    assert "962 to 1,925 steps earn it back, and the run has 500" in said
+
+
 def test_a_process_that_has_a_share_of_the_step_plans_for_no_more(tiny):
     n, free = SMALL.examples_per_step, 2 * tiny(plan.shaped(SMALL, 4, None)).peak
     for most, size in ((4, 4), (3, 2), (2, 2), (1, 1)):  # of 4, in 1, 2 (unevenly), 2, 4 processes
@@ -149,7 +174,9 @@ def test_a_gpu_gets_its_plan_and_keeps_it_on_disk(monkeypatch, tmp_path):
     assert (planned.train_batch_size, planned.gradient_accumulation_steps) == (4, 1)
     assert "4 x 1, nothing recomputed" in line and "10.0 GiB free" in line
     files = list((tmp_path / "memory").iterdir())
-    assert len(files) == 3
+    assert len(files) == 3 and "--compile" not in line
+    _, compiled = plan.choose(replace(config, compile=True), gpu, dtype, loop.micro_step)
+    assert compiled.startswith(line) and "earn it back" in compiled
 
     def never(*_):
         raise AssertionError("a prediction on disk is used")
