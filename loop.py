@@ -15,6 +15,7 @@ import start
 
 if __name__ == "__main__":
     # A wrong option is answered before the imports, and what waits for hardware begins.
+    start.leave_when_interrupted()
     start.begin(configuration.parse_or_leave())
 
 import contextlib

@@ -185,6 +185,7 @@ def predictor(
                 known[key] = Prediction(**json.loads(path.read_text()))
         if key not in known:
             if not rehearsals:
+                print("counting what a step takes: some ten seconds, once", file=sys.stderr)
                 rehearsals.append(Rehearsal(config, dtype, step, about))
             known[key] = rehearsals[0].predict(asked)
             if path:

@@ -5,6 +5,7 @@ out.
 import codecs
 import functools
 import json
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,8 @@ def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]
     """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded."""
     import datasets
 
+    if not Path(name).is_dir():  # a mistyped folder is looked for half a minute
+        print(f"{name} is no folder here: asking the Hub for a data set", file=sys.stderr)
     try:
         table = datasets.load_dataset(name, split="train")
     except Exception as error:  # offline, gated, misspelt: many classes, one meaning

@@ -11,6 +11,8 @@ import ctypes
 import functools
 import os
 import re
+import signal
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -39,6 +41,18 @@ def begin(config: Config) -> None:
         threading.Thread(target=quietly, args=(job,), daemon=daemon).start()
     xformers = config.attention == "xformers"
     quietly(functools.partial(imports.lean, compiled=config.compile, xformers=xformers))
+
+
+def leave_when_interrupted() -> None:
+    """Until a run handles signals itself, Ctrl-C ends the process with a sentence: during seconds
+    of imports a traceback would say nothing.
+    """
+
+    def leave(*_) -> None:
+        print("\ninterrupted: nothing had begun", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+    signal.signal(signal.SIGINT, leave)
 
 
 def quietly(job: Callable[[], None]) -> None:

@@ -133,3 +133,12 @@ def test_what_a_run_will_need_is_begun(monkeypatch, config, begun):
 def test_what_begins_before_torch_needs_no_torch():
     code = "import config, start, sys; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_an_interrupted_import_ends_with_a_sentence():
+    code = (
+        "import os, signal, start, time; start.leave_when_interrupted(); "
+        "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 130 and done.stderr == "\ninterrupted: nothing had begun\n"
