@@ -293,7 +293,14 @@ def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
 def find_adapter(path: str) -> Path:
     """The adapter file that `path` names, or the newest run's."""
     if path:
-        return Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)
+        file = Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)
+        if file.exists():
+            return file
+        raise Refusal(
+            f"{file}: no such file",
+            "an adapter, or the folder of a finished run",
+            "check the name; the command that began a run finishes it",
+        )
     found = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
     if not found:
         raise Refusal(

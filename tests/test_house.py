@@ -34,7 +34,7 @@ BUDGET = {  # lines of code: without blanks, comments and docstrings
     "states": 90,
     "vetting": 115,
     "report": 130,
-    "generate": 330,
+    "generate": 335,
     "loop": 415,
     "bench": 290,
     "memory": 260,
