@@ -22,13 +22,13 @@ Batch = dict[str, Tensor]
 class Recorded:
     """`step(batch)`, recorded once for each shape of batch, then replayed.
 
-    sums: the tensors that `step` adds to; they are put back after the pass that only warms up.
-    Where recording fails, `step` itself is called from then on. `say` gets the reason, or the
-    seconds that it took.
+    sums: the tensors that `step` adds to; they are put back after the `warm_up` passes before
+    recording, in which libraries choose their kernels and make workspaces. Where recording fails,
+    `step` itself is called from then on. `say` gets the reason, or the seconds that it took.
     """
 
-    def __init__(self, step: Callable[[Batch], None], sums: list[Tensor], say=print):
-        self.step, self.sums, self.say = step, sums, say
+    def __init__(self, step: Callable[[Batch], None], sums: list[Tensor], say=print, warm_up=1):
+        self.step, self.sums, self.say, self.warm_up = step, sums, say, warm_up
         self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self.pool = None  # one for all recordings: only one of them runs at a time
         self.eager = False
@@ -53,7 +53,8 @@ class Recorded:
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
-            self.step(inputs)  # libraries choose their kernels and make workspaces in it
+            for _ in range(self.warm_up):
+                self.step(inputs)
         torch.cuda.current_stream().wait_stream(side)
         recording = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks the GPU for news from its own thread, which would spoil a recording

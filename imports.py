@@ -1,14 +1,16 @@
 """diffusers and bitsandbytes, imported without what no run here calls: most of the time they take.
 
 They import at once torch's compiler, peft, torchvision, transformers' base classes and scipy's
-statistics: on an H100's host 10 of 12 s. A run without --compile never calls the first; LoRA layers
-are our own; and what asks for the others are diffusers' other models, its loaders of LoRAs and of
-single files, and samplers at their first use. So they are out of sight meanwhile: some missing, as
-on a machine without them, others named but empty. Whoever imports one of them later, as encoding
-and drawing do, gets it whole.
+statistics: on an H100's host 10 of 12 s. A step without --compile never calls the first; LoRA
+layers are our own; and what asks for the others are diffusers' other models, its loaders of LoRAs
+and of single files, and samplers at their first use. So they are out of sight meanwhile: some
+missing, as on a machine without them, others named but empty. Whoever imports one of them later
+gets it whole: encoding and drawing do, and a count of a step without numbers (a memory plan that is
+not known yet, a UNet that is not SDXL base's) takes the compiler.
 
-Only a process that is a run begins like this (start.py): one that imports loop.py or model.py has
-whole libraries. Deleting this module leaves every run as it is, only later.
+Only a process that is a run begins like this (start.py), without --compile and xFormers: one that
+imports loop.py or model.py has whole libraries. Deleting this module leaves every run as it is,
+only later.
 """
 
 import contextlib
@@ -17,31 +19,48 @@ import gc
 import importlib.machinery
 import importlib.metadata
 import importlib.util
+import logging
 import sys
 from collections.abc import Iterator
 from types import ModuleType
 
+from files import first_line
 
-def lean(compiled: bool, xformers: bool) -> None:
-    """Import both. compiled, xformers: whether the run asks for torch's compiler, for xFormers.
+# diffusers asks for these at once; the last two are of other models and kernels.
+MISSING = ("torch._dynamo", "peft", "torchvision", "torchao", "xformers")
 
-    Where a version cannot do without what is missing, it is left to be imported whole where it is
-    needed, and said there.
+
+def lean() -> None:
+    """Import both, unless one of them or transformers is there already.
+
+    A version that cannot do without what is missing is imported whole, and the reason said.
     """
-    if compiled:
+    if {"diffusers", "bitsandbytes", "transformers"} & sys.modules.keys():
         return
-    missing = ["torch._dynamo", "peft", "torchvision"] + ["xformers"] * (not xformers)
-    # httpx's command line, which imports a highlighter for all languages
+    # httpx's command line, which huggingface_hub 1.x imports, with a highlighter for all languages
     with resting_collector(), out_of_sight({"httpx._main": None}), uncompiled():
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(Exception):  # met and said where it is needed
             import bitsandbytes  # noqa: F401
         try:
             named = {name: empty_classes(name) for name in ("transformers", "scipy.stats")}
-            with out_of_sight(dict.fromkeys(missing) | named), nothing_listed():
+            with quiet(), out_of_sight(dict.fromkeys(MISSING) | named), nothing_listed():
                 from diffusers import AutoencoderKL, UNet2DConditionModel  # noqa: F401
-        except Exception:
+        except Exception as error:
             for name in [name for name in sys.modules if name.partition(".")[0] == "diffusers"]:
                 del sys.modules[name]
+            why = first_line(error.__cause__ or error)
+            print(f"diffusers is imported whole, which takes longer: {why}", file=sys.stderr)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Inside, no warning is logged: diffusers warns of what it does without."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 @contextlib.contextmanager
@@ -66,7 +85,7 @@ def out_of_sight(instead: dict[str, ModuleType | None]) -> Iterator[None]:
         yield
     finally:
         for name in put:
-            del sys.modules[name]
+            sys.modules.pop(name, None)
 
 
 def empty_classes(name: str) -> ModuleType:

@@ -375,7 +375,8 @@ def assemble(
     run.forward_backward = functools.partial(micro_step, run)
     if config.cuda_graph and device.type == "cuda":
         sums = [adapter.flat.grad, run.loss_sum]
-        run.forward_backward = graph.Recorded(run.forward_backward, sums, tqdm.write)
+        warm_up = 2 if config.compile else 1  # what is compiled may be compiled again when called
+        run.forward_backward = graph.Recorded(run.forward_backward, sums, tqdm.write, warm_up)
     return run, how
 
 

@@ -13,11 +13,13 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import json
 import re
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -268,15 +270,30 @@ class TextEncoders:
     zero_unconditional: bool
 
 
+def import_clip() -> ModuleType:
+    """transformers with its CLIP classes. Raises Refusal where they do not load."""
+    try:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # a file is read in a second
+        for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"):
+            getattr(transformers, name)  # this imports it
+    except Exception as error:  # built for another torch or torchvision: any class
+        raise Refusal(
+            f"transformers does not load here ({first_line(error)})",
+            "transformers 4.56 or newer, and a torchvision that fits torch",
+            "pip install --upgrade transformers torchvision; the same command then continues",
+        ) from error
+    return transformers
+
+
 def load_text_encoders(name: str, device: torch.device, half: bool = False) -> TextEncoders:
     """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are
     some.
     """
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # it counts tensors of a file that is read in a second
-    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+    clip = import_clip()
+    classes = {"text_encoder": clip.CLIPTextModel}
+    classes["text_encoder_2"] = clip.CLIPTextModelWithProjection
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
     tokenizers = load_tokenizers(name)
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
@@ -319,11 +336,9 @@ def zeros_for_empty_prompt(name: str) -> bool:
 
 
 def load_tokenizer(name: str, part: str) -> CLIPTokenizer:
-    folder = fetch(name, part)
+    folder, clip = fetch(name, part), import_clip()
     with vetting.refused(f"{folder} holds no CLIP tokenizer"):
-        from transformers import CLIPTokenizer
-
-        return CLIPTokenizer.from_pretrained(folder)
+        return clip.CLIPTokenizer.from_pretrained(folder)
 
 
 def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
@@ -367,11 +382,11 @@ def count_cut(prompts: list[str], name: str) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
     end.
     """
-    length = read_config(fetch(name, "tokenizer") / "tokenizer_config.json").get("model_max_length")
-    if isinstance(
-        length, int
-    ):  # a token has a byte at least, and two mark the ends: most are short
-        prompts = [p for p in prompts if not p.isascii() or len(p) > length - 2]
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        # A token has a byte at least, and two mark the ends: most need not be counted.
+        about = json.loads((fetch(name, "tokenizer") / "tokenizer_config.json").read_text())
+        short = about["model_max_length"] - 2
+        prompts = [p for p in prompts if not p.isascii() or len(p) > short]
     if not prompts:
         return 0
     tokenizer = load_tokenizer(name, "tokenizer")  # both cut at one length

@@ -115,12 +115,14 @@ def seconds_again(config: Config, work: Work, card: Card, half: bool) -> float:
 
 
 def compiling(config: Config, seconds: list[float]) -> str:
-    """--compile against the run's length. seconds: estimates of a step's, the lowest first."""
-    steps = " to ".join(f"{COMPILE / COMPILED / s:,.0f}" for s in sorted(seconds, reverse=True))
-    return (
-        f"{COMPILE} s more at the start (on an H100's host) for {COMPILED:.0%} less a step: "
-        f"{steps} steps earn it back, and the run has {config.max_train_steps:,}"
-    )
+    """--compile against the run's length. seconds: estimates of a recorded step's, if known."""
+    said = f"{COMPILE} s more at the start (on an H100's host) for {COMPILED:.0%} less a step"
+    if not config.cuda_graph:
+        said += ", measured with recorded steps only"
+    elif seconds:
+        steps = (f"{COMPILE / COMPILED / s:,.0f}" for s in sorted(seconds, reverse=True))
+        said += f": {' to '.join(steps)} steps earn it back"
+    return f"{said}; the run has {config.max_train_steps:,}"
 
 
 def named_card(name: str) -> Card:
@@ -306,20 +308,33 @@ def choose(
     """`config` cut and recomputed as this GPU allows, and a line that says so. most: the examples
     of a step that this process has; 0 means all.
 
+    The run is the same whatever is chosen.
+    """
+    chosen, line, seconds = chosen_way(config, device, dtype, step, most)
+    if config.compile:
+        line = f"{line}\n--compile takes {compiling(chosen, seconds)}".lstrip()
+    return chosen, line
+
+
+def chosen_way(
+    config: Config, device: torch.device, dtype: torch.dtype, step: Callable, most: int
+) -> tuple[Config, str, list[float]]:
+    """choose()'s, and estimates of a step's seconds where a plan was made.
+
     Only where the recipe asks for it and batch size and checkpointing are still the recipe's own:
-    what was asked for is obeyed. The run is the same whatever is chosen.
+    what was asked for is obeyed.
     """
     usual = RECIPES[config.recipe][1]
     names = ("train_batch_size", "gradient_checkpointing", "checkpointed_blocks")
     asked = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if not config.memory_plan or device.type != "cuda":
-        return config, ""
+        return config, "", []
     if config.deterministic:
-        return config, "memory plan: none, since what is free is no function of the options"
+        return config, "memory plan: none, since what is free is no function of the options", []
     if not config.cache:
-        return config, "memory plan: none, since --no-cache keeps the encoders in memory, too"
+        return config, "memory plan: none, since --no-cache keeps the encoders in memory, too", []
     if asked:
-        return config, f"memory plan: none, since {', '.join(asked)} was asked for"
+        return config, f"memory plan: none, since {', '.join(asked)} was asked for", []
     try:
         if device.index is None:  # CUDA's own calls want a number
             device = torch.device("cuda", torch.cuda.current_device())
@@ -332,14 +347,12 @@ def choose(
     except Refusal:
         raise
     except Exception as error:  # another torch's meta kernels may lack something: train anyway
-        return config, f"memory plan: none, since it failed ({first_line(error)})"
+        return config, f"memory plan: none, since it failed ({first_line(error)})", []
     line = (
         f"memory plan: {in_words(plan.config)}: {plan.prediction.peak / GIB:.1f} GiB predicted, "
         f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; {why_not_more(plan)}"
     )
-    if config.compile:
-        line += f"\n--compile takes {compiling(config, step_seconds(plan, card, half))}"
-    return plan.config, line
+    return plan.config, line, step_seconds(plan, card, half)
 
 
 # ---- make plan -----------------------------------------------------------------------------------

@@ -39,8 +39,8 @@ def begin(config: Config) -> None:
         # The driver must not be left in the middle; the reading may be, else a refusal would wait.
         daemon = job.func is read_weights
         threading.Thread(target=quietly, args=(job,), daemon=daemon).start()
-    xformers = config.attention == "xformers"
-    quietly(functools.partial(imports.lean, compiled=config.compile, xformers=xformers))
+    if not config.compile and config.attention != "xformers":  # which take what is left out
+        quietly(imports.lean)
 
 
 def leave_when_interrupted() -> None:

@@ -66,6 +66,15 @@ def test_a_shape_is_recorded_once_and_each_batch_is_added_once(monkeypatch):
     assert len(stage.said) == 2 and "recorded a pass over 3 in" in stage.said[0]
 
 
+def test_it_warms_up_as_often_as_it_is_told(monkeypatch):
+    for passes in (1, 2):
+        stage = Stage(monkeypatch)
+        stage.recorder.warm_up = passes
+        stage.recorder(batch(2, 3))
+        assert stage.steps == passes + 2  # the recording, and the replay
+        assert stage.sum.tolist() == [6] * 3
+
+
 def test_a_batch_is_copied_and_may_change_afterwards(monkeypatch):
     stage = Stage(monkeypatch)
     mine = batch(2, 1)

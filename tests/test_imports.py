@@ -8,7 +8,9 @@ import sys
 
 import pytest
 
+import config as configuration
 import imports
+import start
 from conftest import ROOT
 
 REPORT = """
@@ -49,14 +51,12 @@ def test_a_run_needs_no_peft_and_from_a_full_cache_no_transformers_and_computes_
 
     drawn = run("drawn", "--validation-prompts", "a fox")
     assert {"transformers", "diffusers"} <= drawn and "peft" not in drawn
-    assert (tmp_path / "drawn" / "pictures" / "before-after.png").is_file()
     assert not {"transformers", "peft", "torchvision"} & run("lean", "--validation-prompts")
-    assert "peft" in run("whole", "--validation-prompts", script=WHOLE + RUN)
-    adapters = [
-        (tmp_path / name / "pytorch_lora_weights.safetensors").read_bytes()
-        for name in ("drawn", "lean", "whole")
-    ]
-    assert adapters[0] == adapters[1] == adapters[2]
+    assert "peft" in run("whole", "--validation-prompts", "a fox", script=WHOLE + RUN)
+    read = lambda run, file: (tmp_path / run / file).read_bytes()  # noqa: E731
+    adapters = {read(run, "pytorch_lora_weights.safetensors") for run in ("drawn", "lean", "whole")}
+    pictures = {read(run, "pictures/before-after.png") for run in ("drawn", "whole")}
+    assert len(adapters) == len(pictures) == 1
 
 
 def test_sdxls_own_unet_and_the_optimizer_do_not_start_the_compiler(tmp_path):
@@ -74,20 +74,37 @@ optimizer.load_state_dict(optimizer.state_dict())
     assert imported(tmp_path, script) == {"diffusers", "bitsandbytes"}
 
 
-def test_a_version_that_needs_what_is_out_of_sight_is_imported_whole(tmp_path):
+def test_a_version_that_needs_what_is_out_of_sight_is_imported_whole_and_says_why(tmp_path):
     script = """
 import imports
-whole = imports.out_of_sight
-imports.out_of_sight = lambda instead: whole(instead | {"huggingface_hub": None})
-imports.lean(compiled=False, xformers=False)
+imports.MISSING = (*imports.MISSING, "torch.nn.attention.flex_attention")  # asked for by a model
+imports.lean()
 from diffusers import UNet2DConditionModel
 """
+    said = tmp_path / "said"
+    script = f"import sys; sys.stderr = open({str(said)!r}, 'w')\n{script}"
     assert "peft" in imported(tmp_path, script)
+    assert "imported whole, which takes longer: import of torch.nn.attention" in said.read_text()
 
 
-def test_with_the_compiler_all_is_imported_whole(tmp_path):
-    script = "import imports; imports.lean(compiled=True, xformers=False)\n"
-    assert not imported(tmp_path, script)
+def test_what_is_imported_already_is_left_alone(tmp_path):
+    script = """
+import diffusers, imports, sys
+there = set(sys.modules)
+imports.lean()
+assert set(sys.modules) == there
+"""
+    assert "diffusers" in imported(tmp_path, script)
+
+
+@pytest.mark.parametrize("option", ["--compile", "--attention xformers"])
+def test_a_run_that_takes_what_is_left_out_imports_all_of_it_as_usual(monkeypatch, option):
+    called = []
+    monkeypatch.setattr(imports, "lean", lambda: called.append(option))
+    start.begin(configuration.parse(["t4", "--device", "cpu"]))
+    assert called.pop() == option
+    start.begin(configuration.parse(["t4", "--device", "cpu", *option.split()]))
+    assert not called
 
 
 def test_what_is_out_of_sight_comes_back_and_what_is_there_stays():

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 import types
 from dataclasses import replace
 
@@ -119,7 +120,22 @@ def test_compiling_is_set_against_the_length_of_the_run():
         plan.COMPILED, abs=0.005
     )
     said = plan.compiling(replace(T4, max_train_steps=500), [1.0, 2.0])
-    assert "962 to 1,925 steps earn it back, and the run has 500" in said
+    assert "962 to 1,925 steps earn it back; the run has 500" in said
+    cpu = torch.device("cpu")
+    _, said = plan.choose(replace(T4, compile=True), cpu, torch.float16, loop.micro_step)
+    assert said.startswith("--compile takes 77 s") and "earn" not in said  # no step is estimated
+    unrecorded = plan.compiling(replace(T4, cuda_graph=False), [1.0, 2.0])
+    assert "recorded steps only; the run has 1,000" in unrecorded
+
+
+def test_the_stored_plan_of_a_t4_is_what_make_plan_says(sdxl, monkeypatch, tmp_path):
+    monkeypatch.setattr(plan, "predictor", lambda *_: sdxl)
+    config = replace(T4, plan_for="T4", cache_dir=str(tmp_path))
+    lines = (ROOT / "benchmarks" / "plan_t4.txt").read_text().splitlines()
+    words = lambda line: re.sub(r"[\d.,]+", "#", line)  # noqa: E731  another torch counts another byte
+    said = plan.table(config, loop.micro_step).splitlines()
+    assert lines[0] == "$ make plan RECIPE=t4 CARD=T4"
+    assert [words(line) for line in lines[1:]] == [words(line) for line in said]
 
 
 def test_a_process_that_has_a_share_of_the_step_plans_for_no_more(tiny):

@@ -19,7 +19,7 @@ T4 = RECIPES["t4"][1]
 @pytest.fixture(autouse=True)
 def whole_libraries(monkeypatch):
     """For the tests that come after these in one process."""
-    monkeypatch.setattr(start.imports, "lean", lambda **_: None)
+    monkeypatch.setattr(start.imports, "lean", lambda: None)
 
 
 class Driver:
