@@ -39,7 +39,7 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DA
 	  --output-dir "runs/$${recipe%% *}-$(notdir $(DATA:%/=%))$(if $(filter --quick,$(ARGS)),-quick)") $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"
-	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(CARD)" $(ARGS)
+	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers

@@ -6,6 +6,7 @@ import functools
 import logging
 import math
 import os
+import re
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -250,8 +251,13 @@ QUICK = {
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
-    option.
+    option or recipe.
     """
+    words = sys.argv[1:] if argv is None else argv
+    if words and words[0] not in RECIPES and re.fullmatch(r"\w+", words[0]):
+        unknown = Refusal(f"recipe {words[0]}", f"one of {', '.join(RECIPES)}", "loop.py t4, say")
+        print(f"error: {unknown}", file=sys.stderr)
+        sys.exit(2)
     read = functools.partial(tyro.extras.overridable_config_cli, args=argv, prog="loop.py")
     config = read(RECIPES)
     # --quick: the same words again, where what is not given has another value.

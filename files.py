@@ -118,6 +118,7 @@ def only_run(folder: Path):
     except ImportError:  # Windows has none: there two runs are not noticed
         yield
         return
+    made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
         file = open(folder / ".lock", "w")
@@ -134,7 +135,13 @@ def only_run(folder: Path):
             ) from None
         except OSError:
             pass  # a file system without locks, such as some network mounts
-        yield
+        try:
+            yield
+        finally:
+            if made and [path.name for path in folder.iterdir()] == [".lock"]:  # it was refused
+                with contextlib.suppress(OSError):
+                    (folder / ".lock").unlink()
+                    folder.rmdir()
 
 
 def sweep_parts(folder: Path) -> None:

@@ -420,6 +420,8 @@ def fit(config: Config, interrupts: report.Interrupts, team: parallel.Alone) -> 
         print(f"\ninterrupted: step {run.step} is saved; the same command continues")
         return 128 + (interrupts.caught or signal.SIGTERM)
     run.forward_backward = None  # a recording holds the memory of a whole step
+    if config.compile:
+        model.uncompile(run.unet)  # else the check would compile the forward pass alone
     model.free_memory()
     team.leave()
     if not team.first:

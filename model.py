@@ -242,6 +242,12 @@ def compile_resnets(unet: UNet2DConditionModel) -> None:
             module.compile(dynamic=False)
 
 
+def uncompile(unet: UNet2DConditionModel) -> None:
+    """Have every module compute by its definition again."""
+    for module in unet.modules():
+        module._compiled_call_impl = None
+
+
 def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The UNet's answer (B, C, H, W), fp32, to x_t (B, C, H, W) at timesteps batch["t"] (B,), under
     batch["context"] (B, T, D), batch["pooled"] (B, P) and batch["time_ids"] (B, 6), which stay

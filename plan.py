@@ -40,7 +40,8 @@ from vetting import SDXL_UNET
 @dataclass(frozen=True)
 class Card:
     """name: as torch says it, or a part of it; gib: about what torch reports as its memory; half
-    and single: peak TFLOP/s of fp16 (or bf16) and fp32 products, dense; capability: sm_XY.
+    and single: peak TFLOP/s of fp16 (or bf16) products summed in fp32, which GeForce cards do at
+    half the rate of sums in fp16, and of fp32 products, dense; capability: sm_XY.
     """
 
     name: str
@@ -57,9 +58,9 @@ CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
         Card("T4", 14.56, 65, 8.1, 300, (7, 5)),
         Card("P100", 15.89, 18.7, 9.3, 732, (6, 0)),
         Card("V100", 15.77, 112, 14.0, 900, (7, 0)),
-        Card("RTX 2060", 5.79, 52, 6.5, 336, (7, 5)),
-        Card("RTX 2070", 7.78, 60, 7.5, 448, (7, 5)),
-        Card("RTX 3060", 11.75, 51, 12.7, 360, (8, 6)),
+        Card("RTX 2060", 5.79, 26, 6.5, 336, (7, 5)),
+        Card("RTX 2070", 7.78, 30, 7.5, 448, (7, 5)),
+        Card("RTX 3060", 11.75, 25.5, 12.7, 360, (8, 6)),
         Card("RTX 3090", 23.68, 71, 35.6, 936, (8, 6)),
         Card("RTX 4090", 23.64, 165, 82.6, 1008, (8, 9)),
         Card("L4", 22.03, 121, 30.3, 300, (8, 9)),
@@ -116,10 +117,9 @@ def seconds_again(config: Config, work: Work, card: Card, half: bool) -> float:
 
 def compiling(config: Config, seconds: list[float]) -> str:
     """--compile against the run's length. seconds: estimates of a recorded step's, if known."""
-    said = f"{COMPILE} s more at the start (on an H100's host) for {COMPILED:.0%} less a step"
-    if not config.cuda_graph:
-        said += ", measured with recorded steps only"
-    elif seconds:
+    said = f"{COMPILE} s more at the start for {COMPILED:.0%} less a step, as measured once (H100, "
+    said += "512 px, fp16, recorded, nothing recomputed)"
+    if seconds:
         steps = (f"{COMPILE / COMPILED / s:,.0f}" for s in sorted(seconds, reverse=True))
         said += f": {' to '.join(steps)} steps earn it back"
     return f"{said}; the run has {config.max_train_steps:,}"
@@ -352,7 +352,8 @@ def chosen_way(
         f"memory plan: {in_words(plan.config)}: {plan.prediction.peak / GIB:.1f} GiB predicted, "
         f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; {why_not_more(plan)}"
     )
-    return plan.config, line, step_seconds(plan, card, half)
+    known = config.cuda_graph and half and not plan.config.gradient_checkpointing
+    return plan.config, line, step_seconds(plan, card, half) if known else []
 
 
 # ---- make plan -----------------------------------------------------------------------------------
@@ -422,7 +423,7 @@ def rows_of(config: Config, plan: Plan, card: Card, dtype: torch.dtype, free: in
         *files,
         *estimate(way, found, card, half),
     ]
-    if way.cuda_graph:
+    if way.cuda_graph and half and not way.gradient_checkpointing:
         rows.append(f"{'--compile':>24} {compiling(way, step_seconds(plan, card, half))}")
     if config.memory_plan and fits:
         rows.append(f"why not faster: {why_not_more(plan)}")

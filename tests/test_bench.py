@@ -221,3 +221,10 @@ def test_two_processes_are_timed_beside_one_and_have_its_losses(tmp_path):
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(one["losses"]) == 3
     assert two["s_all_reduce"] > one["s_all_reduce"] >= 0
     assert two["speed_up"] == pytest.approx(one["s_per_step"] / two["s_per_step"], rel=1e-2)
+
+
+def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert bench.main(["ladder", "--out", str(tmp_path / "a.json")]) == 1
+    said = capsys.readouterr().err
+    assert "no GPU is seen" in said and "--device cpu" in said and not list(tmp_path.iterdir())

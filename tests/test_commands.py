@@ -381,3 +381,11 @@ def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(
     monkeypatch.setattr(generate, "run", full)
     refused(train("--validation-prompts", "red apple"), "the adapter is saved", "--resolution 64")
     assert (tmp_path / "out" / lora.FILE_NAME).is_file()
+
+
+def test_a_refused_run_leaves_no_folder_of_its_own(train, tmp_path):
+    refused(train("--dataset-name", str(tmp_path / "none")), "no folder here")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    refused(train("--dataset-name", str(tmp_path / "none")), "no folder here")
+    assert (tmp_path / "out").is_dir()  # somebody else's
