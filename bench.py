@@ -326,11 +326,12 @@ def main(argv: list[str] | None = None) -> int:
     path = Path(options.out or ROOT / "runs" / "bench" / f"bench_{options.command}.json")
     typed = " ".join(["python bench.py", *(sys.argv[1:] if argv is None else argv)])
     try:
-        if options.command != "against" and options.on.type == "cpu" and options.device == "auto":
+        here = options.command != "against" and options.device == "auto" and not options.tiny
+        if here and options.on.type == "cpu":
             raise Refusal(
                 "no GPU is seen, and full-size SDXL takes minutes a step on a CPU",
                 "a CUDA GPU",
-                "add --tiny --device cpu for the small model's shape, or only --device cpu",
+                "add --tiny for the small model's shape, or --device cpu",
             )
         on = "" if options.command == "against" else machine(options.on)  # of several machines
         if options.cap_gib and options.on.type == "cuda":

@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import os
-import re
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
@@ -254,7 +253,7 @@ def parse(argv: list[str] | None = None) -> Config:
     option or recipe.
     """
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] not in RECIPES and re.fullmatch(r"\w+", words[0]):
+    if words and words[0] not in RECIPES and not words[0].startswith("-"):
         unknown = Refusal(f"recipe {words[0]}", f"one of {', '.join(RECIPES)}", "loop.py t4, say")
         print(f"error: {unknown}", file=sys.stderr)
         sys.exit(2)

@@ -13,8 +13,14 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
+from typing import TextIO
 
 from safetensors import SafetensorError, safe_open
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: there two runs in one folder are not noticed
+    fcntl = None
 
 
 class Refusal(Exception):
@@ -109,39 +115,49 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def only_run(folder: Path):
-    """Hold `folder` for this process. Raises Refusal where another run holds it.
+    """Hold `folder` for this process. Raises Refusal where another run holds it. A folder that was
+    made here and in which nothing was written is removed at the end.
 
     The lock is the kernel's (flock): it goes with the process, however that ends.
     """
+    path = folder / ".lock"
     try:
-        import fcntl
-    except ImportError:  # Windows has none: there two runs are not noticed
-        yield
-        return
-    made = not folder.exists()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(folder / ".lock", "w")
+        made = not folder.exists()
+        file = lock(path)
     except OSError as error:
-        raise unwritable(folder / ".lock", 0, error) from error
+        raise unwritable(path, 0, error) from error
     with file:
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                if made and list(folder.iterdir()) == [path]:  # refused
+                    path.unlink()
+                    folder.rmdir()
+
+
+def lock(path: Path) -> TextIO:
+    """`path`, made, open and locked. Raises Refusal where another process has it locked."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = open(path, "w")
+        if not fcntl:
+            return file
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            file.close()
             raise Refusal(
-                f"another run is at work in {folder}",
+                f"another run is at work in {path.parent}",
                 "one run for each output folder",
                 "wait for it, or name another --output-dir",
             ) from None
         except OSError:
-            pass  # a file system without locks, such as some network mounts
-        try:
-            yield
-        finally:
-            if made and [path.name for path in folder.iterdir()] == [".lock"]:  # it was refused
-                with contextlib.suppress(OSError):
-                    (folder / ".lock").unlink()
-                    folder.rmdir()
+            return file  # a file system without locks, such as some network mounts
+        with contextlib.suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        file.close()  # another run, at its end, removed this file between open and flock
 
 
 def sweep_parts(folder: Path) -> None:

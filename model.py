@@ -287,8 +287,9 @@ def import_clip() -> ModuleType:
     except Exception as error:  # built for another torch or torchvision: any class
         raise Refusal(
             f"transformers does not load here ({first_line(error)})",
-            "transformers 4.56 or newer, and a torchvision that fits torch",
-            "pip install --upgrade transformers torchvision; the same command then continues",
+            "transformers 4.56 or newer; a torchvision, if there is one, that fits torch",
+            'pip install "transformers>=4.56", or pip uninstall torchvision, which nothing here '
+            "calls; the same command then continues",
         ) from error
     return transformers
 

@@ -101,7 +101,8 @@ def test_a_value_that_cannot_be_is_refused_by_name(train, tmp_path, option, valu
 
 
 @pytest.mark.parametrize(
-    "argv", [["t4", "--leerning-rate", "1"], ["t5"], ["t4", "--lora-rank", "many"]]
+    "argv",
+    [["t4", "--leerning-rate", "1"], ["orignal"], ["low-mem"], ["t4", "--lora-rank", "many"]],
 )
 def test_an_unknown_option_leaves_with_2_before_anything_heavy_is_imported(argv):
     guard = (
@@ -381,6 +382,28 @@ def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(
     monkeypatch.setattr(generate, "run", full)
     refused(train("--validation-prompts", "red apple"), "the adapter is saved", "--resolution 64")
     assert (tmp_path / "out" / lora.FILE_NAME).is_file()
+
+
+def test_a_lock_that_another_run_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
+    import fcntl
+
+    flock, path = fcntl.flock, tmp_path / "out" / ".lock"
+
+    def remove_and_flock(file, how):
+        monkeypatch.setattr(fcntl, "flock", flock)
+        path.unlink()
+        path.parent.rmdir()
+        flock(file, how)
+
+    monkeypatch.setattr(fcntl, "flock", remove_and_flock)
+    with files.only_run(path.parent):
+        with pytest.raises(files.Refusal, match="another run"), files.only_run(path.parent):
+            pass
+    assert not path.parent.exists()
+
+
+def test_a_folder_whose_name_cannot_be_is_refused(train):
+    refused(train("--output-dir", "x" * 300), "could not be written", "--output-dir")
 
 
 def test_a_refused_run_leaves_no_folder_of_its_own(train, tmp_path):

@@ -15,6 +15,7 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+import transformers
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from huggingface_hub import HfApi
 from PIL import Image
@@ -91,6 +92,21 @@ def test_the_unconditional_embedding_is_what_the_pipeline_guides_away_from(tmp_p
     )
     assert torch.equal(context, want) and torch.equal(pooled, want_pooled)
     assert bool((context == 0).all()) == zeros
+
+
+def test_a_transformers_that_does_not_load_is_refused_without_a_remedy_that_changes_torch(
+    monkeypatch,
+):
+    class Broken:
+        utils = transformers.utils
+
+        def __getattr__(self, name):
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setitem(sys.modules, "transformers", Broken())
+    with pytest.raises(Refusal, match=r"nms does not exist.*pip uninstall torchvision") as refusal:
+        model.load_text_encoders(str(POCKET), CPU)
+    assert "upgrade" not in str(refusal.value)
 
 
 def test_fp16_text_encoder_files_are_computed_in_fp32(tmp_path, text):
