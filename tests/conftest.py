@@ -14,6 +14,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as make test runs them: each has its 
     cores, workers = os.cpu_count() or 1, int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
 
+import gc
 import json
 import shutil
 import sys
@@ -28,6 +29,7 @@ sys.path.insert(0, str(ROOT))
 from diffusers import UNet2DConditionModel  # noqa: E402
 
 import hub  # noqa: E402
+import vetting  # noqa: E402
 
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
@@ -90,6 +92,36 @@ def hub_asked_anew():
     yield
     hub.hub_files.cache_clear()
     hub.fetch_from_hub.cache_clear()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def quick_collections():
+    """Or each model.free_memory() goes through all that was imported: a quarter of a whole run."""
+    from diffusers import StableDiffusionXLPipeline  # noqa: F401  imported only when asked for
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True, scope="session")
+def the_pocket_is_tried_once():
+    """model.build_unet() sends shapes through every UNet that is not SDXL base's. The pocket's need
+    that once, not in each of some hundred whole runs, of which it is a sixth.
+    """
+    wanted = json.loads((POCKET / "unet" / "config.json").read_text()).items()
+    known, seen = vetting.is_sdxl_base, []
+
+    def is_sdxl_base(unet) -> bool:
+        found = json.loads(json.dumps(unet.config))
+        pocket = all(found.get(name) == value for name, value in wanted if name[0] != "_")
+        seen.extend([pocket] if pocket else [])
+        return known(unet) or (pocket and len(seen) > 1)
+
+    vetting.is_sdxl_base = is_sdxl_base
+    yield
+    vetting.is_sdxl_base = known
 
 
 @pytest.fixture

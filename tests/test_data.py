@@ -3,7 +3,6 @@ what is damaged is refused by name."""
 
 import dataclasses
 import functools
-import gc
 import io
 import itertools
 import json
@@ -606,14 +605,6 @@ def test_a_random_crop_is_drawn_once_from_seed_and_picture():
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def quick_collections():
-    """fill_cache() collects garbage; what was imported is none, and takes half a second to walk."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @functools.cache

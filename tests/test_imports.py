@@ -40,6 +40,7 @@ def imported(tmp_path, script: str, *words: str) -> set[str]:
     return set(json.loads(said.read_text()))
 
 
+@pytest.mark.slow  # three whole runs in new processes
 def test_a_run_needs_no_peft_and_from_a_full_cache_no_transformers_and_computes_the_same(
     few, tmp_path
 ):

@@ -645,7 +645,7 @@ def test_a_second_run_loads_no_encoder(train, monkeypatch):
 # ---- law 4: exported equals trained --------------------------------------------------------------
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_diffusers_draws_our_picture_from_our_files(train, tmp_path, dtype):
     """Both files, loaded by load_lora_weights (peft), draw what generate.py draws; strength 0 is
     the bare model.
