@@ -254,8 +254,8 @@ def parse(argv: list[str] | None = None) -> Config:
     """
     words = sys.argv[1:] if argv is None else argv
     if words and words[0] not in RECIPES and not words[0].startswith("-"):
-        unknown = Refusal(f"recipe {words[0]}", f"one of {', '.join(RECIPES)}", "loop.py t4, say")
-        print(f"error: {unknown}", file=sys.stderr)
+        wrong = Refusal(f"recipe {words[0]!r}", f"one of {', '.join(RECIPES)}", "python loop.py t4")
+        print(f"error: {wrong}", file=sys.stderr)
         sys.exit(2)
     read = functools.partial(tyro.extras.overridable_config_cli, args=argv, prog="loop.py")
     config = read(RECIPES)

@@ -93,7 +93,8 @@ def unwritable(path: Path, size: int, error: OSError) -> Refusal:
     """The refusal for a path that an OSError kept from being written; `size` in bytes."""
     return Refusal(
         f"{path} could not be written ({error.strerror or error})",
-        f"a folder that this user may write to with {size / 1e6:.1f} MB free",
+        "a folder that this user may write to"
+        + (f" with {size / 1e6:.1f} MB free" if size else ""),
         "free some space or name another folder with --output-dir or --cache-dir, then give the "
         "same command again",
     )
@@ -115,17 +116,17 @@ def sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def only_run(folder: Path):
-    """Hold `folder` for this process. Raises Refusal where another run holds it. A folder that was
-    made here and in which nothing was written is removed at the end.
+    """Hold `folder` for this process. Raises Refusal where another run holds it, or where it cannot
+    be written. A folder that was made here and in which nothing was written is removed at the end.
 
-    The lock is the kernel's (flock): it goes with the process, however that ends.
+    The lock is the kernel's (flock): it goes with the process, however that ends. Without flock
+    (Windows) nothing is made or held.
     """
+    if not fcntl:
+        yield
+        return
     path = folder / ".lock"
-    try:
-        made = not folder.exists()
-        file = lock(path)
-    except OSError as error:
-        raise unwritable(path, 0, error) from error
+    made, file = lock(path)
     with file:
         try:
             yield
@@ -136,13 +137,22 @@ def only_run(folder: Path):
                     folder.rmdir()
 
 
-def lock(path: Path) -> TextIO:
-    """`path`, made, open and locked. Raises Refusal where another process has it locked."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = open(path, "w")
-        if not fcntl:
-            return file
+def lock(path: Path) -> tuple[bool, TextIO]:
+    """Whether `path`'s folder was made for it, and `path`, made, open and locked. Raises Refusal
+    where another process has it locked or it cannot be written.
+
+    Another run that ends may remove both at any moment in between: then all begins anew, a bounded
+    number of times.
+    """
+    for turns_left in reversed(range(100)):
+        made = not path.parent.exists()
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            file = open(path, "w")
+        except OSError as error:
+            if turns_left and isinstance(error, (FileNotFoundError, FileExistsError)):
+                continue
+            raise unwritable(path, 0, error) from error
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -153,11 +163,13 @@ def lock(path: Path) -> TextIO:
                 "wait for it, or name another --output-dir",
             ) from None
         except OSError:
-            return file  # a file system without locks, such as some network mounts
+            break  # a file system without locks, such as some network mounts
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        file.close()  # another run, at its end, removed this file between open and flock
+                break
+        if turns_left:  # at 0: a file system on which no file is ever itself
+            file.close()
+    return made, file
 
 
 def sweep_parts(folder: Path) -> None:

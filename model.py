@@ -288,8 +288,8 @@ def import_clip() -> ModuleType:
         raise Refusal(
             f"transformers does not load here ({first_line(error)})",
             "transformers 4.56 or newer; a torchvision, if there is one, that fits torch",
-            'pip install "transformers>=4.56", or pip uninstall torchvision, which nothing here '
-            "calls; the same command then continues",
+            'pip install "transformers>=4.56", or pip uninstall -y torchvision, which no '
+            "command here calls; the same command then continues",
         ) from error
     return transformers
 

@@ -15,6 +15,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as make test runs them: each has its 
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
 
 import gc
+import itertools
 import json
 import shutil
 import sys
@@ -110,14 +111,16 @@ def the_pocket_is_tried_once():
     """model.build_unet() sends shapes through every UNet that is not SDXL base's. The pocket's need
     that once, not in each of some hundred whole runs, of which it is a sixth.
     """
-    wanted = json.loads((POCKET / "unet" / "config.json").read_text()).items()
-    known, seen = vetting.is_sdxl_base, []
+    entries = lambda config: json.dumps(  # noqa: E731  16.0 is not 16
+        {name: value for name, value in config.items() if name[0] != "_"}, sort_keys=True
+    )
+    wanted = entries(json.loads((POCKET / "unet" / "config.json").read_text()))
+    known, seen = vetting.is_sdxl_base, itertools.count()
 
     def is_sdxl_base(unet) -> bool:
-        found = json.loads(json.dumps(unet.config))
-        pocket = all(found.get(name) == value for name, value in wanted if name[0] != "_")
-        seen.extend([pocket] if pocket else [])
-        return known(unet) or (pocket and len(seen) > 1)
+        if entries(unet.config) == wanted:
+            return next(seen) > 0
+        return known(unet)
 
     vetting.is_sdxl_base = is_sdxl_base
     yield

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -15,6 +16,7 @@ import pytest
 import torch
 from PIL import Image
 
+import config as configuration
 import files
 import generate
 import hub
@@ -22,6 +24,7 @@ import loop
 import lora
 import model
 from conftest import INK, POCKET, ROOT
+from files import Refusal
 
 
 @pytest.fixture
@@ -102,7 +105,7 @@ def test_a_value_that_cannot_be_is_refused_by_name(train, tmp_path, option, valu
 
 @pytest.mark.parametrize(
     "argv",
-    [["t4", "--leerning-rate", "1"], ["orignal"], ["low-mem"], ["t4", "--lora-rank", "many"]],
+    [["t4", "--leerning-rate", "1"], ["orignal"], ["t4", "--lora-rank", "many"]],
 )
 def test_an_unknown_option_leaves_with_2_before_anything_heavy_is_imported(argv):
     guard = (
@@ -115,6 +118,15 @@ def test_an_unknown_option_leaves_with_2_before_anything_heavy_is_imported(argv)
     assert done.returncode == 2
     assert argv[-1].lstrip("-").split("-")[0] in done.stdout + done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("word", ["orignal", "low-mem", "my pictures", "runs/t4", ""])
+def test_a_recipe_that_is_none_is_answered_in_one_line(word, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        configuration.parse([word])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: recipe {word!r}; expected one of original, t4,")
+    assert line.endswith("What to do: python loop.py t4")
 
 
 def test_the_scripts_check_their_options_first():
@@ -290,7 +302,7 @@ def test_an_adapter_of_another_architecture_rank_or_format_is_refused(trained, t
     refused(draw(capsys, str(tmp_path / "none.safetensors"), *base), "no such file")
     unet = model.load_unet(str(POCKET), torch.device("cpu"), torch.float32)
     eight = lora.inject(unet, lora.TARGETS, 8, 16)
-    with pytest.raises(files.Refusal, match="rank 16 and alpha 16; expected rank 8 and alpha 16"):
+    with pytest.raises(Refusal, match="rank 16 and alpha 16; expected rank 8 and alpha 16"):
         lora.load(eight, file)
 
 
@@ -384,31 +396,64 @@ def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(
     assert (tmp_path / "out" / lora.FILE_NAME).is_file()
 
 
-def test_a_lock_that_another_run_removes_meanwhile_is_taken_anew(tmp_path, monkeypatch):
-    import fcntl
+def once(monkeypatch, place, name: str, first):
+    """`place`.`name` is preceded by first() the next time it is called."""
+    kept = getattr(place, name, open)
 
-    flock, path = fcntl.flock, tmp_path / "out" / ".lock"
+    def called(*words, **options):
+        monkeypatch.setattr(place, name, kept, raising=False)
+        first()
+        return kept(*words, **options)
 
-    def remove_and_flock(file, how):
-        monkeypatch.setattr(fcntl, "flock", flock)
-        path.unlink()
-        path.parent.rmdir()
-        flock(file, how)
+    monkeypatch.setattr(place, name, called, raising=False)
 
-    monkeypatch.setattr(fcntl, "flock", remove_and_flock)
-    with files.only_run(path.parent):
-        with pytest.raises(files.Refusal, match="another run"), files.only_run(path.parent):
+
+@pytest.mark.parametrize("before", ["mkdir", "open", "flock"])
+def test_a_folder_that_another_run_removes_meanwhile_is_made_and_held_anew(
+    tmp_path, monkeypatch, before
+):
+    folder = tmp_path / "out"
+    place = {"open": files, "flock": files.fcntl, "mkdir": Path}[before]
+
+    def gone():
+        shutil.rmtree(folder, ignore_errors=True)
+        if before == "mkdir":  # there when mkdir made it, gone when it looked
+            raise FileExistsError(errno.EEXIST, "File exists")
+
+    once(monkeypatch, place, before, gone)
+    with files.only_run(folder):
+        with pytest.raises(Refusal, match="another run"), files.only_run(folder):
             pass
-    assert not path.parent.exists()
+        assert (folder / ".lock").is_file()
+    assert not folder.exists()
 
 
-def test_a_folder_whose_name_cannot_be_is_refused(train):
-    refused(train("--output-dir", "x" * 300), "could not be written", "--output-dir")
+@pytest.mark.parametrize("without", ["flock", "inodes"])
+def test_a_file_system_without_locks_does_not_keep_a_run_from_its_folder(
+    tmp_path, monkeypatch, without
+):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    if without == "flock":
+        monkeypatch.setattr(files.fcntl, "flock", unsupported)
+    else:
+        monkeypatch.setattr(os.path, "samestat", lambda *_: False)
+    with files.only_run(tmp_path / "out"):
+        (tmp_path / "out" / "picture.png").touch()
+    assert (tmp_path / "out" / "picture.png").is_file()
 
 
-def test_a_refused_run_leaves_no_folder_of_its_own(train, tmp_path):
-    refused(train("--dataset-name", str(tmp_path / "none")), "no folder here")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out").mkdir()
-    refused(train("--dataset-name", str(tmp_path / "none")), "no folder here")
-    assert (tmp_path / "out").is_dir()  # somebody else's
+def test_without_flock_no_folder_is_made(tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "fcntl", None)
+    with files.only_run(tmp_path / "out"):
+        assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for folder in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(Refusal) as refusal, files.only_run(folder):
+            pass
+        assert str(folder / ".lock") in str(refusal.value) and "--output-dir" in str(refusal.value)
+        assert "MB" not in str(refusal.value)

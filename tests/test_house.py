@@ -15,7 +15,7 @@ MODULES = sorted(path.stem for path in ROOT.glob("*.py"))
 BUDGET = {  # lines of code: without blanks, comments and docstrings
     "ahead": 50,
     "config": 240,
-    "files": 145,
+    "files": 150,
     "hub": 140,
     "sources": 220,
     "model": 295,
