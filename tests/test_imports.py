@@ -78,6 +78,7 @@ optimizer.load_state_dict(optimizer.state_dict())
     assert imported(tmp_path, script) == {"diffusers", "bitsandbytes"}
 
 
+@pytest.mark.slow
 def test_a_version_that_needs_what_is_out_of_sight_is_imported_whole_and_says_why(tmp_path):
     script = """
 import imports
@@ -91,6 +92,7 @@ from diffusers import UNet2DConditionModel
     assert "imported whole, which takes longer: import of torch.nn.attention" in said.read_text()
 
 
+@pytest.mark.slow
 def test_what_is_imported_already_is_left_alone(tmp_path):
     script = """
 import diffusers, imports, sys

@@ -157,6 +157,7 @@ def test_a_card_too_small_is_refused_with_the_recipe_lowmem(tiny):
         choose(tiny, int(0.9 * least))
 
 
+@pytest.mark.slow
 def test_lowmem_plans_for_a_card_of_6_gb_and_is_small_without_a_plan():
     lowmem, card = RECIPES["lowmem"][1], plan.named_card("RTX 2060")
     predict = plan.predictor(lowmem, torch.float16, loop.micro_step, plan.SDXL_UNET, None)

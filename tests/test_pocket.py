@@ -367,6 +367,7 @@ def ask(pipe, prompts: list[str], seed: int) -> list[np.ndarray]:
     return [np.asarray(picture) for picture in answer.images]
 
 
+@pytest.mark.slow
 def test_model_reads_colours_and_numbers_in_new_combinations(pipe):
     rows = HELDOUT["combinations"]
     prompts = [row["prompt"] for row in rows]
