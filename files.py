@@ -145,8 +145,8 @@ def lock(path: Path) -> tuple[bool, TextIO]:
     number of times.
     """
     for turns_left in reversed(range(100)):
-        made = not path.parent.exists()
         try:
+            made = not path.parent.exists()
             path.parent.mkdir(parents=True, exist_ok=True)
             file = open(path, "w")
         except OSError as error:

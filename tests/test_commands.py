@@ -457,3 +457,15 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
             pass
         assert str(folder / ".lock") in str(refusal.value) and "--output-dir" in str(refusal.value)
         assert "MB" not in str(refusal.value)
+
+
+def test_a_folder_whose_name_cannot_be_is_refused(train):
+    refused(train("--output-dir", "x" * 300), "could not be written", "--output-dir")
+
+
+def test_a_refused_run_leaves_no_folder_of_its_own(train, tmp_path):
+    refused(train("--dataset-name", str(tmp_path / "none")), "no folder here")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    refused(train("--dataset-name", str(tmp_path / "none")), "no folder here")
+    assert (tmp_path / "out").is_dir()  # somebody else's
