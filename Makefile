@@ -48,7 +48,7 @@ generate: $(SETUP)  ## before/after picture of the newest run; ARGS="runs/t4 --p
 	$(PYTHON) generate.py $(if $(ARGS),$(ARGS),--compare)
 
 bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; ARGS="recipe t4 --cap-gib 14.5"
-	$(PYTHON) bench.py $(if $(ARGS),$(ARGS),ladder)
+	$(PYTHON) -m benchmarks.ladder $(if $(ARGS),$(ARGS),ladder)
 
 test: $(SETUP)  ## the mathematics, the laws and the whole job on a small model; CPU, no network
 	$(PYTHON) -m pytest $(SHARED)
@@ -61,7 +61,7 @@ notebooks: $(SETUP)  ## run both notebooks and check what they store; ARGS=--wri
 	$(PYTHON) notebooks/execute.py $(ARGS)
 
 stress: $(SETUP)  ## kill runs, fill disks, damage files: the laws must hold (CPU, 10 minutes); ARGS="--only kills"
-	$(PYTHON) -m stress $(if $(ARGS),$(ARGS),--seed 0 --runs 200 --inputs 1000 --out benchmarks/stress.json)
+	PYTHONPATH=tests $(PYTHON) -m stress $(if $(ARGS),$(ARGS),--seed 0 --runs 200 --inputs 1000 --out benchmarks/results/stress.json)
 
 slow: $(SETUP)  ## the tests that make test leaves out
 	$(PYTHON) -m pytest -m slow $(SHARED)

@@ -26,11 +26,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import model
-import parallel
-from ahead import Ahead
-from blocks import whole_block, write_block
-from files import Refusal, digest, open_safetensors, sweep_parts
-from sources import Picture
+from fast import parallel
+from inputs.ahead import Ahead
+from inputs.blocks import whole_block, write_block
+from inputs.files import Refusal, digest, open_safetensors, sweep_parts
+from inputs.sources import Picture
 
 BLOCK = 16  # pictures or captions in one cache file: written whole or not at all
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes

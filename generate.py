@@ -17,8 +17,8 @@ from typing import Literal
 
 import tyro
 
-import config as configuration
-from files import Refusal, first_line, write_whole
+from inputs import options as configuration
+from inputs.files import Refusal, first_line, write_whole
 
 
 @dataclass(frozen=True)
@@ -91,11 +91,10 @@ from PIL import Image, ImageDraw, ImageFont  # noqa: E402
 from torch import Tensor  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import hub  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
-import nf4  # noqa: E402
-import vetting  # noqa: E402
+from fast import nf4  # noqa: E402
+from inputs import hub, vetting  # noqa: E402
 
 
 def load_pipeline(

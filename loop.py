@@ -10,8 +10,8 @@ in model.py.
 
 import sys
 
-import config as configuration
-import start
+from fast import start
+from inputs import options as configuration
 
 if __name__ == "__main__":
     # A wrong option is answered before the imports, and what waits for hardware begins.
@@ -35,23 +35,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-import checkpoint
 import data
-import deterministic
-import diagnose
-import fused
 import generate
-import graph
 import lora
 import model
-import nf4
-import parallel
-import plan
-import report
-import sources
-import vetting
-from config import Config
-from files import Refusal, first_line, only_run, write_whole
+from fast import deterministic, graph, nf4, parallel, plan
+from fast import layers as fused
+from inputs import sources, vetting
+from inputs.files import Refusal, first_line, only_run, write_whole
+from inputs.options import Config
+from keep import checkpoint, report
+from keep import faults as diagnose
 
 # ---- the method ----------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from files import (
+from inputs.files import (
     Refusal,
     data_section,
     first_line,

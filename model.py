@@ -27,9 +27,9 @@ from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-import vetting
-from files import Refusal, first_line, open_safetensors
-from hub import fetch, read_config, weight_files
+from inputs import vetting
+from inputs.files import Refusal, first_line, open_safetensors
+from inputs.hub import fetch, read_config, weight_files
 
 if TYPE_CHECKING:  # imported where a prompt is read: a start from a full cache reads none
     from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer

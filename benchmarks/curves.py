@@ -1,6 +1,6 @@
 """Does speed cost learning? Loss curves of three ways to compute one run, on the pocket model.
 
-    python -m benchmarks.curves            writes benchmarks/curves.json
+    python -m benchmarks.curves            writes benchmarks/results/curves.json
 
 By law 1 the examples, timesteps and noise of a step are the same in every run, so the curves are
 compared step by step: `original` computes as the definitions do, in fp32; `t4` as its recipe does,
@@ -33,7 +33,7 @@ class Options:
     """Compare the loss curves."""
 
     steps: int = 300
-    out: Path = Path("benchmarks/curves.json")
+    out: Path = Path("benchmarks/results/curves.json")
 
 
 def losses(name: str, steps: int, scratch: Path) -> list[float]:

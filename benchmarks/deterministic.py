@@ -103,8 +103,8 @@ def apart(one: Path, other: Path) -> dict:
     """How two runs differ: adapters, loss-scale counters, losses."""
     import torch
 
-    import checkpoint
     import lora
+    from keep import checkpoint
 
     states = [checkpoint.newest_state(folder / "checkpoints") for folder in (one, other)]
     (a, b), moved = (state["flat"] for state in states), lora.read(one).matrices
@@ -174,7 +174,7 @@ def works(device) -> dict:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    import fused
+    from fast import layers as fused
 
     dtype, B, side = (torch.float16, 4, 64) if device.type == "cuda" else (torch.float32, 1, 8)
     stream = torch.Generator(device).manual_seed(0)
@@ -250,7 +250,7 @@ def eight_bit_step(flat):
     import torch
 
     import loop
-    from config import RECIPES
+    from inputs.options import RECIPES
 
     config = dataclasses.replace(RECIPES["t4"][1], use_8bit_adam=True)
 
@@ -271,7 +271,7 @@ def whole_step(device) -> dict:
     """
     import torch
 
-    import bench
+    from benchmarks import ladder as bench
     from benchmarks import synthetic
 
     cuda = device.type == "cuda"
@@ -302,8 +302,8 @@ def kernels(options: argparse.Namespace) -> int:
     """
     import torch
 
-    import deterministic
-    from files import first_line
+    from fast import deterministic
+    from inputs.files import first_line
 
     device, way = torch.device(options.device), "with" if options.deterministic else "without"
     counts = {"of": CALLS - 1}

@@ -6,7 +6,9 @@ The reference is computed by the definitions, in fp32, from weights that were ro
 that is compared with it. The runs are bench.py's, and so are the options.
 """
 
-import bench  # first: it sets how long idle threads spin, before torch asks
+from benchmarks import (
+    ladder as bench,  # first: it sets how long idle threads spin, before torch asks
+)
 
 # isort: split
 import functools
@@ -16,11 +18,11 @@ from pathlib import Path
 import torch
 import tyro
 
-import config as configuration
 import loop
 import model
-from bench import LADDER, ROOT, Common, Row, Rows, changed
 from benchmarks import synthetic
+from benchmarks.ladder import LADDER, ROOT, Common, Row, Rows, changed
+from inputs import options as configuration
 
 
 def gradient(

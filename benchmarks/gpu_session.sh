@@ -5,7 +5,7 @@ set -u
 out=${1:?a folder with 40 GB free}
 python=${PYTHON:-.venv/bin/python}
 mkdir -p "$out"
-$python bench.py ladder --resolution 512 1024 --out "$out/bench_ladder.json"
+$python -m benchmarks.ladder ladder --resolution 512 1024 --out "$out/bench_ladder.json"
 $python benchmarks/full_size.py make "$out/model" "$out/photos"
 $python benchmarks/deterministic.py kernels "$out/kernels.json"
 $python benchmarks/deterministic.py kernels "$out/kernels.json" --deterministic
@@ -15,7 +15,7 @@ $python benchmarks/startup.py t4 --out "$out/startup.json" --train="$model"
 $python benchmarks/full_size.py run "$out/model" "$out/photos" "$out/full_size"
 $python benchmarks/memory_check.py predict "$out/predicted.json"
 $python benchmarks/memory_check.py measure "$out/predicted.json" "$out/memory_check.json"
-$python bench.py recipe --steps 20 --out "$out/bench_recipe.json"
+$python -m benchmarks.ladder recipe --steps 20 --out "$out/bench_recipe.json"
 $python -m benchmarks.int8 full --out "$out/int8.json"
 $python -m benchmarks.int8 time --out "$out/int8.json"
 $python -m benchmarks.exactness --out "$out/exactness.json"

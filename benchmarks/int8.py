@@ -9,7 +9,7 @@ Weights have one scale per output channel, activations one per token, found as t
 et al. 2022, https://arxiv.org/abs/2208.07339, section 3.1, without the outliers' own product): the
 forward product, and in the backward pass the one that gives the gradient of the inputs, for which
 the weights' scales are first multiplied into the incoming gradient. int8 times int8 is summed in
-int32 (torch._int_mm). Results go to benchmarks/int8.json, under the command's name.
+int32 (torch._int_mm). Results go to benchmarks/results/int8.json, under the command's name.
 """
 
 import contextlib
@@ -25,7 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-import bench  # first: it sets how long idle threads spin, before torch asks
+from benchmarks import (
+    ladder as bench,  # first: it sets how long idle threads spin, before torch asks
+)
 
 # isort: split
 import numpy as np
@@ -34,13 +36,13 @@ import tyro
 from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 
-import checkpoint
-import config as configuration
 import loop
 import lora
 import model
 from benchmarks import synthetic
-from nf4 import WHOLE
+from fast.nf4 import WHOLE
+from inputs import options as configuration
+from keep import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "pocket" / "model"
@@ -333,7 +335,7 @@ class Options:
     seeds: tuple[int, ...] = (0,)
     # Where `python -m pocket.build --stages render` left the drawings.
     work: Path = Path("runs/pocket-build")
-    out: Path = Path("benchmarks/int8.json")
+    out: Path = Path("benchmarks/results/int8.json")
 
 
 def main() -> None:

@@ -23,12 +23,14 @@ from diffusers import UNet2DConditionModel  # noqa: E402
 
 import loop  # noqa: E402
 import lora  # noqa: E402
-import memory  # noqa: E402
 import model  # noqa: E402
-import nf4  # noqa: E402
-import plan  # noqa: E402
 from benchmarks import synthetic  # noqa: E402
-from config import RECIPES, Config  # noqa: E402
+from fast import (
+    memory,
+    nf4,
+    plan,
+)
+from inputs.options import RECIPES, Config  # noqa: E402
 
 GIB = 2**30
 # Some of the blocks that are cheapest to recompute for what they keep.

@@ -1,7 +1,7 @@
 """How well the recipe pocket learns a style on this machine, over several seeds.
 
     python -m pocket.build --stages render          once, with a network: the true drawings
-    python -m benchmarks.pocket                     writes benchmarks/pocket.json
+    python -m benchmarks.pocket                     writes benchmarks/results/pocket.json
 
 Each seed is a whole run: `loop.py pocket --seed N` from command to picture, timed, then the
 prompts of pocket/heldout.json drawn with `generate.py` and measured as pocket/measure.py says.
@@ -38,7 +38,7 @@ class Options:
     # Another model to measure in the place of pocket/model.
     model: str = "pocket/model"
     # What to write; also a picture of the same name.
-    out: Path = Path("benchmarks/pocket.json")
+    out: Path = Path("benchmarks/results/pocket.json")
     # Options for loop.py.
     train: tuple[str, ...] = ()
 

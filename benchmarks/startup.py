@@ -1,6 +1,6 @@
 """From command to first optimizer step, phase by phase, beside an earlier version of this code.
 
-    python benchmarks/startup.py pocket                        writes benchmarks/startup.json
+    python benchmarks/startup.py pocket                        writes benchmarks/results/startup.json
     python benchmarks/startup.py t4 --than 0d5804a --out runs/startup.json
 
 Both versions run in turn, since a machine's speed changes over minutes, with encoded pictures in
@@ -142,7 +142,7 @@ class Options:
     # More options for loop.py, as one word.
     train: str = ""
     # What to write.
-    out: Path = Path("benchmarks/startup.json")
+    out: Path = Path("benchmarks/results/startup.json")
 
 
 def start(tree: Path, scratch: Path, argv: list[str]) -> dict:

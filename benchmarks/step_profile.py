@@ -6,7 +6,9 @@
 The runs are bench.py's, and so are the options.
 """
 
-import bench  # first: it sets how long idle threads spin, before torch asks
+from benchmarks import (
+    ladder as bench,  # first: it sets how long idle threads spin, before torch asks
+)
 
 # isort: split
 import functools
@@ -19,11 +21,11 @@ from typing import Literal
 import torch
 import tyro
 
-import config as configuration
 import loop
 import model
-from bench import ROOT, Common, Row, Rows, changed, matrix_peak, wait
 from benchmarks import synthetic
+from benchmarks.ladder import ROOT, Common, Row, Rows, changed, matrix_peak, wait
+from inputs import options as configuration
 
 
 @dataclass(frozen=True, kw_only=True)

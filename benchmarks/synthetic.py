@@ -2,7 +2,9 @@
 in the place of the cache. Nothing is downloaded or read. bench.py and others measure such runs.
 """
 
-import config as configuration  # first: it sets how long idle threads spin, before torch asks
+from inputs import (
+    options as configuration,  # first: it sets how long idle threads spin, before torch asks
+)
 
 # isort: split
 import functools
@@ -15,10 +17,10 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import data
-import graph
 import loop
 import model
-from nf4 import WHOLE
+from fast import graph
+from fast.nf4 import WHOLE
 
 ROOT = Path(__file__).resolve().parent.parent
 # TFLOP of one image: forward, and backward to the noisy latent with frozen weights; the adapter not

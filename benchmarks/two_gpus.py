@@ -2,7 +2,7 @@
 
 `python benchmarks/two_gpus.py run` measures the seconds of loop.py's own optimizer_step() with one
 process and with two, at 512 and 1024 px, 16 examples a step in passes of 4: full-size SDXL with
-random weights, nothing downloaded or read. It writes benchmarks/two_gpus.json. Beside the step, the
+random weights, nothing downloaded or read. It writes benchmarks/results/two_gpus.json. Beside the step, the
 all-reduce is timed by itself, and the steps' losses are kept: they are the same run's.
 `... run --device cpu --small` tries the script on the small model, over Gloo.
 `python benchmarks/two_gpus.py paper` prints the README's table: where scaling stops, by arithmetic.
@@ -54,7 +54,7 @@ def measured(side: int) -> Callable[[int], float]:
     """seconds(m) on the H100 of bench_ladder.json, in passes of 4 and one of the rest; passes of 2
     and 3 lie on the line between those of 1 and 4, which were measured.
     """
-    rows = json.loads((ROOT / "benchmarks" / "bench_ladder.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "bench_ladder.json").read_text())["rows"]
     one = rows[f"{side} px, fp16, graph"]["s_per_step"] / 4
     four = rows[f"{side} px, fp16, 4x1"]["s_per_step"]
 
@@ -74,7 +74,7 @@ def estimated(minutes: float, launches: float) -> Callable[[int], float]:
 
 def paper() -> list[str]:
     """The README's rows: efficiency by number of GPUs."""
-    said = (ROOT / "benchmarks" / "plan_t4.txt").read_text()  # what make plan estimates
+    said = (ROOT / "benchmarks" / "results" / "plan_t4.txt").read_text()  # what make plan estimates
     low, high = map(float, re.search(r"time +(\S+) to (\S+) minutes", said).groups())
     launches = float(re.search(r"launches .*: (\S+) min", said)[1])
     fast, slow = estimated(low, launches), estimated(high, launches)
@@ -100,10 +100,12 @@ def paper() -> list[str]:
 
 def child(options: argparse.Namespace) -> None:
     """One process of a measurement; the first writes the rows."""
-    import bench  # first: config.py sets how long idle threads spin, before torch asks
+    from benchmarks import (
+        ladder as bench,  # first: config.py sets how long idle threads spin, before torch asks
+    )
     import loop  # isort: skip
     import model
-    import parallel
+    from fast import parallel
     import torch  # isort: skip
     from benchmarks import synthetic
 
@@ -191,7 +193,7 @@ def main() -> int:
     parser.add_argument("--small", action="store_true", help="the small model's shape")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--warm-up", type=int, default=3)
-    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "two_gpus.json"))
+    parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "two_gpus.json"))
     options = parser.parse_args()
     if options.what == "paper":
         print("\n".join(paper()))

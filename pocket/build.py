@@ -26,7 +26,7 @@ import tyro
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 
-from files import Refusal, digest, only_run, write_whole
+from inputs.files import Refusal, digest, only_run, write_whole
 from pocket import drawings
 from pocket.lessons import Palette, plan, time_ids
 

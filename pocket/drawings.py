@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from files import Refusal
+from inputs.files import Refusal
 
 SIDE = 128  # pixels of a rendered drawing
 

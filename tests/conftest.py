@@ -29,8 +29,7 @@ sys.path.insert(0, str(ROOT))
 
 from diffusers import UNet2DConditionModel  # noqa: E402
 
-import hub  # noqa: E402
-import vetting  # noqa: E402
+from inputs import hub, vetting  # noqa: E402
 
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"

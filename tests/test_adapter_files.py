@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import POCKET, ROOT, make_batch, make_unet
-from files import Refusal, data_section
+from inputs.files import Refusal, data_section
 from lora import FILE_NAME, Adapter
 
 RANK, ALPHA = 4, 6  # alpha != rank: who forgets alpha is off by half

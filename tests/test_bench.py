@@ -9,8 +9,8 @@ import sys
 import pytest
 import torch
 
-import bench
 from benchmarks import exactness, int8, step_profile, synthetic, two_gpus
+from benchmarks import ladder as bench
 from conftest import ROOT, SDXL
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -45,7 +45,7 @@ def test_several_calls_make_one_file_and_against_reads_it(run, tmp_path, capsys)
     code, rows = run("ladder", "--rows", "checkpointing")
     assert code == 0 and len(rows) == 2
     assert all(
-        "torch" in row["on"] and row["command"].startswith("python bench.py ladder")
+        "torch" in row["on"] and row["command"].startswith("python -m benchmarks.ladder ladder")
         for row in rows.values()
     )
     assert not any(str(tmp_path) in row["command"] for row in rows.values())

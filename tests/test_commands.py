@@ -16,15 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-import config as configuration
-import files
 import generate
-import hub
 import loop
 import lora
 import model
 from conftest import INK, POCKET, ROOT
-from files import Refusal
+from inputs import files, hub
+from inputs import options as configuration
+from inputs.files import Refusal
 
 
 @pytest.fixture
@@ -109,7 +108,9 @@ def test_a_value_that_cannot_be_is_refused_by_name(train, tmp_path, option, valu
 )
 def test_an_unknown_option_leaves_with_2_before_anything_heavy_is_imported(argv):
     guard = (
-        "import sys, config\ntry:\n    config.parse_or_leave(sys.argv[1:])\n"
+        "import sys
+from inputs import options as config
+try:\n    config.parse_or_leave(sys.argv[1:])\n"
         "finally:\n    assert 'torch' not in sys.modules"
     )
     done = subprocess.run(

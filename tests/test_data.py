@@ -22,17 +22,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
 
-import ahead
-import checkpoint
 import data
-import files
-import hub
 import loop
 import model
-from config import RECIPES
 from conftest import INK, POCKET
-from files import Refusal, digest
-from sources import Picture, read_dataset
+from inputs import ahead, files, hub
+from inputs.files import Refusal, digest
+from inputs.options import RECIPES
+from inputs.sources import Picture, read_dataset
+from keep import checkpoint
 
 CPU = torch.device("cpu")
 

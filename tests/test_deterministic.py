@@ -11,13 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-import config as configuration
-import deterministic
-import files
 import loop
 import lora
-import plan
+from fast import deterministic, plan
+from inputs import files
+from inputs import options as configuration
+from keep import checkpoint
 from stress import tiny
 
 CPU = torch.device("cpu")

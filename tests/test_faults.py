@@ -15,16 +15,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import blocks
-import checkpoint
 import data
-import diagnose
 import loop
 import lora
-import nf4
-import sources
-from config import RECIPES
 from conftest import POCKET, ink_rows, write_pictures
+from fast import nf4
+from inputs import blocks, sources
+from inputs.options import RECIPES
+from keep import checkpoint
+from keep import faults as diagnose
 
 SEED = RECIPES["pocket"][1].seed
 STEPS, DUE, FAULT = 5, 2, 4  # a checkpoint is due after step 2; step 4 begins with the fault

@@ -7,11 +7,11 @@ import torch
 from bitsandbytes.nn import Linear4bit
 from diffusers.models.activations import GEGLU
 
-import fused
 import loop
 import lora
 import model
 from conftest import make_batch, make_unet
+from fast import layers as fused
 
 SCHEDULE = model.NoiseSchedule(torch.linspace(0.999, 0.005, 1000), "epsilon")
 

@@ -5,8 +5,8 @@ import contextlib
 import pytest
 import torch
 
-import graph
-from files import Refusal
+from fast import graph
+from inputs.files import Refusal
 
 
 class Stage:

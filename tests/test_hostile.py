@@ -18,20 +18,16 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import checkpoint
-import config
 import data
 import generate
-import hub
 import loop
 import lora
 import model
-import report
-import sources
-import states
-import vetting
 from conftest import INK, POCKET, make_unet
-from files import Refusal, digest, safetensors_bytes, sayable
+from inputs import hub, sources, vetting
+from inputs import options as config
+from inputs.files import Refusal, digest, safetensors_bytes, sayable
+from keep import checkpoint, report, states
 from stress import bad_pictures, fuzz
 from stress.case import sentence_is_whole
 

@@ -8,10 +8,9 @@ import sys
 
 import pytest
 
-import config as configuration
-import imports
-import start
 from conftest import ROOT
+from fast import imports, start
+from inputs import options as configuration
 
 REPORT = """
 import json, sys
@@ -27,7 +26,7 @@ except SystemExit as end:
     assert not end.code, end.code
 sys.argv = ["", said]
 """
-WHOLE = "import start; start.begin = lambda config: None\n"
+WHOLE = "from fast import start; start.begin = lambda config: None\n"
 # what model.import_clip() advises where torchvision is broken
 NO_TORCHVISION = "import sys; sys.modules['torchvision'] = None\n"
 
@@ -65,7 +64,9 @@ def test_a_run_needs_no_peft_and_from_a_full_cache_no_transformers_and_computes_
 
 def test_sdxls_own_unet_and_the_optimizer_do_not_start_the_compiler(tmp_path):
     script = """
-import config, start, sys
+import sys
+from inputs import options as config
+from fast import start
 start.begin(config.RECIPES["t4"][1])
 import pathlib, torch, loop, model
 assert model.build_unet(pathlib.Path("tests/sdxl/unet")).config.cross_attention_dim == 2048
@@ -81,7 +82,7 @@ optimizer.load_state_dict(optimizer.state_dict())
 @pytest.mark.slow
 def test_a_version_that_needs_what_is_out_of_sight_is_imported_whole_and_says_why(tmp_path):
     script = """
-import imports
+from fast import imports
 imports.MISSING = (*imports.MISSING, "torch.nn.attention.flex_attention")  # asked for by a model
 imports.lean()
 from diffusers import UNet2DConditionModel
@@ -95,7 +96,8 @@ from diffusers import UNet2DConditionModel
 @pytest.mark.slow
 def test_what_is_imported_already_is_left_alone(tmp_path):
     script = """
-import diffusers, imports, sys
+import diffusers, sys
+from fast import imports
 there = set(sys.modules)
 imports.lean()
 assert set(sys.modules) == there

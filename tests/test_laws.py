@@ -17,18 +17,14 @@ import numpy as np
 import pytest
 import torch
 
-import ahead
-import checkpoint
-import files
 import generate
-import hub
 import loop
 import lora
 import model
-import report
-import sources
-from config import RECIPES
 from conftest import INK, POCKET, ROOT, ink_rows, make_batch, write_pictures
+from inputs import ahead, files, hub, sources
+from inputs.options import RECIPES
+from keep import checkpoint, report
 from test_adapter_files import answer, off, pipeline
 
 

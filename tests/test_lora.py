@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lora
 from conftest import SDXL, make_batch, make_unet
-from files import Refusal
+from inputs.files import Refusal
 from lora import BLOCK, TARGETS, Adapter, LoRALinear
 
 # Wide enough that every A and B has at least 4,096 numbers at rank 33 (bitsandbytes keeps 8-bit

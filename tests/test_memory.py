@@ -8,12 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import loop
-import memory
 import model
-import plan
-from config import RECIPES
 from conftest import TINY, make_batch
-from files import Refusal
+from fast import memory, plan
+from inputs.files import Refusal
+from inputs.options import RECIPES
 
 T4 = RECIPES["t4"][1]
 SMALL = replace(T4, resolution=64, lora_rank=4)  # as the tiny UNet has it

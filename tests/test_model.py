@@ -21,11 +21,11 @@ from huggingface_hub import HfApi
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-import hub
 import lora
 import model
 from conftest import POCKET, SDXL, make_batch, make_unet
-from files import Refusal
+from inputs import hub
+from inputs.files import Refusal
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple", "", "a rocket, a house with garden and two cats " * 9, "Ünïcödé 喜 🍎", "A"]

@@ -14,15 +14,15 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import checkpoint
 import generate
-import hub
 import loop
 import lora
 import model
-import nf4
 from conftest import POCKET, ink_rows, make_batch, make_unet, write_pictures
-from files import Refusal
+from fast import nf4
+from inputs import hub
+from inputs.files import Refusal
+from keep import checkpoint
 
 CPU = torch.device("cpu")
 

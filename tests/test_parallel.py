@@ -20,15 +20,15 @@ import pytest
 import torch
 import torch.distributed as dist
 
-import config as configuration
 import data
 import loop
 import lora
 import model
-import parallel
-from config import RECIPES
 from conftest import POCKET, ROOT, make_batch, make_unet
-from files import Refusal
+from fast import parallel
+from inputs import options as configuration
+from inputs.files import Refusal
+from inputs.options import RECIPES
 
 CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")

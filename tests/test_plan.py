@@ -10,12 +10,11 @@ import pytest
 import torch
 
 import loop
-import memory
-import plan
-from config import RECIPES
 from conftest import ROOT, SDXL, TINY
-from files import Refusal
-from memory import GIB
+from fast import memory, plan
+from fast.memory import GIB
+from inputs.files import Refusal
+from inputs.options import RECIPES
 
 T4 = RECIPES["t4"][1]
 SMALL = replace(T4, resolution=64, lora_rank=4)  # as the tiny UNet has it
@@ -64,7 +63,7 @@ def test_the_recipe_native_needs_less_than_14_and_a_half_gib(sdxl):
 @pytest.mark.parametrize(("row", "size"), [("1024 px, fp16, graph", 1), ("512 px, fp16, 4x1", 4)])
 def test_the_estimate_gives_the_seconds_that_an_h100_took(sdxl, row, size):
     """Both kinds of step: bound by products, and by launches."""
-    rows = json.loads((ROOT / "benchmarks" / "bench_ladder.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "bench_ladder.json").read_text())["rows"]
     way = plan.shaped(RECIPES["t4" if row.startswith("512") else "native"][1], size, None)
     found = sdxl(way)
     about = (found.work, found.parts["weights"], plan.CARDS["H100"], True)
@@ -113,7 +112,7 @@ def test_blocks_are_recomputed_in_the_order_of_bytes_saved_per_second_on_that_ca
 
 
 def test_compiling_is_set_against_the_length_of_the_run():
-    rows = json.loads((ROOT / "benchmarks" / "bench_ladder.json").read_text())["rows"]
+    rows = json.loads((ROOT / "benchmarks" / "results" / "bench_ladder.json").read_text())["rows"]
     plain, compiled = (rows[f"512 px, fp16, {row}"] for row in ("4x1", "compile"))
     assert compiled["s_first_step"] - plain["s_first_step"] == pytest.approx(plan.COMPILE, rel=0.01)
     assert 1 - compiled["s_per_step"] / plain["s_per_step"] == pytest.approx(
@@ -131,7 +130,7 @@ def test_compiling_is_set_against_the_length_of_the_run():
 def test_the_stored_plan_of_a_t4_is_what_make_plan_says(sdxl, monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "predictor", lambda *_: sdxl)
     config = replace(T4, plan_for="T4", cache_dir=str(tmp_path))
-    lines = (ROOT / "benchmarks" / "plan_t4.txt").read_text().splitlines()
+    lines = (ROOT / "benchmarks" / "results" / "plan_t4.txt").read_text().splitlines()
     words = lambda line: re.sub(r"[\d.,]+", "#", line)  # noqa: E731  another torch counts another byte
     said = plan.table(config, loop.micro_step).splitlines()
     assert lines[0] == "$ make plan RECIPE=t4 CARD=T4"

@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
-import config
 import generate
 import loop
 import model
 from conftest import POCKET, ROOT
-from files import Refusal
+from inputs import options as config
+from inputs.files import Refusal
 from pocket import build, drawings, lessons, measure
 
 HELDOUT = json.loads((ROOT / "pocket" / "heldout.json").read_text())

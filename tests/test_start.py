@@ -9,9 +9,9 @@ from dataclasses import replace
 
 import pytest
 
-import start
-from config import RECIPES
 from conftest import POCKET, ROOT
+from fast import start
+from inputs.options import RECIPES
 
 T4 = RECIPES["t4"][1]
 
@@ -131,13 +131,13 @@ def test_what_a_run_will_need_is_begun(monkeypatch, config, begun):
 
 
 def test_what_begins_before_torch_needs_no_torch():
-    code = "import config, start, sys; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    code = "import sys; from inputs import options; from fast import start; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
 def test_an_interrupted_import_ends_with_a_sentence():
     code = (
-        "import os, signal, start, time; start.leave_when_interrupted(); "
+        "import os, signal, time; from fast import start; start.leave_when_interrupted(); "
         "os.kill(os.getpid(), signal.SIGINT); time.sleep(60)"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)

@@ -1,4 +1,4 @@
-"""The stress suite in short: python -m stress on a few runs, and every cut of a checkpoint."""
+"""The stress suite in short: PYTHONPATH=tests python -m stress on a few runs, and every cut of a checkpoint."""
 
 import json
 import os
@@ -9,15 +9,15 @@ import sys
 import pytest
 import torch
 
-import checkpoint
-import files
 from conftest import ROOT
+from inputs import files
+from keep import checkpoint
 from stress import reference
 from stress.child import Room
 
 
 def stress(tmp_path, *options: str) -> dict:
-    """What `python -m stress` with these options writes; it must end with 0, its folder gone."""
+    """What `PYTHONPATH=tests python -m stress` with these options writes; it must end with 0, its folder gone."""
     out, tmp = tmp_path / "stress.json", tmp_path / "tmp"
     tmp.mkdir()
     done = subprocess.run(
@@ -40,7 +40,9 @@ def test_six_runs_killed_and_continued_are_byte_identical(tmp_path):
     assert kills["runs"] == kills["runs_that_died"] == 6 and not kills["failures"]
     assert kills["deaths"] == sum(kills["deaths_by_phase"].values()) >= 6
     assert sum(count > 0 for count in kills["deaths_by_phase"].values()) >= 3
-    assert result["failed"] == 0 and result["command"].startswith("python -m stress --only kills")
+    assert result["failed"] == 0 and result["command"].startswith(
+        "PYTHONPATH=tests python -m stress --only kills"
+    )
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Adapter files beyond the plain one."""

@@ -1,0 +1,1 @@
+"""The same run sooner or in less memory. Deleting this folder leaves every run as it is."""

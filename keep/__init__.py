@@ -1,0 +1,1 @@
+"""What makes a run survive: the command, checkpoints, export, log, signals, faults."""
