@@ -9,92 +9,41 @@ Letters: `R` training resolution in pixels, `F` views of a picture (2 with flips
 T D P` as in model.py.
 """
 
-import contextlib
 import functools
-import io
 import itertools
-import sys
-import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
-from tqdm import tqdm
 
 import model
-from fast import parallel
+from inputs import vetting
 from inputs.ahead import Ahead
-from inputs.blocks import whole_block, write_block
-from inputs.files import Refusal, digest, open_safetensors, sweep_parts
+from inputs.blocks import BLOCK, cut, every_block, fill
+from inputs.files import digest, open_safetensors
+from inputs.pictures import all_damaged_named, decode
 from inputs.sources import Picture
 
-BLOCK = 16  # pictures or captions in one cache file: written whole or not at all
-LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
-# decode() raises instead. Here, since a filter set and taken back in one thread unsettles others.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # What a random stream is for. Never 0: numpy's SeedSequence takes [a, b, 0] for [a, b].
 EXAMPLE, EPOCH, CROP = 1, 2, 3
-
-
-def cut(items: list | range, size: int) -> list:
-    """`items` in pieces of `size`; the last may be shorter."""
-    return [items[at : at + size] for at in range(0, len(items), size)]
 
 
 # ---- one picture ---------------------------------------------------------------------------------
 
 
-def decode(picture: Picture) -> Image.Image:
-    """The picture upright (EXIF) and in RGB, transparency onto white. Raises Refusal, naming it, if
-    it is damaged.
+class Crop(NamedTuple):
+    """Which square of a picture is trained on: R x R from its middle, or from where (seed, picture)
+    says.
     """
-    try:
-        image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
-        if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice as many
-            raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
-        image.load()
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16 bits: Pillow's convert would clip at 255
-            image = Image.fromarray(from_16_bits(np.asarray(image)))
-        if image.mode == "F":
-            raise ValueError("numbers with a point do not say which of them is white")
-        if image.has_transparency_data:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image = image.convert("RGB")
-        if max(image.size) > LONGEST_SIDE * min(image.size):
-            raise ValueError(
-                f"{image.width} x {image.height} pixels: longer than {LONGEST_SIDE} times its "
-                "short side"
-            )
-        return image
-    except Exception as error:  # Pillow raises nearly every class for damaged files
-        raise Refusal(
-            f"picture {picture.name} cannot be read ({type(error).__name__}: {error})",
-            f"a whole picture of at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels that "
-            "Pillow can open",
-            "replace or remove it; what is encoded already is kept",
-        ) from error
 
-
-@functools.cache
-def picture_formats() -> list[str]:
-    """All that Pillow reads but PostScript, for which it would start Ghostscript: a program that
-    the picture writes.
-    """
-    Image.init()
-    return sorted(set(Image.ID) - {"EPS"})
-
-
-def from_16_bits(pixels: np.ndarray) -> np.ndarray:
-    """Whole numbers 0 to 65535 as 0 to 255. Raises ValueError for others: white is unknown then."""
-    if pixels.min() < 0 or pixels.max() > 65535:
-        raise ValueError(f"pixels from {pixels.min()} to {pixels.max()}, beyond 16 bits")
-    return (pixels // 257).astype(np.uint8)
+    resolution: int
+    random_crop: bool
+    seed: int
 
 
 def views(
@@ -102,66 +51,40 @@ def views(
 ) -> tuple[Tensor, Tensor]:
     """Pixels (F, 3, R, R) in [-1, 1] and time ids (F, 6), one view for each of `flips`.
 
-    Resize the short side to R (Lanczos), cut R x R from the middle or from where (seed, picture)
-    says, flip. The crop offset is in the resized picture's frame; a flipped view is a crop of the
-    flipped picture, whose left edge lies where the right edge was.
+    Resize the short side to R (Lanczos), cut R x R, flip. The crop offset is in the resized
+    picture's frame; a flipped view is a crop of the flipped picture, whose left edge lies where the
+    right edge was. Raises Refusal for a damaged picture.
 
     numpy, not torch: threads do this side by side, and each would start torch's own threads.
     """
     image = decode(picture)
-    original = (image.height, image.width)
+    original = (image.height, image.width)  # told to the UNet: small pictures are blurred by now
     width, height = (resolution * side // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
-    spare = (height - resolution, width - resolution)
+    spare = (height - resolution, width - resolution)  # one of them is 0
     top, left = spare[0] // 2, spare[1] // 2
-    if random_crop:
+    if random_crop:  # once a picture, not once an example: so it can be encoded once
         stream = np.random.default_rng([seed, int(picture.digest[:8], 16), CROP])
         top, left = (int(stream.integers(0, room + 1)) for room in spare)
     square = image.crop((left, top, left + resolution, top + resolution))
-    pixels = np.asarray(square, np.float32) * np.float32(1 / 255) * 2 - 1  # (R, R, 3) in [-1, 1]
-    pixels = pixels.transpose(2, 0, 1)
+    # Bytes (R, R, 3) to numbers (3, R, R) in [-1, 1], as the VAE takes them.
+    pixels = np.asarray(square, np.float32).transpose(2, 0, 1) * np.float32(1 / 255) * 2 - 1
     sides = [pixels[:, :, ::-1] if flip else pixels for flip in flips]
     lefts = [spare[1] - left if flip else left for flip in flips]
     target = (resolution, resolution)
     time_ids = [model.add_time_ids(original, (top, edge), target) for edge in lefts]
     # Into C order, which np.stack would not choose: a VAE's bits depend on its input's layout, too.
-    stacked = np.stack(sides, out=np.empty((len(flips), 3, *target), np.float32))
+    stacked = np.stack(sides, out=np.empty((len(flips), 3, *target), np.float32))  # (F, 3, R, R)
     return torch.from_numpy(stacked), torch.stack(time_ids)
 
 
-def prepare(
-    picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool
-) -> tuple[Tensor, Tensor]:
+def prepare(picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool) -> tuple:
     """Pixels (3, R, R) and time ids (6,) of one view."""
     pixels, time_ids = views(picture, resolution, random_crop, seed, (flip,))
     return pixels[0], time_ids[0]
 
 
-def refusal_of(picture: Picture) -> Refusal | None:
-    try:
-        decode(picture)
-    except Refusal as refusal:
-        return refusal
-    return None
-
-
-def check_pictures(pictures: list[Picture]) -> None:
-    """Decode every picture, so that all damaged ones are named at once, not one a run."""
-    with Ahead(refusal_of, pictures, BLOCK) as answers:
-        bar = tqdm(answers, "checking pictures", len(pictures), leave=False, mininterval=1)
-        refusals = [refusal for refusal in bar if refusal]
-    if len(refusals) > 1:
-        raise Refusal(
-            "; ".join(str(r).partition("; expected")[0] for r in refusals[:10])
-            + (f"; and {len(refusals) - 10} more" if len(refusals) > 10 else ""),
-            "whole pictures that Pillow can open",
-            "replace or remove them",
-        )
-    if refusals:
-        raise refusals[0]
-
-
-# ---- encoded once, or at every step --------------------------------------------------------------
+# ---- encoded at every step, or once --------------------------------------------------------------
 
 
 def in_batches(device: torch.device) -> bool:
@@ -180,16 +103,10 @@ class Encoder:
     """
 
     def __init__(
-        self,
-        pictures: list[Picture],
-        load_vae: Callable,
-        load_text: Callable,
-        resolution: int,
-        random_crop: bool,
-        seed: int,
+        self, pictures: list[Picture], load_vae: Callable, load_text: Callable, crop: Crop
     ):
         self.pictures, self.load_vae, self.load_text = pictures, load_vae, load_text
-        self.crop, self.speed = (resolution, random_crop, seed), ""
+        self.crop, self.speed = crop, ""
 
     vae = functools.cached_property(lambda self: self.load_vae())
     text = functools.cached_property(lambda self: self.load_text())
@@ -198,38 +115,33 @@ class Encoder:
         if self.__dict__.pop(part, None):  # where cached_property keeps it
             model.free_memory()
 
+    # A picture
+
     def at_once(self) -> int:
         """Views in one call of the VAE: on a GPU 4 at 512 px, 1 from 1024 px up, so that fp32
         activations stay within a few GiB.
         """
-        return max(1, 4 * 512**2 // self.crop[0] ** 2) if in_batches(self.vae.device) else 1
+        return max(1, 4 * 512**2 // self.crop.resolution**2) if in_batches(self.vae.device) else 1
 
     def posterior(self, pixels: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-        """mean, std (B, C, H, W) of the views (B, 3, R, R) of pictures `names`, on the CPU."""
+        """mean, std (B, C, H, W) of the views (B, 3, R, R) of pictures `names`, on the CPU. Raises
+        Refusal, naming the picture, for NaN or Inf.
+        """
         each = [model.encode_images(part, self.vae) for part in pixels.split(self.at_once())]
         mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
-        for name, *numbers in zip(names, mean, std, strict=True):
-            if not all(part.isfinite().all() for part in numbers):
-                raise Refusal(
-                    f"the VAE gives NaN or Inf for picture {name}",
-                    "finite latents",
-                    "look at the picture; with a VAE of your own, check that its fp32 weights are "
-                    "finite",
-                )
+        vetting.check_latents(names, mean, std)
         return mean, std
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
         """mean, std (C, H, W) of the picture's posterior and time ids (6,), fp32."""
         pixels, time_ids = prepare(self.pictures[index], *self.crop, flip)
-        mean, std = self.posterior(pixels[None], [self.pictures[index].name])
+        mean, std = self.posterior(pixels[None], [self.pictures[index].name])  # (1, C, H, W) each
         return mean[0], std[0], time_ids
 
-    def encode_pictures(
-        self, blocks: Iterable[range], flips: tuple[bool, ...]
-    ) -> Iterator[dict[str, Tensor]]:
-        """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order; the
-        pictures are decoded ahead. No call of the VAE crosses a block's end: its bits depend on
-        what is in it.
+    def encode_pictures(self, blocks: Iterable[range], flips: tuple) -> Iterator[dict[str, Tensor]]:
+        """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order; threads
+        decode the next pictures meanwhile. No call of the VAE crosses a block's end: its bits
+        depend on what is in it.
         """
         work, count = (lambda i: views(self.pictures[i], *self.crop, flips)), len(flips)
         blocks, ahead = itertools.tee(blocks)
@@ -238,29 +150,27 @@ class Encoder:
             for part in itertools.chain.from_iterable(cut(block, size) for block in blocks):
                 pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
                 names = [self.pictures[i].name for i in part for _ in flips]
-                mean, std = self.posterior(torch.cat(pixels), names)
+                mean, std = self.posterior(torch.cat(pixels), names)  # (pictures x F, C, H, W)
                 for row in zip(mean.split(count), std.split(count), time_ids, strict=True):
                     yield dict(zip(("mean", "std", "time_ids"), row, strict=True))
         self.speed = prepared.said("pictures")
+
+    # A caption
 
     def caption(self, index: int) -> str:
         """Empty where there is none: the unconditional embedding is meant."""
         return self.pictures[index].caption.strip() if index < len(self.pictures) else ""
 
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
-        """context (B, T, D) and pooled (B, P) of captions, on the CPU; unconditional for [""]."""
+        """context (B, T, D) and pooled (B, P) of captions, on the CPU; unconditional for [""].
+        Raises Refusal, naming the caption, for NaN or Inf.
+        """
         if captions == [""]:
             context, pooled = model.encode_unconditional(self.text)
         else:
             context, pooled = model.encode_prompts(captions, self.text)
         context, pooled = context.cpu(), pooled.cpu()
-        for caption, *numbers in zip(captions, context, pooled, strict=True):
-            if not all(part.isfinite().all() for part in numbers):
-                raise Refusal(
-                    f"the text encoders give NaN or Inf for {caption!r}",
-                    "finite numbers",
-                    "check their weights",
-                )
+        vetting.check_embeddings(captions, context, pooled)
         return context, pooled
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
@@ -285,10 +195,12 @@ class Encoder:
 
 
 class Cache:
-    """The same two methods, read from disk; fill() must have run."""
+    """The same two methods, read from the files that fill_cache() has written. speed: the
+    encoder's.
+    """
 
-    def __init__(self, latents: list[Path], prompts: list[Path]):
-        self.latents, self.prompts = latents, prompts
+    def __init__(self, latents: list[Path], prompts: list[Path], speed: str = ""):
+        self.latents, self.prompts, self.speed = latents, prompts, speed
 
     @staticmethod
     @functools.lru_cache(maxsize=128)
@@ -296,55 +208,15 @@ class Cache:
         return open_safetensors(path)
 
     def row(self, files: list[Path], index: int, key: str) -> Tensor:
+        """Row `index` of all files' rows: only its bytes are read."""
         return self.open(files[index // BLOCK]).get_slice(key)[index % BLOCK]
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        mean, std, time_ids = (
-            self.row(self.latents, index, k)[int(flip)] for k in ("mean", "std", "time_ids")
-        )
-        return mean, std, time_ids
+        rows = (self.row(self.latents, index, key) for key in ("mean", "std", "time_ids"))
+        return tuple(row[int(flip)] for row in rows)  # (F, ...) -> the one view
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
         return self.row(self.prompts, index, "context"), self.row(self.prompts, index, "pooled")
-
-
-def fill(
-    folder: Path,
-    kind: str,
-    keys: list[str],
-    encode: Callable[[Iterable[range]], Iterator[dict[str, Tensor]]],
-    team: parallel.Alone = parallel.ALONE,
-) -> list[Path]:
-    """One file for each BLOCK of keys, encoding only the blocks that are not on disk yet. Several
-    processes claim them block by block; all are there once each has ended.
-
-    keys: what each row depends on (content, encoder, resolution); a block's file is named by its
-    keys, so changed data or encoders give other files and nothing stale is ever read; a damaged one
-    is made anew. encode: gives the rows of the blocks that it is told, in order. Returns the files
-    in order.
-    """
-    blocks = cut(range(len(keys)), BLOCK)
-    files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
-    # The first of several looks at every byte; where it finds damage, it alone has that to do.
-    there = whole_block if team.first else Path.is_file
-    shown = tqdm(files, f"reading encoded {kind}s", leave=False, mininterval=1, delay=2)
-    todo = [(file, block) for file, block in zip(shown, blocks, strict=True) if not there(file)]
-    if team.first:
-        sweep_parts(folder)
-    claimed = (pair for pair in todo if team.claim(pair[0].name))
-    if first := next(claimed, None):
-        told, mine = itertools.tee(itertools.chain([first], claimed))
-        count = sum(len(block) for _, block in todo) // team.size  # of several, about as many each
-        # closing: whatever goes wrong here, what encodes ahead stops at once
-        with contextlib.closing(encode(block for _, block in told)) as rows:
-            bar = iter(tqdm(rows, f"encoding {kind}s", count, unit="", mininterval=1))
-            for file, block in mine:
-                block_rows = list(itertools.islice(bar, len(block)))
-                stacked = {key: torch.stack([r[key] for r in block_rows]) for key in block_rows[0]}
-                write_block(file, stacked, kind)
-                team.sign(f"encoding {kind}s")
-            next(bar, None)  # past the last row, so that bar and encode() come to their ends
-    return files
 
 
 def fill_cache(
@@ -353,12 +225,13 @@ def fill_cache(
     random_flip: bool,
     dtype: torch.dtype,
     prints: dict[str, str],
-    team: parallel.Alone = parallel.ALONE,
+    claim: Callable[[str], bool] = every_block,
 ) -> Cache:
     """Encode what is not on disk yet, captions first, each encoder freed when it is done.
 
     dtype: the UNet's, in which contexts are kept: they would be rounded to it in the step anyway.
-    prints: the fingerprints of "vae" and "text", part of every key.
+    prints: the fingerprints of "vae" and "text". Both are part of the keys, with all else that a
+    row depends on, so a file that is there is never a wrong one. claim: as for fill().
     """
     flips = (False, True) if random_flip else (False,)
 
@@ -371,21 +244,13 @@ def fill_cache(
     resolution, random_crop, seed = encoder.crop
     crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
     latent_keys = [digest(p.digest, prints["vae"], crop) for p in encoder.pictures]
-    prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, team)
+    prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")
-    try:
-        encode = functools.partial(encoder.encode_pictures, flips=flips)
-        latents = fill(folder, "latent", latent_keys, encode, team)
-    except Refusal:
-        check_pictures(encoder.pictures)  # name every damaged picture, not the first alone
-        raise
+    encode = functools.partial(encoder.encode_pictures, flips=flips)
+    with all_damaged_named(encoder.pictures):
+        latents = fill(folder, "latent", latent_keys, encode, claim)
     encoder.free("vae")
-    team.wait("encoding")
-    if encoder.speed and team.first:
-        share = f" (by the first of {team.size} processes)" if team.size > 1 else ""
-        # With the progress bars, on stderr: it is said at a first start only.
-        print(f"{encoder.speed}{share}", file=sys.stderr)
-    return Cache(latents, prompts)
+    return Cache(latents, prompts, encoder.speed)
 
 
 # ---- what example i of the run is ----------------------------------------------------------------
@@ -395,6 +260,7 @@ def fill_cache(
 class Example:
     """Everything random about one example of the run. eps and noise: (C, H, W) fp32."""
 
+    number: int
     picture: int
     flip: bool
     drop_caption: bool
@@ -403,11 +269,27 @@ class Example:
     noise: Tensor
 
 
+@dataclass(frozen=True)
+class Chances:
+    """How often an example is mirrored (half the time, or never) and loses its caption, and how
+    strongly its noise is offset.
+    """
+
+    random_flip: bool = False
+    caption_dropout: float = 0.0
+    noise_offset: float = 0.0
+
+
 def offset_noise(noise: np.ndarray, stream: np.random.Generator, amount: float) -> np.ndarray:
     """noise (C, H, W) plus `amount` times one normal number a channel, so that a picture's mean is
     learned, too (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
     return noise + np.float32(amount) * stream.standard_normal((len(noise), 1, 1), dtype=np.float32)
+
+
+def drawn_timesteps(examples: list[Example]) -> Tensor:
+    """Each example's own timestep, (B,) int64: drawn uniformly (Ho et al. 2020, algorithm 1)."""
+    return torch.tensor([e.t for e in examples])
 
 
 def send(tensor: Tensor, device: torch.device) -> Tensor:
@@ -418,23 +300,18 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 class Examples:
-    """The run's examples, by number; an epoch shows every picture once, in an order of its own."""
+    """The run's examples, by number; an epoch shows every picture once, in an order of its own.
+
+    source: an Encoder or a Cache; names: of its pictures; timesteps: how many the noise schedule
+    has; latent_shape: (C, H, W).
+    """
 
     def __init__(
-        self,
-        source: Encoder | Cache,
-        names: list[str],
-        seed: int,
-        random_flip: bool,
-        caption_dropout: float,
-        noise_offset: float,
-        timesteps: int,
-        latent_shape: tuple[int, int, int],
+        self, source, names: list, seed: int, chances: Chances, timesteps: int, latent_shape: tuple
     ):
         self.source, self.names, self.count, self.seed = source, names, len(names), seed
-        self.random_flip, self.caption_dropout = random_flip, caption_dropout
-        self.noise_offset, self.timesteps, self.latent_shape = noise_offset, timesteps, latent_shape
-        self.order = functools.lru_cache(maxsize=2)(self._order)
+        self.chances, self.timesteps, self.latent_shape = chances, timesteps, latent_shape
+        self.order = functools.lru_cache(maxsize=2)(self._order)  # a batch may span two epochs
 
     def _order(self, epoch: int) -> np.ndarray:
         return np.random.default_rng([self.seed, epoch, EPOCH]).permutation(self.count)
@@ -450,27 +327,23 @@ class Examples:
         flip, drop = stream.random(2)
         t = int(stream.integers(0, self.timesteps))
         eps, noise = stream.standard_normal((2, *self.latent_shape), dtype=np.float32)
-        noise = offset_noise(noise, stream, self.noise_offset)
-        return Example(
-            picture=int(self.order(i // self.count)[i % self.count]),
-            flip=bool(self.random_flip and flip < 0.5),
-            drop_caption=bool(drop < self.caption_dropout),
-            t=t,
-            eps=torch.from_numpy(eps),
-            noise=torch.from_numpy(noise),
-        )
+        noise = offset_noise(noise, stream, self.chances.noise_offset)
+        picture = int(self.order(i // self.count)[i % self.count])
+        flip = bool(self.chances.random_flip and flip < 0.5)
+        drop = bool(drop < self.chances.caption_dropout)
+        return Example(i, picture, flip, drop, t, *map(torch.from_numpy, (eps, noise)))
 
-    def batch(self, numbers: range, device: torch.device) -> dict[str, Tensor]:
+    def batch(self, numbers: range, device: torch.device, timesteps=drawn_timesteps) -> dict:
         """Examples `numbers` (B of them) on `device`: mean, std, eps, noise (B, C, H, W), t (B,),
-        context (B, T, D), pooled (B, P), time_ids (B, 6).
+        context (B, T, D), pooled (B, P), time_ids (B, 6). timesteps: t from the examples.
         """
-        rows = []
-        for e in map(self.example, numbers):
-            mean, std, time_ids = self.source.latent(e.picture, e.flip)
-            context, pooled = self.source.prompt(self.count if e.drop_caption else e.picture)
-            rows.append((mean, std, e.eps, e.noise, torch.tensor(e.t), context, pooled, time_ids))
-        keys = ("mean", "std", "eps", "noise", "t", "context", "pooled", "time_ids")
-        return {
-            key: send(torch.stack(column), device)
-            for key, column in zip(keys, zip(*rows, strict=True), strict=True)
-        }
+        examples = [self.example(i) for i in numbers]
+        # A dropped caption is the unconditional embedding, which stands behind the pictures' own.
+        captions = [self.count if e.drop_caption else e.picture for e in examples]
+        latents = zip(*(self.source.latent(e.picture, e.flip) for e in examples), strict=True)
+        mean, std, time_ids = map(torch.stack, latents)
+        context, pooled = map(torch.stack, zip(*map(self.source.prompt, captions), strict=True))
+        eps, noise = map(torch.stack, zip(*((e.eps, e.noise) for e in examples), strict=True))
+        batch = {"mean": mean, "std": std, "eps": eps, "noise": noise, "t": timesteps(examples)}
+        batch |= {"context": context, "pooled": pooled, "time_ids": time_ids}
+        return {key: send(value, device) for key, value in batch.items()}

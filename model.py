@@ -10,16 +10,11 @@ prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pool
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import gc
-import json
-import re
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,63 +55,11 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     return torch.float16, f"{sm} computes fp16 and only emulates bf16: with loss scaling"
 
 
-def check_device(name: str) -> torch.device:
-    """The device that `name` means: auto is the first GPU, else the CPU.
-
-    Raises Refusal for a GPU that torch does not see.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise Refusal(f"device {name}", "auto, cpu, cuda or cuda:1", "leave --device out")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise Refusal(
-            f"device {name}, and torch sees no GPU", "a CUDA GPU and its driver", "--device cpu"
-        )
-    return torch.device(name)
-
-
 def free_memory() -> None:
     """Give back what dropped references held, on the host and on the GPU."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-
-
-class HostMemory:
-    """Samples this process's memory while a block runs. own: peak RssAnon in GiB; mapped: peak
-    RssFile in GiB.
-
-    Pages of a mapped weight file count in RSS although the kernel can drop them at any time; a host
-    runs out of its memory by the first number alone. Both stay 0.0 where there is no /proc.
-    """
-
-    def __enter__(self):
-        self.own = self.mapped = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self):
-        while True:
-            self.own = max(self.own, process_gib("RssAnon"))
-            self.mapped = max(self.mapped, process_gib("RssFile"))
-            if self._stop.wait(0.02):
-                return
-
-
-def process_gib(field: str) -> float:
-    """A field of /proc/self/status in GiB; 0.0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 2**20
-    return 0.0
 
 
 # ---- the UNet ------------------------------------------------------------------------------------
@@ -192,9 +135,7 @@ def use_attention(
         xformers.ops.memory_efficient_attention(q, q, q).sum().backward()
         unet.enable_xformers_memory_efficient_attention()
         return "xFormers"
-    except (
-        Exception
-    ) as error:  # not installed, built for another torch, no kernel for this device: all fall back
+    except Exception as error:  # not installed, built for another torch, no kernel for this GPU
         return f"SDPA (xFormers is not usable here: {first_line(error)})"
 
 
@@ -211,8 +152,8 @@ def use_gradient_checkpointing(unet: UNet2DConditionModel, names: tuple[str, ...
             "--no-memory-plan --gradient-checkpointing, which recomputes all of them",
         )
     unet.enable_gradient_checkpointing(
-        # no RNG state: nothing in SDXL's UNet is random, and saving it would synchronise with the
-        # GPU
+        # No RNG state: nothing in SDXL's UNet is random, and to save it the host would wait for
+        # the GPU.
         functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
     )
     for name, module in able.items():
@@ -228,24 +169,6 @@ def checkpointable(unet: UNet2DConditionModel) -> dict[str, torch.nn.Module]:
         for name, module in unet.named_modules()
         if name and hasattr(module, "gradient_checkpointing")
     }
-
-
-def compile_resnets(unet: UNet2DConditionModel) -> None:
-    """Have torch.compile make the kernels of each convolution block when it is first called.
-
-    Block by block, since blocks of one shape share their code: the whole UNet would take far longer
-    (https://docs.pytorch.org/tutorials/recipes/regional_compilation.html).
-    """
-    torch._dynamo.config.cache_size_limit = 64  # one entry a shape: SDXL has more than the usual 8
-    for module in unet.modules():
-        if type(module).__name__ == "ResnetBlock2D":
-            module.compile(dynamic=False)
-
-
-def uncompile(unet: UNet2DConditionModel) -> None:
-    """Have every module compute by its definition again."""
-    for module in unet.modules():
-        module._compiled_call_impl = None
 
 
 def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -> Tensor:
@@ -276,29 +199,11 @@ class TextEncoders:
     zero_unconditional: bool
 
 
-def import_clip() -> ModuleType:
-    """transformers with its CLIP classes. Raises Refusal where they do not load."""
-    try:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()  # a file is read in a second
-        for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"):
-            getattr(transformers, name)  # this imports it
-    except Exception as error:  # built for another torch or torchvision: any class
-        raise Refusal(
-            f"transformers does not load here ({first_line(error)})",
-            "transformers 4.56 or newer; a torchvision, if there is one, that fits torch",
-            'pip install "transformers>=4.56", or pip uninstall -y torchvision, which no '
-            "command here calls; the same command then continues",
-        ) from error
-    return transformers
-
-
 def load_text_encoders(name: str, device: torch.device, half: bool = False) -> TextEncoders:
     """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are
     some.
     """
-    clip = import_clip()
+    clip = vetting.import_clip()
     classes = {"text_encoder": clip.CLIPTextModel}
     classes["text_encoder_2"] = clip.CLIPTextModelWithProjection
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
@@ -309,32 +214,11 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
 
 
 def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.device):
-    """A frozen encoder, through its library's own loader, which knows older files' names, in fp32.
-
-    Raises Refusal where weights are missing or do not fit: the libraries would go on with random
-    numbers and a warning.
+    """A frozen encoder, through its library's own loader, which knows older files' names, in fp32:
+    it is used once for each picture or caption, so precision costs seconds. Raises Refusal where
+    weights are missing or do not fit.
     """
-    folder = fetch(name, part, half)
-    variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
-    read_config(folder / "config.json")
-    try:
-        encoder, info = cls.from_pretrained(
-            folder, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-        missing = [k for k in info["missing_keys"] if "position_ids" not in k]
-        problem = f"lacks {len(missing)} tensors, such as {min(missing)}" if missing else ""
-        if not problem:
-            encoder = encoder.to(device).float().requires_grad_(False).eval()
-            problem = vetting.try_encoder(encoder)
-    except Exception as error:  # damaged or misfitting files: many classes, one meaning
-        problem = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-    if problem:
-        raise Refusal(
-            f"{folder} {problem}",
-            "a config.json and the weights that fit it",
-            "download the model again, or pip install --upgrade transformers diffusers",
-        )
-    return encoder
+    return vetting.load_encoder(cls, fetch(name, part, half), half, device)
 
 
 def zeros_for_empty_prompt(name: str) -> bool:
@@ -343,7 +227,7 @@ def zeros_for_empty_prompt(name: str) -> bool:
 
 
 def load_tokenizer(name: str, part: str) -> CLIPTokenizer:
-    folder, clip = fetch(name, part), import_clip()
+    folder, clip = fetch(name, part), vetting.import_clip()
     with vetting.refused(f"{folder} holds no CLIP tokenizer"):
         return clip.CLIPTokenizer.from_pretrained(folder)
 
@@ -371,7 +255,8 @@ def encode_prompts(prompts: list[str], text: TextEncoders) -> tuple[Tensor, Tens
         ).input_ids.to(encoder.device)  # (B, T)
         output = encoder(tokens, output_hidden_states=True)
         states.append(output.hidden_states[-2])  # (B, T, 768), then (B, T, 1280)
-    return torch.cat(states, dim=-1), output.text_embeds
+    # The second encoder alone ends in a projection, so the last output is the one that has it.
+    return torch.cat(states, dim=-1), output.text_embeds  # (B, T, 2048), (B, 1280)
 
 
 def encode_unconditional(text: TextEncoders) -> tuple[Tensor, Tensor]:
@@ -383,22 +268,6 @@ def encode_unconditional(text: TextEncoders) -> tuple[Tensor, Tensor]:
     if text.zero_unconditional:
         return torch.zeros_like(context), torch.zeros_like(pooled)
     return context, pooled
-
-
-def count_cut(prompts: list[str], name: str) -> int:
-    """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
-    end.
-    """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        # A token has a byte at least, and two mark the ends: most need not be counted.
-        about = json.loads((fetch(name, "tokenizer") / "tokenizer_config.json").read_text())
-        short = about["model_max_length"] - 2
-        prompts = [p for p in prompts if not p.isascii() or len(p) > short]
-    if not prompts:
-        return 0
-    tokenizer = load_tokenizer(name, "tokenizer")  # both cut at one length
-    ids = tokenizer(prompts, truncation=False, verbose=False).input_ids
-    return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
 
 
 # ---- pictures ------------------------------------------------------------------------------------
@@ -417,7 +286,7 @@ def encode_images(pixels: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
     Both, not one sample: mean + std * eps with a fresh eps at every step is then what encoding at
     every step gives.
     """
-    posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist
+    posterior = vae.encode(pixels.to(vae.device, torch.float32)).latent_dist  # 3 x 8H x 8W -> C H W
     return posterior.mean, posterior.std
 
 
@@ -452,29 +321,18 @@ def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
     """The schedule that the model's scheduler_config.json describes (Ho et al. 2020,
     https://arxiv.org/abs/2006.11239). Raises Refusal for another objective or impossible betas.
     """
-    config = read_config(fetch(name, "scheduler") / "scheduler_config.json")
-    kind, steps = config.get("beta_schedule", "linear"), config.get("num_train_timesteps", 1000)
-    start, end = config.get("beta_start", 0.0001), config.get("beta_end", 0.02)
-    prediction = config.get("prediction_type", "epsilon")
-    if (
-        prediction not in ("epsilon", "v_prediction")
-        or kind not in ("linear", "scaled_linear")
-        or config.get("trained_betas")
-    ):
-        raise Refusal(
-            f"{name}'s scheduler has prediction_type {prediction}, beta_schedule {kind} and "
-            f"trained_betas {config.get('trained_betas')}",
-            "epsilon or v_prediction, linear or scaled_linear, and none",
-            "choose an SDXL model: others train by another objective",
-        )
-    vetting.check_betas(name, start, end, steps)
-    if kind == "linear":
-        betas = torch.linspace(start, end, steps, dtype=torch.float32)
-    else:
+    usual = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # DDPMScheduler's
+    usual |= {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
+    config = usual | read_config(fetch(name, "scheduler") / "scheduler_config.json")
+    vetting.check_schedule(name, config)
+    start, end, steps = (config[k] for k in ("beta_start", "beta_end", "num_train_timesteps"))
+    if config["beta_schedule"] == "linear":
+        betas = torch.linspace(start, end, steps, dtype=torch.float32)  # (1000,)
+    else:  # scaled_linear, which is SDXL's: linear in the root
         betas = torch.linspace(start**0.5, end**0.5, steps, dtype=torch.float32) ** 2
     if config.get("rescale_betas_zero_snr"):
         betas = rescale_zero_terminal_snr(betas)
-    return NoiseSchedule(torch.cumprod(1.0 - betas, dim=0).to(device), prediction)
+    return NoiseSchedule(torch.cumprod(1.0 - betas, dim=0).to(device), config["prediction_type"])
 
 
 def rescale_zero_terminal_snr(betas: Tensor) -> Tensor:

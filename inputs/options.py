@@ -62,8 +62,8 @@ class Config:
     image_column: str = ""
     # Column that holds the captions; empty finds text, caption or prompt.
     caption_column: str = ""
-    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, or
-    # runs/RECIPE-quick.
+    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
+    # -plain behind it where these are asked for.
     output_dir: str = ""
     # Where encoded pictures and captions are kept; runs share it, and it may go between runs.
     cache_dir: str = "cache"
@@ -148,6 +148,9 @@ class Config:
     # fits, unless another batch size or checkpointing than the recipe's is asked for. The run is
     # the same.
     memory_plan: bool = False
+    # Train by the book's lines alone (lora.py, model.py, data.py, loop.py): the reference that the
+    # faster ways are measured against. One process, no checkpoints, no pictures.
+    plain: bool = False
     # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
     plan_for: str = ""
 
@@ -160,6 +163,9 @@ class Config:
     checkpointing_steps: int = 200
     # Checkpoints kept; two, so that damage to the newest costs one interval and not the run.
     checkpoints_total_limit: int = 2
+    # Continue a run although the code that makes its numbers is not the one that it began with;
+    # which functions changed is noted in the log, config.json and the adapter files.
+    accept_code_change: bool = False
     # dtype of the adapter files: fp32 is exactly what was trained, fp16 half the size.
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     # Write TensorBoard scalars beside the JSON lines.
@@ -179,7 +185,8 @@ class Config:
 
     @property
     def out(self) -> Path:
-        return Path(self.output_dir or f"runs/{self.recipe}{'-quick' if self.quick else ''}")
+        kind = ("-quick" if self.quick else "") + ("-plain" if self.plain else "")
+        return Path(self.output_dir or f"runs/{self.recipe}{kind}")
 
 
 RECIPES = {
@@ -311,6 +318,24 @@ def check_texts(options) -> None:
                 )
 
 
+def check_plain(config: Config) -> None:
+    """Raise Refusal, naming all of it, where --plain is asked for with what the book's lines do not
+    do.
+    """
+    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+    troubles = []  # each: what was found, what is expected, what to do
+    if processes > 1:
+        troubles.append((f"{processes} processes", "one", "start it without torchrun"))
+    if config.base_quantization == "nf4":
+        troubles.append(("an NF4 base", "an unquantized one", "--base-quantization none"))
+    if os.path.isdir(config.out / "checkpoints"):
+        found = f"{config.out}, which holds checkpoints"
+        troubles.append((found, "a folder that holds none", "another --output-dir"))
+    if troubles:
+        found, expected, remedy = (" and ".join(texts) for texts in zip(*troubles, strict=True))
+        raise Refusal(f"--plain with {found}", expected, remedy)
+
+
 def check(config: Config) -> Config:
     """`config` itself, or a Refusal naming the first value that cannot be."""
     check_texts(config)
@@ -351,6 +376,8 @@ def check(config: Config) -> Config:
             "PyTorch's attention, whose backward pass then adds in one order",
             "--attention sdpa",
         )
+    if config.plain:
+        check_plain(config)
     if config.resolution % 8:
         near = config.resolution // 8 * 8
         raise Refusal(

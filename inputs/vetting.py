@@ -1,19 +1,21 @@
-"""What a model's files may say. They come from anywhere; what they describe is built before their
-weights are compared with it, so a number too many would take all memory, and a wrong one would only
-be met by the first step.
+"""What a model's files may say, and whether this machine has what they need. The files come from
+anywhere; what they describe is built before their weights are compared with it, so a number too
+many would take all memory, and a wrong one would only be met by the first step.
 """
 
 import contextlib
 import inspect
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
 
 from inputs.files import Refusal, first_line
-from inputs.hub import read_config
+from inputs.hub import read_config, weight_files
 
 AGAIN = "download the model again, or choose another SDXL model (no inpainting or refiner model)"
 
@@ -87,6 +89,35 @@ def check_widths(unet: torch.nn.Module, context: Tensor, pooled: Tensor) -> None
         )
 
 
+def load_encoder(cls: type, folder: Path, half: bool, device: torch.device) -> torch.nn.Module:
+    """A frozen encoder of diffusers' or transformers' class, in fp32. half: from the fp16 files
+    where there are some.
+
+    Raises Refusal where weights are missing or do not fit: the libraries would go on with random
+    numbers and a warning.
+    """
+    variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+    read_config(folder / "config.json")
+    try:
+        encoder, info = cls.from_pretrained(
+            folder, variant=variant, use_safetensors=True, output_loading_info=True
+        )
+        missing = [k for k in info["missing_keys"] if "position_ids" not in k]
+        problem = f"lacks {len(missing)} tensors, such as {min(missing)}" if missing else ""
+        if not problem:
+            encoder = encoder.to(device).float().requires_grad_(False).eval()
+            problem = try_encoder(encoder)
+    except Exception as error:  # damaged or misfitting files: many classes, one meaning
+        problem = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
+    if problem:
+        raise Refusal(
+            f"{folder} {problem}",
+            "a config.json and the weights that fit it",
+            "download the model again, or pip install --upgrade transformers diffusers",
+        )
+    return encoder
+
+
 @torch.no_grad()
 def try_encoder(encoder: torch.nn.Module) -> str:
     """What is wrong with an encoder's answer to two tokens, or to 16 x 16 pixels, or "": weights
@@ -150,8 +181,23 @@ def latent_scaling(path: Path) -> tuple[float, float]:
     return factor, shift
 
 
-def check_betas(name: str, start: object, end: object, steps: object) -> None:
-    """Raise Refusal where these make no noise schedule."""
+def check_schedule(name: str, config: dict) -> None:
+    """Raise Refusal where a scheduler's config tells of another objective, or makes no noise
+    schedule.
+    """
+    prediction, kind = config["prediction_type"], config["beta_schedule"]
+    if (
+        prediction not in ("epsilon", "v_prediction")
+        or kind not in ("linear", "scaled_linear")
+        or config.get("trained_betas")
+    ):
+        raise Refusal(
+            f"{name}'s scheduler has prediction_type {prediction}, beta_schedule {kind} and "
+            f"trained_betas {config.get('trained_betas')}",
+            "epsilon or v_prediction, linear or scaled_linear, and none",
+            "choose an SDXL model: others train by another objective",
+        )
+    start, end, steps = (config[k] for k in ("beta_start", "beta_end", "num_train_timesteps"))
     numbers = all(type(beta) is float for beta in (start, end)) and type(steps) is int
     if not numbers or not (0 < start <= end < 1 and 1 < steps <= 10**5):
         raise Refusal(
@@ -159,3 +205,74 @@ def check_betas(name: str, start: object, end: object, steps: object) -> None:
             "numbers between 0 and 1 that do not fall, in 2 to 100,000 steps",
             AGAIN,
         )
+
+
+def check_latents(names: list[str], mean: Tensor, std: Tensor) -> None:
+    """Raise Refusal for NaN or Inf in the VAE's answer (B, C, H, W) to pictures `names`."""
+    for name, *numbers in zip(names, mean, std, strict=True):
+        if not all(part.isfinite().all() for part in numbers):
+            raise Refusal(
+                f"the VAE gives NaN or Inf for picture {name}",
+                "finite latents",
+                "look at the picture; with a VAE of your own, check that its fp32 weights are "
+                "finite",
+            )
+
+
+def check_embeddings(captions: list[str], context: Tensor, pooled: Tensor) -> None:
+    """Raise Refusal for NaN or Inf in the embeddings (B, T, D) and (B, P) of captions."""
+    for caption, *numbers in zip(captions, context, pooled, strict=True):
+        if not all(part.isfinite().all() for part in numbers):
+            raise Refusal(
+                f"the text encoders give NaN or Inf for {caption!r}",
+                "finite numbers",
+                "check their weights",
+            )
+
+
+def import_clip() -> ModuleType:
+    """transformers with its CLIP classes. Raises Refusal where they do not load."""
+    try:
+        import transformers
+
+        transformers.utils.logging.disable_progress_bar()  # a file is read in a second
+        for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"):
+            getattr(transformers, name)  # this imports it
+    except Exception as error:  # built for another torch or torchvision: any class
+        raise Refusal(
+            f"transformers does not load here ({first_line(error)})",
+            "transformers 4.56 or newer; a torchvision, if there is one, that fits torch",
+            'pip install "transformers>=4.56", or pip uninstall -y torchvision, which no '
+            "command here calls; the same command then continues",
+        ) from error
+    return transformers
+
+
+def load_bitsandbytes(needed_for: str, way_out: str) -> ModuleType:
+    """bitsandbytes. Raises Refusal where it does not load, with the option that does without it."""
+    try:
+        import bitsandbytes
+
+        return bitsandbytes
+    except Exception as error:  # not installed, or built for another CUDA
+        raise Refusal(
+            f"bitsandbytes does not load here ({first_line(error)})",
+            f"bitsandbytes 0.50 or newer for {needed_for}",
+            f"pip install --upgrade bitsandbytes, or {way_out}",
+        ) from error
+
+
+def check_device(name: str) -> torch.device:
+    """The device that `name` means: auto is the first GPU, else the CPU.
+
+    Raises Refusal for a GPU that torch does not see.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise Refusal(f"device {name}", "auto, cpu, cuda or cuda:1", "leave --device out")
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise Refusal(
+            f"device {name}, and torch sees no GPU", "a CUDA GPU and its driver", "--device cpu"
+        )
+    return torch.device(name)

@@ -18,13 +18,12 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
-import data
 import generate
 import loop
 import lora
 import model
 from conftest import INK, POCKET, make_unet
-from inputs import hub, sources, vetting
+from inputs import blocks, hub, pictures, sources, vetting
 from inputs import options as config
 from inputs.files import Refusal, digest, safetensors_bytes, sayable
 from keep import checkpoint, report, states
@@ -121,19 +120,19 @@ def test_postscript_is_not_given_to_ghostscript(monkeypatch):
     started = []
     monkeypatch.setattr("subprocess.check_call", lambda *a, **k: started.append(a))
     monkeypatch.setattr("subprocess.Popen", lambda *a, **k: started.append(a))
-    refused(
-        lambda: data.decode(picture(bad_pictures.no_pictures()["PostScript that writes a file"]))
-    )
-    refused(lambda: data.decode(picture(encoded(Image.new("RGB", (16, 16)), "EPS"))), "a.png")
+    postscript = bad_pictures.no_pictures()["PostScript that writes a file"]
+    refused(lambda: pictures.decode(picture(postscript)))
+    refused(lambda: pictures.decode(picture(encoded(Image.new("RGB", (16, 16)), "EPS"))), "a.png")
     assert not started
 
 
 def test_floats_are_refused_and_whole_numbers_beyond_16_bits_too():
-    refused(lambda: data.decode(picture(encoded(Image.new("F", (16, 16), 0.5), "TIFF"))), "white")
+    floats = encoded(Image.new("F", (16, 16), 0.5), "TIFF")
+    refused(lambda: pictures.decode(picture(floats)), "white")
     wide = Image.fromarray(np.full((16, 16), 70000, np.int32))
-    refused(lambda: data.decode(picture(encoded(wide, "TIFF"))), "beyond 16 bits")
+    refused(lambda: pictures.decode(picture(encoded(wide, "TIFF"))), "beyond 16 bits")
     grey = Image.fromarray(np.full((16, 16), 300 * 100, np.uint16))
-    got = np.asarray(data.decode(picture(encoded(grey, "TIFF"))))
+    got = np.asarray(pictures.decode(picture(encoded(grey, "TIFF"))))
     assert (got == 30000 // 257).all()
 
 
@@ -508,7 +507,7 @@ def test_a_damaged_or_swapped_cache_file_is_made_anew(tmp_path, capsys):
                 yield {"mean": torch.full((3,), float(i))}
 
     keys = [str(i) for i in range(40)]
-    files = data.fill(tmp_path, "latent", keys, encode)
+    files = blocks.fill(tmp_path, "latent", keys, encode)
     good = [file.read_bytes() for file in files]
     header = struct.unpack("<Q", good[0][:8])[0] + 8
     flipped = bytearray(good[0])
@@ -516,11 +515,11 @@ def test_a_damaged_or_swapped_cache_file_is_made_anew(tmp_path, capsys):
     for bad in (bytes(flipped), good[1], good[0][:-1], b"", good[0].replace(b"F32", b"I32")):
         assert bad != good[0]
         files[0].write_bytes(bad)
-        assert data.fill(tmp_path, "latent", keys, encode) == files
+        assert blocks.fill(tmp_path, "latent", keys, encode) == files
         assert [file.read_bytes() for file in files] == good
         assert capsys.readouterr().out == f"{files[0]} is damaged and is made anew\n"
     files[0].write_bytes(safetensors_bytes({"mean": torch.ones(3)}, {"kind": "latent"}))
-    data.fill(tmp_path, "latent", keys, encode)
+    blocks.fill(tmp_path, "latent", keys, encode)
     assert capsys.readouterr().out == f"{files[0]} is of an earlier version and is made anew\n"
-    data.fill(tmp_path, "latent", keys, None)  # nothing is left to be encoded
+    blocks.fill(tmp_path, "latent", keys, None)  # nothing is left to be encoded
     assert capsys.readouterr().out == ""

@@ -15,7 +15,6 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -30,27 +29,9 @@ from inputs import ahead, files, hub
 from inputs.files import Refusal, digest
 from inputs.options import RECIPES
 from inputs.sources import Picture, read_dataset
-from keep import checkpoint
+from made import PNG, encoded, noisy, picture
 
 CPU = torch.device("cpu")
-
-
-def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
-    """The bytes of a picture file."""
-    buffer = io.BytesIO()
-    image.save(buffer, kind, **options)
-    return buffer.getvalue()
-
-
-def picture(content: Image.Image | bytes, name: str = "a.png", caption: str = "a") -> Picture:
-    content = content if isinstance(content, bytes) else encoded(content)
-    return Picture(name, caption, digest(content), lambda: content)
-
-
-def noisy(width: int, height: int, seed: int = 0) -> Image.Image:
-    """A picture in which no two places are alike."""
-    pixels = np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
-    return Image.fromarray(pixels)
 
 
 def whole_numbers(pixels: torch.Tensor) -> np.ndarray:
@@ -58,448 +39,6 @@ def whole_numbers(pixels: torch.Tensor) -> np.ndarray:
     scaled = (pixels.double() + 1) * 127.5
     assert (scaled - scaled.round()).abs().max() < 1e-4
     return scaled.round().permute(1, 2, 0).numpy().astype(np.uint8)
-
-
-def write_folder(folder: Path, files: dict[str, bytes | str | list]) -> Path:
-    """A folder with these files; a list becomes JSON lines."""
-    for name, content in files.items():
-        path = folder / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if isinstance(content, list):
-            content = "".join(json.dumps(row) + "\n" for row in content)
-        path.write_bytes(content.encode() if isinstance(content, str) else content)
-    return folder
-
-
-def contents(pictures: list[Picture]) -> list[tuple]:
-    return [(p.name, p.caption, p.digest) for p in pictures]
-
-
-RED, BLUE = (encoded(Image.new("RGB", (8, 8), colour)) for colour in ("red", "blue"))
-
-# ---- sources -------------------------------------------------------------------------------------
-
-
-def test_metadata_jsonl_gives_pictures_and_captions_also_in_sub_folders(tmp_path):
-    rows = [
-        {"file_name": "b/c/blue.png", "text": "a blue square"},
-        {"file_name": "red.png", "text": "a red square", "extra": 1},
-    ]
-    files = {"metadata.jsonl": rows, "b/c/blue.png": BLUE, "red.png": RED}
-    pictures = read_dataset(str(write_folder(tmp_path, files)))
-    assert contents(pictures) == [
-        ("b/c/blue.png", "a blue square", digest(BLUE)),
-        ("red.png", "a red square", digest(RED)),
-    ]
-    assert [p.read() for p in pictures] == [BLUE, RED]
-
-
-def test_name_txt_beside_name_jpg(tmp_path):
-    files = {"x/a.b.JPG": RED, "x/a.b.txt": " a red square\n", "c.webp": BLUE, "c.txt": "blué"}
-    pictures = read_dataset(str(write_folder(tmp_path, files)))
-    assert contents(pictures) == [
-        ("c.webp", "blué", digest(BLUE)),
-        ("x/a.b.JPG", "a red square", digest(RED)),
-    ]
-
-
-def test_the_ink_pictures_are_160_and_captioned():
-    pictures = read_dataset(str(INK))
-    assert len(pictures) == len({p.digest for p in pictures}) == 160
-    assert all(p.caption.strip() for p in pictures)
-    assert [p.name for p in pictures] == sorted(p.name for p in pictures)
-
-
-@pytest.mark.parametrize("kind", ["metadata", "txt"])
-def test_the_order_on_disk_is_nothing(tmp_path, kind):
-    names = [f"{folder}{i}" for folder in ("", "z/", "a-b/", "a/") for i in range(5)]
-    pngs = {name: encoded(noisy(8, 8, i)) for i, name in enumerate(names)}
-    read = []
-    for turn in range(3):
-        random.Random(turn).shuffle(names)
-        files: dict = {f"{name}.png": pngs[name] for name in names}
-        if kind == "metadata":
-            rows = [{"file_name": f"{name}.png", "text": f"caption {name}"} for name in names]
-            files["metadata.jsonl"] = rows
-        else:
-            files |= {f"{name}.txt": f"caption {name}" for name in reversed(names)}
-        read.append(contents(read_dataset(str(write_folder(tmp_path / str(turn), files)))))
-    assert read[0] == read[1] == read[2] and len(read[0]) == 20
-    assert all(caption == f"caption {name[:-4]}" for name, caption, _ in read[0])
-
-
-def test_a_missing_caption_is_an_empty_one(tmp_path):
-    rows = [{"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": ""}]
-    files = {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE}
-    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "m", files)))] == ["", ""]
-    files = {"a.png": RED, "a.txt": "", "b.png": BLUE, "b.txt": "\n"}
-    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "t", files)))] == ["", ""]
-
-
-@pytest.mark.parametrize("column", ["text", "caption", "prompt"])
-def test_the_usual_caption_columns_are_found(tmp_path, column):
-    rows = [{"other": "no", "file_name": "a.png", column: "yes"}]
-    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read_dataset(str(folder))[0].caption == "yes"
-
-
-def test_a_named_caption_column_is_taken(tmp_path):
-    rows = [{"file_name": "a.png", "text": "no", "title": "yes"}]
-    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read_dataset(str(folder), caption_column="title")[0].caption == "yes"
-
-
-def test_a_wrong_caption_column_is_refused_with_those_that_are_there(tmp_path):
-    rows = [{"file_name": "a.png", "title": "t"}]
-    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    for wanted, expected in (("", "text or caption or prompt"), ("label", "label")):
-        with pytest.raises(Refusal) as refusal:
-            read_dataset(str(folder), caption_column=wanted)
-        said = str(refusal.value)
-        assert "title" in said and expected in said and "--caption-column" in said
-
-
-GOOD = {"file_name": "a.png", "text": "a"}
-
-
-@pytest.mark.parametrize(
-    ("line", "said"),
-    [
-        ("{", "line 2 is not a row"),
-        ('{"file_name": "a.png", "text": "a"', "line 2 is not a row"),
-        ("a.png a red square", "line 2 is not a row"),
-        ("[]", "line 2 is not a row"),
-        ("7", "line 2 is not a row"),
-        ('{"text": "a"}', "line 2 is not a row.*file_name"),
-        ('{"file_name": 7, "text": "a"}', "line 2 is not a row"),
-        ('{"file_name": "", "text": "a"}', "line 2 names ''"),
-        ('{"file_name": "gone.png", "text": "a"}', "line 2 names 'gone.png', which is no file"),
-        ('{"file_name": "../x.png", "text": "a"}', "line 2 names '../x.png', which is outside"),
-        ('{"file_name": "/etc/hostname", "text": "a"}', "names '/etc/hostname', which is outside"),
-        ('{"file_name": "a.png", "text": 7}', "line 2 has the caption 7"),
-        ('{"file_name": "a.png", "text": ["a"]}', "line 2 has the caption"),
-        ('{"file_name": "a.png"}', "line 2 has the columns file_name"),
-    ],
-)
-def test_a_bad_metadata_line_is_refused_by_number(tmp_path, line, said):
-    write_folder(tmp_path, {"x.png": RED})  # what ../x.png would reach
-    files = {"metadata.jsonl": json.dumps(GOOD) + "\n" + line, "a.png": RED}
-    folder = write_folder(tmp_path / "set", files)
-    with pytest.raises(Refusal, match=said) as refusal:
-        read_dataset(str(folder))
-    assert "metadata.jsonl" in str(refusal.value)
-
-
-def test_blank_lines_in_metadata_are_nothing(tmp_path):
-    files = {"metadata.jsonl": "\n" + json.dumps(GOOD) + "\r\n\n  \n", "a.png": RED}
-    assert len(read_dataset(str(write_folder(tmp_path, files)))) == 1
-
-
-def test_a_picture_without_a_metadata_line_is_refused(tmp_path):
-    files = {"metadata.jsonl": [GOOD], "a.png": RED, "sub/b.png": BLUE}
-    with pytest.raises(Refusal, match=r"have no line in metadata\.jsonl \(1, such as b\.png\)"):
-        read_dataset(str(write_folder(tmp_path, files)))
-
-
-def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_path):
-    rows = [{"file_name": "a.png", "text": "first"}, {"file_name": "a.png", "text": "second"}]
-    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    try:
-        captions = sorted(p.caption for p in read_dataset(str(folder)))
-    except Refusal as refusal:
-        assert "a.png" in str(refusal)
-    else:
-        assert captions == ["first", "second"]
-
-
-@pytest.mark.parametrize(
-    ("files", "said"),
-    [
-        ({"a.png": RED, "a.txt": "a", "b.png": BLUE}, r"1 pictures .*b\.png, stand alone"),
-        ({"a.png": RED, "a.txt": "a", "b.txt": "b"}, r"1 caption files .*b\.txt, stand alone"),
-        ({"x/a.png": RED, "y/a.txt": "a"}, r"1 pictures .*a\.png, stand alone"),
-    ],
-)
-def test_a_picture_or_a_caption_file_alone_is_refused(tmp_path, files, said):
-    with pytest.raises(Refusal, match=said):
-        read_dataset(str(write_folder(tmp_path, files)))
-
-
-def test_two_pictures_that_share_a_caption_file_are_never_reduced_to_one_in_silence(tmp_path):
-    folder = write_folder(tmp_path, {"a.png": RED, "a.jpg": BLUE, "a.txt": "a"})
-    try:
-        names = {p.name for p in read_dataset(str(folder))}
-    except Refusal as refusal:
-        assert "a.png" in str(refusal) or "a.jpg" in str(refusal)
-    else:
-        assert names == {"a.png", "a.jpg"}
-
-
-def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
-    bom = b"\xef\xbb\xbf"  # as Windows' editors write it
-    files = {"a.png": RED, "a.txt": bom + b"a red square"}
-    assert read_dataset(str(write_folder(tmp_path / "t", files)))[0].caption == "a red square"
-    files = {"a.png": RED, "metadata.jsonl": bom + json.dumps(GOOD).encode()}
-    assert read_dataset(str(write_folder(tmp_path / "m", files)))[0].caption == "a"
-
-
-@pytest.mark.parametrize("files", [{}, {"metadata.jsonl": ""}, {"notes.md": "nothing here"}])
-def test_an_empty_data_set_is_refused(tmp_path, files):
-    folder = write_folder(tmp_path, files)
-    with pytest.raises(Refusal, match="holds no pictures") as refusal:
-        read_dataset(str(folder))
-    assert str(folder) in str(refusal.value) and "--dataset-name" in str(refusal.value)
-
-
-@pytest.fixture
-def parquet(tmp_path, monkeypatch):
-    """Writes a folder of one parquet file; `datasets` caches inside tmp_path."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-
-    def write(folder: Path = tmp_path / "set", **columns) -> str:
-        kinds = {
-            name: datasets.Image() if isinstance(cells[0], dict) else None
-            for name, cells in columns.items()
-        }
-        table = datasets.Dataset.from_dict(columns)
-        for name, kind in kinds.items():
-            table = table.cast_column(name, kind) if kind else table
-        (folder / "data").mkdir(parents=True)
-        table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
-        return str(folder)
-
-    return write
-
-
-def cell(content: bytes | None) -> dict:
-    return {"bytes": content, "path": None}
-
-
-def test_a_parquet_folder_is_read_with_its_columns_found(parquet):
-    name = parquet(image=[cell(RED), cell(BLUE)], text=["red", None])
-    pictures = read_dataset(name)
-    assert [(p.caption, p.digest) for p in pictures] == [("red", digest(RED)), ("", digest(BLUE))]
-    assert [p.read() for p in pictures] == [RED, BLUE]
-    assert len({p.name for p in pictures}) == 2 and all("row" in p.name for p in pictures)
-
-
-def test_a_parquet_folders_columns_can_be_named(parquet):
-    name = parquet(
-        first=[cell(BLUE), cell(BLUE)],
-        second=[cell(RED), cell(RED)],
-        text=["no", "no"],
-        title=["yes", "yes"],
-    )
-    pictures = read_dataset(name, "second", "title")
-    assert [p.read() for p in pictures] == [RED, RED]
-    assert [p.caption for p in pictures] == ["yes", "yes"]
-    assert [p.read() for p in read_dataset(name, caption_column="title")] == [BLUE, BLUE]
-
-
-@pytest.mark.parametrize(
-    ("image", "caption", "said"),
-    [
-        ("", "label", r"image, title.*expected label.*--caption-column"),
-        ("", "", r"image, title.*expected text or caption or prompt.*--caption-column"),
-        ("photo", "title", r"expected photo.*--image-column"),
-        ("title", "title", r"expected title.*--image-column"),
-    ],
-)
-def test_a_wrong_column_of_a_parquet_folder_is_refused(parquet, image, caption, said):
-    name = parquet(image=[cell(RED)], title=["red"])
-    with pytest.raises(Refusal, match=said):
-        read_dataset(name, image, caption)
-
-
-def test_a_parquet_folder_without_a_picture_column_is_refused(parquet):
-    name = parquet(text=["red"], number=[1])
-    with pytest.raises(Refusal, match=r"expected a column of pictures.*--image-column"):
-        read_dataset(name)
-
-
-def test_a_parquet_caption_that_is_no_text_is_refused(parquet, tmp_path):
-    for i, captions in enumerate([[1, 2], [["a"], ["b", "c"]]]):
-        name = parquet(tmp_path / f"set{i}", image=[cell(RED), cell(BLUE)], text=captions)
-        with pytest.raises(Refusal, match="text"):
-            read_dataset(name)
-
-
-@pytest.mark.parametrize("bad", [None, cell(None), cell(b"")], ids=["none", "nothing", "empty"])
-def test_a_parquet_row_without_a_picture_is_refused_by_its_number(parquet, bad):
-    name = parquet(image=[cell(RED), bad, cell(BLUE)], text=["a", "b", "c"])
-    with pytest.raises(Refusal, match="row 1"):
-        data.check_pictures(read_dataset(name))
-
-
-def test_a_parquet_folder_below_the_home_folder_may_be_written_with_a_tilde(
-    parquet, monkeypatch, tmp_path
-):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    parquet(image=[cell(RED)], text=["red"])
-    assert read_dataset("~/set")[0].read() == RED
-
-
-@pytest.mark.parametrize("name", ["nowhere", "./no/such/folder", "someone/pictures"])
-def test_a_data_set_that_is_neither_folder_nor_reachable_is_one_refusal(
-    monkeypatch, tmp_path, name
-):
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
-    with pytest.raises(Refusal, match=name) as refusal:
-        read_dataset(name)
-    assert "--dataset-name FOLDER" in str(refusal.value) and "\n" not in str(refusal.value)
-
-
-# ---- decoding ------------------------------------------------------------------------------------
-
-STORED = {  # EXIF orientation: how the file holds an upright picture (TIFF 6.0, tag 274)
-    1: None,
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_90,  # the camera was turned: shown turned clockwise
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_270,
-}
-
-
-@pytest.mark.parametrize("orientation", STORED)
-def test_a_picture_is_turned_upright_and_its_size_is_the_upright_one(orientation):
-    upright, how = noisy(60, 40), STORED[orientation]
-    stored = upright if how is None else upright.transpose(how)
-    exif = Image.Exif()
-    exif[274] = orientation
-    turned = picture(encoded(stored, exif=exif))
-    assert np.array_equal(np.asarray(data.decode(turned)), np.asarray(upright))
-    _, time_ids = data.prepare(turned, 40, False, 0, False)
-    assert time_ids.tolist() == [40, 60, 0, 10, 40, 40]
-
-
-def test_jpegs_are_turned_too():
-    exif = Image.Exif()
-    exif[274] = 6
-    turned = picture(encoded(noisy(60, 40), "JPEG", exif=exif), "a.jpg")
-    assert data.decode(turned).size == (40, 60)
-
-
-def with_palette(transparency: int | bytes) -> bytes:
-    """Left half palette colour 0 (blue), right half 1 (red)."""
-    image = Image.fromarray(np.repeat([[0] * 4 + [1] * 4], 8, axis=0).astype(np.uint8), "P")
-    image.putpalette([0, 0, 255, 255, 0, 0])
-    return encoded(image, transparency=transparency)
-
-
-def left_and_right(content: bytes) -> tuple[tuple, tuple]:
-    image = data.decode(picture(content))
-    assert image.mode == "RGB"
-    return image.getpixel((1, 4)), image.getpixel((6, 4))
-
-
-def test_transparency_becomes_white():
-    half = (255, 127, 127)  # half red on white
-    white, red = (255, 255, 255), (255, 0, 0)
-    rgba = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
-    rgba.paste((0, 0, 255, 0), (0, 0, 4, 8))  # blue, but not to be seen
-    assert left_and_right(encoded(rgba)) == (white, half)
-    grey = Image.new("LA", (8, 8), (0, 128))
-    grey.paste((0, 0), (0, 0, 4, 8))
-    assert left_and_right(encoded(grey)) == (white, (127, 127, 127))
-    assert left_and_right(with_palette(0)) == (white, red)
-    assert left_and_right(with_palette(bytes([0, 128]))) == (white, half)
-    key = Image.new("RGB", (8, 8), "red")
-    key.paste((0, 0, 255), (0, 0, 4, 8))
-    assert left_and_right(encoded(key, transparency=(0, 0, 255))) == (white, red)
-    assert left_and_right(encoded(rgba, "WEBP", lossless=True, exact=True)) == (white, half)
-
-
-def test_cmyk_becomes_rgb():
-    red = Image.new("CMYK", (8, 8), (0, 255, 255, 0))
-    assert left_and_right(encoded(red, "TIFF"))[0] == (255, 0, 0)
-    r, g, b = left_and_right(encoded(red, "JPEG", quality=95))[0]
-    assert r > 245 and g < 10 and b < 10
-
-
-@pytest.mark.parametrize("kind", ["PNG", "TIFF"])
-def test_16_bit_grey_keeps_its_range(kind):
-    grey = np.arange(256, dtype=np.uint16).reshape(16, 16)
-    image = data.decode(picture(encoded(Image.fromarray(grey * 257), kind)))
-    assert np.array_equal(np.asarray(image), np.repeat(grey[..., None], 3, axis=2))
-
-
-def test_one_bit_and_eight_bit_grey():
-    bits = Image.new("1", (8, 8), 1)
-    bits.paste(0, (0, 0, 4, 8))
-    assert left_and_right(encoded(bits)) == ((0, 0, 0), (255, 255, 255))
-    grey = Image.new("L", (8, 8), 77)
-    assert left_and_right(encoded(grey)) == ((77, 77, 77), (77, 77, 77))
-
-
-def test_of_an_animation_the_first_picture_is_taken():
-    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue", "lime")]
-    for kind in ("GIF", "PNG", "WEBP"):
-        more = {"lossless": True} if kind == "WEBP" else {}
-        animation = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **more)
-        assert Image.open(io.BytesIO(animation)).n_frames == 3
-        assert left_and_right(animation)[0] == (255, 0, 0), kind
-
-
-PNG = encoded(noisy(64, 64))
-JPEG = encoded(noisy(64, 64), "JPEG")
-DAMAGED = {
-    "zero bytes": b"",
-    "garbage": bytes(range(256)) * 20,
-    "text": b"<html>404 Not Found</html>",
-    "truncated png": PNG[: len(PNG) // 2],
-    "truncated jpeg": JPEG[: len(JPEG) // 2],
-    "only a header": PNG[:33],
-    "damaged png": PNG[: len(PNG) // 2] + bytes(100) + PNG[len(PNG) // 2 + 100 :],
-}
-
-
-@pytest.mark.parametrize("how", DAMAGED)
-def test_a_damaged_picture_is_refused_by_name(how):
-    with pytest.raises(Refusal, match=r"picture sub/cat\.png cannot be read"):
-        data.decode(picture(DAMAGED[how], "sub/cat.png"))
-
-
-def test_a_picture_that_vanished_is_refused_by_name(tmp_path):
-    folder = write_folder(tmp_path, {"a.png": RED, "a.txt": "a"})
-    (gone,) = read_dataset(str(folder))
-    (folder / "a.png").unlink()
-    with pytest.raises(Refusal, match=r"picture a\.png cannot be read"):
-        data.decode(gone)
-
-
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # pytest resets data's
-@pytest.mark.parametrize("side", [33, 60])  # Pillow warns above the limit, and raises above twice
-def test_a_decompression_bomb_is_refused(monkeypatch, side):
-    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
-    assert data.decode(picture(noisy(31, 31))).size == (31, 31)
-    with pytest.raises(Refusal, match=r"picture bomb\.png cannot be read \(Decompression"):
-        data.decode(picture(noisy(side, side), "bomb.png"))
-
-
-@pytest.mark.parametrize("size", [(1, 21), (21, 1), (5000, 3)])
-def test_an_absurd_aspect_ratio_is_refused(size):
-    with pytest.raises(Refusal, match=rf"strip\.png cannot be read.*{size[0]} x {size[1]}"):
-        data.prepare(picture(noisy(*size), "strip.png"), 64, False, 0, False)
-    assert data.decode(picture(noisy(20, 1))).size == (20, 1)
-
-
-def test_all_damaged_pictures_are_named_at_once():
-    pictures = [picture(PNG, f"good{i}.png") for i in range(3)]
-    data.check_pictures(pictures)
-    pictures[1:1] = [picture(b"", "bad1.png"), picture(PNG[:200], "bad2.png")]
-    with pytest.raises(Refusal) as refusal:
-        data.check_pictures(pictures)
-    said = str(refusal.value)
-    assert "bad1.png" in said and "bad2.png" in said and "good" not in said
-    assert said.count("What to do") == 1
-    many = [picture(b"", f"bad{i}.png") for i in range(25)]
-    with pytest.raises(Refusal, match=r"bad0\.png.*and 15 more"):
-        data.check_pictures(many)
-    with pytest.raises(Refusal, match=r"^picture bad1\.png cannot be read"):
-        data.check_pictures([picture(PNG), picture(b"", "bad1.png")])
 
 
 # ---- one view ------------------------------------------------------------------------------------
@@ -646,7 +185,8 @@ class Counting(data.Encoder):
 
     def __init__(self, pictures=None, resolution=64, random_crop=False, seed=0, load_vae=fake_vae):
         pictures = ink() if pictures is None else pictures
-        super().__init__(pictures, load_vae, pocket_text, resolution, random_crop, seed)
+        crop = data.Crop(resolution, random_crop, seed)
+        super().__init__(pictures, load_vae, pocket_text, crop)
         self.latents, self.prompts = [], []
 
     def latent(self, index, flip):
@@ -679,7 +219,8 @@ def fill(
 
 def examples_of(source, count=20, seed=3, flip=False, dropout=0.0, offset=0.0) -> data.Examples:
     names = [str(i) for i in range(count)]
-    return data.Examples(source, names, seed, flip, dropout, offset, 1000, (4, 8, 8))
+    chances = data.Chances(flip, dropout, offset)
+    return data.Examples(source, names, seed, chances, 1000, (4, 8, 8))
 
 
 @pytest.mark.parametrize("random_crop", [False, True])
@@ -707,7 +248,7 @@ def test_cached_equals_uncached_to_the_bit(tmp_path, random_flip, random_crop):
 
 def test_both_views_are_cached_and_differ(tmp_path):
     cache, encoder = fill(tmp_path, Counting(random_crop=True), flip=True), Counting()
-    encoder.crop = (64, True, 0)
+    encoder.crop = data.Crop(64, True, 0)
     for index in range(20):
         for flip in (False, True):
             for got, want in zip(
@@ -741,7 +282,7 @@ def test_a_second_run_encodes_nothing_and_loads_no_encoder(tmp_path):
     def load():
         raise AssertionError("an encoder was loaded")
 
-    again = data.Encoder(ink(), load, load, 64, False, 0)
+    again = data.Encoder(ink(), load, load, data.Crop(64, False, 0))
     second = fill(tmp_path, again, flip=True)
     assert (second.latents, second.prompts) == (first.latents, first.prompts)
     assert torch.equal(second.latent(7, True)[0], first.latent(7, True)[0])
@@ -1055,69 +596,34 @@ def test_ctrl_c_while_pictures_are_encoded_leaves_whole_blocks_and_no_thread_at_
     assert encoder.latents == list(range(16, 60)) and encoder.prompts == []
 
 
-def test_how_fast_pictures_were_encoded_is_said_once_and_nothing_where_none_was(tmp_path, capsys):
-    fill(tmp_path, Counting(), flip=True)
+def test_how_fast_pictures_were_encoded_is_told_and_nothing_where_none_was(tmp_path, capsys):
     number = r"\d+\.\d"
-    said = capsys.readouterr()
-    assert said.out == "" and re.search(  # on stderr, behind the progress bars
-        f"\nencoded 20 pictures in {number} s: {number} pictures/s; the encoder waited "
-        r"\d+% of the time\n$",
-        said.err,
-    )
-    fill(tmp_path, Counting(), flip=True)
+    said = rf"encoded 20 pictures in {number} s: {number} pictures/s; the encoder waited \d+% of .*"
+    encoder = Counting()
+    assert re.fullmatch(said, fill(tmp_path, encoder, flip=True).speed) and encoder.speed
+    assert capsys.readouterr().out == ""
+    assert fill(tmp_path, Counting(), flip=True).speed == ""
     assert capsys.readouterr() == ("", "")
 
 
-# ---- ahead ---------------------------------------------------------------------------------------
+@pytest.mark.parametrize("turn", [0, 1])
+def test_blocks_that_another_process_claims_are_left_to_it(tmp_path, turn):
+    """Two that claim by turns, one after the other, make the very files that one makes alone."""
+    whole = fill(tmp_path / "alone", Counting(), flip=True)
+    claims = {}
 
+    def claim(rank):
+        return lambda name: claims.setdefault(name, (len(claims) + turn) % 2) == rank
 
-@pytest.mark.parametrize("workers", [1, 3])
-@pytest.mark.parametrize("depth", [1, 4, 100])
-def test_ahead_keeps_the_order_and_never_runs_further_ahead_than_it_may(workers, depth):
-    begun = []
-
-    def work(i):
-        begun.append(i)
-        time.sleep(0.003 * (i % 3))
-        return i * i
-
-    with ahead.Ahead(work, range(30), depth, workers) as results:
-        for i, result in enumerate(results):
-            assert result == i * i
-            assert max(begun) <= i + depth
-    assert sorted(begun) == list(range(30)) and results.given == 30
-    assert 0 < results.waited <= results.seconds
-
-
-def test_ahead_raises_an_error_when_its_turn_comes_and_starts_nothing_after_it():
-    def work(i):
-        if i == 5:
-            raise ValueError("five")
-        return i
-
-    given = []
-    with pytest.raises(ValueError, match="five"), ahead.Ahead(work, range(100), 8, 2) as results:
-        for result in results:
-            given.append(result)
-    assert given == [0, 1, 2, 3, 4]
-
-
-def test_ahead_waits_for_nothing_when_it_is_left():
-    release, begun = threading.Event(), []
-
-    def work(i):
-        begun.append(i)
-        release.wait(10)
-
-    asked = time.perf_counter()
-    with pytest.raises(KeyboardInterrupt), ahead.Ahead(work, range(100), 16, 2) as results:
-        while len(begun) < 2:
-            time.sleep(0.001)
-        raise KeyboardInterrupt
-    assert time.perf_counter() - asked < 5 and results.given == 0
-    release.set()
-    results.pool.shutdown()  # waits for the two
-    assert sorted(begun) == [0, 1]
+    encoders = [Counting(), Counting()]
+    for rank, encoder in enumerate(encoders):
+        cache = data.fill_cache(tmp_path, encoder, True, torch.float32, PRINTS, claim(rank))
+    # two blocks of captions, 0 to 15 and the rest, then two of pictures, both views each
+    want = [[*range(16)], [*range(16, 21)]]
+    assert [encoder.prompts for encoder in encoders] == (want if turn == 0 else want[::-1])
+    assert sorted(encoders[0].latents + encoders[1].latents) == sorted(ALL * 2)
+    for ours, theirs in ((cache.latents, whole.latents), (cache.prompts, whole.prompts)):
+        assert [p.read_bytes() for p in ours] == [p.read_bytes() for p in theirs]
 
 
 def pocket_config(folder: Path, **change):
@@ -1142,14 +648,7 @@ def test_models_that_differ_in_their_unconditional_embedding_do_not_share_it(tmp
     for name in (str(POCKET), str(other)):
         config = pocket_config(tmp_path)
         config = dataclasses.replace(config, pretrained_model_name_or_path=name)
-        examples = loop.prepare(
-            config,
-            CPU,
-            torch.float32,
-            ink()[:3],
-            checkpoint.encoder_prints(config.pretrained_model_name_or_path, False),
-            1000,
-        )
+        examples = loop.examples_of(config, ink()[:3], CPU, torch.float32, 1000)
         want, _ = model.encode_unconditional(model.load_text_encoders(name, CPU))
         assert torch.equal(examples.source.prompt(3)[0], want[0]), name
 
@@ -1160,14 +659,7 @@ def test_a_run_names_all_damaged_pictures_before_it_encodes(tmp_path, cache):
     pictures = changed(pictures, 2, name="bad2.png", digest="1" * 32, read=lambda: PNG[:99])
     config = pocket_config(tmp_path, cache=cache)
     with pytest.raises(Refusal, match=r"bad1\.png.*bad2\.png"):
-        loop.prepare(
-            config,
-            CPU,
-            torch.float32,
-            pictures,
-            checkpoint.encoder_prints(config.pretrained_model_name_or_path, False),
-            1000,
-        )
+        loop.examples_of(config, pictures, CPU, torch.float32, 1000)
 
 
 # ---- what example i of the run is ----------------------------------------------------------------
@@ -1230,7 +722,7 @@ def test_more_dropout_drops_what_less_dropped_and_more():
 
 def test_what_is_drawn_has_the_distribution_that_the_method_asks_for():
     names = [str(i) for i in range(20)]
-    examples = data.Examples(None, names, 0, True, 0.3, 0.0, 1000, (1, 1, 2))
+    examples = data.Examples(None, names, 0, data.Chances(True, 0.3), 1000, (1, 1, 2))
     drawn = [examples.example(i) for i in range(20000)]
     t = torch.tensor([e.t for e in drawn]).double()
     assert t.min() == 0 and t.max() == 999
@@ -1321,6 +813,20 @@ def test_a_batch_holds_what_its_examples_say():
         assert want.keys() == batch.keys()
         assert all(torch.equal(batch[key][i], value) for key, value in want.items())
     assert len({examples.example(i).flip for i in range(12)}) == 2
+
+
+def test_timesteps_are_the_examples_own_unless_something_else_is_plugged_in():
+    examples = examples_of(Counting())
+    own = [examples.example(i).t for i in range(6)]
+    batch = examples.batch(range(6), CPU)
+    assert batch["t"].tolist() == own and batch["t"].dtype == torch.int64
+
+    def by_number(given):
+        return torch.tensor([e.number for e in given])
+
+    other = examples.batch(range(6), CPU, by_number)
+    assert other["t"].tolist() == list(range(6))
+    assert all(torch.equal(batch[key], other[key]) for key in batch if key != "t")
 
 
 def test_copied_pictures_are_two_examples_with_one_crop():
