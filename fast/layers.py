@@ -1,6 +1,6 @@
 """The same layers with fewer and leaner kernels: what a GPU would otherwise spend on many small
-matrix products and element-wise passes. lora.py and diffusers hold the definitions; a test holds
-this to them.
+matrix products and element-wise passes. lora.py and diffusers hold the definitions; tests hold this
+to them, and so does disagreement() at the start of every run.
 
 Every formula is the chain rule of y = W x + s B A x (Hu et al. 2021, section 4.1), written out for
 layers that read one x, so that their W and their A act as one matrix each, their B as one batch,
@@ -10,6 +10,7 @@ Letters: `M` rows (batch x tokens), `r` rank, `k` layers that read the same x, `
 feed-forward layer.
 """
 
+import copy
 import functools
 import itertools
 import types
@@ -17,6 +18,9 @@ import types
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from inputs.files import first_line
+from lora import LoRALinear
 
 # What an attention layer of diffusers may have beyond SDXL's; where one has it, it is left alone.
 EXTRAS = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
@@ -121,7 +125,7 @@ def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
     if any(layer.strength == 0 or layer.unmerged is not None for layer in layers):
         return tuple(layer(x) for layer in layers)  # where a layer is its base, to the bit
-    As, Bs = zip(*(layer.used for layer in layers), strict=True)
+    As, Bs = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
     matrices = [m.to(x.dtype) for m in (*As, *Bs)]
     scale = layers[0].strength * layers[0].scale
     y = Project.apply(x.flatten(0, -2), scale, tuple(layer.base for layer in layers), *matrices)
@@ -220,19 +224,128 @@ def gated(module: nn.Module, x: Tensor) -> Tensor:
     return GatedLinear.apply(x.flatten(0, -2), module.proj).unflatten(0, x.shape[:-1])
 
 
-def use(unet: nn.Module) -> str:
-    """Fuse what can be fused in `unet`, in place, after inject(). Returns how much that is."""
-    layers = gates = 0
-    for module in unet.modules():
+# ---- which layers, and whether they mean the same ------------------------------------------------
+
+
+def is_plain(linear: nn.Module) -> bool:
+    """Whether it is a Linear without anything beside it, whole or in NF4."""
+    return type(linear) is nn.Linear or hasattr(getattr(linear, "weight", None), "quant_state")
+
+
+def fusible(unet: nn.Module) -> dict[str, nn.Module]:
+    """The attention layers whose four projections are the book's LoRALinear, and the gates whose
+    projection has no adapter, by name: what else there is computes by its definition.
+    """
+    found = {}
+    for name, module in unet.named_modules():
         kind = type(module).__name__
-        extras = any(getattr(module, name, None) for name in EXTRAS)
+        extras = any(getattr(module, extra, None) for extra in EXTRAS)
         if kind == "Attention" and not extras and module.rescale_output_factor == 1:
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
-            if all(hasattr(layer, "used") for layer in needed):
-                join(needed[1:3] if module.is_cross_attention else needed[:3])
-                module.set_processor(Attention())
-                layers += 1
-        elif kind == "GEGLU" and module.proj.bias is not None:
-            module.forward = types.MethodType(gated, module)
-            gates += 1
-    return f"{layers} attention layers and {gates} feed-forward gates fused"
+            if all(type(each) is LoRALinear and is_plain(each.base) for each in needed):
+                found[name] = module
+        elif kind == "GEGLU" and is_plain(module.proj) and module.proj.bias is not None:
+            found[name] = module
+    return found
+
+
+def fuse(module: nn.Module) -> None:
+    """Have one of fusible() compute in its other form, in place."""
+    if type(module).__name__ == "GEGLU":
+        module.forward = types.MethodType(gated, module)
+    else:
+        module.set_processor(Attention())
+
+
+def wrap(unet: nn.Module) -> str:
+    """Fuse what is fusible in `unet`, in place, after inject(). Returns how much that is."""
+    found = fusible(unet)
+    for module in found.values():
+        fuse(module)
+        if type(module).__name__ == "Attention":
+            projections = [module.to_q, module.to_k, module.to_v]
+            join(projections[1:] if module.is_cross_attention else projections)
+    gates = sum(type(module).__name__ == "GEGLU" for module in found.values())
+    return f"{len(found) - gates} attention layers and {gates} feed-forward gates fused"
+
+
+def disagreement(unet: nn.Module) -> str:
+    """Where a layer's fused form would not give what its definition gives, or "".
+
+    Whoever edits LoRALinear.forward must not train one function and draw with another, so each
+    layer is tried in both forms before the first step: on a copy in fp32, since half precision
+    would hide small differences, on random input, and with all that it trains drawn at random,
+    since at B = 0 every branch is zero. Answers and gradients may differ by 1e-5.
+    """
+    for name, module in fusible(unet).items():
+        try:
+            off = largest_difference(module)
+        except Exception as error:  # an edit of the book that this form does not know may raise any
+            return f"{name} cannot be computed fused ({first_line(error)})"
+        if not off <= 1e-5:  # True for nan, too
+            return f"{name} would be off by {off:.0e} if fused"
+    return ""
+
+
+def largest_difference(module: nn.Module) -> float:
+    """How far answer and gradients of a fusible module's two forms lie apart, relative."""
+    by_definition, fused = random_copy(module), random_copy(module)
+    fuse(fused)
+    one, other = (answer_and_gradients(each) for each in (by_definition, fused))
+    return max(
+        ((a - b).norm() / a.norm().clamp(min=1e-30)).item() for a, b in zip(one, other, strict=True)
+    )
+
+
+def random_copy(module: nn.Module) -> nn.Module:
+    """A copy of `module` in fp32 with random numbers, the same at every call, of such sizes that
+    frozen and trained branches give answers of one length.
+    """
+    bases = [each for each in module.modules() if is_linear(each)]
+    generator = torch.Generator(bases[0].weight.device).manual_seed(0)
+    # deepcopy takes what is in its memo for a copy: so each frozen Linear becomes a fresh one
+    memo = {id(each): fresh(each, generator) for each in bases}
+    copied = copy.deepcopy(module, memo)
+    for layer in copied.modules():
+        for each in layer.parameters(recurse=False):
+            if each.requires_grad:
+                each.data = drawn(each.shape, generator) / getattr(layer, "scale", 1.0) ** 0.5
+    return copied
+
+
+def is_linear(module: nn.Module) -> bool:
+    return hasattr(module, "weight") and hasattr(module, "in_features")
+
+
+def fresh(linear: nn.Module, generator: torch.Generator) -> nn.Linear:
+    made = nn.Linear(linear.in_features, linear.out_features, device="meta")
+    made.weight = nn.Parameter(drawn(made.weight.shape, generator), requires_grad=False)
+    bias = None if linear.bias is None else drawn(made.bias.shape, generator)
+    made.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
+    return made
+
+
+def drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Normal numbers, (out, in) divided by sqrt(in): products with them keep a vector's length."""
+    numbers = torch.randn(shape, generator=generator, device=generator.device)
+    return numbers / shape[-1] ** 0.5 if len(shape) > 1 else numbers
+
+
+def answer_and_gradients(module: nn.Module) -> list[Tensor]:
+    """What `module` answers to two sequences of random numbers, and the gradients that reach all
+    its inputs and trained parameters.
+    """
+    linears = [each for each in module.modules() if is_linear(each)]
+    generator = torch.Generator(linears[0].weight.device).manual_seed(1)
+    widths = [module.proj.in_features] if hasattr(module, "proj") else [module.to_q.in_features]
+    if getattr(module, "is_cross_attention", False):
+        widths.append(module.to_k.in_features)
+    shapes = [torch.Size((2, 7 + i, width)) for i, width in enumerate(widths)]
+    inputs = [torch.randn(s, generator=generator, device=generator.device) for s in shapes]
+    inputs = [each.requires_grad_() for each in inputs]
+    learning = [each for each in module.parameters() if each.requires_grad]
+    answer = module(*inputs)
+    toward = torch.randn(answer.shape, generator=generator, device=generator.device)
+    gradients = torch.autograd.grad(answer, inputs + learning, toward, allow_unused=True)
+    known = zip(gradients, inputs + learning, strict=True)
+    return [answer, *(torch.zeros_like(x) if g is None else g for g, x in known)]

@@ -176,6 +176,15 @@ def fingerprint(name: str, part: str, half: bool = False) -> str:
     return sha.hexdigest()[:16]
 
 
+def encoder_fingerprints(name: str, half: bool) -> dict[str, str]:
+    """The fingerprints of the "vae" and of all that makes a "text" embedding."""
+    parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
+    text = [fingerprint(name, part, half) for part in parts]
+    index = read_config(fetch(name, "") / "model_index.json")
+    zeros = f"zeros: {index.get('force_zeros_for_empty_prompt', True)}"
+    return {"vae": fingerprint(name, "vae"), "text": " ".join([*text, zeros])}
+
+
 def unet_fingerprint(name: str, half: bool) -> str:
     """16 hex digits of ten of the UNet's tensors, rounded to fp16: the same for a model's fp32 file
     and its fp16 variant, different for a fine-tuned or merged one. Adapters carry it, so that a

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import threading
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from tqdm import tqdm
 
 import model
 from inputs.files import write_whole
+from inputs.hub import fetch
 from inputs.options import Config
-
-if TYPE_CHECKING:
-    from inputs.sources import Picture
-    from loop import Run
+from inputs.sources import Picture
+from loop import Run
 
 
 class Log:
@@ -125,7 +124,7 @@ def peak_gib(device: torch.device) -> float:
     """GiB: the GPU's peak, or on a CPU this process's own memory now."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
-    return model.process_gib("RssAnon")
+    return process_gib("RssAnon")
 
 
 def parameter_count(parameter: torch.nn.Parameter) -> int:
@@ -134,19 +133,22 @@ def parameter_count(parameter: torch.nn.Parameter) -> int:
     return math.prod(state.shape) if state else parameter.numel()
 
 
-def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory) -> str:
+def describe(kept, pictures: list[Picture], how: str, host: HostMemory) -> str:
     """The lines a run begins with; every number is computed."""
+    run, team = kept.run, kept.team
     config, n = run.config, run.config.examples_per_step
-    total = sum(parameter_count(p) for p in run.unet.parameters())
+    learning = sum(matrix.numel() for matrix in run.trained.values())
+    frozen = (each for each in run.unet.parameters() if not each.requires_grad)
+    total = learning + sum(parameter_count(each) for each in frozen)
     names = [p.name for p in pictures if not p.caption.strip()]
     bare = f"{len(names)} missing or empty" + (f" (the first: {names[0]})" if names else "")
-    cut = model.count_cut(
+    cut = count_cut(
         [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
     )
     device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
-    several = f", shared by {run.team.size} processes" if run.team.size > 1 else ""
-    if run.team.size > n:
-        several += f", of which {run.team.size - n} have no example: GPUS={n} would do as well"
+    several = f", shared by {team.size} processes" if team.size > 1 else ""
+    if team.size > n:
+        several += f", of which {team.size - n} have no example: GPUS={n} would do as well"
     how += "; deterministic kernels" if config.deterministic else ""
     nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
     lines = (
@@ -158,7 +160,59 @@ def describe(run: Run, pictures: list[Picture], how: str, host: model.HostMemory
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = "
         f"{config.max_train_steps * n / len(pictures):.1f} epochs{several}",
-        f"{run.adapter.trainable:,} trainable parameters of {total:,} "
-        f"({100 * run.adapter.trainable / total:.2f} %) in {len(run.adapter.layers)} layers",
+        f"{learning:,} trainable parameters of {total:,} "
+        f"({100 * learning / total:.2f} %) in {len(run.adapter.layers)} layers",
     )
     return "\n".join(lines)
+
+
+class HostMemory:
+    """Samples this process's memory while a block runs. own: peak RssAnon in GiB; mapped: peak
+    RssFile in GiB.
+
+    Pages of a mapped weight file count in RSS although the kernel can drop them at any time; a host
+    runs out of its memory by the first number alone. Both stay 0.0 where there is no /proc.
+    """
+
+    def __enter__(self):
+        self.own = self.mapped = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self):
+        while True:
+            self.own = max(self.own, process_gib("RssAnon"))
+            self.mapped = max(self.mapped, process_gib("RssFile"))
+            if self._stop.wait(0.02):
+                return
+
+
+def process_gib(field: str) -> float:
+    """A field of /proc/self/status in GiB; 0.0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 2**20
+    return 0.0
+
+
+def count_cut(prompts: list[str], name: str) -> int:
+    """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
+    end.
+    """
+    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
+        # A token has a byte at least, and two mark the ends: most need not be counted.
+        about = json.loads((fetch(name, "tokenizer") / "tokenizer_config.json").read_text())
+        short = about["model_max_length"] - 2
+        prompts = [p for p in prompts if not p.isascii() or len(p) > short]
+    if not prompts:
+        return 0
+    tokenizer = model.load_tokenizer(name, "tokenizer")  # both cut at one length
+    ids = tokenizer(prompts, truncation=False, verbose=False).input_ids
+    return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)

@@ -11,6 +11,7 @@ import loop
 import lora
 import model
 from conftest import make_batch, make_unet
+from fast import flat
 from fast import layers as fused
 
 SCHEDULE = model.NoiseSchedule(torch.linspace(0.999, 0.005, 1000), "epsilon")
@@ -21,21 +22,24 @@ def off(a, b):
 
 
 def adapted(fuse: bool, rank: int = 4, dtype=torch.float32, **changes):
-    """A UNet with a trained-looking adapter, fused or as diffusers and lora.py define it."""
+    """A UNet with a trained-looking adapter in one vector, fused or as diffusers and lora.py
+    define it.
+    """
     unet = make_unet(**changes).to(dtype)
     adapter = lora.inject(unet, rank=rank, alpha=6, seed=3)
+    said = fused.wrap(unet) if fuse else ""
+    vector = flat.Flat(unet, lora.trained(unet))
     with torch.no_grad():
-        adapter.flat.add_(0.05 * torch.randn(adapter.flat.shape, generator=rng(1)))
-    said = fused.use(unet) if fuse else ""
-    return unet, adapter, said
+        vector.vector.add_(0.05 * torch.randn(vector.vector.shape, generator=rng(1)))
+    return unet, adapter, vector, said
 
 
 def rng(seed):
     return torch.Generator().manual_seed(seed)
 
 
-def gradient(unet, adapter, batch):
-    with adapter.cast_once(unet.dtype) as cast:
+def gradient(unet, vector, batch):
+    with vector.cast_once(unet.dtype) as cast:
         each = loop.diffusion_loss(unet, batch, SCHEDULE, (0.13, 0.0))
         (grad,) = torch.autograd.grad(each.sum(), cast)
     return each.detach(), grad
@@ -47,33 +51,24 @@ def test_loss_and_gradient_equal_the_definitions(rank, checkpointing, one_thread
     """Rank 1 leaves padding between the matrices, so that they do not follow one another."""
     batch, found = make_batch(3), []
     for fuse in (False, True):
-        unet, adapter, said = adapted(fuse, rank)
+        unet, _, vector, said = adapted(fuse, rank)
         unet.train()
         if checkpointing != "none":
             some = ("mid_block.attentions.0", "up_blocks.0.attentions.0")
             model.use_gradient_checkpointing(unet, some if checkpointing == "some" else ())
-        found.append(gradient(unet, adapter, batch))
+        found.append(gradient(unet, vector, batch))
     assert said == "16 attention layers and 8 feed-forward gates fused"
     (loss, grad), (fused_loss, fused_grad) = found
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5
 
 
-def test_the_gradient_of_one_cast_is_that_of_every_matrix_by_itself(one_thread):
-    batch = make_batch(2)
-    unet, adapter, _ = adapted(False)
-    loop.diffusion_loss(unet, batch, SCHEDULE, (0.13, 0.0)).sum().backward()
-    _, grad = gradient(unet, adapter, batch)
-    assert torch.equal(grad, adapter.flat.grad) and grad.norm() > 0
-    assert all(layer.used == (layer.lora_A, layer.lora_B) for layer in adapter.layers.values())
-
-
 def test_a_half_precision_gradient_is_near_the_exact_one(one_thread):
     batch = make_batch(2)
-    unet, adapter, _ = adapted(False)
-    _, exact = gradient(unet, adapter, batch)
-    unet, adapter, _ = adapted(True, dtype=torch.bfloat16)
-    _, grad = gradient(unet, adapter, batch)
+    unet, _, vector, _ = adapted(False)
+    _, exact = gradient(unet, vector, batch)
+    unet, _, vector, _ = adapted(True, dtype=torch.bfloat16)
+    _, grad = gradient(unet, vector, batch)
     assert grad.dtype == torch.bfloat16 and off(grad.float(), exact) < 0.05
 
 
@@ -140,17 +135,69 @@ def test_an_nf4_layer_is_fused_as_its_own_forward_computes_it():
     assert off(answer, copy.deepcopy(plain)(x)) > 0.01  # 4 bits are not fp32
 
 
+def bare(targets=lora.TARGETS):
+    unet = make_unet()
+    lora.inject(unet, targets, rank=4, alpha=6)
+    return unet
+
+
 def test_a_layer_with_more_than_sdxls_is_left_alone():
-    unet, _, _ = adapted(False)
+    unet = bare()
     attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attention.residual_connection = True
-    assert fused.use(unet).startswith("15 attention layers")
+    assert fused.wrap(unet).startswith("15 attention layers")
+
+
+def test_only_layers_that_are_known_are_fused():
+    """Adapted feed-forward layers, and a LoRALinear of another kind, compute by their own lines."""
+    assert fused.wrap(bare((*lora.TARGETS, "ff.net.0.proj", "ff.net.2"))).endswith(
+        "0 feed-forward gates fused"
+    )
+    unet = bare()
+    attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
+    attention.to_k.__class__ = type("Other", (lora.LoRALinear,), {})
+    assert fused.wrap(unet).startswith("15 attention layers")
+
+
+FORWARDS = {  # of the branch, scaled; the book's own is the first
+    "as it is": (lambda s, x: s.scale * s.up(s.down(x)), ""),
+    "times 5": (lambda s, x: 5 * s.scale * s.up(s.down(x)), "would be off by"),
+    "a thousandth more": (lambda s, x: 1.001 * s.scale * s.up(s.down(x)), "would be off by"),
+    "tanh": (lambda s, x: torch.tanh(s.scale * s.up(s.down(x))), "would be off by"),
+    "relu after A": (lambda s, x: s.scale * s.up(torch.relu(s.down(x))), "would be off by"),
+    "an error": (lambda s, x: s.nothing, "cannot be computed fused"),
+}
+
+
+@pytest.mark.parametrize("edit", FORWARDS)
+def test_an_edited_forward_is_noticed_and_nothing_is_touched(monkeypatch, edit):
+    branch, said = FORWARDS[edit]
+    monkeypatch.setattr(lora.LoRALinear, "forward", lambda s, x: s.base(x) + branch(s, x))
+    unet = bare()
+    before = {name: each.clone() for name, each in unet.state_dict().items()}
+    found = fused.disagreement(unet)
+    assert said in found and bool(found) == bool(said)
+    assert all(torch.equal(each, before[name]) for name, each in unet.state_dict().items())
+
+
+def test_a_parameter_that_the_fused_form_does_not_know_is_noticed(monkeypatch):
+    usual = lora.LoRALinear.__init__
+
+    def with_gain(layer, *about):
+        usual(layer, *about)
+        layer.gain = torch.nn.Parameter(torch.ones(1))
+
+    monkeypatch.setattr(lora.LoRALinear, "__init__", with_gain)
+    monkeypatch.setattr(
+        lora.LoRALinear, "forward", lambda s, x: s.base(x) + s.gain * s.scale * s.up(s.down(x))
+    )
+    assert "would be off by" in fused.disagreement(bare())
 
 
 def test_merged_and_at_strength_0_fused_layers_are_the_base_to_the_bit(one_thread):
     batch = make_batch(2)
-    unet, adapter, _ = adapted(True)
-    plain, same, _ = adapted(False)
+    unet, adapter, _, _ = adapted(True)
+    plain, same, _, _ = adapted(False)
 
     def answers(change):
         with torch.no_grad():

@@ -1,0 +1,163 @@
+"""Everything that learns as one vector: one optimizer tensor, one exchange, one cast in a step.
+
+The book's LoRA layers hold 1,120 small matrices. Stepping, casting and summing them one by one is
+thousands of kernels a step; as slices of one flat fp32 vector they are one each. The layers read
+views of it, and the book's lines run unchanged.
+
+Letters: `N` numbers in the vector, padding included.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+# bitsandbytes quantises the optimizer's state in blocks of 256 numbers. Starting every matrix at a
+# multiple of that keeps a block from straddling two of them, so the vector steps to the same bytes
+# as separate matrices do. (Its 8-bit zero is not quite zero, so padding drifts; nothing reads it.)
+BLOCK = 256
+
+
+# Of an optimizer's state what is no number of any matrix: the count of steps, and what the 256 codes
+# of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for each BLOCK.
+SHARED = ("step", "qmap1", "qmap2")
+
+
+def padded(count: int) -> int:
+    """`count` rounded up to a multiple of BLOCK."""
+    return -(-count // BLOCK) * BLOCK
+
+
+def together(names: list[str]) -> list[str]:
+    """`names` with those of one kind side by side: all A, then all B, then whatever else there is.
+
+    Matrices that share an input then follow one another in memory and can act as one.
+    """
+    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
+    return sorted(names, key=lambda name: kinds.index(name.rpartition(".")[2]))
+
+
+class Flat:
+    """`trained`, the parameters of `model` by name, laid into one vector, in place.
+
+    vector: (N,) fp32 Parameter with its gradient; views: each former parameter's slice by name, in
+    the order given, with its slice of the gradient as .grad. Whatever the parameters are called,
+    the module that had one now has its view as a plain attribute.
+    """
+
+    def __init__(self, model: nn.Module, trained: dict[str, nn.Parameter]):
+        self.spans, at = {}, 0  # name: where its matrix begins, in the vector's order
+        for name in together(list(trained)):
+            self.spans[name], at = at, at + padded(trained[name].numel())
+        device = next(iter(trained.values())).device
+        self.vector = nn.Parameter(torch.zeros(at, dtype=torch.float32, device=device))
+        self.vector.grad = torch.zeros_like(self.vector)
+        self.shapes = {name: each.shape for name, each in trained.items()}
+        self.views = self.split(self.vector.detach())
+        grads = self.split(self.vector.grad)
+        self.homes = {}  # name: the module and the attribute that the layer's forward reads
+        for name, parameter in trained.items():
+            self.views[name].copy_(parameter.detach())
+            self.views[name].grad = grads[name]
+            owner, _, leaf = name.rpartition(".")
+            self.homes[name] = (model.get_submodule(owner), leaf)
+            delattr(*self.homes[name])
+        self._read(self.views)
+
+    def split(self, vector: Tensor) -> dict[str, Tensor]:
+        """A view of each matrix's numbers in `vector` (N,), by name, in the order of `trained`."""
+        return {
+            name: vector[self.spans[name] :][: shape.numel()].view(shape)
+            for name, shape in self.shapes.items()
+        }
+
+    def _read(self, tensors: dict[str, Tensor]) -> None:
+        for name, (module, leaf) in self.homes.items():
+            setattr(module, leaf, tensors[name])
+
+    @contextlib.contextmanager
+    def cast_once(self, dtype: torch.dtype) -> Iterator[Tensor]:
+        """Inside, every layer reads its matrices from one cast of the vector, which is given: (N,)
+        in `dtype`, a leaf that gathers the gradient of all of them.
+
+        split() and not slices: the gradient of each slice would be a vector of the whole size.
+        """
+        cast = self.vector.detach().to(dtype).requires_grad_()
+        counts = {name: self.shapes[name].numel() for name in self.spans}
+        sizes = [size for count in counts.values() for size in (count, padded(count) - count)]
+        parts = zip(self.spans, cast.split(sizes)[::2], strict=True)
+        self._read({name: part.view(self.shapes[name]) for name, part in parts})
+        try:
+            yield cast
+        finally:
+            self._read(self.views)
+
+    def micro_step(self, inner: Callable) -> Callable:
+        """`inner`, a micro_step(run, batch), whose gradient reaches the vector's in one addition."""
+
+        def micro_step(run, batch) -> None:
+            with self.cast_once(run.unet.dtype) as cast:
+                inner(run, batch)
+            self.vector.grad.add_(cast.grad)
+
+        return micro_step
+
+    def check_tied(self) -> None:
+        """Assert that every view and its gradient still live in the vector. copy.deepcopy(model)
+        and zero_grad() with set_to_none untie them without a word: the optimizer would then step
+        numbers that no layer reads.
+        """
+        for name, (module, leaf) in self.homes.items():
+            matrix, at = getattr(module, leaf), 4 * self.spans[name]
+            tied = self.vector.grad is not None and matrix.grad is not None
+            assert tied and matrix.data_ptr() == self.vector.data_ptr() + at, name
+            assert matrix.grad.data_ptr() == self.vector.grad.data_ptr() + at, name
+
+
+class FlatMoments:
+    """The optimizer's state over a Flat's vector, read and written matrix by matrix, so that a
+    checkpoint knows of no vector. A matrix's 8-bit blocks end with it, so the slices are exact.
+    """
+
+    def __init__(self, flat: Flat, optimizer: torch.optim.Optimizer):
+        self.flat, self.state = flat, optimizer.state
+
+    def read(self) -> dict[str, dict]:
+        """{name: what the optimizer keeps for that matrix}; empty before the first step."""
+        kept = self.state.get(self.flat.vector, {})
+        parts = {key: self._of_each(key, value) for key, value in kept.items()}
+        return {name: {key: part[name] for key, part in parts.items()} for name in self.flat.shapes}
+
+    def write(self, moments: dict[str, dict]) -> None:
+        """Put back what read() gave, here or of separate matrices."""
+        kept, device = dict(next(iter(moments.values()))), self.flat.vector.device
+        count = self.flat.vector.numel()
+        for key, first in kept.items():
+            if key in SHARED:
+                kept[key] = first.to(device) if key.startswith("qmap") else first
+                continue
+            whole = torch.zeros(
+                count // BLOCK if key.startswith("absmax") else count,
+                dtype=first.dtype,
+                device=device,
+            )
+            if first.dtype == torch.uint8:  # padding is zero, which is not what code 0 stands for
+                whole.fill_(int(kept[f"qmap{key[-1]}"].abs().argmin()))
+            for name, part in self._of_each(key, whole).items():
+                part.copy_(moments[name][key])
+            kept[key] = whole
+        if kept:
+            self.state[self.flat.vector] = kept
+
+    def _of_each(self, key: str, value) -> dict:
+        """For each matrix its part of `value`: itself, a number each, or a number for each BLOCK."""
+        flat = self.flat
+        if key in SHARED:
+            return dict.fromkeys(flat.shapes, value)
+        if not key.startswith("absmax"):
+            return flat.split(value)
+        return {
+            name: value[flat.spans[name] // BLOCK :][: padded(shape.numel()) // BLOCK]
+            for name, shape in flat.shapes.items()
+        }

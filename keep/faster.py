@@ -1,0 +1,213 @@
+"""What fast/ has for a run: the one place that imports it. Without that folder a run says so and
+goes on by the book's lines; what needs it is refused.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from inputs.files import Refusal
+from inputs.options import Config
+
+try:
+    import fast
+except ImportError:  # deleted: its modules are imported below, each where it is used
+    fast = None
+
+
+class Alone:
+    """A run of one process: it has everything, waits for nobody, and says what there is to say.
+
+    asked: whether this process was asked to stop. fast.parallel.Team has the same methods for one
+    of several processes.
+    """
+
+    rank, size, first = 0, 1, True
+    asked: Callable[[], bool] = staticmethod(lambda: False)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def start(self, device):
+        """The device that this process computes on."""
+        return device
+
+    def leave(self) -> None:
+        """This process needs the others no more."""
+
+    @property
+    def stop(self) -> bool:
+        """Whether any process was asked to stop, as of the last step."""
+        return self.asked()
+
+    def share(self, numbers: range) -> range:
+        """This process's part of a step's examples."""
+        return numbers
+
+    def largest_share(self, n: int) -> int:
+        return n
+
+    def exchange(self, run) -> None:
+        """Of one process the gradient and the loss are whole already."""
+
+    def claim(self, name: str) -> bool:
+        """Whether the work `name` is this process's to do."""
+        return True
+
+    def wait(self, what: str) -> None:
+        """Until all processes are here."""
+
+    @contextlib.contextmanager
+    def first_alone(self, what: str):
+        """The first process does the block before the others do."""
+        yield
+
+    def check_equal(self, what: str, tensors: dict, text: str = "") -> None:
+        """Raise Refusal where `tensors` or `text` are not the same everywhere."""
+
+    def first_says(self, key: str, value: str) -> str:
+        """The first process's value, for all."""
+        return value
+
+    def why(self) -> str:
+        """Which process has died or hangs; empty here."""
+        return ""
+
+    def say(self, sentence: str) -> None:
+        """An error, said by one process for all."""
+        print(sentence, file=sys.stderr, flush=True)
+
+
+def need(what: str, remedy: str) -> None:
+    """Raise Refusal where `what` is asked for and fast/ is not here."""
+    if not fast:
+        raise Refusal(f"{what}, and there is no folder fast/", "that folder beside loop.py", remedy)
+
+
+def begin(config: Config) -> None:
+    """Begin what waits for hardware before torch is imported."""
+    if fast:
+        from fast import start
+
+        start.leave_when_interrupted()
+        start.begin(config)
+
+
+def join(timeout: float):
+    """The processes that torchrun started, this one among them; Alone without torchrun."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return Alone()
+    need("several processes", "python loop.py RECIPE, which is one process")
+    from fast import parallel
+
+    return parallel.join(timeout)
+
+
+@contextlib.contextmanager
+def deterministic(on: bool):
+    """While the block runs, only kernels that add in one order, if asked for."""
+    if not on:
+        yield
+        return
+    need("--deterministic", "the same command without it")
+    from fast import deterministic
+
+    with deterministic.mode(on):
+        yield
+
+
+def promise(config: Config, device, processes: int) -> dict[str, str]:
+    """What a deterministic run's bits depend on besides what it is; nothing for others."""
+    if not config.deterministic:
+        return {}
+    from fast import deterministic
+
+    return deterministic.promise(config, device, processes)
+
+
+def plan(config: Config, device, dtype, most: int) -> tuple[Config, str]:
+    """`config` cut and recomputed as this GPU allows, and a line that says so. most: the examples
+    of a step that this process has at most.
+    """
+    if not fast:
+        return config, "no memory plan: there is no folder fast/" if config.memory_plan else ""
+    from fast import plan
+
+    return plan.choose(config, device, dtype, most)
+
+
+def plan_table(config: Config) -> str:
+    """What `make plan` prints."""
+    need(f"--plan-for {config.plan_for}", "the same command without it")
+    from fast import plan
+
+    return plan.table(config)
+
+
+def load_unet_nf4(name: str, device, dtype, cache_dir: Path):
+    """SDXL's UNet with its Linear weights in 4 bits."""
+    need("a base in NF4", "--base-quantization none, or --plain, on the whole base")
+    from fast import nf4
+
+    return nf4.load_unet_nf4(name, device, dtype, cache_dir)
+
+
+def code(config: Config) -> list[tuple[str, str]]:
+    """(module, name) of the functions in fast/ that make another run of this one."""
+    nf4 = ("quantise", "linear_4bit", "shapes_to_quantise")
+    return [("fast.nf4", name) for name in nf4] if config.base_quantization == "nf4" else []
+
+
+def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
+    """Plug into `run`, fresh from loop.assemble(), what makes it the same run sooner.
+
+    say: is told of the recording of a step; unfused: why an earlier start of this run computed its
+    layers by the book's lines, or "". Returns what reads and writes the optimizer's state by
+    matrix, what was done in words, and `unfused` for the next start.
+    """
+    if not fast:
+        from keep.checkpoint import PlainMoments
+
+        return PlainMoments(run.optimizer, run.trained), "by the book's lines: no folder fast/", ""
+    import loop
+    from fast import compile, flat, graph, layers, prefetch
+
+    config, said = run.config, []
+    if may_fuse(run):
+        unfused = team.first_says("unfused", unfused or layers.disagreement(run.unet))
+        said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
+    if config.compile:
+        compile.compile_resnets(run.unet)
+    vector = flat.Flat(run.unet, run.trained)
+    run.trained = vector.views
+    run.optimizer = loop.make_optimizer(config, [vector.vector])
+    run.micro_step = vector.micro_step(run.micro_step)
+    if config.cuda_graph and run.device.type == "cuda":
+        sums = [vector.vector.grad, run.loss_sum]
+        warm_up = 2 if config.compile else 1  # what is compiled may be compiled again when called
+        run.micro_step = graph.Recorded(run.micro_step, sums, say, warm_up)
+    run.batches = prefetch.Prefetch(functools.partial(run.batches, share=team.share))
+    run.exchange = team.exchange
+    return flat.FlatMoments(vector, run.optimizer), "; ".join(said), unfused
+
+
+def may_fuse(run) -> bool:
+    """Whether fused layers are asked for, which call PyTorch's attention and not xFormers'."""
+    processors = {type(each).__name__ for each in run.unet.attn_processors.values()}
+    return run.config.fused and not any("XFormers" in name for name in processors)
+
+
+def uncompile(run) -> None:
+    """Have every module compute by its definition again."""
+    if run.config.compile and fast:
+        from fast import compile
+
+        compile.uncompile(run.unet)
