@@ -1,0 +1,148 @@
+"""The command that draws: with a run or a file in any layout that is read, singly or side by side
+with the bare model. The drawing itself is generate.py's.
+"""
+
+import contextlib
+import functools
+import json
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import diffusers
+import torch
+from PIL import Image
+from torch import Tensor
+
+import generate
+import lora
+import model
+from adapters import files as adapter_files
+from inputs import drawing
+from inputs.drawing import Options
+from inputs.files import Refusal, first_line
+from keep import faster
+from see import sheet
+
+
+def find_adapter(path: str) -> Path:
+    """The adapter file that `path` names, or the newest run's."""
+    if path:
+        file = Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)
+        if file.exists():
+            return file
+        raise Refusal(
+            f"{file}: no such file",
+            "an adapter, or the folder of a finished run",
+            "check the name; the command that began a run finishes it",
+        )
+    found = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
+    if not found:
+        raise Refusal(
+            "there is no finished run under runs/",
+            "an adapter",
+            "make train, or name an adapter file",
+        )
+    return found[-1]
+
+
+def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list[str]:
+    """An option as the config.json of the run around `path` has it: a text, or a list of texts if
+    `default` is one. `default` where it has none.
+    """
+    for folder in list(path.resolve().parents)[:3]:  # OUT/, OUT/kohya/, OUT/checkpoints/000200/
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            value = json.loads((folder / "config.json").read_text())[option]
+            texts = value if isinstance(value, list) else [value]
+            if type(value) is type(default) and all(isinstance(each, str) for each in texts):
+                return value
+    return default
+
+
+def complete(options: Options, file: lora.AdapterFile) -> Options:
+    """`options` where what was left open is as the run around the file has it, else its header."""
+    return drawing.complete(
+        replace(
+            options,
+            prompts=tuple(options.prompts or of_run(file.path, "validation_prompts", [])),
+            pretrained_model_name_or_path=options.pretrained_model_name_or_path
+            or of_run(file.path, "pretrained_model_name_or_path"),
+            cache_dir=options.cache_dir or of_run(file.path, "cache_dir") or "cache",
+        ),
+        file.about,
+    )
+
+
+def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
+    """The name of the base model to draw with. Raises Refusal where it is not the adapter's own."""
+    options = complete(options, file)
+    drawing.check_base(options, file.path, file.about, half)
+    return options.pretrained_model_name_or_path
+
+
+def loader(options: Options) -> Callable[[str, torch.device, torch.dtype], torch.nn.Module]:
+    """What loads the UNet: as it is, or with its Linear weights in 4 bits."""
+    if options.base_quantization != "nf4":
+        return model.load_unet
+    return functools.partial(faster.load_unet_nf4, cache_dir=Path(options.cache_dir))
+
+
+def decode(
+    vae: diffusers.AutoencoderKL, latents: list[Tensor], scaling: tuple[float, float]
+) -> list[Image.Image]:
+    """generate.decode(), in overlapping tiles of half the side where a whole picture does not fit
+    the GPU: a quarter of the memory.
+    """
+    with contextlib.suppress(torch.cuda.OutOfMemoryError):
+        return generate.decode(vae, latents, scaling)
+    # Out here the error no longer holds what filled the memory.
+    print("a whole picture does not fit this GPU's memory: decoding in tiles", flush=True)
+    model.free_memory()
+    scale = vae.tile_sample_min_size // vae.tile_latent_min_size
+    vae.use_tiling, vae.tile_latent_min_size = True, latents[0].shape[-1] // 2
+    vae.tile_sample_min_size = scale * vae.tile_latent_min_size
+    return generate.decode(vae, latents, scaling)
+
+
+def run(options: Options) -> None:
+    """Draw what `options` ask for, save it and print where it is."""
+    file = adapter_files.read(find_adapter(options.adapter))
+    options = complete(options, file)
+    strengths = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
+    pictures = generate.draw_at(
+        list(strengths.values()),
+        options,
+        file,
+        load_unet=loader(options),
+        load_adapter=adapter_files.load,
+        decode=decode,
+    )
+    folder = Path(options.output_dir or file.path.parent / "pictures")
+    if options.compare:
+        rows = dict(zip(strengths, pictures, strict=True))
+        titles = [prompt for prompt, _ in options.pictures]
+        generate.save_picture(sheet.grid(rows, titles), folder / "before-after.png")
+    else:
+        generate.save_pictures(options, pictures[0], folder)
+
+
+def main(argv_or_options: list[str] | Options | None = None) -> int:
+    """The command. Returns its exit code: 0 drawn, 1 refused (said on stderr), 130 interrupted."""
+    try:
+        given = argv_or_options
+        run(given if isinstance(given, Options) else drawing.parse(given))
+        return 0
+    except Refusal as refusal:
+        said = f"error: {refusal}"
+    except torch.cuda.OutOfMemoryError as error:
+        said = (
+            f"error: the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
+        )
+    except OSError as error:
+        said = f"error: {error}. What to do: mend that, then the same command"
+    except KeyboardInterrupt:
+        print("\ninterrupted: pictures drawn so far are not kept", file=sys.stderr)
+        return 130
+    print(said, file=sys.stderr)
+    return 1
