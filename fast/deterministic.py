@@ -2,7 +2,8 @@
 have one order, so that a continued run equals an uninterrupted one to the bit on a GPU, too.
 
 What differs from call to call without it, of 19 kernels as a step calls them, on an H100 with torch
-2.11 (benchmarks/results/deterministic_kernels.json): the backward pass of self-attention, and nothing else.
+2.11 (benchmarks/results/deterministic_kernels.json): the backward pass of self-attention, and
+nothing else.
 - flash attention's and cuDNN's in each of 19 repeats, memory-efficient attention's in 3: blocks of
   keys add to one gradient by atomic operations. Cross-attention, with 77 keys: in none.
 - convolutions, norms, GEGLU, matrix products, the gradient's norm, NF4 and AdamW8bit: in none.
@@ -26,14 +27,11 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
 
 import torch
 
 from inputs.files import Refusal, first_line
-
-if TYPE_CHECKING:
-    from inputs.options import Config
+from inputs.options import Config
 
 WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # that cuBLAS documents
 # What changes the order of additions and may otherwise change between two starts of a run.

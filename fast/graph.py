@@ -20,32 +20,32 @@ Batch = dict[str, Tensor]
 
 
 class Recorded:
-    """`step(batch)`, recorded once for each shape of batch, then replayed.
+    """A run's `micro_step(run, batch)`, recorded once for each shape of batch, then replayed.
 
-    sums: the tensors that `step` adds to; they are put back after the `warm_up` passes before
+    sums: the tensors that it adds to; they are put back after the `warm_up` passes before
     recording, in which libraries choose their kernels and make workspaces. Where recording fails,
-    `step` itself is called from then on. `say` gets the reason, or the seconds that it took.
+    `micro_step` itself is called from then on. `say` gets the reason, or the seconds that it took.
     """
 
-    def __init__(self, step: Callable[[Batch], None], sums: list[Tensor], say=print, warm_up=1):
-        self.step, self.sums, self.say, self.warm_up = step, sums, say, warm_up
+    def __init__(self, micro_step: Callable, sums: list[Tensor], say=print, warm_up=1):
+        self.micro_step, self.sums, self.say, self.warm_up = micro_step, sums, say, warm_up
         self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self.pool = None  # one for all recordings: only one of them runs at a time
         self.eager = False
 
-    def __call__(self, batch: Batch) -> None:
+    def __call__(self, run, batch: Batch) -> None:
         key = tuple((name, t.shape, t.dtype) for name, t in batch.items())
         if not self.eager and key not in self.recordings:
-            self.record(key, batch)
+            self.record(key, run, batch)
         if self.eager:
-            return self.step(batch)
+            return self.micro_step(run, batch)
         recording, inputs = self.recordings[key]
         for name, tensor in batch.items():
             inputs[name].copy_(tensor, non_blocking=True)
         recording.replay()
 
-    def record(self, key: tuple, batch: Batch) -> None:
-        """Warm up and record `step` for batches like this one; `sums` end as they were."""
+    def record(self, key: tuple, run, batch: Batch) -> None:
+        """Warm up and record the step for batches like this one; `sums` end as they were."""
         began = time.perf_counter()
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         # On the host, since a peak of the GPU's memory is a peak, however short.
@@ -54,7 +54,7 @@ class Recorded:
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
             for _ in range(self.warm_up):
-                self.step(inputs)
+                self.micro_step(run, inputs)
         torch.cuda.current_stream().wait_stream(side)
         recording = torch.cuda.CUDAGraph()
         # NCCL's watchdog asks the GPU for news from its own thread, which would spoil a recording
@@ -62,7 +62,7 @@ class Recorded:
         mode = {"capture_error_mode": "thread_local"} if dist.is_initialized() else {}
         try:
             with torch.cuda.graph(recording, pool=self.pool, **mode):
-                self.step(inputs)
+                self.micro_step(run, inputs)
         except torch.cuda.OutOfMemoryError:
             raise
         except RuntimeError as error:  # an operation that no recording can hold

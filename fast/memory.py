@@ -15,7 +15,6 @@ import functools
 import types
 import weakref
 from collections import Counter
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -26,14 +25,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+import loop
 import lora
 import model
-from fast import layers as fused
-from fast import nf4
+from fast import layers, nf4
+from fast.flat import Flat
 from inputs.options import Config
 
 GIB = 2**30
-BLOCK = 512  # CUDA's caching allocator hands out multiples of this many bytes
+GRAIN = 512  # CUDA's caching allocator hands out multiples of this many bytes
 # What the libraries keep besides torch's tensors (matrix products' and convolutions' workspaces),
 # in bytes: fitted on two configurations of benchmarks/results/memory_check.json.
 RESERVE = int(0.16 * GIB)
@@ -67,7 +67,7 @@ def computes(func: torch._ops.OpOverload) -> bool:
 
 
 def rounded(storage: torch.UntypedStorage) -> int:
-    return -(-storage.nbytes() // BLOCK) * BLOCK
+    return -(-storage.nbytes() // GRAIN) * GRAIN
 
 
 class Live(TorchDispatchMode):
@@ -210,24 +210,23 @@ def optimizer_bytes(config: Config, flat: Tensor) -> int:
 class Rehearsal:
     """A recipe's UNet with its adapter, made without numbers, and what its micro-step needs.
 
-    step: loop.micro_step, called with what that reads of a Run. One rehearsal serves every size of
-    micro-batch and every choice of blocks to recompute.
+    One rehearsal serves every size of micro-batch and every choice of blocks to recompute.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype, step: Callable, about: dict):
-        self.config, self.step = config, step
-        self.live = Live()
+    def __init__(self, config: Config, dtype: torch.dtype, about: dict):
+        self.config, self.live = config, Live()
         with without_numbers(), self.live:
             with default_dtype(dtype):
                 self.unet = UNet2DConditionModel.from_config(about).requires_grad_(False).eval()
                 if quantised(config):
                     quantise(self.unet, dtype)
             self.live.part = "adapter"
-            self.adapter = lora.inject(self.unet, lora.TARGETS, config.lora_rank)
+            lora.inject(self.unet, lora.TARGETS, config.lora_rank)
+            self.flat = Flat(self.unet, lora.trained(self.unet))  # inject()'s own matrices are gone
             self.live.part = "weights"  # which it lays together anew
             if config.fused and config.attention == "sdpa":
-                fused.use(self.unet)
-        half = rounded(self.adapter.flat.untyped_storage())  # inject() made a vector and its grad
+                layers.wrap(self.unet)
+        half = rounded(self.flat.vector.untyped_storage())  # Flat made a vector and its gradient
         self.live.live["adapter"] -= half
         self.live.live["gradients"] += half
 
@@ -239,10 +238,10 @@ class Rehearsal:
         kept, again, live = Counter(), {}, self.live
         with without_numbers(), live, self.measured(kept, again):
             live.part = "activations"
-            run = types.SimpleNamespace(
+            run = types.SimpleNamespace(  # what loop.micro_step() reads of a Run
                 config=config,
                 unet=self.unet,
-                adapter=self.adapter,
+                loss=loop.diffusion_loss,
                 schedule=model.NoiseSchedule(torch.empty(1000), "epsilon"),
                 scaling=(0.13025, 0.0),
                 factor=torch.empty(()),
@@ -250,8 +249,8 @@ class Rehearsal:
             )
             batch = fake_batch(config, self.unet)
             live.start()
-            self.step(run, batch)
-        state = optimizer_bytes(config, self.adapter.flat)
+            self.flat.micro_step(loop.micro_step)(run, batch)
+        state = optimizer_bytes(config, self.flat.vector)
         parts = {name: size for name, size in live.at_peak.items() if size}
         parts |= {"optimizer": state, "workspace": parts.get("workspace", 0) + RESERVE}
         if config.gradient_checkpointing:
@@ -308,16 +307,16 @@ class Expanded(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, layer):
         ctx.layer = layer
-        return nn.functional.linear(x, fused.dense(layer), layer.bias)
+        return nn.functional.linear(x, layers.dense(layer), layer.bias)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad @ fused.dense(ctx.layer), None
+        return grad @ layers.dense(ctx.layer), None
 
 
 class FakeLinear4bit(nn.Module):
     """What takes as much room as bitsandbytes' Linear4bit: 4 bits a number, an 8-bit factor for
-    each nf4.BLOCK of them, and an fp32 factor for each nf4.SCALE_BLOCK of those.
+    each nf4.PER_SCALE of them, and an fp32 factor for each nf4.SCALES_PER_SCALE of those.
     """
 
     def __init__(self, linear: nn.Linear, dtype: torch.dtype):
@@ -328,18 +327,18 @@ class FakeLinear4bit(nn.Module):
         self.bias, count = linear.bias, linear.weight.numel()
         packed = torch.empty((count + 1) // 2, 1, dtype=torch.uint8)
         self.weight = nn.Parameter(packed, requires_grad=False)
-        factors = -(-count // nf4.BLOCK)
+        factors = -(-count // nf4.PER_SCALE)
         nested = QuantState(
-            torch.empty(-(-factors // nf4.SCALE_BLOCK)),
+            torch.empty(-(-factors // nf4.SCALES_PER_SCALE)),
             code=torch.empty(256),
-            blocksize=nf4.SCALE_BLOCK,
+            blocksize=nf4.SCALES_PER_SCALE,
             dtype=torch.float32,
         )
         self.weight.quant_state = QuantState(
             torch.empty(factors, dtype=torch.uint8),
             shape=linear.weight.shape,
             dtype=dtype,
-            blocksize=nf4.BLOCK,
+            blocksize=nf4.PER_SCALE,
             quant_type="nf4",
             offset=torch.empty(()),
             state2=nested,

@@ -22,14 +22,17 @@ from torch import Tensor, nn
 
 import model
 from inputs import hub
-from inputs.files import Refusal, digest, first_line, open_safetensors, sweep_parts, write_chunks
+from inputs.files import Refusal, digest, open_safetensors, sweep_parts, write_chunks
+from inputs.vetting import load_bitsandbytes
 
-BLOCK, SCALE_BLOCK = 64, 256  # weights that share a scale; scales that share a scale of their own
+# Weights that share a scale, and scales that share a scale of their own.
+PER_SCALE, SCALES_PER_SCALE = 64, 256
 # Together 0.3 % of SDXL, and everything that says when and how large passes through them.
 WHOLE = ("time_embedding.", "add_embedding.")
 CODES = ("quant_map", "nested_quant_map")  # what 4 and 8 bits stand for, the same in every layer
 SUMS = "checksums"  # the kept file's last tensor: checksums of the others, in the order of names
 LAYOUT = "1"  # of the kept file; another number when it changes
+NEEDED = ("an NF4 base", "--base-quantization none")
 
 
 def load_unet_nf4(
@@ -40,12 +43,12 @@ def load_unet_nf4(
     The first call quantises and keeps the numbers under cache_dir; later ones read the same numbers
     from there. Raises Refusal as model.load_unet() does, and where bitsandbytes does not load.
     """
-    bnb, half = load_bitsandbytes(), dtype != torch.float32
+    bnb, half = load_bitsandbytes(*NEEDED), dtype != torch.float32
     folder = hub.fetch(name, "unet", half)
     unet = model.build_unet(folder)
     # Its small files and 64 samples of its weights too: the UNet's own print has ten tensors only.
     prints = (hub.unet_fingerprint(name, half), hub.fingerprint(name, "unet", half))
-    what = digest(*prints, str(dtype), str(BLOCK), bnb.__version__, LAYOUT)
+    what = digest(*prints, str(dtype), str(PER_SCALE), bnb.__version__, LAYOUT)
     path = cache_dir / f"nf4-{what}.safetensors"
 
     kept = read_kept(path, device)
@@ -64,20 +67,6 @@ def load_unet_nf4(
         keep(path, tensors)
         model.free_memory()
     return unet
-
-
-def load_bitsandbytes():
-    """The module bitsandbytes, imported where it is used. Raises Refusal where it does not load."""
-    try:
-        import bitsandbytes
-
-        return bitsandbytes
-    except Exception as error:  # not installed, or built for another CUDA
-        raise Refusal(
-            f"bitsandbytes does not load here ({first_line(error)})",
-            "bitsandbytes 0.50 or newer for an NF4 base",
-            "pip install --upgrade bitsandbytes, or --base-quantization none",
-        ) from error
 
 
 def shapes_to_quantise(unet: nn.Module) -> dict[str, torch.Size]:
@@ -103,7 +92,7 @@ def quantise(
     key.nested_absmax and key.nested_offset (fp32). A weight of a shape that is not its layer's is
     left as it is, for fill_unet() to refuse.
     """
-    F, tensors = load_bitsandbytes().functional, {}
+    F, tensors = load_bitsandbytes(*NEEDED).functional, {}
     for path in hub.weight_files(folder, half):
         with open_safetensors(path, str(device)) as file:
             for key in file.keys():
@@ -112,7 +101,7 @@ def quantise(
                     tensors[key] = weight
                     continue
                 tensors[key], state = F.quantize_4bit(
-                    weight, blocksize=BLOCK, compress_statistics=True, quant_type="nf4"
+                    weight, blocksize=PER_SCALE, compress_statistics=True, quant_type="nf4"
                 )
                 del weight  # before the next is read: one whole weight at a time
                 tensors[f"{key}.absmax"] = state.absmax
@@ -140,14 +129,14 @@ def linear_4bit(
         absmax=part["absmax"],
         shape=linear.weight.shape,
         code=codes[0],
-        blocksize=BLOCK,
+        blocksize=PER_SCALE,
         quant_type="nf4",
         dtype=dtype,  # what backward expands to: another than the input's would be a second copy
         offset=part["nested_offset"],
         state2=bnb.functional.QuantState(
             absmax=part["nested_absmax"],
             code=codes[1],
-            blocksize=SCALE_BLOCK,
+            blocksize=SCALES_PER_SCALE,
             dtype=torch.float32,
         ),
     )
@@ -160,7 +149,7 @@ def linear_4bit(
         device="meta",
     )
     layer.weight = bnb.nn.Params4bit(
-        tensors[key], quant_state=state, blocksize=BLOCK, quant_type="nf4", bnb_quantized=True
+        tensors[key], quant_state=state, blocksize=PER_SCALE, quant_type="nf4", bnb_quantized=True
     )
     layer.quant_state = state
     # On a CPU with AVX512-BF16 it would repack the weight at the first input without a gradient;

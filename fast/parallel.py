@@ -1,9 +1,9 @@
 """Several processes, one run: torchrun --nproc-per-node 2 loop.py t4
 
 torchrun starts one process for each GPU and tells it its number, its rank. Each computes its share
-of a step's examples, and the sum of their gradients is one all-reduce of the flat vector, written
-out in loop.optimizer_step(). What is here is around that: who has which share, who encodes which
-block of pictures, who speaks, and how the others learn that one has died or hangs.
+of a step's examples, and the sum of their gradients is one all-reduce of the flat vector, the
+step's socket exchange. What is here is that, and what is around it: who has which share, who
+encodes which block of pictures, who speaks, and how the others learn that one has died or hangs.
 
 A GPU that hangs inside a sum is ended by NCCL's own watchdog, a minute after the timeout and
 without a rank's name: all processes have reached that meeting point.
@@ -21,6 +21,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from datetime import timedelta
 
 import torch
@@ -35,80 +36,12 @@ DONE = sys.maxsize  # the count of a process that nobody waits for any more
 AGAIN = "give the same command again: it continues from its newest checkpoint"
 
 
-class Alone:
-    """A run of one process: it has everything, waits for nobody, and says what there is to say."""
-
-    rank, size, first = 0, 1, True
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
-
-    def start(self, device: torch.device) -> torch.device:
-        """The device that this process computes on; from here on it can be reached by the others.
-
-        Raises Refusal where there are fewer GPUs than processes, or the others do not come.
-        """
-        return device
-
-    def leave(self) -> None:
-        """This process needs the others no more."""
-
-    def share(self, numbers: range) -> range:
-        """This process's part of `numbers`: as many as the others', or one more or fewer, or none.
-
-        The last ranks have the larger parts, since the first also logs and saves.
-        """
-        n = len(numbers)
-        return numbers[self.rank * n // self.size : (self.rank + 1) * n // self.size]
-
-    def largest_share(self, n: int) -> int:
-        return -(-n // self.size)
-
-    def all_reduce(self, sums: Tensor) -> None:
-        """`sums`, in place, becomes the sum over all processes, the same bits in each."""
-
-    def claim(self, name: str) -> bool:
-        """Whether the work `name` is this process's to do: it is the first to ask."""
-        return True
-
-    def sign(self, what: str) -> None:
-        """At work on `what`: the others can see that this process goes on."""
-
-    def wait(self, what: str) -> None:
-        """Until all processes are here. Raises Refusal if one dies or hangs."""
-
-    @contextlib.contextmanager
-    def first_alone(self, what: str):
-        """The first process does the block before the others do."""
-        if not self.first:
-            self.wait(what)
-        yield
-        if self.first:
-            self.wait(what)
-
-    def check_equal(self, what: str, tensor: Tensor, text: str = "") -> None:
-        """Raise Refusal, naming the ranks, where `tensor` or `text` are not the same everywhere."""
-
-    def why(self) -> str:
-        """Which process has died or hangs, if this one was told to end for that; else empty."""
-        return ""
-
-    def say(self, sentence: str) -> None:
-        """An error, said by one process for all: by the first that has one."""
-        print(sentence, file=sys.stderr, flush=True)
-
-
-ALONE = Alone()
-
-
-class Team(Alone):
+class Team:
     """One of `size` processes of this host, whose store is at host:port; timeout in seconds.
 
     host_store: whether rank 0 has to provide the store, as without torchrun. attempt: which start
-    of these processes it is, counted by torchrun --max-restarts.
+    of these processes it is, counted by torchrun --max-restarts. asked: whether this process was
+    asked to stop; what all answered in a step's exchange is known as `stop`.
     """
 
     def __init__(
@@ -125,6 +58,8 @@ class Team(Alone):
         self.count, self.beats, self.arrived = 0, 0, time.monotonic()
         self.seen: dict[int, tuple[tuple, float]] = {}  # a rank's last sign, and when it was new
         self.noticed, self.left = threading.Event(), False
+        self.asked: Callable[[], bool] = lambda: False
+        self.how_many_asked = torch.zeros(())  # on the host
         # Two connections, since one is blocked while it waits for a key: the watch needs its own.
         self.store, self.watched = (
             dist.PrefixStore(
@@ -155,7 +90,11 @@ class Team(Alone):
         if error is None:
             self.leave()  # after an error the group stays: taking it down would wait for the others
 
-    def start(self, device):
+    def start(self, device: torch.device) -> torch.device:
+        """The device that this process computes on; from here on it can be reached by the others.
+
+        Raises Refusal where there are fewer GPUs than processes, or the others do not come.
+        """
         if device.type == "cuda":
             found = torch.cuda.device_count()
             if self.size > found or device.index is not None:
@@ -168,6 +107,7 @@ class Team(Alone):
             device = torch.device("cuda", self.rank)
             # Before anything touches a GPU: pinned memory, bitsandbytes and Triton use the current.
             torch.cuda.set_device(device)
+            self.how_many_asked = self.how_many_asked.pin_memory()  # exchange() says why
         self._arrive("starting")
         # NCCL ends a process that waits too long with a page of its own: after our one sentence.
         seconds = self.timeout + (60 if device.type == "cuda" else 0)
@@ -185,10 +125,11 @@ class Team(Alone):
         except RuntimeError as error:
             raise self._gone(error) from error
         if device.type == "cuda":  # whose roundings, and the dtype that "auto" takes, are its own
-            self.check_equal("the kind of GPU", torch.empty(0), torch.cuda.get_device_name(device))
+            self.check_equal("the kind of GPU", None, torch.cuda.get_device_name(device))
         return device
 
-    def leave(self):
+    def leave(self) -> None:
+        """This process needs the others no more."""
         if not self.left:
             self.left = True
             self.noticed.set()
@@ -198,23 +139,65 @@ class Team(Alone):
             if dist.is_initialized():
                 dist.destroy_process_group()
 
-    def all_reduce(self, sums):
+    def share(self, numbers: range) -> range:
+        """This process's part of `numbers`: as many as the others', or one more or fewer, or none.
+
+        The last ranks have the larger parts, since the first also logs and saves.
+        """
+        n = len(numbers)
+        return numbers[self.rank * n // self.size : (self.rank + 1) * n // self.size]
+
+    def largest_share(self, n: int) -> int:
+        return -(-n // self.size)
+
+    def exchange(self, run) -> None:
+        """The step's socket: the gradient, run.loss_sum and how many processes were asked to stop
+        become their sums over all processes, the same bits in each.
+
+        All that a step decides is decided on these sums, so every process decides the same. The
+        small ones go apart from the vector, whose own end is the adapter's.
+        """
+        for group in run.optimizer.param_groups:
+            for vector in group["params"]:
+                self.all_reduce(vector.grad)
+        asked = torch.full_like(run.loss_sum, bool(self.asked()))
+        self.all_reduce(small := torch.stack([run.loss_sum, asked]))  # (2,)
+        run.loss_sum.copy_(small[0])
+        # Into pinned memory and without waiting: the number is there once the step has waited for
+        # its loss, which comes later in the same stream.
+        self.how_many_asked.copy_(small[1], non_blocking=True)
+
+    @property
+    def stop(self) -> bool:
+        """Whether any process was asked to stop before the last step's exchange; to be read after
+        that step.
+        """
+        return self.how_many_asked.item() > 0
+
+    def all_reduce(self, sums: Tensor) -> None:
+        """`sums`, in place, becomes the sum over all processes, the same bits in each."""
         self._arrive("training")
         try:
             dist.all_reduce(sums)  # Gloo waits here; NCCL's is a kernel, and the host goes on
         except RuntimeError as error:
             raise self._gone(error) from error
 
-    def claim(self, name):
+    def claim(self, name: str) -> bool:
+        """Whether the work `name` is this process's to do: it is the first to ask. Who asks is at
+        work, so this is a sign of life, too.
+        """
+        self.sign("encoding")
         with self._store_at_work():
             return self.store.add(f"claim {name}", 1) == 1
 
-    def sign(self, what):
+    def sign(self, what: str) -> None:
+        """At work on `what`: the others can see that this process goes on."""
         self.beats += 1
         with self._store_at_work():
             self.store.set(f"sign {self.rank}", f"{self.count} {self.beats} {os.getpid()} {what}")
 
-    def wait(self, what):
+    def wait(self, what: str) -> None:
+        """Until all processes are here. Raises Refusal if one dies or hangs."""
         self._arrive(what)
         while not self._all_here():
             if lost := self._lost(self.store):
@@ -222,13 +205,22 @@ class Team(Alone):
                 raise lost
             time.sleep(POLL)
 
-    def check_equal(self, what, tensor, text=""):
-        key = f"digest {self.count}"
-        bits = digest(tensor.detach().cpu().contiguous().numpy().tobytes(), text)
-        with self._store_at_work():
-            self.store.set(f"{key} {self.rank}", bits)
+    @contextlib.contextmanager
+    def first_alone(self, what: str):
+        """The first process does the block before the others do."""
+        if not self.first:
             self.wait(what)
-            found = [self.store.get(f"{key} {rank}") for rank in range(self.size)]
+        yield
+        if self.first:
+            self.wait(what)
+
+    def check_equal(self, what: str, tensors: dict[str, Tensor] | None, text: str = "") -> None:
+        """Raise Refusal, naming the ranks, where `tensors`, in their order, or `text` are not the
+        same in all processes.
+        """
+        each = (tensor.detach().cpu().contiguous().numpy() for tensor in (tensors or {}).values())
+        bits = digest(*(numbers.tobytes() for numbers in each), text)
+        found = self._told(bits, what)
         usual = Counter(found).most_common(1)[0][0]  # of equally many, rank 0's
         if others := [str(rank) for rank, theirs in enumerate(found) if theirs != usual]:
             raise Refusal(
@@ -237,18 +229,33 @@ class Team(Alone):
                 f"{AGAIN}; if it happens again, GPUS=1 (one process), or GPUs of one kind",
             )
 
-    def why(self):
+    def first_says(self, key: str, value: str) -> str:
+        """Rank 0's `value`, in every process. key: what it is about."""
+        return self._told(value, key)[0].decode()
+
+    def _told(self, value: str, what: str) -> list[bytes]:
+        """Every process's `value`, by rank."""
+        key = f"told {self.count}"  # that no other meeting point has
+        with self._store_at_work():
+            self.store.set(f"{key} {self.rank}", value)
+            self.wait(what)
+            return [self.store.get(f"{key} {rank}") for rank in range(self.size)]
+
+    def why(self) -> str:
+        """Which process has died or hangs, if this one was told to end for that; else empty."""
         try:
             return f"error: {lost}" if (lost := self._lost(self.store)) else ""
         except Refusal as no_store:
             return f"error: {no_store}"
 
-    def say(self, sentence, store=None):
+    def say(self, sentence: str, store: dist.Store | None = None) -> None:
+        """An error, said by one process for all: by the first that has one."""
         with contextlib.suppress(RuntimeError):  # without a store, each speaks for itself
             if (store or self.store).add("said", 1) > 1:
                 return
         alone = "; GPUS=1 keeps to the first GPU" if torch.cuda.is_initialized() else ""
-        super().say(f"{sentence} (rank {self.rank} of {self.size}{alone})")
+        said = f"{sentence} (rank {self.rank} of {self.size}{alone})"
+        print(said, file=sys.stderr, flush=True)
 
     # ---- who has died, who hangs
 
@@ -350,12 +357,12 @@ def alive(pid: int) -> bool:
         return True
 
 
-def join(timeout: float) -> Alone:
-    """The processes that torchrun started, this one among them; without torchrun, Alone."""
+def join(timeout: float) -> Team | None:
+    """The processes that torchrun started, this one among them; None where it is alone."""
     env = os.environ
     size, local = int(env.get("WORLD_SIZE", 1)), int(env.get("LOCAL_WORLD_SIZE", 0))
     if size == 1:
-        return ALONE
+        return None
     if local != size:  # the cache is shared by its disk, and a death is seen by its process number
         raise Refusal(
             f"{size} processes, of which {local} are on this host",

@@ -27,7 +27,10 @@ import diffusers
 import torch
 from diffusers import UNet2DConditionModel
 
+import loop
+import lora
 import model
+from fast import flat, layers, memory
 from fast.memory import GIB, Prediction, Rehearsal, Work, plus, quantised
 from inputs import hub
 from inputs.files import Refusal, digest, first_line, write_whole
@@ -73,8 +76,8 @@ CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
 }
 # The share of the free memory that a plan may fill. What torch reserves is more than what is
 # allocated at the peak, since blocks of other sizes lie between: 1 to 12 % more in 15 of the 19
-# cases of benchmarks/results/memory_check.json that load a base as it is, 14 to 23 % in four (none was
-# short of memory, where torch gives blocks back). The prediction is 1 % under to 2 % over there.
+# cases of benchmarks/results/memory_check.json that load a base as it is, 14 to 23 % in four (none
+# was short of memory, where torch gives blocks back). The prediction is 1 % under to 2 % over there.
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
 # s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H100's
@@ -162,19 +165,14 @@ class Plan:
     faster: tuple[Config, int] | None = None
 
 
-def predictor(
-    config: Config, dtype: torch.dtype, step: Callable, about: dict, folder: Path | None
-) -> Predict:
+def predictor(config: Config, dtype: torch.dtype, about: dict, folder: Path | None) -> Predict:
     """A function from a Config that differs in batch size and recomputed blocks to a Prediction.
 
     It looks in `folder` first and writes there what it had to find out. What is written is named by
     all that it depends on: the choices, the UNet, the libraries and the modules' own text.
     """
-    sources = [
-        sys.modules[name].__file__ for name in ("fast.memory", "lora", "fast.layers", "model")
-    ]
-    sources += [sys.modules[step.__module__].__file__]
-    texts = [Path(source).read_bytes() for source in sources]
+    sources = (memory, flat, layers, lora, model, loop)
+    texts = [Path(source.__file__).read_bytes() for source in sources]
     versions = f"{torch.__version__} {diffusers.__version__} {dtype} {json.dumps(dict(about))}"
     reads = ("resolution", "train_batch_size", "lora_rank", "fused", "attention", "use_8bit_adam")
     reads += ("gradient_checkpointing", "checkpointed_blocks", "snr_gamma")
@@ -190,7 +188,7 @@ def predictor(
         if key not in known:
             if not rehearsals:
                 print("counting what a step takes: some ten seconds, once", file=sys.stderr)
-                rehearsals.append(Rehearsal(config, dtype, step, about))
+                rehearsals.append(Rehearsal(config, dtype, about))
             known[key] = rehearsals[0].predict(asked)
             if path:
                 write_whole(path, json.dumps(asdict(known[key])).encode())
@@ -305,21 +303,21 @@ def free_bytes(device: torch.device) -> int:
 
 
 def choose(
-    config: Config, device: torch.device, dtype: torch.dtype, step: Callable, most: int = 0
+    config: Config, device: torch.device, dtype: torch.dtype, most: int = 0
 ) -> tuple[Config, str]:
     """`config` cut and recomputed as this GPU allows, and a line that says so. most: the examples
     of a step that this process has; 0 means all.
 
     The run is the same whatever is chosen.
     """
-    chosen, line, seconds = chosen_way(config, device, dtype, step, most)
+    chosen, line, seconds = chosen_way(config, device, dtype, most)
     if config.compile:
         line = f"{line}\n--compile takes {compiling(chosen, seconds)}".lstrip()
     return chosen, line
 
 
 def chosen_way(
-    config: Config, device: torch.device, dtype: torch.dtype, step: Callable, most: int
+    config: Config, device: torch.device, dtype: torch.dtype, most: int
 ) -> tuple[Config, str, list[float]]:
     """choose()'s, and estimates of a step's seconds where a plan was made.
 
@@ -342,7 +340,7 @@ def chosen_way(
             device = torch.device("cuda", torch.cuda.current_device())
         folder = hub.fetch(config.pretrained_model_name_or_path, "unet", dtype != torch.float32)
         about = UNet2DConditionModel.load_config(folder)
-        predict = predictor(config, dtype, step, about, Path(config.cache_dir))
+        predict = predictor(config, dtype, about, Path(config.cache_dir))
         free = free_bytes(device)
         card, half = this_card(device), dtype != torch.float32
         plan = choose_plan(config, predict, card, half, free, most)
@@ -363,11 +361,11 @@ def chosen_way(
 # SDXL base's files in GB, fp16 variant and fp32: UNet, second and first text encoder; VAE in fp32.
 DOWNLOAD_GB = {True: 5.14 + 1.39 + 0.25 + 0.33, False: 10.27 + 2.78 + 0.49 + 0.33}
 # GiB of its own that a run's process took at most, and of mapped file pages, which the kernel can
-# drop: benchmarks/results/full_size.json; fp32's, with fp32 files, benchmarks/results/full_size_eager.json.
+# drop: benchmarks/results/full_size.json; fp32's, with fp32 files, full_size_eager.json beside it.
 HOST_GIB = {True: (2.1, 5.5), False: (2.8, 10.2)}
 
 
-def table(config: Config, step: Callable) -> str:
+def table(config: Config) -> str:
     """What a recipe needs on the card that config.plan_for names, without that card."""
     card = named_card(config.plan_for)
     dtype = model.DTYPES.get(config.mixed_precision)
@@ -377,7 +375,7 @@ def table(config: Config, step: Callable) -> str:
     if Path(config.pretrained_model_name_or_path).is_dir():
         folder = hub.fetch(config.pretrained_model_name_or_path, "unet", half)
         about = UNet2DConditionModel.load_config(folder)
-    predict = predictor(config, dtype, step, about, Path(config.cache_dir))
+    predict = predictor(config, dtype, about, Path(config.cache_dir))
     try:
         plan = Plan(config, predict(config))
     except (RuntimeError, AttributeError, TypeError) as error:  # of meta kernels that are missing

@@ -131,7 +131,8 @@ def test_what_a_run_will_need_is_begun(monkeypatch, config, begun):
 
 
 def test_what_begins_before_torch_needs_no_torch():
-    code = "import sys; from inputs import options; from fast import start; sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    code = "import sys; from inputs import options; from fast import start; "
+    code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 

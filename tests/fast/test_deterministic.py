@@ -13,10 +13,11 @@ import torch
 
 import loop
 import lora
+import model
 from fast import deterministic, plan
 from inputs import files
 from inputs import options as configuration
-from keep import checkpoint
+from keep import checkpoint, identity, training
 from stress import tiny
 
 CPU = torch.device("cpu")
@@ -38,7 +39,7 @@ def train(folder, tmp_path, one_thread):
         argv = tiny.arguments(
             folder / "model", folder / "pictures", folder / "cache", tmp_path / name
         )
-        return loop.main([*argv, "--no-tensorboard", "--validation-prompts", *options])
+        return training.main([*argv, "--no-tensorboard", "--validation-prompts", *options])
 
     return run
 
@@ -57,13 +58,13 @@ def test_the_modes_are_set_while_the_run_lasts_and_as_before_afterwards(train, m
     monkeypatch.delenv(deterministic.WORKSPACE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     before, seen = modes(), []
-    step = loop.micro_step
+    predict = model.predict
 
-    def looking(run, batch):
+    def looking(*given):
         seen.append((*modes(), os.environ.get(deterministic.WORKSPACE)))
-        step(run, batch)
+        return predict(*given)
 
-    monkeypatch.setattr(loop, "micro_step", looking)
+    monkeypatch.setattr(model, "predict", looking)
     assert train("on", "--deterministic") == 0
     assert set(seen) == {(True, True, False, False, ":4096:8")}
     assert modes() == before
@@ -103,7 +104,7 @@ def test_xformers_is_refused_and_the_memory_plan_falls_away(monkeypatch):
         configuration.parse(["original", "--deterministic"])
     chosen = configuration.parse(["t4", "--deterministic"])
     monkeypatch.setattr(plan, "choose_plan", lambda *_: pytest.fail("planned"))
-    same, why = plan.choose(chosen, torch.device("cuda"), torch.float16, loop.micro_step)
+    same, why = plan.choose(chosen, torch.device("cuda"), torch.float16)
     assert same == chosen and "memory plan: none" in why
 
 
@@ -133,7 +134,7 @@ def test_it_is_promised_for_one_gpu_and_one_torch_only(monkeypatch):
 
 
 def test_what_changes_the_order_of_additions_may_change_only_without_it():
-    assert set(deterministic.ORDER) <= checkpoint.MAY_CHANGE
+    assert set(deterministic.ORDER) <= identity.MAY_CHANGE
     assert set(deterministic.ORDER) <= {f.name for f in dataclasses.fields(configuration.Config)}
 
 

@@ -8,9 +8,11 @@ import torch
 from diffusers import UNet2DConditionModel
 
 import loop
+import lora
 import model
 from conftest import TINY, make_batch
-from fast import memory, plan
+from fast import layers, memory, plan
+from fast.flat import Flat
 from inputs.files import Refusal
 from inputs.options import RECIPES
 
@@ -21,7 +23,7 @@ SMALL = replace(T4, resolution=64, lora_rank=4)  # as the tiny UNet has it
 @pytest.fixture(scope="module")
 def tiny():
     """memory.py's prediction for the tiny UNet in fp32, each asked for once."""
-    return plan.predictor(SMALL, torch.float32, loop.micro_step, TINY, None)
+    return plan.predictor(SMALL, torch.float32, TINY, None)
 
 
 # ---- what is alive -------------------------------------------------------------------------------
@@ -67,12 +69,12 @@ def test_attention_keeps_no_matrix_of_all_pairs(dtype):
         assert live.peak < 10 * 4096 * 4096 * q.element_size() / 10
 
 
-def as_run(config, unet, adapter):
+def as_run(config, unet):
     """What loop.micro_step() reads of a Run."""
     return types.SimpleNamespace(
         config=config,
         unet=unet,
-        adapter=adapter,
+        loss=loop.diffusion_loss,
         schedule=model.NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
         scaling=(0.13025, 0.0),
         factor=torch.ones(()),
@@ -89,16 +91,19 @@ def test_tensors_without_numbers_are_as_many_as_those_with_numbers(tiny, blocks)
         unet = UNet2DConditionModel.from_config(TINY).requires_grad_(False).eval()
         if config.gradient_checkpointing:
             model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
-        adapter = memory.lora.inject(unet, rank=config.lora_rank)
-        memory.fused.use(unet)
-        run = as_run(config, unet, adapter)
+        lora.inject(unet, rank=config.lora_rank)
+        flat = Flat(unet, lora.trained(unet))
+        layers.wrap(unet)
+        run = as_run(config, unet)
         batch = make_batch(2)
         batch["context"] = torch.randn(2, 77, 48)
         live.start()
-        loop.micro_step(run, batch)
-    assert adapter.flat.grad.norm() > 0
+        flat.micro_step(loop.micro_step)(run, batch)
+    assert flat.vector.grad.norm() > 0
     counted = found.peak - found.parts["optimizer"] - memory.RESERVE
     assert counted == live.peak
+    vector = memory.rounded(flat.vector.untyped_storage())
+    assert found.parts["adapter"] == found.parts["gradients"] == vector  # inject()'s own are freed
 
 
 # ---- what it predicts ----------------------------------------------------------------------------
@@ -129,14 +134,15 @@ def test_more_at_once_needs_more_and_recomputing_needs_less(tiny):
 
 def test_recomputing_some_blocks_gives_the_same_gradient(unet, batch):
     """Law 1: what a plan may choose does not change the run."""
-    adapter = memory.lora.inject(unet, rank=4)
-    run = as_run(SMALL, unet, adapter)
-    loop.micro_step(run, batch)
-    plain = adapter.flat.grad.clone()
-    adapter.flat.grad.zero_()
+    lora.inject(unet, rank=4)
+    run, flat = as_run(SMALL, unet), Flat(unet, lora.trained(unet))
+    step = flat.micro_step(loop.micro_step)
+    step(run, batch)
+    plain = flat.vector.grad.clone()
+    flat.vector.grad.zero_()
     model.use_gradient_checkpointing(unet, ("mid_block.attentions.0", "up_blocks.0"))
-    loop.micro_step(run, batch)
-    assert plain.norm() > 0 and torch.equal(plain, adapter.flat.grad)
+    step(run, batch)
+    assert plain.norm() > 0 and torch.equal(plain, flat.vector.grad)
     flags = {n: m.gradient_checkpointing for n, m in model.checkpointable(unet).items()}
     assert [n for n, on in flags.items() if on] == ["up_blocks.0", "mid_block.attentions.0"]
     with pytest.raises(Refusal, match=r"checkpointed_blocks names down_blocks\.9"):
@@ -145,7 +151,7 @@ def test_recomputing_some_blocks_gives_the_same_gradient(unet, batch):
 
 def test_a_base_in_4_bits_needs_a_quarter(tiny):
     config = types.SimpleNamespace(**(vars(SMALL) | {"base_quantization": "nf4"}))
-    quarter = memory.Rehearsal(config, torch.float32, loop.micro_step, TINY)
+    quarter = memory.Rehearsal(config, torch.float32, TINY)
     config = types.SimpleNamespace(**(vars(config) | {"examples_per_step": 4}))
     found, whole = quarter.predict(config), tiny(plan.shaped(SMALL, 1, None))
     linear = sum(

@@ -26,9 +26,11 @@ import lora
 import model
 from conftest import POCKET, ROOT, make_batch, make_unet
 from fast import parallel
+from inputs import blocks
 from inputs import options as configuration
 from inputs.files import Refusal
 from inputs.options import RECIPES
+from keep import faster, training
 
 CPU = torch.device("cpu")
 FORK = multiprocessing.get_context("fork")
@@ -114,10 +116,10 @@ def together(tmp_path):
 def test_shares_cover_each_example_once_and_differ_by_one_at_most(n, size):
     numbers, parts = range(3 * n, 4 * n), []
     for rank in range(size):
-        team = parallel.Alone()
+        team = object.__new__(parallel.Team)  # without a store
         team.rank, team.size = rank, size
         parts.append(team.share(numbers))
-        cut = list(loop.micro_batches(3, n, 2, team))
+        cut = data.cut(parts[-1], 2)
         assert [i for part in cut for i in part] == list(parts[-1])
         assert all(1 <= len(part) <= 2 for part in cut)
     assert [i for part in parts for i in part] == list(numbers)
@@ -144,7 +146,7 @@ def tiny_run(team, n=4, precision="fp32", **changes) -> loop.Run:
     )
     unet = make_unet().to(model.choose_dtype(precision, CPU)[0])
 
-    def batch(numbers, device):
+    def batch(numbers, device, timesteps):
         rows = [make_batch(1, seed=i) for i in numbers]
         return {key: torch.cat([row[key] for row in rows]) for key in rows[0]}
 
@@ -152,24 +154,29 @@ def tiny_run(team, n=4, precision="fp32", **changes) -> loop.Run:
         batch=batch,
         example=lambda i: types.SimpleNamespace(picture=i),
         names=[f"{i}.png" for i in range(100)],
-        source=None,
+        source=types.SimpleNamespace(prompt=lambda i: (torch.empty(7, 48), torch.empty(24))),
     )
     schedule = model.load_noise_schedule(str(POCKET), CPU)
-    run, _ = loop.assemble(config, unet, examples, schedule, (0.13, 0.0), {})
-    run.team = team
+    run = loop.assemble(config, unet, examples, schedule, (0.13, 0.0))
+    faster.faster(run, team, print)
     return run
 
 
+def vector(run) -> torch.Tensor:
+    """A copy of everything that learns, laid together."""
+    return torch.cat([each.detach().flatten() for each in run.trained.values()])
+
+
 def steps(run, count=6) -> tuple[list[tuple[float, float]], torch.Tensor]:
-    before = run.adapter.flat.detach().clone()
+    before = vector(run)
     said = [loop.optimizer_step(run) for _ in range(count)]
-    return said, (run.adapter.flat.detach() - before).numpy()
+    return said, (vector(run) - before).numpy()
 
 
 @pytest.fixture(scope="module")
 def alone():
     torch.set_num_threads(1)
-    return {n: steps(tiny_run(parallel.ALONE, n)) for n in (1, 4)}
+    return {n: steps(tiny_run(faster.Alone(), n)) for n in (1, 4)}
 
 
 @pytest.mark.parametrize(("n", "size"), [(4, 2), (4, 3), (1, 2)])
@@ -179,10 +186,10 @@ def test_several_processes_take_the_steps_of_one(together, alone, n, size):
     assert done.codes == [0] * size, done.said
     said, moved = alone[n]
     for rank in range(size):
-        theirs, vector = done.results[rank]
-        assert vector.tobytes() == done.results[0][1].tobytes()  # the ranks agree to the bit
+        theirs, change = done.results[rank]
+        assert change.tobytes() == done.results[0][1].tobytes()  # the ranks agree to the bit
         assert theirs == done.results[0][0]
-        off = torch.from_numpy(vector - moved).norm() / torch.from_numpy(moved).norm()
+        off = torch.from_numpy(change - moved).norm() / torch.from_numpy(moved).norm()
         assert off <= (0 if n == 1 else 1e-3)
         assert theirs[0] == pytest.approx(said[0], rel=1e-4)  # loss and norm of the first gradient
 
@@ -190,17 +197,17 @@ def test_several_processes_take_the_steps_of_one(together, alone, n, size):
 def test_an_overflow_in_one_process_is_skipped_by_all(together):
     def work(team):
         run = tiny_run(team, precision="fp16")
-        step = run.forward_backward
+        step = run.micro_step
 
-        def overflowing(batch):
-            step(batch)
+        def overflowing(run, batch):
+            step(run, batch)
             if run.step == 1 and team.rank == 1:
-                run.adapter.flat.grad[5] = float("inf")
+                next(iter(run.trained.values())).grad[0, 5] = float("inf")
 
-        run.forward_backward = overflowing
+        run.micro_step = overflowing
         before = run.scale.value
         steps(run, 3)
-        return run.scale.skipped, run.scale.value / before, run.adapter.flat.detach().numpy()
+        return run.scale.skipped, run.scale.value / before, vector(run).numpy()
 
     done = together(2, work)
     assert done.codes == [0, 0], done.said
@@ -209,25 +216,26 @@ def test_an_overflow_in_one_process_is_skipped_by_all(together):
     assert first[2].tobytes() == second[2].tobytes()
 
 
-def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(together):
+def test_a_loss_that_is_not_finite_in_one_process_is_met_by_all_in_the_same_step(together):
     def work(team):
         run = tiny_run(team)
         if team.rank == 1:
-            run.forward_backward = lambda batch: run.loss_sum.fill_(float("nan"))
-        steps(run)
+            run.micro_step = lambda run, batch: run.loss_sum.fill_(float("nan"))
+        before = vector(run)
+        with pytest.raises(FloatingPointError, match="step 1: loss nan") as error:
+            steps(run)
+        return str(error.value), torch.equal(vector(run), before)
 
     done = together(2, work)
-    assert done.codes == [1, 1]
-    assert "".join(done.said).count("error: ") == 1
-    assert "loss of step 1 is nan: pictures 0.png, 1.png, 2.png, 3.png" in "".join(done.said)
+    assert done.codes == [0, 0], done.said
+    assert done.results[0] == done.results[1] and done.results[0][1]
 
 
 def test_a_signal_to_one_process_stops_all_after_the_same_step(together):
     def work(team):
         run = tiny_run(team)
-        while not run.stop:
-            if team.rank == 1 and run.step == 2:
-                run.interrupts.caught = signal.SIGTERM
+        team.asked = lambda: team.rank == 1 and run.step == 2
+        while not team.stop:
             loop.optimizer_step(run)
         return run.step
 
@@ -237,10 +245,11 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(together):
 
 def test_ranks_that_drift_apart_are_named(together):
     def work(team):
-        vector = torch.zeros(10)
-        team.check_equal("the start", vector, "same")
-        vector[3] += team.rank == 1
-        team.check_equal("the adapter", vector)
+        a, b = torch.zeros(3, 4).t(), torch.zeros(10)
+        team.check_equal("the kind of GPU", None, "same")
+        team.check_equal("the start", {"a": a, "b": b}, "same")
+        b[3] += team.rank == 1
+        team.check_equal("the adapter", {"a": a, "b": b})
 
     done = together(3, work)
     assert done.codes == [1, 1, 1]
@@ -249,13 +258,22 @@ def test_ranks_that_drift_apart_are_named(together):
     assert "rank 1 differs" in said
 
 
+def test_what_the_first_says_holds_for_all(together):
+    def work(team):
+        said = [team.first_says("fused", f"of rank {team.rank}"), team.first_says("other", "")]
+        team.check_equal("what was said", None, str(said))
+        return said
+
+    assert together(3, work).results == {rank: ["of rank 0", ""] for rank in range(3)}
+
+
 # ---- the cache -----------------------------------------------------------------------------------
 
 KEYS = [f"key {i}" for i in range(100)]  # 7 blocks
 
 
 def slowly(encoded, at=lambda i: None):
-    """encode() for data.fill(): notes what it encodes."""
+    """encode() for blocks.fill(): notes what it encodes."""
 
     def encode(blocks):
         for block in blocks:
@@ -269,10 +287,10 @@ def slowly(encoded, at=lambda i: None):
 
 
 def test_caching_is_shared_nobody_encodes_twice_and_all_leave_with_all_of_it(together, tmp_path):
-    whole = data.fill(tmp_path / "alone", "latent", KEYS, slowly([]))
+    whole = blocks.fill(tmp_path / "alone", "latent", KEYS, slowly([]))
 
     def work(team):
-        files = data.fill(tmp_path / "shared", "latent", KEYS, slowly(mine := []), team)
+        files = blocks.fill(tmp_path / "shared", "latent", KEYS, slowly(mine := []), team.claim)
         team.wait("encoding")
         assert all(file.is_file() for file in files)
         return mine
@@ -291,7 +309,7 @@ def test_one_that_dies_while_caching_loses_the_block_in_hand_and_is_named(togeth
             if i == 40:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        data.fill(tmp_path, "latent", KEYS, slowly([], at), team)
+        blocks.fill(tmp_path, "latent", KEYS, slowly([], at), team.claim)
         team.wait("encoding")
 
     done = together(2, work)
@@ -299,7 +317,7 @@ def test_one_that_dies_while_caching_loses_the_block_in_hand_and_is_named(togeth
     assert sorted(done.codes) == [-signal.SIGKILL, 1]
     assert f"error: rank {dead} has died (process " in "".join(done.said)
     assert len(list(tmp_path.glob("latent-*"))) == 6
-    data.fill(tmp_path, "latent", KEYS, slowly(again := []))
+    blocks.fill(tmp_path, "latent", KEYS, slowly(again := []))
     assert again == list(range(32, 48))
 
 
@@ -349,6 +367,20 @@ def test_slow_work_that_gives_signs_is_not_a_hang(together):
         team.wait("encoding")
 
     assert together(2, work, timeout=1.0).codes == [0, 0]
+
+
+def test_claiming_work_is_a_sign_and_each_is_claimed_once(together):
+    def work(team):
+        mine = []
+        for i in range(4 * team.rank):
+            time.sleep(0.25)
+            mine += [i] * team.claim(f"block {i}")
+        team.wait("encoding")
+        return mine
+
+    done = together(3, work, timeout=1.0)
+    assert done.codes == [0, 0, 0], done.said
+    assert sorted(done.results[1] + done.results[2]) == list(range(8))
 
 
 def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
@@ -406,9 +438,17 @@ def test_the_watch_speaks_while_the_process_waits_for_a_key(monkeypatch, capfd):
 
 
 def test_without_torchrun_or_with_one_process_a_run_is_alone(monkeypatch):
-    assert parallel.join(1.0) is parallel.ALONE
+    assert parallel.join(1.0) is None
     monkeypatch.setenv("WORLD_SIZE", "1")
-    assert parallel.join(1.0) is parallel.ALONE
+    assert parallel.join(1.0) is None
+
+
+def test_alone_and_a_team_can_be_asked_the_same():
+    names = lambda kind: {name for name in dir(kind) if not name.startswith("_")}  # noqa: E731
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    team = parallel.Team(1, 2, "127.0.0.1", store.port, 1.0)
+    assert names(faster.Alone()) <= names(team)
+    assert not team.asked() and not team.stop
 
 
 def test_processes_on_several_hosts_are_refused(monkeypatch):
@@ -433,6 +473,7 @@ def test_each_process_takes_the_gpu_of_its_number(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(current=device))
     monkeypatch.setattr(dist, "init_process_group", lambda *a, **k: calls.update(backend=a, **k))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda numbers: numbers)
     monkeypatch.setattr(parallel, "connect", lambda device: calls.update(connected=device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
     team = parallel.Team(1, 2, "127.0.0.1", store.port, 1.0)
@@ -499,7 +540,7 @@ def train(few, cache, tmp_path, together):
         argv = ["pocket", "--pretrained-model-name-or-path", str(POCKET)]
         argv += ["--dataset-name", str(few), "--cache-dir", str(cache)]
         argv += ["--output-dir", str(tmp_path / name), *settings.split(), *options]
-        return together(size, lambda: loop.main(argv), command=True, **more)
+        return together(size, lambda: training.main(argv), command=True, **more)
 
     return run
 
@@ -507,9 +548,9 @@ def train(few, cache, tmp_path, together):
 def moved(folder) -> torch.Tensor:
     """What training added to the start."""
     unet = model.load_unet(str(POCKET), CPU, torch.float32)
-    start = lora.inject(unet, lora.TARGETS, 16, 16, RECIPES["pocket"][1].seed).flat.detach()
-    state = torch.load(max((folder / "checkpoints").iterdir()) / "state.pt", weights_only=True)
-    return state["flat"] - start
+    start = lora.inject(unet, lora.TARGETS, 16, 16, RECIPES["pocket"][1].seed).matrices()
+    end = lora.read(folder).matrices
+    return torch.cat([(end[name] - matrix.detach()).flatten() for name, matrix in start.items()])
 
 
 def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path):
@@ -538,6 +579,19 @@ def test_a_damaged_picture_ends_all_processes_with_one_sentence(train, few, tmp_
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and f"picture {first} cannot be read" in said
+
+
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(train, monkeypatch):
+    target = model.training_target
+
+    def spoiled(*given):
+        return target(*given) * (float("nan") if os.environ["RANK"] == "1" else 1)
+
+    monkeypatch.setattr(model, "training_target", spoiled)
+    done = train(2, "r")
+    assert done.codes == [1, 1]
+    said = "".join(done.said)
+    assert said.count("error: ") == 1 and "loss of step 1 is nan" in said and ".png" in said
 
 
 def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train):

@@ -9,7 +9,6 @@ from dataclasses import replace
 import pytest
 import torch
 
-import loop
 from conftest import ROOT, SDXL, TINY
 from fast import memory, plan
 from fast.memory import GIB
@@ -23,12 +22,12 @@ SMALL = replace(T4, resolution=64, lora_rank=4)  # as the tiny UNet has it
 @pytest.fixture(scope="module")
 def tiny():
     """The prediction for the tiny UNet in fp32, each asked for once."""
-    return plan.predictor(SMALL, torch.float32, loop.micro_step, TINY, None)
+    return plan.predictor(SMALL, torch.float32, TINY, None)
 
 
 @pytest.fixture(scope="module")
 def sdxl():
-    return plan.predictor(T4, torch.float16, loop.micro_step, plan.SDXL_UNET, None)
+    return plan.predictor(T4, torch.float16, plan.SDXL_UNET, None)
 
 
 # ---- SDXL itself ---------------------------------------------------------------------------------
@@ -121,9 +120,9 @@ def test_compiling_is_set_against_the_length_of_the_run():
     said = plan.compiling(replace(T4, max_train_steps=500), [1.0, 2.0])
     assert "962 to 1,925 steps earn it back; the run has 500" in said
     cpu = torch.device("cpu")
-    _, said = plan.choose(replace(T4, compile=True), cpu, torch.float16, loop.micro_step)
+    _, said = plan.choose(replace(T4, compile=True), cpu, torch.float16)
     assert said.startswith("--compile takes 77 s") and "earn" not in said  # no step is estimated
-    original = plan.table(replace(RECIPES["original"][1], plan_for="T4"), loop.micro_step)
+    original = plan.table(replace(RECIPES["original"][1], plan_for="T4"))
     assert "--compile" not in original  # fp32 and recomputing: not measured
 
 
@@ -132,7 +131,7 @@ def test_the_stored_plan_of_a_t4_is_what_make_plan_says(sdxl, monkeypatch, tmp_p
     config = replace(T4, plan_for="T4", cache_dir=str(tmp_path))
     lines = (ROOT / "benchmarks" / "results" / "plan_t4.txt").read_text().splitlines()
     words = lambda line: re.sub(r"[\d.,]+", "#", line)  # noqa: E731  another torch counts another byte
-    said = plan.table(config, loop.micro_step).splitlines()
+    said = plan.table(config).splitlines()
     assert lines[0] == "$ make plan RECIPE=t4 CARD=T4"
     assert [words(line) for line in lines[1:]] == [words(line) for line in said]
     stored, new = (
@@ -159,7 +158,7 @@ def test_a_card_too_small_is_refused_with_the_recipe_lowmem(tiny):
 @pytest.mark.slow
 def test_lowmem_plans_for_a_card_of_6_gb_and_is_small_without_a_plan():
     lowmem, card = RECIPES["lowmem"][1], plan.named_card("RTX 2060")
-    predict = plan.predictor(lowmem, torch.float16, loop.micro_step, plan.SDXL_UNET, None)
+    predict = plan.predictor(lowmem, torch.float16, plan.SDXL_UNET, None)
     free = int(0.95 * card.gib * GIB)
     found = plan.choose_plan(lowmem, predict, card, True, free)
     least = plan.shaped(lowmem, 1, ())
@@ -173,7 +172,7 @@ def test_lowmem_plans_for_a_card_of_6_gb_and_is_small_without_a_plan():
 
 def test_what_is_asked_for_is_obeyed_and_a_cpu_is_not_planned(monkeypatch):
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    chosen = functools.partial(plan.choose, dtype=torch.float16, step=loop.micro_step)
+    chosen = functools.partial(plan.choose, dtype=torch.float16)
     assert chosen(T4, cpu) == (T4, "")
     assert chosen(replace(T4, memory_plan=False), gpu)[0].train_batch_size == 1
     assert "--no-cache" in chosen(replace(T4, cache=False), gpu)[1]
@@ -191,21 +190,21 @@ def test_a_gpu_gets_its_plan_and_keeps_it_on_disk(monkeypatch, tmp_path):
     monkeypatch.setattr(plan, "free_bytes", lambda device: 10 * GIB * device.index)
     monkeypatch.setattr(plan, "this_card", lambda device: CARD)
     gpu, dtype = torch.device("cuda"), torch.float32
-    planned, line = plan.choose(config, gpu, dtype, loop.micro_step)
+    planned, line = plan.choose(config, gpu, dtype)
     assert (planned.train_batch_size, planned.gradient_accumulation_steps) == (4, 1)
     assert "4 x 1, nothing recomputed" in line and "10.0 GiB free" in line
     files = list((tmp_path / "memory").iterdir())
     assert len(files) == 3 and "--compile" not in line
-    _, compiled = plan.choose(replace(config, compile=True), gpu, dtype, loop.micro_step)
+    _, compiled = plan.choose(replace(config, compile=True), gpu, dtype)
     assert compiled.startswith(line) and "as measured once" in compiled
 
     def never(*_):
         raise AssertionError("a prediction on disk is used")
 
     monkeypatch.setattr(plan, "Rehearsal", never)
-    assert plan.choose(config, gpu, dtype, loop.micro_step) == (planned, line)
+    assert plan.choose(config, gpu, dtype) == (planned, line)
     files[0].write_text("damaged")
-    other, line = plan.choose(config, gpu, dtype, loop.micro_step)
+    other, line = plan.choose(config, gpu, dtype)
     assert other == config and "failed" in line  # here the rehearsal itself: training goes on
 
 
@@ -227,13 +226,13 @@ def test_the_cards_are_told_by_the_names_that_torch_gives(monkeypatch):
 def test_the_table_says_what_a_recipe_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SDXL_UNET", TINY)
     config = replace(SMALL, plan_for="T4", cache_dir=str(tmp_path), cuda_graph=False)
-    text = plan.table(config, loop.micro_step)
+    text = plan.table(config)
     for part in ("weights", "adapter", "gradients", "optimizer", "activations", "workspace"):
         assert part in text
     assert "UNet in float16" in text and ": fits" in text and "an estimate" in text
     original = replace(config, memory_plan=False, mixed_precision="fp32", train_batch_size=2)
     monkeypatch.setitem(plan.CARDS, "T4", replace(CARD, gib=0.01))
-    assert "does NOT fit" in plan.table(original, loop.micro_step)
+    assert "does NOT fit" in plan.table(original)
 
 
 @pytest.mark.parametrize(("share", "left"), [(1.0, 10), (0.5, 7)])
@@ -244,16 +243,6 @@ def test_a_process_that_may_take_a_share_of_the_gpu_plans_for_that(monkeypatch, 
     asked = "get_per_process_memory_fraction"
     monkeypatch.setattr(torch.cuda, asked, lambda device: share, raising=False)
     assert plan.free_bytes(gpu) == left * GIB
-
-
-def test_an_uneven_cut_has_no_fewer_passes_than_a_smaller_even_one():
-    """Why only divisors are looked at; so it is for the recipes' own numbers."""
-    for _, config in RECIPES.values():
-        n = config.examples_per_step if config.memory_plan else 4
-        even = [size for size in range(1, n + 1) if n % size == 0]
-        for size in range(1, n + 1):
-            smaller = max(d for d in even if d <= size)
-            assert -(-n // size) == -(-n // smaller)
 
 
 def test_the_estimate_shows_its_arithmetic(tiny):
@@ -273,6 +262,6 @@ def test_the_estimate_shows_its_arithmetic(tiny):
 def test_the_4_bit_numbers_that_are_kept_count_as_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SDXL_UNET", TINY)
     lowmem = replace(RECIPES["lowmem"][1], plan_for="T4", cache_dir=str(tmp_path), resolution=64)
-    assert "GB of 4-bit numbers" in plan.table(lowmem, loop.micro_step)
+    assert "GB of 4-bit numbers" in plan.table(lowmem)
     whole = replace(lowmem, base_quantization="none")
-    assert "4-bit numbers" not in plan.table(whole, loop.micro_step)
+    assert "4-bit numbers" not in plan.table(whole)

@@ -14,15 +14,14 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-import generate
-import loop
 import lora
 import model
 from conftest import POCKET, ink_rows, make_batch, make_unet, write_pictures
 from fast import nf4
 from inputs import hub
 from inputs.files import Refusal
-from keep import checkpoint
+from inputs.options import RECIPES
+from keep import drawing, identity, training
 
 CPU = torch.device("cpu")
 
@@ -238,17 +237,15 @@ def test_a_step_moves_the_adapter_and_no_number_of_the_base(tiny, tmp_path, chec
     if checkpointing:
         model.use_gradient_checkpointing(unet)
     adapter = lora.inject(unet, rank=4, alpha=8)
-    start = adapter.flat.detach().clone()
-    optimizer = torch.optim.AdamW([adapter.flat], lr=1e-3)
+    start = {name: each.detach().clone() for name, each in adapter.matrices().items()}
+    optimizer = torch.optim.AdamW(adapter.matrices().values(), lr=1e-3)
     batch = make_batch()
     for _ in range(2):
         answer = model.predict(unet, batch["noise"], batch)
         F.mse_loss(answer, batch["eps"]).backward()
         optimizer.step()
-    adapter.check_tied()
-    for name, matrix in adapter.parts():
-        assert matrix.grad.any(), name
-    assert not torch.equal(adapter.flat, start)
+    for name, matrix in adapter.matrices().items():
+        assert matrix.grad.any() and not torch.equal(matrix, start[name]), name
     for name, layer in list(adapter.layers.items()):
         parent, _, child = name.rpartition(".")
         setattr(unet.get_submodule(parent), child, layer.base)
@@ -301,7 +298,7 @@ def train(cache, tmp_path):
         }
         argv = [str(part) for pair in fixed.items() for part in pair]
         quiet = ("--no-tensorboard", "--validation-prompts")
-        return loop.main(["lowmem", *argv, *quiet, *options])
+        return training.main(["lowmem", *argv, *quiet, *options])
 
     return run
 
@@ -334,15 +331,15 @@ def test_a_run_continues_exports_and_draws_on_its_4_bit_base(
     for label, strength, base in (("nf4", 1, "auto"), ("off", 0, "auto"), ("none", 1, "none")):
         argv = [*options, str(strength), "--base-quantization", base]
         out = tmp_path / label
-        assert generate.main([str(tmp_path / "whole"), *argv, "--output-dir", str(out)]) == 0
+        assert drawing.main([str(tmp_path / "whole"), *argv, "--output-dir", str(out)]) == 0
         pictures[label] = np.asarray(Image.open(only_file(out))).astype(int)
     assert np.abs(pictures["nf4"] - pictures["off"]).mean() > 1
     assert np.abs(pictures["nf4"] - pictures["none"]).mean() > 0.1
 
 
 def test_a_run_from_before_the_option_existed_goes_on_without_it_only():
-    config, old = loop.configuration.RECIPES["t4"][1], {"identity": {"seed": "42"}}
+    config, old = RECIPES["t4"][1], {"identity": {"seed": "42"}}
     mine = {"seed": "42", "base_quantization": "none"}
-    checkpoint.check_same(config, mine, old)
+    identity.check_same(config, mine, old)
     with pytest.raises(Refusal, match=r"base_quantization none, and this command has .* nf4"):
-        checkpoint.check_same(config, mine | {"base_quantization": "nf4"}, old)
+        identity.check_same(config, mine | {"base_quantization": "nf4"}, old)

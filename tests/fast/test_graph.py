@@ -18,7 +18,7 @@ class Stage:
 
         class Graph:
             def replay(self):
-                stage.step(self.inputs)
+                stage.step(stage, self.inputs)
 
             def pool(self):
                 return "pool"
@@ -43,9 +43,13 @@ class Stage:
         monkeypatch.setattr(torch.cuda, "Stream", Stream)
         monkeypatch.setattr(torch.cuda, "current_stream", Stream)
         monkeypatch.setattr(torch.cuda, "stream", lambda _: contextlib.nullcontext())
-        self.recorder = graph.Recorded(self.step, [self.sum], self.said.append)
+        self.recorded_step = graph.Recorded(self.step, [self.sum], self.said.append)
 
-    def step(self, batch):
+    def recorder(self, batch):
+        self.recorded_step(self, batch)
+
+    def step(self, run, batch):
+        assert run is self
         self.steps, self.inputs = self.steps + 1, batch
         if self.error and self.steps > 1:
             error, self.error = self.error, None
@@ -69,7 +73,7 @@ def test_a_shape_is_recorded_once_and_each_batch_is_added_once(monkeypatch):
 def test_it_warms_up_as_often_as_it_is_told(monkeypatch):
     for passes in (1, 2):
         stage = Stage(monkeypatch)
-        stage.recorder.warm_up = passes
+        stage.recorded_step.warm_up = passes
         stage.recorder(batch(2, 3))
         assert stage.steps == passes + 2  # the recording, and the replay
         assert stage.sum.tolist() == [6] * 3

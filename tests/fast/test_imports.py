@@ -27,7 +27,7 @@ except SystemExit as end:
 sys.argv = ["", said]
 """
 WHOLE = "from fast import start; start.begin = lambda config: None\n"
-# what model.import_clip() advises where torchvision is broken
+# what vetting.import_clip() advises where torchvision is broken
 NO_TORCHVISION = "import sys; sys.modules['torchvision'] = None\n"
 
 
@@ -72,7 +72,7 @@ import pathlib, torch, loop, model
 assert model.build_unet(pathlib.Path("tests/sdxl/unet")).config.cross_attention_dim == 2048
 flat = torch.nn.Parameter(torch.ones(4096))
 flat.grad = torch.ones(4096)
-optimizer = loop.make_optimizer(config.RECIPES["t4"][1], flat)
+optimizer = loop.make_optimizer(config.RECIPES["t4"][1], [flat])
 optimizer.step()
 optimizer.load_state_dict(optimizer.state_dict())
 """
