@@ -107,10 +107,9 @@ class LossScale:
     def update(self, finite: bool) -> None:
         if not finite:
             self.good_steps, self.skipped, self.value = 0, self.skipped + 1, self.value / 2
-            return
-        self.good_steps += 1
-        if self.enabled and self.good_steps % self.growth_interval == 0:
-            self.value *= 2
+        elif self.enabled:
+            self.good_steps += 1
+            self.value *= 2 if self.good_steps % self.growth_interval == 0 else 1
 
 
 def whole(numbers: range) -> range:
@@ -140,16 +139,23 @@ def micro_step(run: "Run", batch: dict[str, Tensor]) -> None:
     run.loss_sum.add_(loss.detach())
 
 
-def unscale_and_clip(run: "Run") -> Tensor:
-    """Divide the gradient by the loss scale, shorten it to max_grad_norm where it is longer, and
-    return its norm before that, () fp32 on the device: the norm of the matrices' norms.
+def gradient_norm(trained: dict[str, Tensor]) -> Tensor:
+    """The norm of the matrices' norms, () on the device: the length of the whole gradient.
+
+    Taken like this by everyone: the norm of one long vector of the same numbers is summed in
+    another order and differs by 1e-6, which changes every byte of a clipped step.
     """
-    norm = torch.nn.utils.get_total_norm([each.grad for each in run.trained.values()]) / run.factor
-    shorter = (run.config.max_grad_norm / (norm + 1e-6)).clamp(max=1) / run.factor
+    return torch.nn.utils.get_total_norm([matrix.grad for matrix in trained.values()])
+
+
+def unscale_and_clip(run: "Run", norm: float) -> None:
+    """Divide the gradient by the loss scale, and shorten it to max_grad_norm where `norm`, its
+    length without the scale, is longer (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063).
+    """
+    factor = min(1.0, run.config.max_grad_norm / (norm + 1e-6)) / run.scale.value
     for group in run.optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad.mul_(shorter)
-    return norm
+            parameter.grad.mul_(factor)
 
 
 def alone(run: "Run") -> None:
@@ -167,10 +173,11 @@ def optimizer_step(run: "Run") -> tuple[float, float]:
     for batch in run.batches(run, run.step):  # socket: where the step's examples come from
         run.micro_step(run, batch)  # socket: as it is, or recorded and replayed
     run.exchange(run)  # socket: of several processes each has computed a share of the sums
-    norm = unscale_and_clip(run)
+    norm = gradient_norm(run.trained) / run.factor
     loss, norm = torch.stack([run.loss_sum, norm]).tolist()  # here, and only here, the host waits
     finite = math.isfinite(loss + norm)
     if finite:
+        unscale_and_clip(run, norm)
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, run.config)
         run.optimizer.step()  # socket: AdamW, over every matrix or over one vector of them all

@@ -41,12 +41,10 @@ class LoRALinear(nn.Module):
         self.in_features, self.out_features = base.in_features, base.out_features
         # B is zero, so the adapted model starts out equal to the bare one. A must not be zero, too:
         # each one's gradient is a product with the other, and nothing would ever move.
-        A = nn.init.kaiming_uniform_(  # a = sqrt(5) is PEFT's default
-            torch.empty(rank, self.in_features), a=math.sqrt(5), generator=generator
-        )
+        A, B = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # as PEFT begins
         device = next(base.parameters()).device
-        self.lora_A = nn.Parameter(A.to(device))
-        self.lora_B = nn.Parameter(torch.zeros(self.out_features, rank, device=device))
+        self.lora_A, self.lora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
         self.scale = alpha / rank  # so that the rank can change without a new learning rate
         self.strength = 1.0  # how much of the branch acts when drawing
         self.unmerged: Tensor | None = None  # while merged: base.weight as it was
@@ -76,22 +74,16 @@ class Adapter:
 
     def matrices(self) -> dict[str, Tensor]:
         """Every A (r, in) and B (out, r), fp32, as a file names them."""
-        return {
-            f"{name}.{kind}": getattr(layer, kind)
-            for name, layer in self.layers.items()
-            for kind in ("lora_A", "lora_B")
-        }
+        kinds, layers = ("lora_A", "lora_B"), self.layers.items()
+        return {f"{name}.{kind}": getattr(layer, kind) for name, layer in layers for kind in kinds}
 
 
 def find_targets(model: nn.Module, targets: tuple[str, ...]) -> dict[str, nn.Module]:
     """The layers of `model` whose dotted name is, or ends in, one of `targets`, by name."""
-    found = {
-        name: module
-        for name, module in model.named_modules()
-        if any(f".{name}".endswith(f".{target}") for target in targets)
-    }
-    wrong = [name for name, module in found.items() if not hasattr(module, "in_features")]
-    adapted = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+    endings, modules = tuple(f".{target}" for target in targets), dict(model.named_modules())
+    found = {name: each for name, each in modules.items() if f".{name}".endswith(endings)}
+    wrong = [name for name, each in found.items() if not hasattr(each, "in_features")]
+    adapted = [name for name, each in modules.items() if isinstance(each, LoRALinear)]
     if wrong or adapted or not found:
         raise Refusal(
             f"targets {', '.join(targets)} match {', '.join(wrong[:1] + adapted[:1]) or 'nothing'}",
@@ -226,13 +218,13 @@ def load(adapter: Adapter, file: AdapterFile) -> None:
     while `adapter` is merged; it is unchanged then.
     """
     refuse_merged(adapter)
-    mine = adapter.matrices()
-    check_fits(file.path, file.matrices, mine)
-    if not math.isclose(file.alpha / file.rank, adapter.alpha / adapter.rank, rel_tol=1e-6):
+    mine, same_alpha = adapter.matrices(), math.isclose(file.alpha, adapter.alpha, rel_tol=1e-6)
+    if file.rank != adapter.rank or not same_alpha:
         raise Refusal(
             f"{file.path} has rank {file.rank} and alpha {file.alpha:g}",
             f"rank {adapter.rank} and alpha {adapter.alpha:g}",
             f"--lora-rank {file.rank} --lora-alpha {file.alpha:g}",
         )
+    check_fits(file.path, file.matrices, mine)
     for name, matrix in mine.items():
         matrix.copy_(file.matrices[name])

@@ -17,6 +17,7 @@ import types
 
 import torch
 import torch.nn.functional as F
+from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
 from inputs.files import first_line
@@ -267,6 +268,15 @@ def wrap(unet: nn.Module) -> str:
             join(projections[1:] if module.is_cross_attention else projections)
     gates = sum(type(module).__name__ == "GEGLU" for module in found.values())
     return f"{len(found) - gates} attention layers and {gates} feed-forward gates fused"
+
+
+def unwrap(unet: nn.Module) -> None:
+    """Have what wrap() fused compute by its definition again."""
+    for module in unet.modules():
+        if type(module).__name__ == "GEGLU":
+            module.__dict__.pop("forward", None)
+        elif isinstance(getattr(module, "processor", None), Attention):
+            module.set_processor(AttnProcessor2_0())
 
 
 def disagreement(unet: nn.Module) -> str:

@@ -205,9 +205,14 @@ def may_fuse(run) -> bool:
     return run.config.fused and not any("XFormers" in name for name in processors)
 
 
-def uncompile(run) -> None:
-    """Have every module compute by its definition again."""
-    if run.config.compile and fast:
-        from fast import compile
+def by_definition(run) -> None:
+    """Have the run's UNet compute by the book's lines again, and forget what recordings hold: the
+    memory of a whole step.
+    """
+    if fast:
+        import loop
+        from fast import compile, layers
 
+        run.micro_step, run.batches = loop.micro_step, loop.step_batches
+        layers.unwrap(run.unet)
         compile.uncompile(run.unet)

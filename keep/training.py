@@ -184,8 +184,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if team.stop or interrupts.caught:  # one may have come after the last step had asked
         print(f"\ninterrupted: step {run.step} is saved; the same command continues")
         return 128 + (interrupts.caught or signal.SIGTERM)
-    run.micro_step = run.batches = None  # a recording holds the memory of a whole step
-    faster.uncompile(run)  # else the comparison would compile the forward pass alone
+    faster.by_definition(run)  # what is compared with the files is the book's own forward
     model.free_memory()
     team.leave()
     if not team.first:

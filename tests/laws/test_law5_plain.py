@@ -1,0 +1,160 @@
+"""Law 5: --plain, the book by itself, and the product end on the same numbers."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import loop
+import lora
+import model
+from conftest import ROOT, trainer
+from inputs import options
+from keep import faster, training
+from runs import in_one, matrices, moved
+
+ADAM = {"AdamW": "--no-use-8bit-adam", "AdamW8bit": "--use-8bit-adam"}
+LONG = pytest.mark.slow
+
+
+def numbers(folder) -> dict[str, torch.Tensor]:
+    return lora.read(folder).matrices
+
+
+def equal(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
+
+
+@pytest.fixture
+def threads():
+    """threads(2): how many torch computes with, until the test ends."""
+    before = torch.get_num_threads()
+    yield torch.set_num_threads
+    torch.set_num_threads(before)
+
+
+# The pocket's first gradient has a norm of about 0.3 here: clipping is at work in every step.
+@pytest.mark.parametrize(
+    ("adam", "rank", "count"),
+    [
+        ("AdamW8bit", 5, 2),
+        ("AdamW", 16, 1),
+        *(pytest.param(a, r, c, marks=LONG) for a in ADAM for r in (5, 16) for c in (1, 2)),
+    ],
+)
+def test_plain_and_the_product_with_the_books_layers_end_on_the_same_bytes(
+    train, tmp_path, threads, adam, rank, count
+):
+    threads(count)
+    asked = ("--lora-rank", str(rank), "--max-train-steps", "20", ADAM[adam])
+    asked += ("--max-grad-norm", "0.03")
+    assert train("product", "--no-fused", *asked) == 0
+    assert train("by-itself", *asked, "--plain") == 0
+    assert equal(numbers(tmp_path / "by-itself"), numbers(tmp_path / "product"))
+    assert not (tmp_path / "by-itself" / "checkpoints").exists()
+    norms = [row["grad_norm"] for row in train.log("product")]
+    assert len(norms) == 20 and all(norm > 0.03 for norm in norms)
+
+
+@pytest.mark.parametrize(
+    ("adam", "bound"), [("AdamW8bit", 1e-2), pytest.param("AdamW", 1e-3, marks=LONG)]
+)
+def test_fused_layers_end_within_law_1s_bounds_of_the_books(train, tmp_path, adam, bound):
+    assert train("fused", "--max-train-steps", "20", ADAM[adam]) == 0
+    assert train("book", "--max-train-steps", "20", ADAM[adam], "--no-fused") == 0
+    one, other = (in_one(matrices(tmp_path / name)) for name in ("fused", "book"))
+    assert 0 < (one - other).norm() <= bound * moved(tmp_path / "book").norm()
+
+
+def first_gradient(train, precision: str, fast: bool) -> torch.Tensor:
+    """The whole of it, at a B that is not zero: at zero nothing of A would be seen."""
+    config = options.parse(train.argv(f"{precision}-{fast}", "--mixed-precision", precision))
+    run = training.set_up(config, torch.device("cpu"))[0].run if fast else plain_run(config)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for matrix in run.trained.values():
+            matrix.add_(0.02 * torch.randn(matrix.shape, generator=generator))
+    run.factor.fill_(1.0)
+    for batch in run.batches(run, 0):
+        run.micro_step(run, batch)
+    return in_one({name: each.grad for name, each in run.trained.items()})
+
+
+def test_the_first_gradient_is_the_books(train):
+    book, product = (first_gradient(train, "fp32", fast) for fast in (False, True))
+    assert book.norm() > 0 and (product - book).norm() <= 1e-5 * book.norm()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_in_half_precision_it_is_as_near_the_exact_one_as_the_books(train, precision):
+    """The small model's is off by 0.5 % in fp16 and 5 % in bf16, whoever computes it. (The full
+    model's against the book's, on a GPU: benchmarks/exactness.py.)
+    """
+    exact = first_gradient(train, "fp32", False)
+    book, product = (first_gradient(train, precision, fast) for fast in (False, True))
+    assert 0 < (product - exact).norm() <= 1.1 * (book - exact).norm()
+
+
+def plain_run(config) -> loop.Run:
+    """What loop.train_plain() steps."""
+    name, device = config.pretrained_model_name_or_path, torch.device("cpu")
+    begun = training.look(config, device, faster.Alone())
+    examples = loop.examples_of(
+        config, begun.pictures, device, begun.dtype, len(begun.schedule.alphas_cumprod)
+    )
+    unet = model.load_unet(name, device, begun.dtype)
+    return loop.assemble(config, unet, examples, begun.schedule, model.latent_scaling(name))
+
+
+def test_a_run_goes_on_to_the_same_bytes_where_fast_has_been_deleted(
+    train, tmp_path, monkeypatch, capsys
+):
+    steps = ("--no-fused", "--checkpointing-steps", "5", "--max-train-steps")
+    assert train("whole", *steps, "10") == 0
+    assert train("halves", *steps, "5") == 0
+    monkeypatch.setattr(faster, "fast", None)
+    assert train("halves", *steps, "10") == 0
+    assert "by the book's lines: no folder fast/" in capsys.readouterr().out
+    assert equal(numbers(tmp_path / "halves"), numbers(tmp_path / "whole"))
+
+
+def test_without_fast_what_needs_it_is_refused_in_a_sentence(train, monkeypatch, capsys):
+    monkeypatch.setattr(faster, "fast", None)
+    for more in (("--base-quantization", "nf4"), ("--plan-for", "T4"), ("--deterministic",)):
+        assert train("refused", *more) == 1
+        said = capsys.readouterr().err
+        assert "no folder fast/; expected that folder beside loop.py. What to do: " in said, more
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train("refused") == 1
+    assert "several processes, and there is no folder fast/" in capsys.readouterr().err
+
+
+def test_the_book_trains_in_a_tree_without_fast_and_keep(few, cache, tmp_path):
+    """From the pictures to the file, and pictures from the file, by inputs/ and five modules."""
+    tree, out = tmp_path / "tree", tmp_path / "out"
+    tree.mkdir()
+    for name in ("lora", "model", "data", "loop", "generate"):
+        shutil.copy(ROOT / f"{name}.py", tree)
+    shutil.copytree(ROOT / "inputs", tree / "inputs")
+    argv = trainer(tmp_path, few, cache).argv("out", "--max-train-steps", "2", "--plain")
+    said = []
+    for words in (
+        ["loop.py", *argv],
+        ["generate.py", str(out), "--plain", "--prompts", "cat", "--num-inference-steps", "2"],
+    ):
+        done = subprocess.run(
+            [sys.executable, *words],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        said.append(done.stdout)
+    assert "step 2: loss" in said[0] and lora.read(out).rank == 16
+    assert len(list((out / "pictures").glob("*.png"))) == 1
