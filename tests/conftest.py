@@ -8,17 +8,17 @@ os.environ["HF_HUB_OFFLINE"] = (
     "1"  # before huggingface_hub is imported: a test never reaches for the network
 )
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
-os.environ["GOMP_SPINCOUNT"] = "1000"  # as config.py sets it, before torch is imported
+os.environ["GOMP_SPINCOUNT"] = "1000"  # as inputs/options.py sets it, before torch is imported
 if "PYTEST_XDIST_WORKER" in os.environ:  # as make test runs them: each has its part of the cores,
     # and so have the processes it starts, since a run's bytes depend on the number of threads
     cores, workers = os.cpu_count() or 1, int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
     os.environ["OMP_NUM_THREADS"] = str(max(1, cores // workers))
 
 import gc
-import itertools
 import json
 import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -29,7 +29,8 @@ sys.path.insert(0, str(ROOT))
 
 from diffusers import UNet2DConditionModel  # noqa: E402
 
-from inputs import hub, vetting  # noqa: E402
+from inputs import hub  # noqa: E402
+from inputs.options import parse  # noqa: E402
 
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
@@ -105,27 +106,6 @@ def quick_collections():
     gc.unfreeze()
 
 
-@pytest.fixture(autouse=True, scope="session")
-def the_pocket_is_tried_once():
-    """model.build_unet() sends shapes through every UNet that is not SDXL base's. The pocket's need
-    that once, not in each of some hundred whole runs, of which it is a sixth.
-    """
-    entries = lambda config: json.dumps(  # noqa: E731  16.0 is not 16
-        {name: value for name, value in config.items() if name[0] != "_"}, sort_keys=True
-    )
-    wanted = entries(json.loads((POCKET / "unet" / "config.json").read_text()))
-    known, seen = vetting.is_sdxl_base, itertools.count()
-
-    def is_sdxl_base(unet) -> bool:
-        if entries(unet.config) == wanted:
-            return next(seen) > 0
-        return known(unet)
-
-    vetting.is_sdxl_base = is_sdxl_base
-    yield
-    vetting.is_sdxl_base = known
-
-
 @pytest.fixture
 def one_thread():
     """Small convolutions on a busy machine wait for each other's threads."""
@@ -159,3 +139,48 @@ def write_pictures(folder: Path, rows: list[str]) -> Path:
 def few(tmp_path_factory) -> Path:
     """Six of the ink drawings."""
     return write_pictures(tmp_path_factory.mktemp("few") / "ink", ink_rows(6))
+
+
+def trainer(root: Path, pictures: Path, cache: Path) -> Callable[..., int]:
+    """train("name", "--option", ...): a run of four short steps in root/name, 64 px, four examples
+    a step, with what the options change; returns its exit code. train.argv("name", ...) gives its
+    command line, train.log("name") its log; with --plain the book's own function runs.
+    """
+    fixed = {
+        "pretrained-model-name-or-path": POCKET,
+        "dataset-name": pictures,
+        "cache-dir": cache,
+        "resolution": 64,
+        "train-batch-size": 2,
+        "gradient-accumulation-steps": 2,
+        "max-train-steps": 4,
+        "checkpointing-steps": 2,
+        "learning-rate": 1e-3,
+        "lr-scheduler": "constant",
+        "lr-warmup-steps": 0,
+    }
+    argv = ["pocket", *(word for key, value in fixed.items() for word in (f"--{key}", str(value)))]
+    argv += ["--no-tensorboard", "--random-flip", "--validation-prompts"]
+
+    def command(name: str, *options: str) -> list[str]:
+        return [*argv, "--output-dir", str(root / name), *options]
+
+    def train(name: str, *options: str) -> int:
+        import loop
+        from keep import training  # not above: the book's tests need nothing of keep/
+
+        if "--plain" in options:
+            return loop.train_plain(parse(command(name, *options))) or 0
+        return training.main(command(name, *options))
+
+    train.argv = command
+    train.log = lambda name: [
+        json.loads(line) for line in (root / name / "log.jsonl").read_text().splitlines()
+    ]
+    return train
+
+
+@pytest.fixture
+def train(few, cache, tmp_path) -> Callable[..., int]:
+    """train("name", "--option", ...): a short run of six drawings in tmp_path/name."""
+    return trainer(tmp_path, few, cache)

@@ -1,4 +1,4 @@
-"""PYTHONPATH=tests python -m stress --seed 0 --runs 200 --inputs 1000 --out benchmarks/results/stress.json
+"""PYTHONPATH=tests python -m stress --seed 0 --runs 200 --inputs 1000 --out FILE.json
 
 Runs of a tiny SDXL, disturbed in every way that could be thought of, must end as undisturbed ones
 do; what cannot end well must be refused with a sentence. On the CPU, without a network. Exits with

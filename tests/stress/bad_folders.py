@@ -12,13 +12,12 @@ from pathlib import Path
 import torch
 
 import data
-import generate
-import loop
-import model
+from inputs import drawing as draw_options
 from inputs import options as config
+from inputs import pictures as decoding
 from inputs import sources
 from inputs.files import Refusal, digest
-from keep import checkpoint
+from keep import drawing, identity, report, training
 from stress import bad_pictures
 from stress.case import Case, command
 
@@ -122,13 +121,13 @@ def use(case: Case, pictures: list[sources.Picture]) -> None:
 
     pocket = config.RECIPES["pocket"][1]
     options = dataclasses.replace(pocket, pretrained_model_name_or_path=str(MODEL))
-    checkpoint.identity(options, torch.float32, pictures, "", "")
-    model.count_cut([p.caption for p in pictures if p.caption.strip()], str(MODEL))
-    encoder = data.Encoder(pictures, None, hostile.text_encoders, 64, False, 0)
+    identity.identity(options, torch.float32, pictures, {}, "")
+    report.count_cut([p.caption for p in pictures if p.caption.strip()], str(MODEL))
+    encoder = data.Encoder(pictures, None, hostile.text_encoders, data.Crop(64, False, 0))
     for i in range(len(pictures) + 1):
         context, pooled = encoder.prompt(i)
         assert context.isfinite().all() and pooled.isfinite().all()
-    data.check_pictures(pictures)
+    decoding.check_pictures(pictures)
     for each in pictures:
         assert digest(each.read()) == each.digest
 
@@ -368,18 +367,18 @@ def odd_words(case: Case, fields: list[str]) -> list[str]:
 
 def option(case: Case):
     """A command line, parsed as the command does before it works."""
-    rng, drawing = case.rng, case.turn % 3 == 2
-    kind = generate.Options if drawing else config.Config
+    rng, to_draw = case.rng, case.turn % 3 == 2
+    kind = draw_options.Options if to_draw else config.Config
     fields = [f.name for f in dataclasses.fields(kind)]
     argv = odd_words(case, fields)
-    if not drawing:
+    if not to_draw:
         recipes = (*config.RECIPES, *config.RECIPES, "", "Pocket", "t4 ", "\x00")
         argv = [*([rng.choice(recipes)] if rng.random() < 0.97 else []), *argv]
-    case.what = f"{'generate' if drawing else 'loop'}.py {' '.join(argv)!a}"[:300]
+    case.what = f"{'generate' if to_draw else 'loop'}.py {' '.join(argv)!a}"[:300]
 
     def parse(argv: list[str]) -> int:
         try:
-            options = (generate if drawing else config).parse(argv)
+            options = (draw_options if to_draw else config).parse(argv)
         except Refusal as refusal:
             import sys
 
@@ -453,12 +452,12 @@ def run_folder(case: Case):
     if name == "config.json":
         argv = [str(run), "--resolution", "64", "--num-inference-steps", "1"]
         case.what += ", drawn"
-        return lambda: command(generate.main, [*argv, "--output-dir", str(case.out / "pictures")])
+        return lambda: command(drawing.main, [*argv, "--output-dir", str(case.out / "pictures")])
     more = {"max_train_steps": "3"} if name == "log.jsonl" else {}
     truth = (case.base / "run" / "pytorch_lora_weights.safetensors").read_bytes()
 
     def act():
-        outcome = command(loop.main, small_run(case, **more))
+        outcome = command(training.main, small_run(case, **more))
         if outcome == "accepted" and not more:  # whatever the notes said, the adapter is the same
             assert (run / "pytorch_lora_weights.safetensors").read_bytes() == truth
         return outcome

@@ -15,6 +15,7 @@ from PIL import Image
 
 import data
 from inputs.files import digest
+from inputs.pictures import decode
 from inputs.sources import Picture
 from stress.case import Case
 
@@ -329,7 +330,7 @@ def picture(case: Case):
 
     def act():
         try:
-            image = data.decode(given)
+            image = decode(given)
         except Exception:
             # Of whole pictures only those without a defined brightness or colour may be refused.
             if (

@@ -17,11 +17,12 @@ import generate
 import loop
 import lora
 import model
+from adapters import files
 from fast import nf4
 from inputs import hub, sources
 from inputs import options as config
 from inputs.files import Refusal
-from keep import checkpoint
+from keep import checkpoint, drawing, faster, identity, report, training
 from stress import bad_folders, bad_pictures
 from stress.case import Case, command
 
@@ -38,16 +39,24 @@ def pocket_adapter() -> lora.Adapter:
     return lora.inject(unet, rank=RANK, alpha=ALPHA, seed=1)
 
 
+def copied(adapter: lora.Adapter) -> dict[str, torch.Tensor]:
+    return {name: matrix.detach().clone() for name, matrix in adapter.matrices().items()}
+
+
+@torch.no_grad()
+def put(adapter: lora.Adapter, numbers: dict[str, torch.Tensor]) -> None:
+    for name, matrix in adapter.matrices().items():
+        matrix.copy_(numbers[name])
+
+
 def good_adapter(layout: str, dtype: str) -> tuple[dict, dict, bytes]:
     """The header's metadata, its entries and the data of a whole adapter file."""
     adapter = pocket_adapter()
-    before = adapter.flat.detach().clone()
-    with torch.no_grad():
-        generator = torch.Generator().manual_seed(3)
-        adapter.flat.copy_(torch.randn(adapter.flat.shape, generator=generator) * 0.01)
-        write = {"peft": lora.peft_file, "kohya": lora.kohya_file}[layout]
-        blob = write(adapter, model.DTYPES[dtype], {"base_model": str(POCKET)})
-        adapter.flat.copy_(before)
+    before, generator = copied(adapter), torch.Generator().manual_seed(3)
+    put(adapter, {k: torch.randn(m.shape, generator=generator) * 0.01 for k, m in before.items()})
+    write = {"peft": lora.peft_bytes, "kohya": files.kohya_bytes}[layout]
+    blob = write(adapter, model.DTYPES[dtype], {"base_model": str(POCKET)})
+    put(adapter, before)
     size = int.from_bytes(blob[:8], "little")
     entries = json.loads(blob[8 : 8 + size])
     return entries.pop("__metadata__"), entries, blob[8 + size :]
@@ -209,7 +218,7 @@ def adapter_file(case: Case) -> bytes:
 
 
 def adapter(case: Case):
-    """lora.load() of one file into an adapter, and drawing with some of them."""
+    """read() and load() of one file into an adapter, and drawing with some of them."""
     path = case.folder / "a.safetensors"
     blob = adapter_file(case)
     path.write_bytes(blob)
@@ -219,25 +228,27 @@ def adapter(case: Case):
         os.mkfifo(path)
     if case.turn % 5 == 4:
         case.what += ", drawn"
-        return lambda: command(generate.main, bad_folders.draw_small(case, path))
+        return lambda: command(drawing.main, bad_folders.draw_small(case, path))
     mine = pocket_adapter()
 
     def act():
-        before = mine.flat.detach().clone()
+        before = copied(mine)
         try:
-            file = lora.load(mine, path)
+            file = files.read(path)
+            files.load(mine, file)
         except Refusal:
-            assert torch.equal(mine.flat, before), "a refused file changed the adapter"
+            same = all(torch.equal(m, before[name]) for name, m in mine.matrices().items())
+            assert same, "a refused file changed the adapter"
             raise
         want = parsed(blob)
-        for name, part in mine.parts():
+        for name, matrix in mine.matrices().items():
             module, _, kind = name.rpartition(".")
             other = {"lora_A": "lora_down", "lora_B": "lora_up"}[kind]
-            kohya = f"lora_unet_{module.replace('.', '_')}.{other}.weight"
-            got = want[f"unet.{name}.weight" if file.layout == "peft" else kohya]
-            assert np.array_equal(part.detach().numpy(), got), "another number than was written"
-        assert mine.flat.isfinite().all() and file.rank == RANK and file.alpha == ALPHA
-        mine.check_tied()
+            keys = (f"unet.{name}.weight", f"lora_unet_{module.replace('.', '_')}.{other}.weight")
+            got = want[next(key for key in keys if key in want)]
+            assert np.array_equal(matrix.detach().numpy(), got), "another number than was written"
+            assert matrix.isfinite().all()
+        assert file.rank == RANK and file.alpha == ALPHA
 
     return act
 
@@ -266,37 +277,24 @@ def small_config(base: Path) -> config.Config:
 
 
 @functools.cache
-def small_run(base: Path) -> loop.Run:
+def small_run(base: Path) -> training.Kept:
     """The run whose checkpoints are damaged, set up; its folder is copied before each use."""
-    options = small_config(base)
-    pictures = sources.read_dataset(options.dataset_name)
-    prints = checkpoint.encoder_prints(str(POCKET), False)
-    schedule = model.load_noise_schedule(str(POCKET), CPU)
-    noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
-    same = checkpoint.identity(options, torch.float32, pictures, str(prints), noise)
-    examples = loop.prepare(options, CPU, torch.float32, pictures, prints, 1000)
+    options, alone = small_config(base), faster.Alone()
+    begun = training.look(options, CPU, alone)
+    examples = loop.examples_of(options, begun.pictures, CPU, torch.float32, 1000)
     unet = model.load_unet(str(POCKET), CPU, torch.float32)
-    return loop.assemble(
-        options, unet, examples, schedule, model.latent_scaling(str(POCKET)), same
-    )[0]
+    scaling = model.latent_scaling(str(POCKET))
+    run = loop.assemble(options, unet, examples, begun.schedule, scaling)
+    return training.keep(run, begun.identity, begun.code, alone)[0]
 
 
-def state_edits(state: dict) -> dict:
+def state_edits(case: Case, state: dict) -> dict:
     """Edits of a checkpoint's state: name -> what takes its place."""
-    flat, scale = state["flat"], state["scale"]
-    nan = flat.clone()
-    nan[7] = float("nan")
-    parts = ("step", "flat", "optimizer", "scale", "modules", "identity")
+    scale, parts = state["scale"], list(checkpoint.PARTS)
     steps = (10**12, -1, 0, 1.5, "2", None, True, float("nan"), 10**400, torch.tensor(2))
-    flats = {
-        **{"of one number": flat[:1].clone(), "too long": torch.cat([flat, flat]), "NaN": nan},
-        **{"short": flat[:-1].clone(), "a square": flat.view(-1, 256), "fp64": flat.double()},
-        **{"fp16": flat.half(), "int": flat.long(), "a list": flat[:9].tolist(), "None": None},
-        **{"of 2^40": torch.zeros(1).expand(2**40), "sparse": flat.view(-1, 256).to_sparse()},
-    }
-    modules = {"None": None, "a number": 3, "reversed": state["modules"][::-1]}
-    more = state["identity"] | {"x": "y"}
-    identities = {"None": None, "a list": [], "empty": {}, "no text": {"base": 3}, "more": more}
+    more = {key: state[key] | {"x": "y"} for key in ("identity", "code", "config")}
+    identities = {"None": None, "a list": [], "empty": {}, "no text": {"base": 3}}
+    codes = {"None": None, "empty": {}, "no text": dict.fromkeys(state["code"], 3)}
     scales = {
         **{"None": None, "empty": {}, "unknown": {"x": 1}, "text": scale | {"value": "x"}},
         **{"NaN": scale | {"value": float("nan")}, "negative": scale | {"value": -1.0}},
@@ -309,41 +307,67 @@ def state_edits(state: dict) -> dict:
         "empty": {},
         **{f"without {part}": {k: v for k, v in state.items() if k != part} for part in parts},
         **{f"step {step!r:.20}": state | {"step": step} for step in steps},
-        **{f"flat {name}": state | {"flat": each} for name, each in flats.items()},
-        **{f"modules {name}": state | {"modules": each} for name, each in modules.items()},
+        **matrix_edits(case, state),
+        **{f"{key} more": state | {key: each} for key, each in more.items()},
         **{f"identity {name}": state | {"identity": each} for name, each in identities.items()},
+        **{f"code {name}": state | {"code": each} for name, each in codes.items()},
         **{f"scale {name}": state | {"scale": each} for name, each in scales.items()},
-        "deep": state | {"config": functools.reduce(lambda inner, _: [inner], range(60), 0)},
+        **{f"unfused {each!r}": state | {"unfused": each} for each in (None, True, 3)},
+        "of the format before": state | {"flat": torch.zeros(9), "modules": []},
+        "deep": state | {"config": functools.reduce(lambda inner, _: {"x": inner}, range(60), 0)},
     }
 
 
-def optimizer_edits(case: Case, state: dict) -> dict:
-    """Edits of a checkpoint's optimizer: name -> the state that takes its place."""
-    groups, outer = state["optimizer"]["param_groups"], state["optimizer"]["state"][0]
-    wrap = next(k for k, v in outer.items() if isinstance(v, dict))  # bitsandbytes' own level
-    inner = outer[wrap]
-    key = sorted(inner)[case.turn % len(inner)]
-    new = {
-        **{"of one number": torch.zeros(1), "short": inner[key][:-1].clone(), "None": None},
-        **{"text": "x", "fp64": inner[key].double(), "of 2^40": torch.zeros(1).expand(2**40)},
-        "NaN": torch.full(inner[key].shape, float("nan")),
+def in_place_of(tensor: torch.Tensor) -> dict:
+    """What may stand where one tensor should: name -> value."""
+    flat = tensor.flatten()
+    nan = tensor.clone().float()
+    nan.view(-1)[-1:] = float("nan")
+    return {
+        **{"of one number": flat[:1].clone(), "too long": torch.cat([tensor, tensor])},
+        **{"short": flat[:-1].clone(), "flattened": flat, "fp64": tensor.double(), "text": "x"},
+        **{"fp16": tensor.half(), "int": tensor.long(), "a list": flat[:9].tolist(), "None": None},
+        **{"of 2^40": torch.zeros(1).expand(2**40), "on meta": tensor.to("meta"), "NaN": nan},
+        "sparse": tensor.float().reshape(-1, flat.numel()).to_sparse(),
     }
-    odd = [groups[0] | {"betas": (5.0, float("nan"))}]
-    optimizers = {
-        **{"None": None, "empty": {}, "no groups": {"state": {0: outer}}},
-        "no state": {"param_groups": groups, "state": {}},
-        "two parameters": {"param_groups": groups, "state": {0: outer, 1: outer}},
-        "another number": {"param_groups": groups, "state": {5: outer}},
-        "a rate of its own": {"param_groups": odd, "state": {0: outer}},
+
+
+def matrix_edits(case: Case, state: dict) -> dict:
+    """Edits of one matrix, and of what the optimizer keeps for it: name -> the state that takes its
+    place.
+    """
+    trained, moments = state["trained"], state["moments"]
+    name = sorted(trained)[case.turn % len(trained)]
+    kept = moments[name]
+    key = sorted(key for key, value in kept.items() if torch.is_tensor(value))[case.turn % 3]
+    others = {
         **{
-            f"{key} {name}": {"state": {0: outer | {wrap: inner | {key: value}}}}
-            for name, value in new.items()
+            "None": None,
+            "a list": [],
+            "empty": {},
+            "a number more": trained | {"x": trained[name]},
         },
-        f"without {key}": {
-            "state": {0: outer | {wrap: {k: v for k, v in inner.items() if k != key}}}
-        },
+        **{"without one": {k: v for k, v in trained.items() if k != name}, "3 as a name": {3: 3}},
     }
-    return {f"optimizer {name}": state | {"optimizer": each} for name, each in optimizers.items()}
+    numbers = {**others, **{n: trained | {name: v} for n, v in in_place_of(trained[name]).items()}}
+    keeps = {
+        **{"None": None, "a list": [], "empty": {}, "for nothing": {"x": kept}},
+        **{"of one None": moments | {name: None}, "of one empty": moments | {name: {}}},
+        f"without {key}": moments | {name: {k: v for k, v in kept.items() if k != key}},
+        "without one": {k: v for k, v in moments.items() if k != name},
+        "one more": moments | {name: kept | {"x": kept[key]}},
+        **{
+            f"{key} {n}": moments | {name: kept | {key: v}}
+            for n, v in in_place_of(kept[key]).items()
+            if not (
+                torch.is_tensor(v) and v.dtype == kept[key].dtype and v.shape == kept[key].shape
+            )
+            or n == "NaN"
+        },
+        **{f"step {v!r:.20}": moments | {name: kept | {"step": v}} for v in ("x", None, 1.5)},
+    }
+    edits = {f"trained {n}": state | {"trained": each} for n, each in numbers.items()}
+    return edits | {f"moments {n}": state | {"moments": each} for n, each in keeps.items()}
 
 
 # Odd, but what they say beside the run's own numbers is not used.
@@ -352,8 +376,9 @@ HARMLESS = {
     "deep",
     "damaged with a right sum",
     "identity more",
-    "optimizer no groups",
-    "optimizer a rate of its own",
+    "code more",
+    "config more",
+    "unfused ''",
 }
 
 
@@ -361,7 +386,7 @@ def bad_state(case: Case, folder: Path, mark: Path) -> bool:
     """Damage the checkpoint in `folder`. Returns whether it must not be continued."""
     content = (folder / "state.pt").read_bytes()
     state = torch.load(io.BytesIO(content), weights_only=True)
-    edits = state_edits(state) | optimizer_edits(case, state)
+    edits = state_edits(case, state)
     names = list(edits)
     other = (
         *("damaged", "its sum damaged", "damaged with a right sum", "malice", "old malice"),
@@ -406,16 +431,19 @@ def bad_state(case: Case, folder: Path, mark: Path) -> bool:
     return how not in HARMLESS
 
 
-def clean(state) -> str:
-    """A state as text, for comparison."""
-    buffer = io.BytesIO()
-    torch.save(state, buffer)
-    return checkpoint.sum_of(buffer.getvalue())
+def equal(a, b) -> bool:
+    """Whether two dicts hold the same numbers."""
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(equal(a[k], b[k]) for k in a)
+    return torch.equal(a, b) if torch.is_tensor(a) else a == b
 
 
 def checkpoint_(case: Case):
-    """newest_state(), check_same() and restore() of a run with one damaged checkpoint."""
-    run = small_run(case.base)
+    """newest_state(), check_same(), check_code() and restore() of a run with one damaged
+    checkpoint.
+    """
+    kept = small_run(case.base)
+    run = kept.run
     shutil.copytree(case.base / "run", case.out / "run")
     root, mark = case.out / "run" / "checkpoints", case.elsewhere / "malice"
     newest = max(root.iterdir())
@@ -430,25 +458,27 @@ def checkpoint_(case: Case):
         case.what += f", beside a folder called {extra[:9]!a}"
         (root / extra).mkdir()
     case.what += ", alone" if alone else ""
-    run.optimizer = loop.make_optimizer(run.config, run.adapter.flat)
+    run.optimizer.state.clear()
     run.scale, run.step = loop.LossScale(enabled=False), 0
-    good = torch.load(
-        case.base / "run" / "checkpoints" / newest.name / "state.pt", weights_only=True
+    before, good = (
+        torch.load(folder / "state.pt", weights_only=True)
+        for folder in sorted((case.base / "run" / "checkpoints").iterdir())
     )
-    before = torch.load(
-        sorted((case.base / "run" / "checkpoints").iterdir())[0] / "state.pt", weights_only=True
-    )
+    start = {name: matrix.detach().clone() for name, matrix in run.trained.items()}
 
     def act():
-        state = checkpoint.newest_state(root)
-        checkpoint.check_same(run.config, run.identity, state)
-        checkpoint.restore(run, state)
+        try:
+            state = checkpoint.newest_state(root)
+            identity.check_same(run.config, kept.identity, state)
+            identity.check_code(run.config, kept.code, state)
+            checkpoint.restore(kept, state)
+        except Refusal:
+            assert equal(start, run.trained) and not run.optimizer.state and not run.step, "begun"
+            raise
         assert not mark.exists()
         taken = before if run.step == before["step"] else good
         assert run.step == taken["step"] and not (bad and taken is good), "continued"
-        assert torch.equal(run.adapter.flat, taken["flat"])
-        mine = run.optimizer.state_dict()["state"]
-        assert clean(mine) == clean(taken["optimizer"]["state"])
+        assert equal(taken["trained"], run.trained) and equal(taken["moments"], kept.moments.read())
         group = run.optimizer.param_groups[0]
         assert tuple(group["betas"]) == (0.9, 0.999), group["betas"]
 
@@ -472,8 +502,9 @@ def fill(base: Path, folder: Path) -> data.Cache:
     from stress import hostile
 
     pictures = sources.read_dataset(str(base / "data"))
-    encoder = data.Encoder(pictures, hostile.vae, hostile.text_encoders, 64, False, 42)
-    prints = checkpoint.encoder_prints(str(POCKET), False)
+    crop = data.Crop(64, False, 42)
+    encoder = data.Encoder(pictures, hostile.vae, hostile.text_encoders, crop)
+    prints = hub.encoder_fingerprints(str(POCKET), False)
     return data.fill_cache(folder, encoder, False, torch.float32, prints)
 
 
@@ -584,7 +615,7 @@ def bad_json_number(case: Case, content: bytes, file: Path) -> bytes | None:
 
 def walk_model(name: str) -> None:
     """Everything that a run and a drawing read of a model."""
-    checkpoint.encoder_prints(name, False)
+    hub.encoder_fingerprints(name, False)
     schedule = model.load_noise_schedule(name, CPU)
     abar = schedule.alphas_cumprod
     assert abar.isfinite().all() and (abar >= 0).all() and (abar <= 1).all() and len(abar) > 0
@@ -593,7 +624,7 @@ def walk_model(name: str) -> None:
     context, _ = model.encode_prompts(["a fox"], text)
     empty, _ = model.encode_unconditional(text)
     assert context.shape == empty.shape
-    model.count_cut(["a fox"], name)
+    report.count_cut(["a fox"], name)
     factor, shift = model.latent_scaling(name)
     assert factor > 0 and abs(shift) < 1e6
     vae = model.load_vae(name, CPU)
@@ -611,11 +642,11 @@ def model_(case: Case):
         shutil.copytree(case.base / "cache", case.out / "cache")
         argv = bad_folders.small_run(case)
         argv[argv.index(str(POCKET))] = str(root)
-        return lambda: command(loop.main, argv)
+        return lambda: command(training.main, argv)
     if case.turn % 4 == 2:
         case.what += ", drawn with"
         run = case.base / "run" / lora.FILE_NAME
         argv = bad_folders.draw_small(case, run, "--any-base")
         argv[argv.index(str(POCKET))] = str(root)
-        return lambda: command(generate.main, argv)
+        return lambda: command(drawing.main, argv)
     return lambda: walk_model(str(root))

@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import loop
-from keep import checkpoint, report
+from keep import checkpoint, export, report, training
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("starting", "caching", "stepping", "saving", "logging", "exporting", "drawing")
 PARTS_OF = {  # phase: the functions that make it up
-    "caching": [(loop, "prepare")],
+    "caching": [(loop, "examples_of")],
     "stepping": [(loop, "optimizer_step")],
     "saving": [(checkpoint, "save_state")],
     "logging": [(report.Log, "write")],
-    "exporting": [(checkpoint, "export"), (checkpoint, "mark_finished")],
-    "drawing": [(loop, "draw")],
+    "exporting": [(export, "export"), (export, "mark_finished")],
+    "drawing": [(training, "draw")],
 }
 PATIENCE = 300  # seconds until a run counts as hanging; one takes two
 
@@ -142,7 +142,7 @@ class Run:
 
 
 class Forked(Run):
-    """loop.main(argv) in a fork of this process. prepare: called in the child before it."""
+    """training.main(argv) in a fork of this process. prepare: called in the child before it."""
 
     def __init__(
         self,
@@ -165,7 +165,7 @@ class Forked(Run):
             code = 70
             try:
                 self._become(room, prepare, at_entry)
-                code = loop.main(argv)
+                code = training.main(argv)
             except SystemExit as leaving:  # a wrong option
                 code = leaving.code
             except BaseException:

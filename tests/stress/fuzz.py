@@ -1,4 +1,5 @@
-"""Bad and hostile input, made from a seed: PYTHONPATH=tests python -m stress.fuzz --seed 0 --count 1000
+"""Bad and hostile input, made from a seed:
+PYTHONPATH=tests python -m stress.fuzz --seed 0 --count 1000
 
 Every input goes to the public function or command that a user would give it to, in a forked
 process with limits on time and memory, in a sandbox whose every other folder is compared before
@@ -282,11 +283,9 @@ def summary(seed: int, results: list[dict]) -> dict:
             "most seconds": max(each["seconds"] for each in mine),
         }
     outcomes = Counter(each["outcome"] for each in results)
+    again = f"PYTHONPATH=tests python -m stress.fuzz --seed {seed} --only"
     failures = [
-        each
-        | {
-            "repeat": f"PYTHONPATH=tests python -m stress.fuzz --seed {seed} --only {each['number']}"
-        }
+        each | {"repeat": f"{again} {each['number']}"}
         for each in results
         if each["outcome"] == "failure"
     ]

@@ -7,10 +7,9 @@ from pathlib import Path
 
 import torch
 
-import generate
-import loop
 import lora
 import model
+from keep import drawing, training
 from stress import bad_folders, bad_pictures, bad_weights
 from stress.case import Case, command
 
@@ -48,7 +47,7 @@ def prepare(base: Path) -> None:
     case = Case(0, 0, "command", 0, base.parent)
     case.out = base
     if not (base / "run" / "finished.json").is_file():
-        assert command(loop.main, bad_folders.small_run(case)) == "accepted"
+        assert command(training.main, bad_folders.small_run(case)) == "accepted"
     text_encoders(), vae(), bad_weights.pocket_adapter()
     bad_weights.small_run(base), bad_weights.true_rows(base), bad_pictures.writable()
 
@@ -64,10 +63,10 @@ def draw_command(case: Case, how: str):
     shutil.copy(case.base / "run" / lora.FILE_NAME, path)
     if how == "adapter":
         path.write_bytes(bad_weights.adapter_file(case))
-        return lambda: command(generate.main, bad_folders.draw_small(case, path))
+        return lambda: command(drawing.main, bad_folders.draw_small(case, path))
     words = bad_folders.odd_words(case, list(DRAW_OPTIONS))
     case.what = f"generate.py {' '.join(words)!a}"[:300]
-    return lambda: command(generate.main, [*bad_folders.draw_small(case, path), *words])
+    return lambda: command(drawing.main, [*bad_folders.draw_small(case, path), *words])
 
 
 def run_command(case: Case, how: str):
@@ -95,7 +94,7 @@ def run_command(case: Case, how: str):
             case.what = f"caption {text[:30]!a}"
     case.bomb = False  # a whole run takes more than the picture
     case.what = f"{how}: {case.what}"
-    return lambda: command(loop.main, argv)
+    return lambda: command(training.main, argv)
 
 
 KINDS = {

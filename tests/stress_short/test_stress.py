@@ -1,4 +1,6 @@
-"""The stress suite in short: PYTHONPATH=tests python -m stress on a few runs, and every cut of a checkpoint."""
+"""The stress suite in short: PYTHONPATH=tests python -m stress on a few runs, and every cut of a
+checkpoint.
+"""
 
 import json
 import os
@@ -17,13 +19,13 @@ from stress.child import Room
 
 
 def stress(tmp_path, *options: str) -> dict:
-    """What `PYTHONPATH=tests python -m stress` with these options writes; it must end with 0, its folder gone."""
+    """What `python -m stress` with these options writes; it must end with 0, its folder gone."""
     out, tmp = tmp_path / "stress.json", tmp_path / "tmp"
     tmp.mkdir()
     done = subprocess.run(
         [sys.executable, "-m", "stress", *options, "--out", str(out)],
         cwd=ROOT,
-        env=os.environ | {"TMPDIR": str(tmp)},
+        env=os.environ | {"TMPDIR": str(tmp), "PYTHONPATH": str(ROOT / "tests")},
         timeout=900,
         capture_output=True,
         text=True,
@@ -55,6 +57,14 @@ def test_every_part_on_twelve_cases(tmp_path):
 # ---- damaged checkpoints, by their reader --------------------------------------------------------
 
 
+def state(step: int, numbers: torch.Tensor) -> dict:
+    """A checkpoint's state, as far as its reader looks at it."""
+    return {key: kind() for key, kind in checkpoint.PARTS.items()} | {
+        "step": step,
+        "trained": {"a.lora_A": numbers},
+    }
+
+
 @pytest.fixture
 def checkpoints(tmp_path):
     """Two whole checkpoints, of steps 2 and 1000004, as save_state() writes them."""
@@ -62,8 +72,7 @@ def checkpoints(tmp_path):
     for step in (2, 1000004):
         folder = root / f"{step:06d}"
         folder.mkdir(parents=True)
-        state = {"step": step, "flat": torch.arange(5000.0), "modules": []}
-        torch.save(state | {"optimizer": {}, "scale": {}, "identity": {}}, folder / "state.pt")
+        torch.save(state(step, torch.arange(5000.0)), folder / "state.pt")
         content = (folder / "state.pt").read_bytes()
         (folder / "state.sha256").write_text(checkpoint.sum_of(content))
     return root
@@ -109,7 +118,7 @@ def test_the_suite_sees_what_a_run_did_otherwise(tmp_path, checkpoints):
         tmp_path, [], reference.content(room), reference.log_lines(room), 1.0, {}
     )
     assert reference.differences(room, whole) == []
-    state = room.out / "checkpoints" / "000002" / "state.pt"
+    file = room.out / "checkpoints" / "000002" / "state.pt"
     for change, seen in (
         (lambda: (room.out / "adapter").write_bytes(b"other"), "out/adapter differs"),
         (lambda: (room.out / "adapter").unlink(), "out/adapter is missing"),
@@ -118,7 +127,7 @@ def test_the_suite_sees_what_a_run_did_otherwise(tmp_path, checkpoints):
         (lambda: (room.folder / "tmp" / "x").touch(), "tmp/x is left behind"),
         (lambda: (room.out / "log.jsonl").write_text(""), "log.jsonl tells another run"),
         (
-            lambda: torch.save({"step": 2, "flat": torch.ones(5000)}, state),
+            lambda: torch.save(state(2, torch.ones(5000)), file),
             "out/checkpoints/000002/state.pt differs",
         ),
     ):

@@ -13,11 +13,12 @@ import torch
 from PIL import Image
 
 import generate
-import loop
 import model
 from conftest import POCKET, ROOT
+from inputs import drawing as draw_options
 from inputs import options as config
 from inputs.files import Refusal
+from keep import drawing, training
 from pocket import build, drawings, lessons, measure
 
 HELDOUT = json.loads((ROOT / "pocket" / "heldout.json").read_text())
@@ -271,7 +272,7 @@ def test_build_smoke_runs_every_stage_and_none_twice(known_packages, tmp_path, c
     run = ["pocket", "--pretrained-model-name-or-path", str(tmp_path / "out" / "model")]
     run += ["--dataset-name", str(tmp_path / "out" / "ink"), "--train-batch-size", "2"]
     run += ["--max-train-steps", "2", "--output-dir", str(tmp_path / "run"), "--no-tensorboard"]
-    loop.main([*run, "--cache-dir", str(tmp_path / "cache"), "--validation-prompts"])
+    training.main([*run, "--cache-dir", str(tmp_path / "cache"), "--validation-prompts"])
     assert (tmp_path / "run" / "pytorch_lora_weights.safetensors").exists()
 
 
@@ -283,14 +284,14 @@ def quick_run(tmp_path_factory, cache) -> Path:
     """`make train ARGS=--quick`, as a learner types it."""
     out = tmp_path_factory.mktemp("quick") / "run"
     argv = ["pocket", "--quick", "--output-dir", str(out), "--cache-dir", str(cache)]
-    loop.main([*argv, "--no-tensorboard", "--validation-prompts"])
+    training.main([*argv, "--no-tensorboard", "--validation-prompts"])
     return out
 
 
 def draw(run: Path, strength: float, folder: Path) -> list[np.ndarray]:
     """Eight held-out subjects through generate.py, as it does from the command line."""
-    generate.run(
-        generate.Options(
+    drawing.run(
+        draw_options.Options(
             adapter=str(run),
             prompts=config.POCKET_PROMPTS,
             seeds=(5,),
@@ -320,7 +321,7 @@ def test_it_is_the_pictures_that_decide(quick_run, cache, tmp_path):
     """The same drawings in other colours give the other style."""
     argv = ["pocket", "--quick", "--max-train-steps", "50", "--no-tensorboard"]
     argv += ["--dataset-name", str(STYLES["blueprint"]), "--cache-dir", str(cache)]
-    loop.main([*argv, "--output-dir", str(tmp_path / "run"), "--validation-prompts"])
+    training.main([*argv, "--output-dir", str(tmp_path / "run"), "--validation-prompts"])
     runs = {"ink": quick_run, "blueprint": tmp_path / "run"}
     grounds = {name: np.array(ground, float) for name, (ground, _) in drawings.STYLES.items()}
     for name, other in (("ink", "blueprint"), ("blueprint", "ink")):

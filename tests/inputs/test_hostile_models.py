@@ -1,0 +1,72 @@
+"""Models from strangers: what their files say is looked at before anything is built from it."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+import generate
+import model
+from conftest import POCKET, make_unet
+from inputs import hub, vetting
+from sentences import refused
+
+
+@pytest.mark.parametrize(
+    "part, key, value",
+    [
+        ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
+        ("scheduler/scheduler_config.json", "num_train_timesteps", -1),
+        ("scheduler/scheduler_config.json", "beta_start", float("nan")),
+        ("scheduler/scheduler_config.json", "beta_end", "0.012"),
+        ("unet/config.json", "layers_per_block", 10**9),
+        ("unet/config.json", "addition_time_embed_dim", 3000),
+        ("unet/config.json", "class_embed_type", "identity"),
+        ("unet/config.json", "block_out_channels", [10**9] * 3),
+        ("text_encoder/config.json", "num_hidden_layers", 10**9),
+        ("text_encoder_2/config.json", "num_attention_heads", -1),
+        ("tokenizer/tokenizer_config.json", "model_max_length", 10**30),
+        ("vae/config.json", "scaling_factor", None),
+        ("vae/config.json", "scaling_factor", 0),
+        ("model_index.json", "force_zeros_for_empty_prompt", "no"),
+        ("model_index.json", "_class_name", 3),
+        ("model_index.json", "scheduler", ["diffusers", "DiffusionPipeline"]),
+        ("model_index.json", "scheduler", ["diffusers", "logging"]),
+    ],
+)
+def test_a_model_whose_files_say_what_cannot_be_is_refused_before_it_is_built(
+    tmp_path, part, key, value
+):
+    shutil.copytree(POCKET, tmp_path / "m")
+    name, path, cpu = str(tmp_path / "m"), tmp_path / "m" / part, torch.device("cpu")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    acts = {
+        "scheduler": lambda: model.load_noise_schedule(name, cpu),
+        "unet": lambda: model.load_unet(name, cpu, torch.float32),
+        "vae": lambda: model.latent_scaling(name),
+        "model_index.json": lambda: generate.load_pipeline(
+            name, model.load_text_encoders(name, cpu), cpu
+        ),
+    }
+    refused(acts.get(part.split("/")[0], lambda: model.load_text_encoders(name, cpu)))
+
+
+def test_a_unet_made_for_other_embeddings_is_refused():
+    unet = make_unet()
+    vetting.check_widths(unet, torch.zeros(1, 7, 48), torch.zeros(1, 24))
+    for context, pooled in ((47, 24), (48, 25)):
+        widths = f"width {context} and {pooled}"
+        refused(
+            lambda c=context, p=pooled: vetting.check_widths(
+                unet, torch.zeros(1, 7, c), torch.zeros(1, p)
+            ),
+            widths,
+            "48 and 24",
+        )
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 10**5, b'{"a": ' + b"9" * 9999])
+def test_a_configuration_that_is_no_json_object_is_refused(tmp_path, content):
+    (tmp_path / "model_index.json").write_bytes(content)
+    refused(lambda: hub.fetch(str(tmp_path), ""), "model_index.json is no configuration")

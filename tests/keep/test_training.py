@@ -1,0 +1,243 @@
+"""What surrounds a run's steps: its log, its checkpoints, and whether its folder holds this run."""
+
+import json
+import shutil
+import threading
+from dataclasses import replace
+
+import pytest
+from safetensors.torch import load_file, save_file
+
+import lora
+from conftest import INK, POCKET
+from inputs import hub
+from inputs.options import RECIPES
+from keep import checkpoint, report
+from runs import Killed, adapter, log
+
+# ---- the log -------------------------------------------------------------------------------------
+
+
+def test_tensorboards_thread_says_nothing_of_a_full_disk_that_the_next_write_says(
+    tmp_path, monkeypatch
+):
+    said = []
+    monkeypatch.setattr(threading, "excepthook", said.append)
+
+    def fail(error):
+        raise error
+
+    for error, told in ((OSError(28, "No space left on device"), 0), (ValueError(), 1)):
+        with report.Log(tmp_path, 0, RECIPES["pocket"][1]):
+            thread = threading.Thread(target=fail, args=(error,))
+            thread.start()
+            thread.join()
+        assert threading.excepthook == said.append and len(said) == told
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [(checkpoint, "save_state"), (report.Log, "write")],
+    ids=["saving", "logging"],
+)
+def test_a_step_is_in_the_log_though_the_run_was_killed_while_saving_or_logging_it(
+    train, tmp_path, monkeypatch, owner, name
+):
+    function = getattr(owner, name)
+
+    def dying(*args):
+        run = args[1] if owner is report.Log else args[0].run
+        if run.step == 4:
+            raise Killed
+        function(*args)
+
+    monkeypatch.setattr(owner, name, dying)
+    with pytest.raises(Killed):
+        train("r")
+    monkeypatch.setattr(owner, name, function)
+    assert train("r") == 0
+    assert [row["step"] for row in log(tmp_path / "r")] == [1, 2, 3, 4]
+
+
+def test_a_damaged_log_loses_its_damaged_lines_only(tmp_path):
+    lines = [
+        '{"step": 1}',
+        "[" * 10**5,
+        '{"step": "x"}',
+        "{}",
+        "null",
+        '{"step": 2}',
+        '{"step": 9}',
+    ]
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe{}\n")
+    with report.Log(tmp_path, 2, replace(RECIPES["pocket"][1], tensorboard=False)):
+        pass
+    assert (tmp_path / "log.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}']
+
+
+# ---- which checkpoints are kept ------------------------------------------------------------------
+
+
+def test_only_the_newest_checkpoints_are_kept_each_with_a_loadable_adapter(train, tmp_path):
+    assert train("r", "--checkpointing-steps", "1", "--checkpoints-total-limit", "2") == 0
+    kept = sorted((tmp_path / "r" / "checkpoints").iterdir())
+    assert [folder.name for folder in kept] == ["000003", "000004"]
+    assert lora.read(kept[0]).about["steps"] == "3"
+    assert adapter(kept[1]) == adapter(tmp_path / "r")
+
+
+@pytest.mark.parametrize("dies", [lambda _: None, lambda folder: (folder / "state.pt").unlink()])
+def test_killed_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
+    train, tmp_path, monkeypatch, dies
+):
+    remove = shutil.rmtree
+
+    def dying(folder, *rest, **options):
+        if "000002" in str(folder) and folder.is_dir():
+            dies(folder)
+            raise Killed
+        remove(folder, *rest, **options)
+
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", dying)
+    every = ("--checkpointing-steps", "2", "--checkpoints-total-limit", "1")
+    with pytest.raises(Killed):
+        train("r", *every)
+    monkeypatch.setattr(checkpoint.shutil, "rmtree", remove)
+    assert train("r", *every) == 0
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["000004"]
+
+
+def test_a_damaged_checkpoint_is_never_kept_for_a_whole_one(train, tmp_path):
+    assert train("r", "--max-train-steps", "2") == 0
+    shutil.copytree(tmp_path / "r/checkpoints/000002", tmp_path / "r/checkpoints/1000009")
+    (tmp_path / "r/checkpoints/1000009/state.sha256").write_bytes(b"\xff" * 64)
+    assert train("r", "--max-train-steps", "3", "--checkpoints-total-limit", "1") == 0
+    assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["000003"]
+
+
+def test_no_whole_checkpoint_left_is_refused_with_the_way_out(train, tmp_path, capsys):
+    assert train("r", "--max-train-steps", "2") == 0
+    for file in (tmp_path / "r").rglob("state.pt"):
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    assert train("r") == 1
+    assert "no checkpoint" in (said := capsys.readouterr().err) and "rm -r" in said
+
+
+def test_the_state_file_holds_each_matrix_by_name_and_what_the_run_is(train, tmp_path):
+    """It is read with weights_only: nothing in it needs code."""
+    assert train("r") == 0
+    state = checkpoint.newest_state(tmp_path / "r" / "checkpoints")
+    assert state["step"] == 4 and state["config"]["resolution"] == 64
+    assert state["identity"]["dtype"] == "torch.float32"
+    assert state["identity"]["base"] == hub.unet_fingerprint(str(POCKET), half=False)
+    file = lora.read(tmp_path / "r")
+    assert state["trained"].keys() == state["moments"].keys() == file.matrices.keys()
+    for name, matrix in state["trained"].items():
+        assert matrix.equal(file.matrices[name])
+        assert state["moments"][name]["state1"].shape == matrix.shape
+
+
+# ---- whether the folder holds this run -----------------------------------------------------------
+
+
+def test_a_finished_run_refuses_other_options_and_writes_another_dtype(train, tmp_path, capsys):
+    assert train("r") == 0
+    assert train("r", "--learning-rate", "2e-3") == 1
+    assert (
+        "learning_rate 0.001, and this command has learning_rate 0.002" in capsys.readouterr().err
+    )
+    size = (tmp_path / "r" / lora.FILE_NAME).stat().st_size
+    assert train("r", "--save-dtype", "fp16") == 0
+    assert (tmp_path / "r" / lora.FILE_NAME).stat().st_size < 0.6 * size
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (
+            ("--learning-rate", "2e-3"),
+            "learning_rate 0.001, and this command has learning_rate 0.002",
+        ),
+        (("--lora-rank", "8"), "lora_rank 16, and this command has lora_rank 8"),
+        (("--train-batch-size", "3"), "gradient_accumulation_steps 4, and this command has"),
+        (
+            ("--mixed-precision", "bf16"),
+            "dtype torch.float32, and this command has dtype torch.bfloat16",
+        ),
+        (("--dataset-name", str(INK)), "pictures and captions of fingerprint "),
+    ],
+)
+def test_another_run_in_the_same_folder_is_refused_by_field(train, tmp_path, capsys, options, said):
+    assert train("r", "--max-train-steps", "2") == 0
+    before = adapter(tmp_path / "r")
+    assert train("r", *options) == 1
+    assert said in capsys.readouterr().err
+    assert adapter(tmp_path / "r") == before
+
+
+def replaced_unet(folder) -> None:
+    """The weights of an SDXL folder's UNet, replaced in place as a merged adapter would."""
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    changed = {key: w * 1.01 if key.endswith("to_q.weight") else w for key, w in weights.items()}
+    save_file(changed, file, metadata={"format": "pt"})
+
+
+def test_a_finished_run_notices_what_was_replaced_in_place(train, few, tmp_path, capsys):
+    """The base's UNet, its text encoder, a caption, a picture: each under the old name; what is put
+    back is the old run again.
+    """
+    base, data = tmp_path / "base", tmp_path / "data"
+    shutil.copytree(POCKET, base)
+    shutil.copytree(few, data)
+    own = ("--pretrained-model-name-or-path", str(base), "--dataset-name", str(data))
+    assert train("r", *own) == 0
+    before = adapter(tmp_path / "r")
+    was = hub.unet_fingerprint(str(base), half=False)
+    name = sorted(data.glob("*.png"))[0]
+
+    def caption():
+        file = data / "metadata.jsonl"
+        file.write_text(file.read_text().replace('"text": "', '"text": "a ', 1))
+
+    def encoder():
+        file = base / "text_encoder" / "model.safetensors"
+        content = bytearray(file.read_bytes())
+        content[-64:] = bytes(64)
+        content[len(content) // 2 : len(content) // 2 + 4096] = bytes(4096)
+        file.write_bytes(content)
+
+    for change, folder, words in (
+        (
+            lambda: replaced_unet(base),
+            base,
+            f"r holds a run with a base of fingerprint {was}, and this command has",
+        ),
+        (encoder, base, "r holds a run with text encoders, tokenizers and VAE of fing"),
+        (caption, data, "r holds a run with pictures and captions of fingerprint "),
+        (
+            lambda: name.write_bytes(name.read_bytes() + b"x"),
+            data,
+            "r holds a run with pictures and captions of fingerprint ",
+        ),
+    ):
+        shutil.copytree(folder, tmp_path / "kept")
+        change()
+        capsys.readouterr()
+        assert train("r", *own) == 1
+        said = capsys.readouterr().err
+        assert words in said and "the same options, base model, pictures and captions" in said
+        assert adapter(tmp_path / "r") == before
+        shutil.rmtree(folder)
+        (tmp_path / "kept").rename(folder)
+        assert train("r", *own) == 0
+        assert "r is finished: 4 steps" in capsys.readouterr().out
+    shutil.rmtree(data)  # a run that is done needs its pictures no more
+    assert train("r", *own) == 0
+
+
+def test_memory_options_may_change_between_two_starts(train, tmp_path):
+    assert train("r", "--max-train-steps", "2") == 0
+    cut = ("--train-batch-size", "4", "--gradient-accumulation-steps", "1")
+    assert train("r", *cut, "--gradient-checkpointing") == 0
+    assert json.loads((tmp_path / "r" / "finished.json").read_text())["steps"] == 4
