@@ -1,0 +1,122 @@
+"""The end of a run: the adapter in both layouts, and the proof that the files are what was trained.
+
+OUT/pytorch_lora_weights.safetensors and OUT/kohya/NAME.safetensors are the result, and
+OUT/finished.json, written after both were read back and compared, says so.
+"""
+
+import json
+from pathlib import Path
+
+import torch
+
+import lora
+import model
+from adapters import files
+from inputs.files import Refusal, sweep_parts, write_whole
+from inputs.options import Config
+from keep import code, faster
+from keep.checkpoint import remove_old, sum_of
+from keep.identity import about, check_same, fixed_options, local_identity
+
+
+def export(kept) -> list[Path]:
+    """Write the adapter in both layouts, read each file back, and refuse if it is not what was
+    trained. The UNet must be the book's: no fused layers, nothing compiled.
+
+    fp32: every number equal and the UNet's answer to one batch equal to the bit; fp16: equal to the
+    rounded numbers, the answer within 2e-3 of its own length.
+    """
+    run, config = kept.run, kept.run.config
+    if not moved(kept):
+        raise Refusal(
+            "the adapter did not move: it equals its start",
+            "a trained adapter",
+            "a higher --learning-rate or more --max-train-steps"
+            + f" ({run.scale.skipped} steps were skipped)",
+        )
+    batch, dtype = run.examples.batch(range(1), run.device), model.DTYPES[config.save_dtype]
+    paths = {"peft": config.out / lora.FILE_NAME, "kohya": kohya_path(config)}
+    matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
+    with torch.no_grad():
+        trained = {name: matrix.clone() for name, matrix in matrices.items()}
+        answer = model.predict(run.unet, batch["noise"], batch)
+        for layout, path in paths.items():
+            files.save(run.adapter, path, layout, dtype, about(kept))
+            for matrix in matrices.values():
+                matrix.zero_()  # or a file that holds nothing would seem to hold everything
+            files.load(run.adapter, files.read(path))
+            again = model.predict(run.unet, batch["noise"], batch)
+            off = ((again - answer).norm() / answer.norm()).item()
+            numbers_equal = all(
+                torch.equal(matrix, trained[name].to(dtype).float())
+                for name, matrix in matrices.items()
+            )
+            for name, matrix in matrices.items():
+                matrix.copy_(trained[name])
+            if not numbers_equal or not off <= (0.0 if dtype == torch.float32 else 2e-3):
+                raise Refusal(
+                    f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
+                    "the trained one",
+                    "check the disk and give the same command again; the training is safe under "
+                    "checkpoints/",
+                )
+    return list(paths.values())
+
+
+def moved(kept) -> bool:
+    """Whether training has changed anything, and the adapter does anything at all."""
+    start, run = kept.untrained, kept.run
+    differs = any(not torch.equal(m.detach().cpu(), start[n]) for n, m in run.trained.items())
+    return differs and any(layer.lora_B.any() for layer in run.adapter.layers.values())
+
+
+def kohya_path(config: Config) -> Path:
+    return config.out / "kohya" / f"{config.out.resolve().name}.safetensors"
+
+
+def exported_sums(config: Config) -> dict[str, str]:
+    """The exported files, by their names in config.out, and their SHA-256."""
+    paths = (config.out / lora.FILE_NAME, kohya_path(config))
+    return {path.relative_to(config.out).as_posix(): sum_of(path.read_bytes()) for path in paths}
+
+
+def mark_finished(kept) -> None:
+    """Note that the exported files are whole and compared, and what they are of."""
+    config = kept.run.config
+    # Again, since the run may have been killed between its last checkpoint and this.
+    remove_old(config.out / "checkpoints", kept.run.step, config.checkpoints_total_limit)
+    note = {"steps": kept.run.step, "files": exported_sums(config), "save_dtype": config.save_dtype}
+    note |= {"options": fixed_options(config), "identity": kept.identity}
+    note |= {"code": kept.code, "commit": code.commit()}
+    (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
+    write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
+
+
+def finished(config: Config) -> str:
+    """What to say of a finished run whose exported files are still what they were; "" where there
+    is none. It stays finished whatever became of the code: what changed is named.
+
+    Raises Refusal where the run in config.out was of other options, or a local folder that it came
+    from, base model or pictures, holds something else by now.
+    """
+    sweep_parts(config.out)
+    try:
+        said = json.loads((config.out / "finished.json").read_text())
+        whole = said["files"] == exported_sums(config) and said["save_dtype"] == config.save_dtype
+        steps, known = said["steps"], said["options"] | said["identity"]
+        half, digests = known["dtype"] != "torch.float32", code.digests(faster.code(config))
+        names = code.changed(digests, said.get("code", digests))  # an earlier version kept none
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return ""  # not there, or not as it was written
+    state = {"identity": known}
+    check_same(config, fixed_options(config), state)
+    if config.deterministic:  # a promise about how it was computed, from the first step on
+        check_same(config, {"deterministic": "True"}, state)
+    check_same(config, local_identity(config, half), state)
+    if type(steps) is not int or not whole or steps < config.max_train_steps:
+        return ""
+    other = f", by other code ({', '.join(names)})" if names else ""
+    return (
+        f"{config.out} is finished{other}: {steps} steps on {config.dataset_name}. To go on: a "
+        "larger --max-train-steps; to start anew: another --output-dir; to draw: make generate"
+    )

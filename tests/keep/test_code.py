@@ -1,0 +1,93 @@
+"""The code is part of what a run is: its digests, and what is said when they change."""
+
+import dataclasses
+import shutil
+import subprocess
+
+import pytest
+
+from conftest import ROOT
+from inputs.files import Refusal
+from inputs.options import Config
+from keep import code, identity
+
+LOSS = "    each = F.mse_loss(answer, target, reduction="
+EDITS = {  # in loop.py, and which functions count as changed
+    "comment": (LOSS, f"    # said otherwise\n{LOSS}", []),
+    "layout": (
+        "(answer, target, reduction=",
+        "(\n        answer,\n        target,\n        reduction=",
+        [],
+    ),
+    "docstring": ('"""The loss of each example', '"""What is lost in each example', []),
+    "another loss": ("F.mse_loss", "F.l1_loss", ["loop.diffusion_loss"]),
+    "another string": ('reduction="none"', 'reduction="mean"', ["loop.diffusion_loss"]),
+    "a name gone": ("def snr_weight(", "def weight_of(", ["loop.snr_weight"]),
+    "two": ("run", "one_run", ["loop.micro_step", "loop.optimizer_step", "loop.step_batches"]),
+    "around it": ("def train_plain", "import this\n\n\ndef train_plain_otherwise", []),
+}
+
+
+@pytest.mark.parametrize("edit", EDITS)
+def test_only_what_the_code_does_counts(tmp_path, edit):
+    old, new, want = EDITS[edit]
+    for name in code.NUMBERS:
+        shutil.copy(ROOT / f"{name}.py", tmp_path)
+    text = (tmp_path / "loop.py").read_text()
+    assert old in text
+    (tmp_path / "loop.py").write_text(text.replace(old, new))
+    changed = code.changed(code.digests(), code.digests(root=tmp_path))
+    assert set(want) <= set(changed) and (want or not changed)
+    assert edit == "two" or changed == want
+
+
+def test_everything_named_is_there_and_an_option_adds_its_own():
+    digests = code.digests([("fast.nf4", "quantise")])
+    assert all(digests.values()) and len(digests) == 25 and "fast.nf4.quantise" in digests
+
+
+def test_changed_code_is_refused_by_name_or_accepted_and_noted():
+    config, mine = Config(output_dir="out"), {"a.f": "1", "a.g": "2"}
+    state = {"code": mine, "step": 40, "commit": "abc+", "code_changes": ""}
+    assert identity.check_code(config, mine, None) == ""
+    assert identity.check_code(config, mine, state) == ""
+    other = {"a.f": "9", "a.h": "3"}
+    with pytest.raises(Refusal) as refusal:
+        identity.check_code(config, other, state)
+    for word in ("a.f, a.g, a.h", "git checkout abc,", "--accept-code-change", "--output-dir"):
+        assert word in str(refusal.value)
+    accepts = dataclasses.replace(config, accept_code_change=True)
+    first = identity.check_code(accepts, other, state)
+    assert first == "code changed after step 40: a.f, a.g, a.h"
+    later = {"code": other, "step": 60, "commit": "", "code_changes": first}
+    assert identity.check_code(config, other, later) == first  # it stays noted
+    assert identity.check_code(accepts, mine, later).startswith(f"{first}; code changed after step")
+
+
+def test_the_commit_is_the_tree_s_own_with_a_plus_where_its_python_differs(tmp_path, monkeypatch):
+    def git(*words):
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        found = subprocess.run(
+            ["git", "-C", tmp_path, *who, *words], capture_output=True, text=True
+        )
+        return found.stdout.strip()
+
+    commit = code.commit.__wrapped__
+    inner = tmp_path / "inner"
+    inner.mkdir()
+    for name in ("a.py", "b.md"):
+        (tmp_path / name).write_text("1\n")
+    git("init")
+    git("add", ".")
+    git("commit", "-m", "first")
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    assert len(commit()) == 40 and commit() == git("rev-parse", "HEAD")
+    (tmp_path / "b.md").write_text("2\n")
+    assert "+" not in commit()
+    (tmp_path / "a.py").write_text("2\n")
+    assert commit() == git("rev-parse", "HEAD") + "+"
+    monkeypatch.setattr(code, "ROOT", inner)  # a copy within somebody's repository
+    assert commit() == ""
+    monkeypatch.setattr(code, "ROOT", tmp_path)
+    monkeypatch.setenv("PATH", str(inner))
+    assert commit() == ""
