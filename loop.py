@@ -183,14 +183,16 @@ def optimizer_step(run: "Run") -> tuple[float, float]:
         run.optimizer.step()  # socket: AdamW, over every matrix or over one vector of them all
     elif not (math.isfinite(loss) and run.scale.can_halve()):
         raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}")
-    run.optimizer.zero_grad(set_to_none=False)
+    run.optimizer.zero_grad(set_to_none=False)  # in place: where they lie is known to others
     run.scale.update(finite)
     run.step += 1
     return loss, norm
 
 
 def fit(run: "Run") -> Iterator[tuple[int, float, float]]:
-    """Step until max_train_steps, and tell (step, loss, gradient norm) after each."""
+    """Step until max_train_steps, and tell (step, loss, gradient norm) after each. What is about a
+    step and not of it (saying, saving, drawing, stopping) is done by whoever iterates.
+    """
     while run.step < run.config.max_train_steps:
         loss, norm = optimizer_step(run)
         yield run.step, loss, norm
