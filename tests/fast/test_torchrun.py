@@ -136,7 +136,8 @@ def test_killed_signalled_restarted_and_hung_it_ends_as_uninterrupted(torchrun, 
     assert time.monotonic() - began < 80
     process = torchrun("hung")
     said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and adapter(tmp_path, "hung") == whole
+    assert process.returncode == 0, said
+    assert adapter(tmp_path, "hung") == whole
 
 
 def test_a_wrong_option_is_said_once(torchrun):
