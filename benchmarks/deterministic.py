@@ -56,7 +56,9 @@ FLAGS = {"without": "--no-deterministic", "with": "--deterministic"}
 
 def child(argv: list[str]) -> int:
     """loop.py with a loss scale that moves."""
-    import loop
+    import inputs.options  # noqa: F401  it sets how long idle threads spin, before torch asks
+    import loop  # isort: skip
+    from keep import training
 
     whole = loop.LossScale
 
@@ -64,7 +66,7 @@ def child(argv: list[str]) -> int:
         return whole(enabled, 2.0**22 if enabled else value, growth_interval=2)
 
     loop.LossScale = moving
-    return loop.main(argv)
+    return training.main(argv)
 
 
 def one(out: Path, argv: list[str], kill_after: int = 0) -> int:
@@ -107,8 +109,9 @@ def apart(one: Path, other: Path) -> dict:
     from keep import checkpoint
 
     states = [checkpoint.newest_state(folder / "checkpoints") for folder in (one, other)]
-    (a, b), moved = (state["flat"] for state in states), lora.read(one).matrices
-    length = torch.cat([pair["B"].flatten() for pair in moved.values()]).norm().item()
+    a, b = (torch.cat([m.flatten() for m in state["trained"].values()]) for state in states)
+    moved = [m.flatten() for name, m in lora.read(one).matrices.items() if name.endswith("lora_B")]
+    length = torch.cat(moved).float().norm().item()
     lines = [(folder / "log.jsonl").read_text().splitlines() for folder in (one, other)]
     losses = [[json.loads(line)["loss"] for line in each] for each in lines]
     return {
@@ -174,7 +177,7 @@ def works(device) -> dict:
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    from fast import layers as fused
+    from fast import layers
 
     dtype, B, side = (torch.float16, 4, 64) if device.type == "cuda" else (torch.float32, 1, 8)
     stream = torch.Generator(device).manual_seed(0)
@@ -237,9 +240,10 @@ def works(device) -> dict:
         lambda x, A, B: x @ A.t() @ B.t(), some(B * tokens, 640), some(16, 640), some(640, 16)
     )
     gate = [some(B * tokens, 2560, grad=False) for _ in range(3)]
-    found["gate"] = lambda: [fused.gate_forward(*gate[:2]), *fused.gate_backward(*gate)]
+    found["gate"] = lambda: [layers.gate_forward(*gate[:2]), *layers.gate_backward(*gate)]
     flat = torch.randn(23_224_320 // (1 if device.type == "cuda" else 1000), device=device)
-    found["norm of the gradient"] = lambda: [flat.norm()]
+    matrices = flat.split(20_736)  # as many as the adapter has
+    found["norm of the gradient"] = lambda: [torch.nn.utils.get_total_norm(matrices)]
     packed, state = quantize_4bit(some(1280, 1280, grad=False), quant_type="nf4")
     found["NF4"] = lambda: [dequantize_4bit(packed, state)]
     found["AdamW8bit"] = eight_bit_step(flat)
@@ -257,7 +261,7 @@ def eight_bit_step(flat):
     def work():
         vector = torch.nn.Parameter(flat.clone())
         vector.grad = flat.clone()
-        optimizer = loop.make_optimizer(config, vector)
+        optimizer = loop.make_optimizer(config, [vector])
         for _ in range(2):
             optimizer.step()
         return [vector.detach()]
@@ -267,7 +271,7 @@ def eight_bit_step(flat):
 
 def whole_step(device) -> dict:
     """A recorded micro-step of four images, as recipe t4 has it, on random weights: how often its
-    flat gradient differs, by how much, and its seconds. (On a CPU: the pocket's shape.)
+    gradient differs, by how much, and its seconds. (On a CPU: the pocket's shape.)
     """
     import torch
 
@@ -278,15 +282,15 @@ def whole_step(device) -> dict:
     options = bench.Options(command="ladder", device=device.type, tiny=not cuda)
     config = bench.changed(options, 512 if cuda else 64, "4x1")
     run, said = synthetic.assemble(config, device, options.folder)
-    run.adapter.flat.data.add_(0.01 * torch.ones_like(run.adapter.flat))  # B = 0 would hide A's
+    synthetic.leave_zero(run)
     batch, grads, spent = run.examples.batch(range(4), device), [], []
     run.factor.fill_(run.scale.value)
     for _ in range(CALLS):
-        run.adapter.flat.grad.zero_()
+        run.optimizer.zero_grad(set_to_none=False)
         began = bench.wait(device)
-        run.forward_backward(batch)
+        run.micro_step(run, batch)
         spent.append(bench.wait(device) - began)
-        grads.append(run.adapter.flat.grad.cpu().clone())
+        grads.append(synthetic.gradient(run))
     off = [((g - grads[0]).norm() / grads[0].norm()).item() for g in grads]
     return {
         "answers_that_differ": sum(not torch.equal(g, grads[0]) for g in grads),

@@ -81,17 +81,18 @@ def draw_pictures(folder: Path, count: int) -> None:
 
 def child(report: Path, cap_gib: float, argv: list[str]) -> int:
     """One run of loop.py under a cap; writes what the process took to `report`."""
-    import loop  # first: config.py sets how long idle threads spin, before torch asks
-    import model  # isort: skip
+    import inputs.options  # noqa: F401  it sets how long idle threads spin, before torch asks
     import torch  # isort: skip
+    from keep import report as reports
+    from keep import training
 
     cuda = torch.cuda.is_available()  # on a CPU only this script itself is tried out
     if cuda:
         torch.cuda.set_per_process_memory_fraction(
             cap_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         )
-    with model.HostMemory() as host:
-        code = loop.main(argv)
+    with reports.HostMemory() as host:
+        code = training.main(argv)
     report.write_text(
         json.dumps(
             {
@@ -215,7 +216,10 @@ def compare(one: Path, other: Path) -> dict:
     import lora
 
     pairs = [lora.read(folder).matrices for folder in (one, other)]
-    a, b = (torch.cat([m["B"].flatten() for m in matrices.values()]) for matrices in pairs)
+    a, b = (
+        torch.cat([m.flatten().float() for name, m in each.items() if name.endswith("lora_B")])
+        for each in pairs
+    )
     same = (one / lora.FILE_NAME).read_bytes() == (other / lora.FILE_NAME).read_bytes()
     return {"bytes_equal": same, "difference_over_moved": ((a - b).norm() / b.norm()).item()}
 
@@ -241,12 +245,14 @@ def check(folder: Path, run_folder: Path) -> dict:
     x = torch.randn(1, 4, 64, 64, device=device)
     unet = model.load_unet(str(folder), device, dtype)
     adapter = lora.inject(unet, lora.TARGETS, 16, 32)
-    file = lora.load(adapter, run_folder)
+    file = lora.read(run_folder)
+    lora.load(adapter, file)
     with torch.no_grad():
         ours = model.predict(unet, x, batch)
         lora.set_strength(adapter, 0)
         bare = model.predict(unet, x, batch)
-    results = {"trainable": adapter.trainable, "header_steps": file.about["steps"]}
+    count = sum(each.numel() for each in adapter.matrices().values())
+    results = {"trainable": count, "header_steps": file.about["steps"]}
     results["adapter_moves_output_by"] = ((ours - bare).norm() / bare.norm()).item()
     del unet, adapter
     for layout, path in (("peft", run_folder), ("kohya", run_folder / "kohya" / "t4.safetensors")):

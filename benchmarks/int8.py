@@ -42,7 +42,8 @@ import model
 from benchmarks import synthetic
 from fast.nf4 import WHOLE
 from inputs import options as configuration
-from keep import checkpoint
+from inputs.sources import read_dataset
+from keep import training
 
 ROOT = Path(__file__).resolve().parent.parent
 POCKET = ROOT / "pocket" / "model"
@@ -121,12 +122,15 @@ WAYS = {  # name: (what is computed in, what is put in the Linears' place)
 }
 
 
-def adapted(module: nn.Module) -> lora.Adapter:
-    """An adapter whose B are not zero, else no gradient would reach A."""
-    adapter = lora.inject(module, lora.TARGETS, 16, 32)
-    noise = torch.randn(adapter.flat.shape, generator=torch.Generator().manual_seed(1))
-    adapter.flat.data.add_(0.01 * noise)
-    return adapter
+@torch.no_grad()
+def adapted(module: nn.Module) -> list[nn.Parameter]:
+    """The A and B of an adapter, of which no B is zero, else no gradient would reach A."""
+    lora.inject(module, lora.TARGETS, 16, 32)
+    generator = torch.Generator().manual_seed(1)
+    matrices = list(lora.trained(module).values())
+    for matrix in matrices:
+        matrix.add_(0.01 * torch.randn(matrix.shape, generator=generator))
+    return matrices
 
 
 def whole_unet(dtype: torch.dtype, make) -> tuple[Tensor, Tensor]:
@@ -134,21 +138,21 @@ def whole_unet(dtype: torch.dtype, make) -> tuple[Tensor, Tensor]:
     device = torch.device("cpu")
     unet = model.load_unet(str(POCKET), device, torch.float32)
     replace_linears(unet, make) if make else None
-    adapter = adapted(unet.to(dtype))
+    matrices = adapted(unet.to(dtype))
     config = configuration.RECIPES["pocket"][1]
     with tempfile.TemporaryDirectory() as folder:
-        config = dataclasses.replace(config, cache_dir=folder)
-        pictures = loop.sources.read_dataset(str(ROOT / "pocket" / "ink"))[:16]
-        prints = checkpoint.encoder_prints(str(POCKET), False)
-        examples = loop.prepare(config, device, torch.float32, pictures, prints, 1000)
+        config = dataclasses.replace(
+            config, cache_dir=folder, pretrained_model_name_or_path=str(POCKET)
+        )
+        pictures = read_dataset(str(ROOT / "pocket" / "ink"))[:16]
+        examples = loop.examples_of(config, pictures, device, torch.float32, 1000)
         batch = examples.batch(range(16), device)
     schedule = model.load_noise_schedule(str(POCKET), device)
-    with adapter.cast_once(dtype) as cast:
-        answer = model.predict(unet, batch["noise"], batch).detach()
-        scaling = model.latent_scaling(str(POCKET))
-        loss = loop.diffusion_loss(unet, batch, schedule, scaling, config.snr_gamma).mean()
-        (grad,) = torch.autograd.grad(2.0**16 * loss, cast)  # as LossScale begins in fp16
-    return answer.float(), grad.float()
+    answer = model.predict(unet, batch["noise"], batch).detach()
+    scaling = model.latent_scaling(str(POCKET))
+    loss = loop.diffusion_loss(unet, batch, schedule, scaling, config.snr_gamma).mean()
+    grads = torch.autograd.grad(2.0**16 * loss, matrices)  # as LossScale begins in fp16
+    return answer.float(), synthetic.flattened(grads)
 
 
 def full_width(dtype: torch.dtype, make) -> tuple[Tensor, Tensor]:
@@ -169,17 +173,15 @@ def full_width(dtype: torch.dtype, make) -> tuple[Tensor, Tensor]:
         if parameter.ndim > 1:
             parameter.normal_(std=0.02)
     replace_linears(block, make) if make else None
-    adapter = adapted(block.to(dtype))
+    matrices = adapted(block.to(dtype))
     g = torch.Generator().manual_seed(2)
     x, context, along = (
         torch.randn(shape, generator=g)
         for shape in ((1, 1280, 16, 16), (1, 77, 2048), (1, 1280, 16, 16))
     )
-    with adapter.cast_once(dtype) as cast:
-        x = x.to(dtype).requires_grad_()
-        answer = block(x, context.to(dtype), return_dict=False)[0].float()
-        (grad,) = torch.autograd.grad((answer * along).mean() * 2.0**16, cast)
-    return answer.detach(), grad.float()
+    answer = block(x.to(dtype), context.to(dtype), return_dict=False)[0].float()
+    grads = torch.autograd.grad((answer * along).mean() * 2.0**16, matrices)
+    return answer.detach(), synthetic.flattened(grads)
 
 
 @contextlib.contextmanager
@@ -209,16 +211,13 @@ def full_size(dtype: torch.dtype, make, device: str = "cuda", tiny: bool = False
     config = dataclasses.replace(config, fused=False, cuda_graph=False)
     with random_unet_with(make):
         run, _ = synthetic.assemble(config, torch.device(device), options.folder, torch.float16)
-    noise = torch.randn(run.adapter.flat.shape, generator=torch.Generator().manual_seed(1))
-    run.adapter.flat.data.add_(0.01 * noise.to(device))  # else no gradient would reach A
+    synthetic.leave_zero(run)
     batch = run.examples.batch(range(4), run.device)
     run.factor.fill_(2.0**16 / 4)  # as LossScale begins in fp16
-    run.forward_backward(batch)
-    grad = run.adapter.flat.grad.cpu().clone()
+    run.micro_step(run, batch)
     with torch.no_grad():
         answer = model.predict(run.unet, batch["noise"], batch).cpu()
-    run.forward_backward = None  # it and the run hold each other
-    return answer, grad
+    return answer, synthetic.gradient(run)
 
 
 def gradients(works=(whole_unet, full_width)) -> dict:
@@ -261,7 +260,7 @@ def one_run(way: str, argv: list[str]) -> int:
         return unet
 
     model.load_unet = changed
-    return loop.main(argv)
+    return training.main(argv)
 
 
 def train(steps: int, seeds: tuple[int, ...], work: Path) -> dict:

@@ -39,6 +39,7 @@ import model
 from benchmarks import synthetic
 from fast import plan
 from inputs.files import Refusal, first_line, write_whole
+from inputs.vetting import check_device
 
 ROOT = Path(__file__).resolve().parent.parent
 Row = dict[str, str | float]
@@ -47,7 +48,7 @@ Rows = Iterator[tuple[str, Callable[[], Row]]]
 # Each row is the one above with one thing changed, down to compile; the last two stand beside
 # "graph".
 LADDER = {
-    "eager": {"fused": False, "cuda_graph": False},  # the definitions, 1x4
+    "eager": {"fused": False, "cuda_graph": False},  # the definitions on one vector, 1x4
     "fused": {"cuda_graph": False},
     "graph": {},
     "4x1": {"train_batch_size": 4, "gradient_accumulation_steps": 1},
@@ -105,7 +106,7 @@ class Common:
 
     @property
     def on(self) -> torch.device:
-        return model.check_device(self.device)
+        return check_device(self.device)
 
     def precision(self) -> str:
         return self.mixed_precision or ("fp16" if self.on.type == "cuda" else "fp32")
@@ -115,7 +116,7 @@ class Common:
 class Options(Common):
     """Seconds and GiB per technique, on random weights and random pictures."""
 
-    # What to measure; see the top of bench.py.
+    # What to measure; see the top of ladder.py.
     command: tyro.conf.Positional[Literal["ladder", "recipe", "against"]]
     # The recipes of "recipe"; none means all of the full size.
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -237,7 +238,7 @@ def recipe_row(options: Options, name: str, side: int) -> Row:
     )
     model.free_memory()
     dtype, _ = model.choose_dtype(config.mixed_precision, options.on)
-    config, why = plan.choose(config, options.on, dtype, loop.micro_step)
+    config, why = plan.choose(config, options.on, dtype)
     row: Row = {"px": config.resolution, "dtype": config.mixed_precision}
     row["way"] = plan.in_words(config)
     row |= time_row(options, config, config.base_quantization == "nf4", options.steps or 50)
@@ -325,7 +326,7 @@ def measure(rows: Rows, path: Path, typed: str, on: str) -> dict[str, Row]:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 1 where a row failed or the options cannot be."""
-    options = tyro.cli(Options, args=argv, prog="bench.py")
+    options = tyro.cli(Options, args=argv, prog="ladder")
     rows = {f.__name__: f for f in (ladder, recipe, against)}[options.command](options)
     path = Path(options.out or ROOT / "runs" / "bench" / f"bench_{options.command}.json")
     typed = " ".join(["python -m benchmarks.ladder", *(sys.argv[1:] if argv is None else argv)])

@@ -25,12 +25,10 @@ import loop  # noqa: E402
 import lora  # noqa: E402
 import model  # noqa: E402
 from benchmarks import synthetic  # noqa: E402
-from fast import (
-    memory,
-    nf4,
-    plan,
-)
+from fast import memory, nf4  # noqa: E402
 from inputs.options import RECIPES, Config  # noqa: E402
+from inputs.vetting import SDXL_UNET  # noqa: E402
+from keep import faster  # noqa: E402
 
 GIB = 2**30
 # Some of the blocks that are cheapest to recompute for what they keep.
@@ -102,7 +100,7 @@ def unet_config(tiny: bool) -> dict:
         from conftest import TINY
 
         return TINY
-    return plan.SDXL_UNET
+    return SDXL_UNET
 
 
 def predict(out: Path, tiny: bool) -> None:
@@ -113,7 +111,7 @@ def predict(out: Path, tiny: bool) -> None:
         same = (case.dtype, case.rank, case.fused, case.nf4)
         if same not in rehearsals:
             rehearsals.clear()
-            rehearsals[same] = memory.Rehearsal(config, dtype, loop.micro_step, unet_config(tiny))
+            rehearsals[same] = memory.Rehearsal(config, dtype, unet_config(tiny))
         began = time.perf_counter()
         found = rehearsals[same].predict(config)
         rows.append({"case": asdict(case), "parts": found.parts, "flop": found.work["flop"]})
@@ -124,7 +122,7 @@ def predict(out: Path, tiny: bool) -> None:
 
 
 class Batches:
-    """Stands in for data.Examples: the same random batch whatever is asked for."""
+    """Stands in for data.Examples and its source: the same random batch whatever is asked for."""
 
     def __init__(self, config: Config, unet: UNet2DConditionModel, device: torch.device):
         self.made = {}
@@ -133,16 +131,23 @@ class Batches:
                 torch.randint(0, 1000, empty.shape) if name == "t" else torch.randn(empty.shape)
             )
             self.made[name] = values.to(device)
+        self.source = self
 
-    def batch(self, numbers: range, device: torch.device) -> dict[str, torch.Tensor]:
+    def prompt(self, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.made["context"][0], self.made["pooled"][0]
+
+    def batch(self, numbers: range, device: torch.device, _) -> dict[str, torch.Tensor]:
         return {name: tensor.clone() for name, tensor in self.made.items()}
 
 
 def set_up(config: Config, unet, device: torch.device) -> loop.Run:
-    """What loop.set_up() does, without data, files and checkpoints."""
+    """What keep.training.set_up() does, without data, files and checkpoints."""
     schedule = model.NoiseSchedule(torch.linspace(0.99, 0.01, 1000, device=device), "epsilon")
     examples = Batches(config, unet, device)
-    return loop.assemble(config, unet, examples, schedule, (0.13025, 0.0), {})[0]
+    model.use_attention(unet, config.attention, device, unet.dtype)
+    run = loop.assemble(config, unet, examples, schedule, (0.13025, 0.0))
+    faster.faster(run, faster.Alone(), print)
+    return run
 
 
 def in_four_bits(unet: UNet2DConditionModel) -> None:
@@ -189,8 +194,7 @@ def measure_case(case, config, unet, processors, device, live) -> dict:
         seconds = time.perf_counter() - began
     finally:
         bare(unet, run.adapter, processors)
-    recorded = getattr(run.forward_backward, "eager", None) is False
-    run.forward_backward = None
+    recorded = getattr(run.micro_step, "eager", None) is False
     return {
         "measured": peak,
         "reserved": reserved,

@@ -1,6 +1,6 @@
 """From command to first optimizer step, phase by phase, beside an earlier version of this code.
 
-    python benchmarks/startup.py pocket                        writes benchmarks/results/startup.json
+    python benchmarks/startup.py pocket                    writes benchmarks/results/startup.json
     python benchmarks/startup.py t4 --than 0d5804a --out runs/startup.json
 
 Both versions run in turn, since a machine's speed changes over minutes, with encoded pictures in
@@ -33,24 +33,30 @@ ROOT = Path(__file__).resolve().parent.parent
 # What a start passes through, by module: imports as a whole, and functions. One inside another is
 # counted in both; those that a version lacks are left out there.
 IMPORTS = (
-    *("config", "torch", "torch._dynamo", "bitsandbytes", "diffusers", "transformers", "peft"),
-    *("model", "generate", "memory", "torch.utils.tensorboard"),
+    *("torch", "torch._dynamo", "bitsandbytes", "diffusers", "transformers", "peft"),
+    *("inputs.options", "model", "generate", "fast.memory", "torch.utils.tensorboard"),
 )
 FUNCTIONS = {
-    "config": ("parse",),
-    "sources": ("read_dataset",),
-    "hub": ("fingerprint", "unet_fingerprint"),
-    "checkpoint": ("encoder_prints", "identity", "newest_state"),
-    "memory": ("choose",),
-    "plan": ("choose",),
+    "inputs.options": ("parse",),
+    "inputs.sources": ("read_dataset",),
+    "inputs.hub": ("fingerprint", "encoder_fingerprints", "unet_fingerprint"),
+    "keep.checkpoint": ("encoder_prints", "identity", "newest_state"),
+    "keep.identity": ("identity",),
+    "keep.code": ("digests", "commit"),
+    "keep.meaning": ("meaning",),
+    "fast.memory": ("choose",),
+    "fast.plan": ("choose",),
     "data": ("fill_cache",),
-    "nf4": ("load_unet_nf4",),
+    "fast.nf4": ("load_unet_nf4",),
     "model": ("load_unet", "build_unet", "fill_unet", "load_noise_schedule", "count_cut"),
     "lora": ("inject",),
-    "fused": ("use",),
-    "report": ("describe", "Log.__init__"),
-    "graph": ("Recorded.record",),
+    "fast.layers": ("use", "disagreement", "wrap"),
+    "keep.report": ("count_cut", "describe", "Log.__init__"),
+    "fast.graph": ("Recorded.record",),
 }
+# What an earlier version called them, when all modules lay side by side.
+NOW = {name.rpartition(".")[2]: name for name in (*IMPORTS, *FUNCTIONS) if "torch" not in name}
+NOW |= {"config": "inputs.options", "fused": "fast.layers"}
 
 
 # ---- inside a run --------------------------------------------------------------------------------
@@ -76,7 +82,7 @@ class Clock(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             self.spans[name] = self.spans.get(name, 0.0) + time.perf_counter() - began
 
     def find_spec(self, name, path=None, target=None):
-        if name not in (*IMPORTS, *FUNCTIONS):
+        if NOW.get(name, name) not in (*IMPORTS, *FUNCTIONS):
             return None
         spec = importlib.machinery.PathFinder.find_spec(name, path)
         if spec and spec.loader:
@@ -87,8 +93,8 @@ class Clock(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         return self.loaders[spec.name].create_module(spec)
 
     def exec_module(self, module):
-        name = module.__name__
-        module.__spec__.loader = module.__loader__ = self.loaders[name]
+        module.__spec__.loader = module.__loader__ = self.loaders[module.__name__]
+        name = NOW.get(module.__name__, module.__name__)
         with self.span(f"import {name}") if name in IMPORTS else contextlib.nullcontext():
             module.__loader__.exec_module(module)
         for key in FUNCTIONS.get(name, ()):
@@ -96,7 +102,7 @@ class Clock(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             holder = getattr(module, *inside) if inside else module
             if hasattr(holder, key):
                 setattr(holder, key, self.timed(f"{name}.{key}", getattr(holder, key)))
-        if name == "report":
+        if name == "keep.report":
             module.Log.write = self.end
 
     def timed(self, name, function):

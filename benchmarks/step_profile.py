@@ -3,7 +3,7 @@
     python -m benchmarks.step_profile profile --resolution 512 1024      writes runs/bench/...
     python -m benchmarks.step_profile floor
 
-The runs are bench.py's, and so are the options.
+The runs are ladder.py's, and so are the options.
 """
 
 from benchmarks import (

@@ -1,5 +1,5 @@
 """A run without files: loop.py's own, on a UNet of random weights and on pictures of random numbers
-in the place of the cache. Nothing is downloaded or read. bench.py and others measure such runs.
+in the place of the cache. Nothing is downloaded or read. ladder.py and others measure such runs.
 """
 
 from inputs import (
@@ -8,6 +8,7 @@ from inputs import (
 
 # isort: split
 import functools
+from collections.abc import Iterable
 from pathlib import Path
 
 import bitsandbytes
@@ -19,8 +20,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import loop
 import model
-from fast import graph
 from fast.nf4 import WHOLE
+from keep import faster
 
 ROOT = Path(__file__).resolve().parent.parent
 # TFLOP of one image: forward, and backward to the noisy latent with frozen weights; the adapter not
@@ -91,31 +92,71 @@ class RandomPictures:
         return self.context[index], self.pooled[index]
 
 
-def assemble(
+def by_the_book(
     config: configuration.Config,
     device: torch.device,
     folder: Path,
     rounded=None,
     nf4: bool = False,
 ) -> tuple[loop.Run, list[str]]:
-    """What loop.set_up() does, on random weights and pictures. Returns the run, and what is to be
-    said about it.
+    """A run at its first step as loop.assemble() leaves it, on random weights and pictures: what
+    --plain steps. Returns the run, and what is to be said about it.
     """
-    where = torch.device("cpu") if device.type == "meta" else device
-    dtype, _ = model.choose_dtype(config.mixed_precision, where)
+    dtype, _ = model.choose_dtype(config.mixed_precision, device)
     unet = random_unet(folder, device, dtype, rounded, nf4)
-    said: list[str] = []
+    how = model.use_attention(unet, config.attention, device, dtype)
     schedule = model.load_noise_schedule(str(ROOT / "tests/sdxl"), device)
-    pictures = RandomPictures(unet, config.resolution)
-    names = [f"random {i}" for i in range(len(pictures.mean))]
-    shape = tuple(pictures.mean.shape[1:])
-    examples = data.Examples(pictures, names, config.seed, True, 0.0, 0.0, 1000, shape)
+    examples = examples_of(unet, config.resolution, config.seed, random_flip=True)
     scaling = model.latent_scaling(str(ROOT / "tests/sdxl"))
-    run, how = loop.assemble(config, unet, examples, schedule, scaling, {})
-    if isinstance(run.forward_backward, graph.Recorded):
-        run.forward_backward.say = said.append
-    said.append(how)
+    return loop.assemble(config, unet, examples, schedule, scaling), [how]
+
+
+def assemble(
+    config: configuration.Config,
+    device: torch.device,
+    folder: Path,
+    rounded=None,
+    nf4: bool = False,
+    team: faster.Alone | None = None,
+) -> tuple[loop.Run, list[str]]:
+    """The same run as the product steps it: with what `config` asks for plugged in. team: the
+    processes that share it, if there are several.
+    """
+    run, said = by_the_book(config, device, folder, rounded, nf4)
+    _, how, _ = faster.faster(run, team or faster.Alone(), said.append)
+    said += filter(None, [how])
     return run, said
+
+
+def examples_of(
+    unet: diffusers.UNet2DConditionModel, side: int, seed: int, random_flip: bool = False
+) -> data.Examples:
+    """Examples of RandomPictures, whose timesteps are drawn from 1,000."""
+    pictures = RandomPictures(unet, side)
+    names = [f"random {i}" for i in range(len(pictures.mean))]
+    chances, shape = data.Chances(random_flip=random_flip), tuple(pictures.mean.shape[1:])
+    return data.Examples(pictures, names, seed, chances, 1000, shape)
+
+
+def flattened(matrices: Iterable[Tensor]) -> Tensor:
+    """All numbers of `matrices`, one after another, (N,) fp32: a copy on the CPU."""
+    return torch.cat([matrix.detach().flatten().float().cpu() for matrix in matrices])
+
+
+def gradient(run: loop.Run) -> Tensor:
+    """What has been added to the gradients of all that learns, the loss scale taken out, (N,)."""
+    return flattened(matrix.grad for matrix in run.trained.values()) / run.factor.cpu()
+
+
+@torch.no_grad()
+def leave_zero(run: loop.Run) -> None:
+    """Add the same small random numbers to every A and B of any such run. Where B is zero the
+    gradient of A is, too, whatever is wrong with it.
+    """
+    generator = torch.Generator().manual_seed(1)
+    for matrix in run.trained.values():
+        noise = 0.01 * torch.randn(matrix.shape, generator=generator)
+        matrix.add_(noise.to(matrix.device))
 
 
 @functools.cache
@@ -131,10 +172,7 @@ def useful_flop(folder: Path, side: int) -> float:
 
 def meta_batch(unet: diffusers.UNet2DConditionModel, side: int) -> dict[str, Tensor]:
     """One example's batch in shapes only."""
-    examples = data.Examples(
-        RandomPictures(unet, side), ["random"], 0, False, 0.0, 0.0, 1000, (4, side // 8, side // 8)
-    )
-    return examples.batch(range(1), torch.device("meta"))
+    return examples_of(unet, side, 0).batch(range(1), torch.device("meta"))
 
 
 def flop_of(folder: Path, side: int) -> float:

@@ -2,8 +2,8 @@
 
 `python benchmarks/two_gpus.py run` measures the seconds of loop.py's own optimizer_step() with one
 process and with two, at 512 and 1024 px, 16 examples a step in passes of 4: full-size SDXL with
-random weights, nothing downloaded or read. It writes benchmarks/results/two_gpus.json. Beside the step, the
-all-reduce is timed by itself, and the steps' losses are kept: they are the same run's.
+random weights, nothing downloaded or read. It writes benchmarks/results/two_gpus.json. Beside the
+step, the all-reduce is timed by itself, and the steps' losses are kept: they are the same run's.
 `... run --device cpu --small` tries the script on the small model, over Gloo.
 `python benchmarks/two_gpus.py paper` prints the README's table: where scaling stops, by arithmetic.
 """
@@ -100,17 +100,17 @@ def paper() -> list[str]:
 
 def child(options: argparse.Namespace) -> None:
     """One process of a measurement; the first writes the rows."""
-    from benchmarks import (
-        ladder as bench,  # first: config.py sets how long idle threads spin, before torch asks
-    )
+    from benchmarks import ladder as bench  # first: it sets how long idle threads spin
+
     import loop  # isort: skip
-    import model
-    from fast import parallel
+    import model  # isort: skip
     import torch  # isort: skip
     from benchmarks import synthetic
+    from inputs.vetting import check_device
+    from keep import faster
 
-    with parallel.join(600) as team:
-        device = team.start(model.check_device(options.device))
+    with faster.join(600) as team:
+        device = team.start(check_device(options.device))
         given = bench.Options(command="ladder", tiny=options.small, device=options.device)
         rows = {}
         for side in options.sides:
@@ -118,8 +118,7 @@ def child(options: argparse.Namespace) -> None:
             config = bench.dataclasses.replace(
                 config, train_batch_size=PASS, gradient_accumulation_steps=N // PASS
             )
-            run, said = synthetic.assemble(config, device, given.folder)
-            run.team = team
+            run, said = synthetic.assemble(config, device, given.folder, team=team)
             seconds, losses, began = [], [], bench.wait(device)
             for _ in range(options.warm_up + options.steps):
                 losses.append(loop.optimizer_step(run)[0])
@@ -128,13 +127,13 @@ def child(options: argparse.Namespace) -> None:
             timed = seconds[options.warm_up :]
             row = {"s_per_step": statistics.median(timed)}
             row |= {"s_lowest": min(timed), "s_highest": max(timed)}
-            row["s_all_reduce"] = time_all_reduce(team, run.adapter.flat.grad, bench.wait)
+            row["s_all_reduce"] = time_all_reduce(run, bench.wait)
             row = {key: round(value, 5) for key, value in row.items()}
             if device.type == "cuda":
                 row["gib_allocated"] = bench.gib(torch.cuda.max_memory_allocated())
                 torch.cuda.reset_peak_memory_stats()
             row |= {"losses": [round(loss, 5) for loss in losses], "said": "; ".join(said)}
-            team.check_equal("the adapter", run.adapter.flat)
+            team.check_equal("the adapter", run.trained)
             rows[f"{side} px, {team.size} processes"] = row | {"on": bench.machine(device)}
             del run
             model.free_memory()
@@ -142,13 +141,15 @@ def child(options: argparse.Namespace) -> None:
         Path(options.out).write_text(json.dumps(rows))
 
 
-def time_all_reduce(team, grad, wait: Callable) -> float:
-    """Seconds of the gradient's sum by itself, the median of 10."""
+def time_all_reduce(run, wait: Callable) -> float:
+    """Seconds of the step's exchange by itself, which is the gradient's all-reduce and the loss's;
+    the median of 10.
+    """
     seconds = []
     for _ in range(12):
-        began = wait(grad.device)
-        team.all_reduce(grad)
-        seconds.append(wait(grad.device) - began)
+        began = wait(run.device)
+        run.exchange(run)
+        seconds.append(wait(run.device) - began)
     return statistics.median(seconds[2:])
 
 
