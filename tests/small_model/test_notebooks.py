@@ -1,7 +1,11 @@
-"""The check of the stored notebooks."""
+"""The check of the stored notebooks, and the one cell that they do not run on the small model."""
 
 import importlib.util
+import json
+import subprocess
+from pathlib import Path
 
+import nbformat
 import nbformat.v4 as v4
 import pytest
 
@@ -37,3 +41,40 @@ def test_a_cell_that_shows_nothing_as_stored_is_named_once():
     old, new = notebook("", "b"), notebook("a", "b")
     assert execute.without_outputs(old, new) == [1]
     assert len(execute.problems("a.ipynb", new, old)) == 1
+
+
+@pytest.mark.parametrize(
+    "repository, on_sdxl, suffix, content",
+    [
+        ("address", True, "", "first"),
+        ("address", True, "+", "first"),
+        ("", True, "", "second"),  # a clone of one's own stays as it is
+        ("address", False, "", "second"),  # on the small model the run starts anew
+    ],
+)
+def test_a_run_begun_on_colab_gets_back_the_code_that_it_began_with(
+    tmp_path, monkeypatch, repository, on_sdxl, suffix, content
+):
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b.c")
+        return subprocess.run(
+            ["git", *who, *words], check=True, capture_output=True, text=True
+        ).stdout.strip()
+
+    monkeypatch.chdir(tmp_path)
+    git("init", "--quiet")
+    for text in ("first", "second"):
+        Path("code").write_text(text)
+        git("add", "code")
+        git("commit", "--quiet", "--message", text)
+    commit = git("rev-parse", "HEAD~") + suffix
+    cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", 4).cells
+    (source,) = (cell.source for cell in cells if '"git", "checkout"' in cell.source)
+    names = {"ON_SDXL": on_sdxl, "REPOSITORY": repository, "Path": Path, "subprocess": subprocess}
+    exec(source, names)  # nothing is begun
+    assert Path("code").read_text() == "second"
+    out = Path(names["ARGS"][names["ARGS"].index("--output-dir") + 1])
+    out.mkdir(parents=True)
+    (out / "config.json").write_text(json.dumps({"commit": commit}))
+    exec(source, names)
+    assert Path("code").read_text() == content

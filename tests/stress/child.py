@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import loop
-from keep import checkpoint, export, report, training
+from keep import checkpoint, code, export, report, training
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("starting", "caching", "stepping", "saving", "logging", "exporting", "drawing")
@@ -247,6 +247,7 @@ def warm(room: Room, argv: list[str]) -> None:
     for name in sorted(missing):
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
+    code.commit()  # asked once: someone may commit while the suite is at work
     gc.collect()
     gc.freeze()  # or each collection in a fork goes through all that was imported: half its time
     threads = len(os.listdir("/proc/self/task")) if Path("/proc/self/task").is_dir() else 1
