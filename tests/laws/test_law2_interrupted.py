@@ -83,7 +83,10 @@ def test_sigkill_in_a_process_of_its_own_then_the_same_command(few, cache, train
     assert steps == list(range(1, 31))  # no step is logged twice
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    "number",
+    [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],  # the next test sends it
+)
 def test_a_signal_finishes_the_step_saves_and_says_so(train, tmp_path, monkeypatch, capsys, number):
     assert train("whole") == 0
     step = loop.optimizer_step

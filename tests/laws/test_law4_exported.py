@@ -84,6 +84,7 @@ def test_what_a_resumed_run_exports_is_what_it_trained(train, tmp_path):
                 assert torch.equal(matrix, numbers[name].to(dtype).float()), name
 
 
+@pytest.mark.slow  # tests/keep/test_export.py does it without a whole run
 def test_a_file_that_is_not_what_was_trained_ends_the_run_without_done(train, monkeypatch, capsys):
     save = files.save
 
