@@ -297,8 +297,6 @@ def state_edits(case: Case, state: dict) -> dict:
     codes = {"None": None, "empty": {}, "no text": dict.fromkeys(state["code"], 3)}
     scales = {
         **{"None": None, "empty": {}, "unknown": {"x": 1}, "text": scale | {"value": "x"}},
-        **{"NaN": scale | {"value": float("nan")}, "negative": scale | {"value": -1.0}},
-        **{"without interval": scale | {"growth_interval": 0}},
     }
     return {
         "good": state,
@@ -327,7 +325,7 @@ def in_place_of(tensor: torch.Tensor) -> dict:
         **{"of one number": flat[:1].clone(), "too long": torch.cat([tensor, tensor])},
         **{"short": flat[:-1].clone(), "flattened": flat, "fp64": tensor.double(), "text": "x"},
         **{"fp16": tensor.half(), "int": tensor.long(), "a list": flat[:9].tolist(), "None": None},
-        **{"of 2^40": torch.zeros(1).expand(2**40), "on meta": tensor.to("meta"), "NaN": nan},
+        **{"on meta": tensor.to("meta"), "NaN": nan},
         "sparse": tensor.float().reshape(-1, flat.numel()).to_sparse(),
     }
 
@@ -352,7 +350,7 @@ def matrix_edits(case: Case, state: dict) -> dict:
     numbers = {**others, **{n: trained | {name: v} for n, v in in_place_of(trained[name]).items()}}
     keeps = {
         **{"None": None, "a list": [], "empty": {}, "for nothing": {"x": kept}},
-        **{"of one None": moments | {name: None}, "of one empty": moments | {name: {}}},
+        **{"of one empty": moments | {name: {}}},
         f"without {key}": moments | {name: {k: v for k, v in kept.items() if k != key}},
         "without one": {k: v for k, v in moments.items() if k != name},
         "one more": moments | {name: kept | {"x": kept[key]}},
