@@ -173,11 +173,6 @@ def works(device) -> dict:
     backward, at the sizes of four images at 512 px (on a CPU of one at 64 px).
     """
     import torch
-    import torch.nn.functional as F
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    from fast import layers
 
     dtype, B, side = (torch.float16, 4, 64) if device.type == "cuda" else (torch.float32, 1, 8)
     stream = torch.Generator(device).manual_seed(0)
@@ -196,19 +191,29 @@ def works(device) -> dict:
 
         return work
 
+    flat = torch.randn(23_224_320 // (1 if device.type == "cuda" else 1000), device=device)
+    return {
+        **attentions(some, differentiated, B, side),
+        **convolutions(some, differentiated, B, side),
+        **others(some, differentiated, B, side),
+        **of_the_optimizer(flat),
+    }
+
+
+def attentions(some, differentiated, B: int, side: int) -> dict:
+    import torch
+    import torch.nn.functional as F
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
     def attention(backend, keys):
         def work(q, k, v):
             with sdpa_kernel(backend):
                 return F.scaled_dot_product_attention(q, k, v)
 
-        return differentiated(work, some(B, 10, side * side // 4, 64), *keys)
+        return differentiated(work, some(B, 10, tokens, 64), *keys)
 
-    def convolution(x, weight):
-        return F.conv2d(x, weight, padding=1)
-
-    tokens = side * side // 4
+    tokens, found = side * side // 4, {}
     own, words = ([some(B, 10, n, 64) for _ in "kv"] for n in (tokens, 77))
-    found = {}
     backends = {
         "flash": SDPBackend.FLASH_ATTENTION,
         "memory-efficient": SDPBackend.EFFICIENT_ATTENTION,
@@ -218,10 +223,17 @@ def works(device) -> dict:
     for name, backend in backends.items():
         found[f"{name} attention, self"] = attention(backend, own)
         found[f"{name} attention, cross"] = attention(backend, words)
+    return found
+
+
+def convolutions(some, differentiated, B: int, side: int) -> dict:
+    import torch.nn.functional as F
+
+    found = {}
     for width, at in ((320, side), (640, side // 2), (1280, side // 4)):
         weight = some(width, width, 3, 3, grad=False)
         found[f"convolution, {width} wide"] = differentiated(
-            convolution, some(B, width, at, at), weight
+            lambda x, w: F.conv2d(x, w, padding=1), some(B, width, at, at), weight
         )
     found["convolution, stride 2"] = differentiated(
         lambda x, w: F.conv2d(x, w, stride=2, padding=1),
@@ -231,23 +243,40 @@ def works(device) -> dict:
     found["upsampling"] = differentiated(
         lambda x: F.interpolate(x, scale_factor=2.0), some(B, 640, side // 2, side // 2)
     )
-    found["group norm"] = differentiated(lambda x: F.group_norm(x, 32), some(B, 320, side, side))
-    found["layer norm"] = differentiated(lambda x: F.layer_norm(x, (640,)), some(B, tokens, 640))
-    found["product"] = differentiated(
-        lambda x, w: x @ w, some(B * tokens, 640), some(640, 5120, grad=False)
-    )
-    found["A's and B's gradients"] = differentiated(
-        lambda x, A, B: x @ A.t() @ B.t(), some(B * tokens, 640), some(16, 640), some(640, 16)
-    )
-    gate = [some(B * tokens, 2560, grad=False) for _ in range(3)]
-    found["gate"] = lambda: [layers.gate_forward(*gate[:2]), *layers.gate_backward(*gate)]
-    flat = torch.randn(23_224_320 // (1 if device.type == "cuda" else 1000), device=device)
-    matrices = flat.split(20_736)  # as many as the adapter has
-    found["norm of the gradient"] = lambda: [torch.nn.utils.get_total_norm(matrices)]
-    packed, state = quantize_4bit(some(1280, 1280, grad=False), quant_type="nf4")
-    found["NF4"] = lambda: [dequantize_4bit(packed, state)]
-    found["AdamW8bit"] = eight_bit_step(flat)
     return found
+
+
+def others(some, differentiated, B: int, side: int) -> dict:
+    """Norms, products, the fused gate and a weight in 4 bits."""
+    import torch.nn.functional as F
+    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+
+    from fast import layers
+
+    rows = B * side * side // 4
+    gate = [some(rows, 2560, grad=False) for _ in range(3)]
+    packed, state = quantize_4bit(some(1280, 1280, grad=False), quant_type="nf4")
+    return {
+        "group norm": differentiated(lambda x: F.group_norm(x, 32), some(B, 320, side, side)),
+        "layer norm": differentiated(lambda x: F.layer_norm(x, (640,)), some(rows, 640)),
+        "product": differentiated(lambda x, w: x @ w, some(rows, 640), some(640, 5120, grad=False)),
+        "A's and B's gradients": differentiated(
+            lambda x, A, B: x @ A.t() @ B.t(), some(rows, 640), some(16, 640), some(640, 16)
+        ),
+        "gate": lambda: [layers.gate_forward(*gate[:2]), *layers.gate_backward(*gate)],
+        "NF4": lambda: [dequantize_4bit(packed, state)],
+    }
+
+
+def of_the_optimizer(flat) -> dict:
+    """flat: as many numbers as an adapter has."""
+    import torch
+
+    matrices = flat.split(20_736)  # as many of them as the adapter has
+    return {
+        "norm of the gradient": lambda: [torch.nn.utils.get_total_norm(matrices)],
+        "AdamW8bit": eight_bit_step(flat),
+    }
 
 
 def eight_bit_step(flat):

@@ -11,7 +11,8 @@ $python -m benchmarks.ladder ladder --resolution 512 1024 --out "$out/bench_ladd
 if [ -n "$before" ]; then
   $python -m benchmarks.old_and_new "$before" --resolution 512 1024 --out "$out/old_and_new.json"
 fi
-$python -m benchmarks.exactness --out "$out/exactness.json"
+$python -m benchmarks.exactness --rows eager fused graph 4x1 checkpointing \
+  --out "$out/exactness.json"
 $python benchmarks/full_size.py make "$out/model" "$out/photos"
 $python benchmarks/deterministic.py kernels "$out/kernels.json"
 $python benchmarks/deterministic.py kernels "$out/kernels.json" --deterministic
