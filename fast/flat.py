@@ -19,8 +19,8 @@ from torch import Tensor, nn
 BLOCK = 256
 
 
-# Of an optimizer's state what is no number of any matrix: the count of steps, and what the 256 codes
-# of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for each BLOCK.
+# Of an optimizer's state what is no number of any matrix: the count of steps, and what the 256
+# codes of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for each BLOCK.
 SHARED = ("step", "qmap1", "qmap2")
 
 
@@ -94,7 +94,7 @@ class Flat:
             self._read(self.views)
 
     def micro_step(self, inner: Callable) -> Callable:
-        """`inner`, a micro_step(run, batch), whose gradient reaches the vector's in one addition."""
+        """`inner`, a micro_step(run, batch): its gradient reaches the vector's in one addition."""
 
         def micro_step(run, batch) -> None:
             with self.cast_once(run.unet.dtype) as cast:
@@ -151,7 +151,7 @@ class FlatMoments:
             self.state[self.flat.vector] = kept
 
     def _of_each(self, key: str, value) -> dict:
-        """For each matrix its part of `value`: itself, a number each, or a number for each BLOCK."""
+        """For each matrix its part of `value`: all of it, its numbers, or one for each BLOCK."""
         flat = self.flat
         if key in SHARED:
             return dict.fromkeys(flat.shapes, value)

@@ -77,7 +77,7 @@ CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
 # The share of the free memory that a plan may fill. What torch reserves is more than what is
 # allocated at the peak, since blocks of other sizes lie between: 1 to 12 % more in 15 of the 19
 # cases of benchmarks/results/memory_check.json that load a base as it is, 14 to 23 % in four (none
-# was short of memory, where torch gives blocks back). The prediction is 1 % under to 2 % over there.
+# was short of memory, where torch gives blocks back). The prediction is 1 % under to 2 % over.
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
 # s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H100's

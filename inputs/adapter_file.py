@@ -23,7 +23,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str]]:
-    """The matrices, rank, alpha and header of a file with PEFT's keys. Raises Refusal for others."""
+    """Matrices, rank, alpha and header of a file with PEFT's keys. Raises Refusal for others."""
     tensors, about = read_tensors(path)
     matrices = plain_matrices(path, tensors)
     rank = check_matrices(path, matrices)
