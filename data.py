@@ -25,6 +25,7 @@ import model
 from inputs import vetting
 from inputs.ahead import Ahead
 from inputs.blocks import BLOCK, cut, every_block, fill
+from inputs.code import together
 from inputs.files import digest, open_safetensors
 from inputs.pictures import all_damaged_named, decode
 from inputs.sources import Picture
@@ -195,8 +196,8 @@ class Encoder:
 
 
 class Cache:
-    """The same two methods, read from the files that fill_cache() has written. speed: the
-    encoder's.
+    """latent() and prompt() as Encoder has them, read from the files that fill_cache() has written;
+    context and pooled in the UNet's dtype then. speed: the encoder's.
     """
 
     def __init__(self, latents: list[Path], prompts: list[Path], speed: str = ""):
@@ -231,7 +232,8 @@ def fill_cache(
 
     dtype: the UNet's, in which contexts are kept: they would be rounded to it in the step anyway.
     prints: the fingerprints of "vae" and "text". Both are part of the keys, with all else that a
-    row depends on, so a file that is there is never a wrong one. claim: as for fill().
+    row depends on, the code that makes it included, so a file that is there is never a wrong one.
+    claim: as for fill().
     """
     flips = (False, True) if random_flip else (False,)
 
@@ -240,10 +242,12 @@ def fill_cache(
             yield {"context": context.to(dtype), "pooled": pooled.to(dtype)}
 
     captions = [encoder.caption(i) for i in range(len(encoder.pictures) + 1)]
-    prompt_keys = [digest(caption, prints["text"], str(dtype)) for caption in captions]
+    by = together("data.Encoder", "model.encode_prompts", "model.encode_unconditional")
+    prompt_keys = [digest(caption, prints["text"], str(dtype), by) for caption in captions]
     resolution, random_crop, seed = encoder.crop
     crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
-    latent_keys = [digest(p.digest, prints["vae"], crop) for p in encoder.pictures]
+    by = together("data.Encoder", "data.views", "model.encode_images", "inputs.pictures.decode")
+    latent_keys = [digest(p.digest, prints["vae"], crop, by) for p in encoder.pictures]
     prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")
     encode = functools.partial(encoder.encode_pictures, flips=flips)
@@ -338,7 +342,7 @@ class Examples:
         context (B, T, D), pooled (B, P), time_ids (B, 6). timesteps: t from the examples.
         """
         examples = [self.example(i) for i in numbers]
-        # A dropped caption is the unconditional embedding, which stands behind the pictures' own.
+        # A dropped caption is the unconditional embedding: number `count`, after the pictures' own.
         captions = [self.count if e.drop_caption else e.picture for e in examples]
         latents = zip(*(self.source.latent(e.picture, e.flip) for e in examples), strict=True)
         mean, std, time_ids = map(torch.stack, latents)

@@ -194,6 +194,7 @@ def draw_at(
     vetting.check_widths(unet, *list(embeddings[0].values())[:2])
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     load_adapter(adapter, file)
+    unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn
     pipe = load_pipeline(name, unet, device)
     side = options.resolution or own_resolution(pipe)
     how = {"num_inference_steps": options.num_inference_steps, "height": side, "width": side}
@@ -208,7 +209,7 @@ def draw_at(
 def draw_plain(options: Options) -> None:
     """Draw with a file in PEFT keys, by the lines of the book alone."""
     file = lora.read(options.adapter)
-    options = complete(options, file.about)
+    options = complete(options, file.path, file.about)
     if options.base_quantization == "nf4":
         found, expected = "--plain with a base in 4 bits", "a base whose weights are whole"
         raise Refusal(found, expected, "--base-quantization none, or leave --plain out")

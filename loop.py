@@ -2,7 +2,8 @@
 
 diffusion_loss(), micro_step() and optimizer_step() are the method. With --plain they run as they
 stand here, from the pictures to the adapter's file. Without it the same fit() and optimizer_step()
-run with faster or safer things plugged into the six sockets of a Run.
+run with other things in the six sockets of a Run: keep/faster.py replaces four of them, lays all
+matrices into one vector and fuses layers of the UNet. `loss` and `timesteps` are for experiments.
 
 Letters: `n` examples per optimizer step (batch x accumulation), `B` examples in one pass, others as
 in model.py.
@@ -49,8 +50,9 @@ def diffusion_loss(
     scaling: tuple[float, float],
     snr_gamma: float = 0.0,
 ) -> Tensor:
-    """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and the
-    noise (Ho et al. 2020, eq. 14), at timestep t, under the picture's caption and sizes.
+    """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and its
+    target, the noise (Ho et al. 2020, eq. 14) or v, times the min-SNR weight. batch: as
+    data.Examples.batch() gives it.
     """
     (factor, shift), t, noise = scaling, batch["t"], batch["noise"]
     latent = batch["mean"] + batch["std"] * batch["eps"]  # (B, C, H, W): one of the posterior
@@ -63,7 +65,8 @@ def diffusion_loss(
 
 
 def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor | float:
-    """min(SNR, gamma) / SNR, (B,): min-SNR weighting; for v_prediction over SNR + 1. 0 is off.
+    """Weights (B,): min(SNR, gamma) / SNR, and for v_prediction min(SNR, gamma) / (SNR + 1). gamma
+    = 0 switches this off.
 
     Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4.
     """
@@ -77,7 +80,9 @@ def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor
 
 
 def learning_rate(step: int, config: Config) -> float:
-    """The rate of step `step` (from 0): warm-up, then constant or a cosine to lr_end of it."""
+    """The rate of step `step` (from 0): it rises over the warm-up, then stays, or falls along a
+    cosine towards lr_end of itself, which it would reach one step after the last.
+    """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     if config.lr_scheduler == "constant":
@@ -92,7 +97,8 @@ class LossScale:
     """Dynamic loss scaling (Micikevicius et al. 2018, https://arxiv.org/abs/1710.03740, section
     3.2): fp16 gradients vanish below 6e-8, so the loss is multiplied, and the gradient divided, by
     a value that halves when a gradient overflows and doubles after `growth_interval` good steps.
-    Not enabled, it is 1. What cannot be halved is an error: no step is skipped for ever.
+    Not enabled, it is 1. At 1 it cannot be halved any more: then an overflow ends the run instead
+    of skipping every step.
     """
 
     enabled: bool
@@ -120,7 +126,9 @@ def whole(numbers: range) -> range:
 def step_batches(
     run: "Run", step: int, share: Callable[[range], range] = whole
 ) -> Iterator[dict[str, Tensor]]:
-    """The n examples of step `step`, or this process's share, at most train_batch_size at once."""
+    """The n examples of step `step`, at most train_batch_size in each batch. share: which of them
+    this process computes where there are several; alone, all.
+    """
     n, size = run.config.examples_per_step, run.config.train_batch_size
     for numbers in data.cut(share(range(step * n, (step + 1) * n)), size):
         yield run.examples.batch(numbers, run.device, run.timesteps)
@@ -133,7 +141,8 @@ def micro_step(run: "Run", batch: dict[str, Tensor]) -> None:
     replayed (fast/graph.py).
     """
     each = run.loss(run.unet, batch, run.schedule, run.scaling, run.config.snr_gamma)  # (B,)
-    # Divided by n, not by B: the gradients of 1 x 4, 2 x 2, 3 + 1 and 4 x 1 then sum to the same.
+    # Divided by n, not by B: so 4 examples give the same gradient, up to rounding, in one pass of
+    # 4, in two of 2, or in one of 3 and one of 1.
     loss = each.sum() / run.config.examples_per_step
     (loss * run.factor).backward()
     run.loss_sum.add_(loss.detach())
@@ -142,8 +151,9 @@ def micro_step(run: "Run", batch: dict[str, Tensor]) -> None:
 def gradient_norm(trained: dict[str, Tensor]) -> Tensor:
     """The norm of the matrices' norms, () on the device: the length of the whole gradient.
 
-    Taken like this by everyone: the norm of one long vector of the same numbers is summed in
-    another order and differs by 1e-6, which changes every byte of a clipped step.
+    Always matrix by matrix, also where fast/flat.py keeps all gradients in one vector: one norm
+    over the vector is summed in another order, and its last digits would change every byte of a
+    clipped step.
     """
     return torch.nn.utils.get_total_norm([matrix.grad for matrix in trained.values()])
 
@@ -152,10 +162,11 @@ def unscale_and_clip(run: "Run", norm: float) -> None:
     """Divide the gradient by the loss scale, and shorten it to max_grad_norm where `norm`, its
     length without the scale, is longer (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063).
     """
-    factor = min(1.0, run.config.max_grad_norm / (norm + 1e-6)) / run.scale.value
+    shrink = min(1.0, run.config.max_grad_norm / (norm + 1e-6)) / run.scale.value
+    # Over the optimizer's own list, not run.trained: it may hold one vector for all matrices.
     for group in run.optimizer.param_groups:
         for parameter in group["params"]:
-            parameter.grad.mul_(factor)
+            parameter.grad.mul_(shrink)
 
 
 def alone(run: "Run") -> None:
@@ -172,9 +183,10 @@ def optimizer_step(run: "Run") -> tuple[float, float]:
     run.loss_sum.zero_()
     for batch in run.batches(run, run.step):  # socket: where the step's examples come from
         run.micro_step(run, batch)  # socket: as it is, or recorded and replayed
-    run.exchange(run)  # socket: of several processes each has computed a share of the sums
-    norm = gradient_norm(run.trained) / run.factor
-    loss, norm = torch.stack([run.loss_sum, norm]).tolist()  # here, and only here, the host waits
+    run.exchange(run)  # socket: several processes add their gradients and losses here
+    norm = gradient_norm(run.trained) / run.factor  # ()
+    # Here, and only here, the CPU waits for the GPU: .tolist() needs the numbers.
+    loss, norm = torch.stack([run.loss_sum, norm]).tolist()
     finite = math.isfinite(loss + norm)
     if finite:
         unscale_and_clip(run, norm)
@@ -183,15 +195,15 @@ def optimizer_step(run: "Run") -> tuple[float, float]:
         run.optimizer.step()  # socket: AdamW, over every matrix or over one vector of them all
     elif not (math.isfinite(loss) and run.scale.can_halve()):
         raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}")
-    run.optimizer.zero_grad(set_to_none=False)  # in place: where they lie is known to others
+    run.optimizer.zero_grad(set_to_none=False)  # not to None: a recorded graph knows their place
     run.scale.update(finite)
     run.step += 1
     return loss, norm
 
 
 def fit(run: "Run") -> Iterator[tuple[int, float, float]]:
-    """Step until max_train_steps, and tell (step, loss, gradient norm) after each. What is about a
-    step and not of it (saying, saving, drawing, stopping) is done by whoever iterates.
+    """Step until max_train_steps, and give (step, loss, gradient norm) after each. Printing, saving
+    and stopping are not done here: the caller's for loop does them between two steps.
     """
     while run.step < run.config.max_train_steps:
         loss, norm = optimizer_step(run)
@@ -203,8 +215,10 @@ def fit(run: "Run") -> Iterator[tuple[int, float, float]]:
 
 @dataclass
 class Run:
-    """Everything that a step touches. trained: every matrix that learns, fp32, by its name; factor:
-    the loss scale and loss_sum: the step's loss so far, () fp32 on the device.
+    """Everything that a step touches. trained: every matrix that learns, fp32, by its name;
+    scaling: the VAE's (factor, shift); scale: the loss scale; factor: its value as a tensor, since
+    a recorded graph can read a tensor but not a Python number; loss_sum: the step's loss so far,
+    both () fp32 on the device.
     """
 
     config: Config
@@ -217,7 +231,7 @@ class Run:
     scale: LossScale
     factor: Tensor
     loss_sum: Tensor
-    # The six sockets: what makes a run faster, smaller or visible is plugged in here.
+    # The six sockets: plain functions kept in fields, so each gets the run as an argument.
     optimizer: torch.optim.Optimizer
     batches: Callable[["Run", int], Iterator[dict[str, Tensor]]] = step_batches
     timesteps: Callable[[list[data.Example]], Tensor] = data.drawn_timesteps
@@ -239,8 +253,8 @@ def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torc
     if not config.use_8bit_adam:
         return torch.optim.AdamW(parameters, **settings)
     bitsandbytes = load_bitsandbytes("8-bit AdamW", "--no-use-8bit-adam")
-    # bitsandbytes' default keeps matrices under 4,096 numbers in 32 bits. With all in 8 bits they
-    # step alike, one by one or laid together in one vector.
+    # 8 bits for every matrix: by default those under 4,096 numbers would keep 32, and a run whose
+    # matrices lie in one vector (fast/flat.py) would end on other numbers.
     return bitsandbytes.optim.AdamW8bit(parameters, **settings, min_8bit_size=1)
 
 
@@ -287,8 +301,8 @@ def assemble(
     trained = lora.trained(unet)
     for matrix in trained.values():
         matrix.grad = torch.zeros_like(matrix)  # backward adds to it, in place
-    half = unet.dtype == torch.float16
-    scale = LossScale(enabled=half, value=2.0**16 if half else 1.0)
+    fp16 = unet.dtype == torch.float16  # bf16 has fp32's range and needs no loss scale
+    scale = LossScale(enabled=fp16, value=2.0**16 if fp16 else 1.0)
     factor, loss_sum = torch.zeros(2, device=unet.device)
     optimizer = make_optimizer(config, list(trained.values()))
     about = (unet, adapter, trained, examples, schedule, scaling)
@@ -308,6 +322,8 @@ def train_plain(config: Config) -> None:
     run = assemble(config, unet, examples, schedule, model.latent_scaling(name))
     for step, loss, norm in fit(run):
         print(f"step {step}: loss {loss:.4f}, gradient norm {norm:.4f}", flush=True)
+    if lost := run.trained.keys() - run.adapter.matrices().keys():
+        print(f"the file holds A and B alone, not {min(lost)}: it will act otherwise than trained")
     path = config.out / lora.FILE_NAME
     about = {"base_model": name, "recipe": config.recipe, "steps": str(run.step)}
     lora.save(run.adapter, path, model.DTYPES[config.save_dtype], about)

@@ -2,8 +2,9 @@
 
 LoRA (Hu et al. 2021, https://arxiv.org/abs/2106.09685, section 4.1) leaves a pretrained weight W as
 it is and learns a correction of rank r beside it: W x + (alpha / r) B A x, with A (r, in) and B
-(out, r). At r = 16 SDXL's 560 attention projections get 23 million numbers to train, 0.9 % of the
-model.
+(out, r). Each of SDXL's 70 transformer blocks has self-attention (attn1) and cross-attention
+(attn2), and both have four Linear layers, to_q, to_k, to_v and to_out.0: 560 layers, which at r =
+16 get 23 million numbers to train, 0.9 % of the model.
 
 Letters: `r` rank, `in` and `out` the layer's widths, `...` any leading dimensions.
 """
@@ -30,34 +31,35 @@ FILE_NAME = "pytorch_lora_weights.safetensors"
 class LoRALinear(nn.Module):
     """A frozen Linear with a trainable low-rank branch beside it.
 
-    base: nn.Linear, or a quantised one whose packed weight has another shape: widths are therefore
-    the layer's own. lora_A (r, in) and lora_B (out, r) are fp32, whatever the base is: steps of
-    1e-5 would be lost in half precision.
+    base: nn.Linear, or a layer with a 4-bit weight. That weight is packed, so the widths are read
+    from in_features and out_features, never from weight.shape. lora_A (r, in) and lora_B (out, r)
+    are fp32, whatever the base is: a step of 1e-5 would be rounded away in fp16.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.base = base
         self.in_features, self.out_features = base.in_features, base.out_features
-        # B is zero, so the adapted model starts out equal to the bare one. A must not be zero, too:
-        # each one's gradient is a product with the other, and nothing would ever move.
+        # B is zero, so the adapted model starts out equal to the bare one. A must not be zero as
+        # well: A's gradient contains B and B's contains A, so both would stay zero for ever.
         A, B = torch.empty(rank, self.in_features), torch.zeros(self.out_features, rank)
-        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # as PEFT begins
+        nn.init.kaiming_uniform_(A, a=math.sqrt(5), generator=generator)  # +-1 / sqrt(in), as PEFT
         device = next(base.parameters()).device
         self.lora_A, self.lora_B = nn.Parameter(A.to(device)), nn.Parameter(B.to(device))
         self.scale = alpha / rank  # so that the rank can change without a new learning rate
         self.strength = 1.0  # how much of the branch acts when drawing
-        self.unmerged: Tensor | None = None  # while merged: base.weight as it was
+        self.weight_before_merge: Tensor | None = None  # a copy, while merged; else None
 
     def down(self, x: Tensor) -> Tensor:
-        # The small matrix is cast, not x: no fp32 copy of x has to wait for the backward pass.
+        # A is cast, not x: autograd would keep an fp32 copy of x for the backward pass.
         return F.linear(x, self.lora_A.to(x.dtype))  # (..., in) -> (..., r)
 
     def up(self, h: Tensor) -> Tensor:
         return F.linear(h, self.lora_B.to(h.dtype))  # (..., r) -> (..., out)
 
     def forward(self, x: Tensor) -> Tensor:
-        if self.strength == 0 or self.unmerged is not None:  # bit for bit the base layer
+        # At strength 0 an infinite branch would give NaN; merged, the weight holds the branch.
+        if self.strength == 0 or self.weight_before_merge is not None:
             return self.base(x)
         scale = self.strength * self.scale
         return self.base(x) + scale * self.up(self.down(x))  # (..., in) -> (..., out)
@@ -108,8 +110,8 @@ def inject(
     layers = {}
     model.requires_grad_(False)
     for name, base in find_targets(model, tuple(targets)).items():
-        # Seeded by name, so that a layer's start depends on no order. One crc32 over the name that
-        # begins at the seed: torch's CPU generator uses only 32 bits of its seed.
+        # Each layer has a seed of its own, from the run's seed and its name, so that its start does
+        # not depend on the order. crc32 mixes both into 32 bits, all that torch's generator uses.
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         layers[name] = LoRALinear(base, rank, alpha, generator)
         parent, _, child = name.rpartition(".")
@@ -118,7 +120,9 @@ def inject(
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Every parameter that learns, by its name: after inject() all A and B, and nothing else."""
+    """Every parameter that requires a gradient, by its name: after inject() all A and B, and what
+    else LoRALinear is given to learn.
+    """
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 
 
@@ -131,7 +135,7 @@ def set_strength(adapter: Adapter, strength: float) -> None:
 
 def refuse_merged(adapter: Adapter) -> None:
     """What is merged acts through the base: another strength or other numbers would not be seen."""
-    if any(layer.unmerged is not None for layer in adapter.layers.values()):
+    if any(layer.weight_before_merge is not None for layer in adapter.layers.values()):
         raise Refusal("the adapter is merged into its base", "a separate one", "unmerge() first")
 
 
@@ -150,17 +154,17 @@ def merge(adapter: Adapter) -> None:
                 f"{name} has a quantised weight", "fp32, fp16 or bf16", "merge into the whole model"
             )
     for layer in adapter.layers.values():
-        if layer.unmerged is None:
+        if layer.weight_before_merge is None:
             product = layer.strength * layer.scale * (layer.lora_B @ layer.lora_A)  # (out, in) fp32
-            layer.unmerged = layer.base.weight.data
-            layer.base.weight.data = (layer.unmerged.float() + product).to(layer.unmerged.dtype)
+            weight = layer.weight_before_merge = layer.base.weight.data
+            layer.base.weight.data = (weight.float() + product).to(weight.dtype)
 
 
 def unmerge(adapter: Adapter) -> None:
     """Undo merge(), bit for bit."""
     for layer in adapter.layers.values():
-        if layer.unmerged is not None:
-            layer.base.weight.data, layer.unmerged = layer.unmerged, None
+        if layer.weight_before_merge is not None:
+            layer.base.weight.data, layer.weight_before_merge = layer.weight_before_merge, None
 
 
 # ---- the file, with the keys that diffusers reads and writes -------------------------------------

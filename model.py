@@ -181,8 +181,8 @@ def checkpointable(unet: UNet2DConditionModel) -> dict[str, torch.nn.Module]:
 
 def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -> Tensor:
     """The UNet's answer (B, C, H, W), fp32, to x_t (B, C, H, W) at timesteps batch["t"] (B,), under
-    batch["context"] (B, T, D), batch["pooled"] (B, P) and batch["time_ids"] (B, 6), which stay
-    fp32 until they are embedded.
+    batch["context"] (B, T, D) and batch["pooled"] (B, P), cast to the UNet's dtype, and
+    batch["time_ids"] (B, 6), which stay fp32, since the UNet embeds them itself.
     """
     dtype = unet.dtype
     condition = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}

@@ -42,7 +42,7 @@ FUNCTIONS = {
     "inputs.hub": ("fingerprint", "encoder_fingerprints", "unet_fingerprint"),
     "keep.checkpoint": ("encoder_prints", "identity", "newest_state"),
     "keep.identity": ("identity",),
-    "keep.code": ("digests", "commit"),
+    "inputs.code": ("digests", "commit"),
     "keep.meaning": ("meaning",),
     "fast.memory": ("choose",),
     "fast.plan": ("choose",),

@@ -125,6 +125,7 @@ class FlatMoments:
 
     def read(self) -> dict[str, dict]:
         """{name: what the optimizer keeps for that matrix}; empty before the first step."""
+        self.flat.check_tied()  # whoever saves what is no longer trained would not notice
         kept = self.state.get(self.flat.vector, {})
         parts = {key: self._of_each(key, value) for key, value in kept.items()}
         return {name: {key: part[name] for key, part in parts.items()} for name in self.flat.shapes}

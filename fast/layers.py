@@ -124,7 +124,7 @@ class Project(torch.autograd.Function):
 
 def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
-    if any(layer.strength == 0 or layer.unmerged is not None for layer in layers):
+    if any(layer.strength == 0 or layer.weight_before_merge is not None for layer in layers):
         return tuple(layer(x) for layer in layers)  # where a layer is its base, to the bit
     As, Bs = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
     matrices = [m.to(x.dtype) for m in (*As, *Bs)]

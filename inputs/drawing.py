@@ -2,6 +2,8 @@
 diffusers are imported, which takes some twelve seconds.
 """
 
+import contextlib
+import json
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -99,17 +101,34 @@ def check_plain(options: Options) -> None:
         )
 
 
-def complete(options: Options, about: dict[str, str]) -> Options:
-    """`options` where what was left open is as the adapter's header and its recipe have it."""
+def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list[str]:
+    """An option as the config.json of the run around `path` has it: a text, or a list of texts if
+    `default` is one. `default` where it has none.
+    """
+    for folder in list(path.resolve().parents)[:3]:  # OUT/, OUT/kohya/, OUT/checkpoints/000200/
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
+            value = json.loads((folder / "config.json").read_text())[option]
+            texts = value if isinstance(value, list) else [value]
+            if type(value) is type(default) and all(isinstance(each, str) for each in texts):
+                return value
+    return default
+
+
+def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
+    """`options` where what was left open is as the config.json of the run around the adapter file
+    `path` has it, else as the file's header and its recipe do.
+    """
     recipe = RECIPES.get(about.get("recipe"), RECIPES["t4"])[1]
     guidance, weights = options.guidance_scale, options.base_quantization
-    base = options.pretrained_model_name_or_path or about.get("base_model", "")
+    base = options.pretrained_model_name_or_path or of_run(path, "pretrained_model_name_or_path")
+    prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
-        prompts=tuple(options.prompts or recipe.validation_prompts),
+        prompts=tuple(prompts or recipe.validation_prompts),
         guidance_scale=guidance if guidance >= 0 else recipe.guidance_scale,
-        pretrained_model_name_or_path=base,
+        pretrained_model_name_or_path=base or about.get("base_model", ""),
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
+        cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )
 
 

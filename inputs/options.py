@@ -149,7 +149,8 @@ class Config:
     # the same.
     memory_plan: bool = False
     # Train by the book's lines alone (lora.py, model.py, data.py, loop.py): the reference that the
-    # faster ways are measured against. One process, no checkpoints, no pictures.
+    # faster ways are measured against. One process, no checkpoints, no pictures, no comparison of
+    # the file; options about these have nothing to act on.
     plain: bool = False
     # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
     plan_for: str = ""
@@ -287,9 +288,12 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
     if not SPEAKS:
         return be_silent_or_leave(argv)
     try:
-        return parse(argv)
+        config = parse(argv)
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
+    if not config.plain and not (Path(__file__).parent.parent / "keep").is_dir():
+        sys.exit("error: there is no folder keep/ beside loop.py: only --plain trains without it")
+    return config
 
 
 def be_silent_or_leave(argv: list[str] | None) -> Config:
@@ -325,12 +329,20 @@ def check_plain(config: Config) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
     troubles = []  # each: what was found, what is expected, what to do
     if processes > 1:
-        troubles.append((f"{processes} processes", "one", "start it without torchrun"))
+        troubles.append(
+            (f"{processes} processes", "one", "start it without torchrun (make: GPUS=1)")
+        )
     if config.base_quantization == "nf4":
         troubles.append(("an NF4 base", "an unquantized one", "--base-quantization none"))
-    if os.path.isdir(config.out / "checkpoints"):
-        found = f"{config.out}, which holds checkpoints"
-        troubles.append((found, "a folder that holds none", "another --output-dir"))
+    for name in ("checkpoints", "finished.json", "pytorch_lora_weights.safetensors"):
+        if os.path.exists(config.out / name):
+            found = f"{config.out}, which holds {name}"
+            troubles.append((found, "a folder without", "another --output-dir"))
+            break
+    for name in ("plan_for", "deterministic", "compile"):
+        if getattr(config, name):
+            option = f"--{name.replace('_', '-')}"
+            troubles.append((option, "the book's lines, which know no such thing", "leave it out"))
     if troubles:
         found, expected, remedy = (" and ".join(texts) for texts in zip(*troubles, strict=True))
         raise Refusal(f"--plain with {found}", expected, remedy)

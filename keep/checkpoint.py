@@ -19,8 +19,9 @@ from torch import Tensor
 
 import lora
 import model
+from inputs import code
 from inputs.files import Refusal, first_line, sync_folder, write_whole
-from keep import code, faults
+from keep import faults
 from keep.identity import about
 
 PARTS = {  # what a state holds, and of which types; type() and not isinstance(): True is no step

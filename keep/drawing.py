@@ -4,10 +4,8 @@ with the bare model. The drawing itself is generate.py's.
 
 import contextlib
 import functools
-import json
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -47,31 +45,9 @@ def find_adapter(path: str) -> Path:
     return found[-1]
 
 
-def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list[str]:
-    """An option as the config.json of the run around `path` has it: a text, or a list of texts if
-    `default` is one. `default` where it has none.
-    """
-    for folder in list(path.resolve().parents)[:3]:  # OUT/, OUT/kohya/, OUT/checkpoints/000200/
-        with contextlib.suppress(OSError, ValueError, KeyError, TypeError, RecursionError):
-            value = json.loads((folder / "config.json").read_text())[option]
-            texts = value if isinstance(value, list) else [value]
-            if type(value) is type(default) and all(isinstance(each, str) for each in texts):
-                return value
-    return default
-
-
 def complete(options: Options, file: lora.AdapterFile) -> Options:
     """`options` where what was left open is as the run around the file has it, else its header."""
-    return drawing.complete(
-        replace(
-            options,
-            prompts=tuple(options.prompts or of_run(file.path, "validation_prompts", [])),
-            pretrained_model_name_or_path=options.pretrained_model_name_or_path
-            or of_run(file.path, "pretrained_model_name_or_path"),
-            cache_dir=options.cache_dir or of_run(file.path, "cache_dir") or "cache",
-        ),
-        file.about,
-    )
+    return drawing.complete(options, file.path, file.about)
 
 
 def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:

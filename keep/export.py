@@ -12,9 +12,10 @@ import torch
 import lora
 import model
 from adapters import files
+from inputs import code
 from inputs.files import Refusal, sweep_parts, write_whole
 from inputs.options import Config
-from keep import code, faster
+from keep import faster
 from keep.checkpoint import remove_old, sum_of
 from keep.identity import about, check_same, fixed_options, local_identity
 
@@ -36,6 +37,7 @@ def export(kept) -> list[Path]:
         )
     batch, dtype = run.examples.batch(range(1), run.device), model.DTYPES[config.save_dtype]
     paths = {"peft": config.out / lora.FILE_NAME, "kohya": kohya_path(config)}
+    run.unet.eval()  # what an edited layer does in training only, such as dropout, is in no file
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
     with torch.no_grad():
         trained = {name: matrix.clone() for name, matrix in matrices.items()}
@@ -54,11 +56,11 @@ def export(kept) -> list[Path]:
             for name, matrix in matrices.items():
                 matrix.copy_(trained[name])
             if not numbers_equal or not off <= (0.0 if dtype == torch.float32 else 2e-3):
+                disk = "check the disk and give the same command again"
                 raise Refusal(
                     f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
                     "the trained one",
-                    "check the disk and give the same command again; the training is safe under "
-                    "checkpoints/",
+                    f"{'; '.join(kept.notes) or disk}; the training is safe under checkpoints/",
                 )
     return list(paths.values())
 
@@ -104,7 +106,7 @@ def finished(config: Config) -> str:
         said = json.loads((config.out / "finished.json").read_text())
         whole = said["files"] == exported_sums(config) and said["save_dtype"] == config.save_dtype
         steps, known = said["steps"], said["options"] | said["identity"]
-        half, digests = known["dtype"] != "torch.float32", code.digests(faster.code(config))
+        half, digests = known["dtype"] != "torch.float32", code.digests(faster.code_of(config))
         names = code.changed(digests, said.get("code", digests))  # an earlier version kept none
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return ""  # not there, or not as it was written

@@ -9,8 +9,10 @@ import functools
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+from inputs import code
 from inputs.files import Refusal
 from inputs.options import Config
 
@@ -18,6 +20,35 @@ try:
     import fast
 except ImportError:  # deleted: its modules are imported below, each where it is used
     fast = None
+if fast and not fast.__file__:  # what is left of the folder are files that Python compiled
+    fast = None
+
+
+# Digests of the code that things in fast/ stand in for or count on. Where somebody has edited it,
+# they are left out, said in a sentence, and the book's own lines run: that edit is what is trained.
+# A test holds them to the tree: who changes such a function looks at fast/, then at this table.
+WRITTEN_FOR = {
+    "lora.LoRALinear": "8586e80369a874abc08532a20d20ba96",
+    "lora.inject": "898849339061150bad25ccf442ad1c83",
+    "loop.micro_step": "6ae19cfc226eaa7ce99d37fc7372010e",
+    "loop.gradient_norm": "f881e932c6a363a702a834e5bbd73b93",
+    "loop.unscale_and_clip": "9859a7cb891902b5f594a3204dec2207",
+    "loop.optimizer_step": "2d0dfa0d9ddf03de2871756b890dcace",
+    "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
+    "loop.step_batches": "336b9cbcc8278fd28438bb3bdbaed3d0",
+    "loop.diffusion_loss": "3518e0b9e3ffec707ace78f78341fd3d",
+    "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
+}
+# What may mean each matrix by itself, and would mean the one vector instead.
+MATRIX_BY_MATRIX = (
+    "lora.LoRALinear",
+    "lora.inject",
+    "loop.micro_step",
+    "loop.gradient_norm",
+    "loop.unscale_and_clip",
+    "loop.optimizer_step",
+    "loop.make_optimizer",
+)
 
 
 class Alone:
@@ -141,7 +172,9 @@ def plan(config: Config, device, dtype, most: int) -> tuple[Config, str]:
         return config, "no memory plan: there is no folder fast/" if config.memory_plan else ""
     from fast import plan
 
-    return plan.choose(config, device, dtype, most)
+    fuses = config.fused and not edited("lora.LoRALinear")  # else more is kept in memory
+    chosen, line = plan.choose(replace(config, fused=fuses), device, dtype, most)
+    return replace(chosen, fused=config.fused), line
 
 
 def plan_table(config: Config) -> str:
@@ -160,10 +193,12 @@ def load_unet_nf4(name: str, device, dtype, cache_dir: Path):
     return nf4.load_unet_nf4(name, device, dtype, cache_dir)
 
 
-def code(config: Config) -> list[tuple[str, str]]:
+def code_of(config: Config) -> list[tuple[str, str]]:
     """(module, name) of the functions in fast/ that make another run of this one."""
-    nf4 = ("quantise", "linear_4bit", "shapes_to_quantise")
-    return [("fast.nf4", name) for name in nf4] if config.base_quantization == "nf4" else []
+    if config.base_quantization != "nf4":
+        return []
+    need("a base in NF4", "--base-quantization none, or --plain, on the whole base")
+    return [("fast.nf4", name) for name in ("quantise", "linear_4bit", "shapes_to_quantise")]
 
 
 def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
@@ -176,27 +211,70 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
     if not fast:
         from keep.checkpoint import PlainMoments
 
-        return PlainMoments(run.optimizer, run.trained), "by the book's lines: no folder fast/", ""
-    import loop
-    from fast import compile, flat, graph, layers, prefetch
+        return (
+            PlainMoments(run.optimizer, run.trained),
+            "by the book's lines: no folder fast/",
+            unfused,
+        )
+    from fast import compile, layers
 
-    config, said = run.config, []
+    said, layer = [], edited("lora.LoRALinear")
     if may_fuse(run):
-        unfused = team.first_says("unfused", unfused or layers.disagreement(run.unet))
+        why = unfused or layer or layers.disagreement(run.unet)
+        unfused = team.first_says("unfused", why)
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
-    if config.compile:
+    if run.config.compile:
         compile.compile_resnets(run.unet)
+    moments, gradients = in_one_vector(run, said)
+    record(run, [*gradients, run.loss_sum], say, said)
+    if not (why := edited("loop.step_batches")):
+        from fast import prefetch
+
+        run.batches = prefetch.Prefetch(functools.partial(run.batches, share=team.share))
+    elif team.size > 1:
+        raise Refusal(f"several processes, and {why}", "step_batches as it was", "GPUS=1")
+    run.exchange = team.exchange
+    return moments, "; ".join(said), unfused
+
+
+def edited(*names: str) -> str:
+    """Which of `names` is not the code that fast/ was written for, in words; "" where all are."""
+    changed = [name for name in names if code.together(name) != WRITTEN_FOR[name]]
+    return f"{' and '.join(changed)} {'are' if changed[1:] else 'is'} edited" if changed else ""
+
+
+def in_one_vector(run, said: list[str]) -> tuple:
+    """Lay all that learns into one vector, unless code is edited that may mean single matrices.
+    Returns what reads and writes the optimizer's state, and the gradients that are added to.
+    """
+    import loop
+    from fast import flat
+    from keep.checkpoint import PlainMoments
+
+    if why := edited(*MATRIX_BY_MATRIX):
+        said.append(f"matrix by matrix, since {why}")
+        gradients = [matrix.grad for matrix in run.trained.values()]
+        return PlainMoments(run.optimizer, run.trained), gradients
     vector = flat.Flat(run.unet, run.trained)
     run.trained = vector.views
-    run.optimizer = loop.make_optimizer(config, [vector.vector])
+    run.optimizer = loop.make_optimizer(run.config, [vector.vector])
     run.micro_step = vector.micro_step(run.micro_step)
-    if config.cuda_graph and run.device.type == "cuda":
-        sums = [vector.vector.grad, run.loss_sum]
-        warm_up = 2 if config.compile else 1  # what is compiled may be compiled again when called
-        run.micro_step = graph.Recorded(run.micro_step, sums, say, warm_up)
-    run.batches = prefetch.Prefetch(functools.partial(run.batches, share=team.share))
-    run.exchange = team.exchange
-    return flat.FlatMoments(vector, run.optimizer), "; ".join(said), unfused
+    return flat.FlatMoments(vector, run.optimizer), [vector.vector.grad]
+
+
+def record(run, sums: list, say: Callable[[str], None], said: list[str]) -> None:
+    """Have the micro-step recorded on a GPU. What it decides in Python is decided once then."""
+    if not run.config.cuda_graph or run.device.type != "cuda":
+        return
+    if why := edited("loop.micro_step"):
+        said.append(f"not recorded, since {why}")
+        return
+    if why := edited("lora.LoRALinear", "loop.diffusion_loss", "model.predict"):
+        said.append(f"recorded, so that what it decides in Python is decided once ({why})")
+    from fast import graph
+
+    warm_up = 2 if run.config.compile else 1  # what is compiled may be compiled again when called
+    run.micro_step = graph.Recorded(run.micro_step, sums, say, warm_up)
 
 
 def may_fuse(run) -> bool:

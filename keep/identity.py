@@ -6,10 +6,10 @@ from pathlib import Path
 import torch
 
 from inputs import hub
+from inputs.code import changed, commit
 from inputs.files import Refusal, digest
 from inputs.options import Config
 from inputs.sources import Picture, read_dataset
-from keep.code import changed
 
 # What may change between two starts of one run; everything else is part of what the run is.
 MAY_CHANGE = {
@@ -102,7 +102,9 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
     names, theirs = changed(mine, state["code"]), state["commit"]
     if names and not config.accept_code_change:
         back = f"git checkout {theirs.removesuffix('+')}" if theirs else "put the old code back"
-        back += ", with the changes that its files had then" if theirs.endswith("+") else ""
+        if theirs and theirs.removesuffix("+") == commit().removesuffix("+"):
+            back = "put the old code back (git diff shows what is edited, git stash takes it away)"
+        back += ", with the edits that were not committed then" if theirs.endswith("+") else ""
         raise Refusal(
             f"since step {state['step']} of the run in {config.out} its code has changed: "
             f"{', '.join(names)}",

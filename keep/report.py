@@ -28,6 +28,7 @@ class Log:
 
     def __init__(self, out: Path, start: int, config: Config, speaks: bool = True):
         self.board, self.hook = None, threading.excepthook
+        self.also: dict[str, str] = {}  # what every line of log.jsonl says besides
         if not speaks:
             self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
             return
@@ -70,7 +71,7 @@ class Log:
             "gib": peak_gib(run.device),
         }
         sayable = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
-        print(json.dumps({"step": run.step} | sayable), file=self.file, flush=True)
+        print(json.dumps({"step": run.step} | sayable | self.also), file=self.file, flush=True)
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
         skipped = f", {run.scale.skipped} skipped" if run.scale.skipped else ""

@@ -19,14 +19,14 @@ from tqdm import tqdm
 
 import loop
 import model
-from inputs import options
+from inputs import code, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, write_whole
 from inputs.hub import encoder_fingerprints
 from inputs.options import Config
 from inputs.sources import Picture, read_dataset
 from inputs.vetting import check_device
-from keep import checkpoint, code, drawing, export, faster, faults, identity, meaning, report
+from keep import checkpoint, drawing, export, faster, faults, identity, meaning, report
 
 
 @dataclass
@@ -37,6 +37,7 @@ class Kept:
     its numbers; untrained: every matrix at its start, on the CPU; moments: reads and writes the
     optimizer's state by matrix; code_changes: which functions were changed under it, with leave;
     unfused: why its layers are computed by the book's lines, where fused ones were asked for;
+    notes: how its files will mean something else than it trains;
     half_done: whether the optimizer is at work, or has failed at it.
     """
 
@@ -49,6 +50,7 @@ class Kept:
     interrupts: report.Interrupts = field(default_factory=report.Interrupts)
     code_changes: str = ""
     unfused: str = ""
+    notes: list[str] = field(default_factory=list)
     half_done: bool = False
 
     def watch_the_optimizer(self) -> None:
@@ -92,7 +94,7 @@ def look(config: Config, device: torch.device, team: faster.Alone) -> Begun:
     same |= faster.promise(config, device, team.size)
     state = checkpoint.newest_state(config.out / "checkpoints")
     identity.check_same(config, same, state)
-    digests = code.digests(faster.code(config))
+    digests = code.digests(faster.code_of(config))
     changes = identity.check_code(config, digests, state)
     most = team.largest_share(config.examples_per_step)
     config, planned = faster.plan(config, device, dtype, most)
@@ -128,12 +130,14 @@ def set_up(
             unet = model.load_unet(name, device, begun.dtype)
     how = [begun.reason, model.use_attention(unet, config.attention, device, begun.dtype)]
     run = loop.assemble(config, unet, examples, begun.schedule, model.latent_scaling(name))
-    notes = [begun.planned, begun.code_changes, *meaning.meaning(run)]
+    notes = meaning.meaning(run)
     kept, said = keep(run, begun.identity, begun.code, team, begun.state)
-    kept.code_changes = begun.code_changes
-    team.check_equal("the run's start", run.trained, f"{run.step} {begun.identity}")
-    lines = report.describe(kept, begun.pictures, "; ".join([*how, said]), host)
-    return kept, "\n".join([lines, *filter(None, notes)])
+    kept.code_changes, kept.notes = begun.code_changes, notes
+    same = f"{run.step} {begun.identity} {begun.code}"
+    team.check_equal("the run's start", run.trained, same)
+    lines = report.describe(kept, begun.pictures, "; ".join(filter(None, [*how, said])), host)
+    more = filter(None, [begun.planned, begun.code_changes, *notes])
+    return kept, "\n".join([lines, *more])
 
 
 def keep(
@@ -171,6 +175,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
         print(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
     with report.Log(run.config.out, run.step, run.config, team.first) as log:
+        log.also = {"code_changes": kept.code_changes} if kept.code_changes else {}
         try:
             step_and_save(kept, log)
         except FloatingPointError as error:

@@ -43,6 +43,7 @@ def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:
         team=SimpleNamespace(first=True),
         code_changes="",
         unfused="",
+        notes=[],
         half_done=False,
     )
     if vector:

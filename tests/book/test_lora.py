@@ -136,7 +136,7 @@ def test_merged_equals_unmerged(unet, batch, strength):
     assert off(answer(unet, batch), beside) < 1e-5
     assert off(beside, bare) > 0.01
     for layer in adapter.layers.values():
-        assert not torch.equal(layer.base.weight, layer.unmerged)
+        assert not torch.equal(layer.base.weight, layer.weight_before_merge)
     inside = answer(unet, batch)
     lora.merge(adapter)  # a second time adds nothing
     assert torch.equal(answer(unet, batch), inside)
@@ -185,7 +185,7 @@ def test_merge_refuses_a_base_in_4_bits_and_touches_nothing():
     with pytest.raises(Refusal, match=r"second\.to_q has a quantised weight.*expected fp32"):
         lora.merge(adapter)
     assert all(torch.equal(p, q) for p, q in zip(net.parameters(), before, strict=True))
-    assert all(layer.unmerged is None for layer in adapter.layers.values())
+    assert all(layer.weight_before_merge is None for layer in adapter.layers.values())
 
 
 # ---- equal to PEFT -------------------------------------------------------------------------------

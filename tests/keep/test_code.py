@@ -7,9 +7,10 @@ import subprocess
 import pytest
 
 from conftest import ROOT
+from inputs import code
 from inputs.files import Refusal
 from inputs.options import Config
-from keep import code, identity
+from keep import faster, identity
 
 LOSS = "    each = F.mse_loss(answer, target, reduction="
 EDITS = {  # in loop.py, and which functions count as changed
@@ -22,16 +23,17 @@ EDITS = {  # in loop.py, and which functions count as changed
     "docstring": ('"""The loss of each example', '"""What is lost in each example', []),
     "another loss": ("F.mse_loss", "F.l1_loss", ["loop.diffusion_loss"]),
     "another string": ('reduction="none"', 'reduction="mean"', ["loop.diffusion_loss"]),
-    "a name gone": ("def snr_weight(", "def weight_of(", ["loop.snr_weight"]),
+    "a name gone": ("def snr_weight(", "def weight_of(", ["loop.snr_weight", "loop.weight_of"]),
     "two": ("run", "one_run", ["loop.micro_step", "loop.optimizer_step", "loop.step_batches"]),
-    "around it": ("def train_plain", "import this\n\n\ndef train_plain_otherwise", []),
+    "around it": ('print(f"saved {path}")', 'print(f"kept {path}")', []),
+    "a constant": ("2.0**16", "2.0**15", ["loop.assemble"]),
 }
 
 
 @pytest.mark.parametrize("edit", EDITS)
 def test_only_what_the_code_does_counts(tmp_path, edit):
     old, new, want = EDITS[edit]
-    for name in code.NUMBERS:
+    for name in code.MODULES:
         shutil.copy(ROOT / f"{name}.py", tmp_path)
     text = (tmp_path / "loop.py").read_text()
     assert old in text
@@ -43,7 +45,15 @@ def test_only_what_the_code_does_counts(tmp_path, edit):
 
 def test_everything_named_is_there_and_an_option_adds_its_own():
     digests = code.digests([("fast.nf4", "quantise")])
-    assert all(digests.values()) and len(digests) == 25 and "fast.nf4.quantise" in digests
+    assert all(digests.values()) and "fast.nf4.quantise" in digests
+    assert {"lora.TARGETS", "data.Encoder", "loop.fit", "model.predict"} <= digests.keys()
+    assert not {"loop.train_plain", "lora.merge", "model.load_unet"} & digests.keys()
+
+
+def test_what_fast_was_written_for_is_the_tree_as_it_is():
+    """Who edits one of these looks whether fast/ still does the same, then writes it down anew."""
+    assert {name: code.together(name) for name in faster.WRITTEN_FOR} == faster.WRITTEN_FOR
+    assert set(faster.MATRIX_BY_MATRIX) <= faster.WRITTEN_FOR.keys()
 
 
 def test_changed_code_is_refused_by_name_or_accepted_and_noted():

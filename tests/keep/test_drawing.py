@@ -188,10 +188,10 @@ def test_the_newest_run_is_drawn_where_none_is_named(tmp_path, monkeypatch, caps
 def test_what_a_runs_config_says_is_taken_where_it_is_text(tmp_path, junk):
     (tmp_path / "config.json").write_text(json.dumps({"cache_dir": junk, "prompts": ["a", "b"]}))
     path = tmp_path / lora.FILE_NAME
-    assert drawing.of_run(path, "cache_dir") == ""
-    assert drawing.of_run(path, "cache_dir", []) == []
-    assert drawing.of_run(path, "prompts", []) == ["a", "b"]
-    assert drawing.of_run(path, "prompts") == ""  # a list where one text belongs
+    assert options_of_drawing.of_run(path, "cache_dir") == ""
+    assert options_of_drawing.of_run(path, "cache_dir", []) == []
+    assert options_of_drawing.of_run(path, "prompts", []) == ["a", "b"]
+    assert options_of_drawing.of_run(path, "prompts") == ""  # a list where one text belongs
 
 
 # ---- options and exit codes ----------------------------------------------------------------------

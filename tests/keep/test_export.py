@@ -8,8 +8,9 @@ import torch
 
 import lora
 from adapters import files
+from inputs import code
 from inputs.files import Refusal
-from keep import code, export
+from keep import export
 from tiny_run import assembled, keep, step
 
 

@@ -52,8 +52,53 @@ EDITS = {
         ("--no-fused", "--lr-scheduler", "cosine"),
         (),
     ),
+    "a penalty": (
+        [
+            (
+                "loop.py",
+                "    (loss * run.factor).backward()",
+                "    loss = loss + 1e-2 * sum(m.square().sum() for m in run.trained.values())\n"
+                "    (loss * run.factor).backward()",
+            )
+        ],
+        ("--no-fused",),
+        ("matrix by matrix, since loop.micro_step is edited",),
+    ),
+    "each matrix clipped by itself": (
+        [
+            (
+                "loop.py",
+                "parameter.grad.mul_(shrink)",
+                "parameter.grad.mul_(min(1.0, 0.01 / (parameter.grad.norm().item() + 1e-6)))",
+            )
+        ],
+        ("--no-fused",),
+        ("matrix by matrix, since loop.unscale_and_clip is edited",),
+    ),
+    "other examples": (
+        [
+            (
+                "loop.py",
+                "range(step * n, (step + 1) * n)",
+                "range(run.step // 2 * n, (run.step // 2 + 1) * n)",
+            )
+        ],
+        ("--no-fused",),
+        (),
+    ),
+    "a branch by the length": (
+        [
+            (
+                "lora.py",
+                "scale = self.strength * self.scale\n",
+                "scale = self.strength * self.scale * (5 if x.shape[-2] > 20 else 1)\n",
+            )
+        ],
+        (),
+        ("by the book's lines, since lora.LoRALinear is edited",),
+    ),
     "another clip": (
-        [("loop.py", "factor = min(1.0, ", "factor = min(0.5, ")],
+        [("loop.py", "shrink = min(1.0, ", "shrink = min(0.5, ")],
         ("--no-fused",),
         (),
     ),
@@ -69,9 +114,8 @@ import lora, loop, torch
 from inputs import options
 from keep import training
 argv = sys.argv[1:]
-asked = [word for word in argv if word != "--plain-too"]
-loop.train_plain(options.parse([*asked, "--output-dir", "plain", "--plain"]))
-assert training.main([*asked, "--output-dir", "product"]) == 0
+loop.train_plain(options.parse([*argv, "--output-dir", "plain", "--plain"]))
+assert training.main([*argv, "--output-dir", "product"]) == 0
 plain, product = (lora.read(folder).matrices for folder in ("plain", "product"))
 same = [torch.equal(plain[name], product[name]) for name in plain]
 print("EQUAL" if plain.keys() == product.keys() and all(same) else "DIFFERENT", len(same))

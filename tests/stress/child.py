@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import loop
-from keep import checkpoint, code, export, report, training
+from inputs import code
+from keep import checkpoint, export, report, training
 
 ROOT = Path(__file__).parents[2]
 PHASES = ("starting", "caching", "stepping", "saving", "logging", "exporting", "drawing")

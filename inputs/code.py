@@ -1,5 +1,6 @@
-"""Which code a run's numbers come from: one digest for each function or class that makes them, and
-the commit. A run that went on with other code would be of two makings, and no file would tell.
+"""Which code a run's numbers come from: one digest for each function, class and constant that
+makes them, and the commit. A run that went on with other code would be of two makings, and no file
+would tell.
 """
 
 import ast
@@ -11,36 +12,53 @@ from pathlib import Path
 from inputs.files import digest
 
 ROOT = Path(__file__).parent.parent
-NUMBERS = {  # what makes the numbers, by module
-    "lora": "LoRALinear inject",
-    "loop": "diffusion_loss snr_weight learning_rate LossScale step_batches micro_step "
-    "gradient_norm unscale_and_clip optimizer_step make_optimizer",
-    "data": "Examples drawn_timesteps offset_noise views",
-    "model": "predict encode_prompts encode_unconditional encode_images add_time_ids add_noise "
-    "training_target rescale_zero_terminal_snr",
+# The modules that make the numbers, and what in them makes none: files, kernels, ways of loading.
+MODULES = {
+    "lora": "FILE_NAME set_strength refuse_merged merge unmerge peft_bytes save AdapterFile read "
+    "load",
+    "model": "READERS free_memory load_unet build_unet try_unet fill_unet use_attention "
+    "use_gradient_checkpointing checkpointable load_text_encoders load_encoder load_vae "
+    "load_tokenizer load_tokenizers",
+    "data": "in_batches send",
+    "loop": "CONFIG train_plain",
 }
 parsed = functools.lru_cache(maxsize=8)(ast.parse)  # a module's text is asked for many names
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
 def digests(further: Iterable[tuple[str, str]] = (), root: Path = ROOT) -> dict[str, str]:
-    """{"lora.LoRALinear": digest, ...} of the tree in `root`; an empty digest where there is no
-    such function or class any more.
+    """{"lora.LoRALinear": digest, ...} of the tree in `root`: of every function, class and constant
+    of MODULES that makes numbers.
 
     further: (module, name) of what an option plugs in that makes it another run.
     """
-    pairs = [(module, name) for module, names in NUMBERS.items() for name in names.split()]
-    return {
-        f"{module}.{name}": of_one((root / f"{module.replace('.', '/')}.py").read_bytes(), name)
-        for module, name in (*pairs, *further)
-    }
+    found = {}
+    for module, others in MODULES.items():
+        for name in named(root, module).keys() - set(others.split()):
+            found[f"{module}.{name}"] = of_one(root, module, name)
+    return found | {f"{module}.{name}": of_one(root, module, name) for module, name in further}
 
 
-def of_one(source: bytes, name: str) -> str:
-    """The digest of the function or class `name` in a module's text."""
-    found = [
-        each for each in parsed(source).body if isinstance(each, DOCUMENTED) and each.name == name
-    ]
+def together(*names: str) -> str:
+    """One digest of "module.name" of each of `names`: of what a cached file was made by."""
+    parts = (name.rpartition(".") for name in names)
+    return digest(*(of_one(ROOT, module, name) for module, _, name in parts))
+
+
+def named(root: Path, module: str) -> dict[str, list[ast.stmt]]:
+    """The statements of a module's top level that give a name something, by that name."""
+    found: dict[str, list[ast.stmt]] = {}
+    for each in parsed((root / f"{module.replace('.', '/')}.py").read_bytes()).body:
+        if isinstance(each, DOCUMENTED):
+            found.setdefault(each.name, []).append(each)
+        for target in each.targets if isinstance(each, ast.Assign) else ():
+            found.setdefault(ast.unparse(target), []).append(each)
+    return found
+
+
+def of_one(root: Path, module: str, name: str) -> str:
+    """The digest of what a module calls `name`; empty where it has no such thing any more."""
+    found = named(root, module).get(name)
     return digest(written_out(found)) if found else ""
 
 
