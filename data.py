@@ -225,15 +225,15 @@ def fill_cache(
     encoder: Encoder,
     random_flip: bool,
     dtype: torch.dtype,
-    prints: dict[str, str],
+    fingerprints: dict[str, str],
     claim: Callable[[str], bool] = every_block,
 ) -> Cache:
     """Encode what is not on disk yet, captions first, each encoder freed when it is done.
 
     dtype: the UNet's, in which contexts are kept: they would be rounded to it in the step anyway.
-    prints: the fingerprints of "vae" and "text". Both are part of the keys, with all else that a
-    row depends on, the code that makes it included, so a file that is there is never a wrong one.
-    claim: as for fill().
+    fingerprints: of the "vae" and of all that makes a "text" embedding. Both are part of the keys,
+    with all else that a row depends on, the code that makes it included, so a file that is there is
+    never a wrong one. claim: as for fill().
     """
     flips = (False, True) if random_flip else (False,)
 
@@ -243,11 +243,11 @@ def fill_cache(
 
     captions = [encoder.caption(i) for i in range(len(encoder.pictures) + 1)]
     by = together("data.Encoder", "model.encode_prompts", "model.encode_unconditional")
-    prompt_keys = [digest(caption, prints["text"], str(dtype), by) for caption in captions]
+    prompt_keys = [digest(caption, fingerprints["text"], str(dtype), by) for caption in captions]
     resolution, random_crop, seed = encoder.crop
     crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
     by = together("data.Encoder", "data.views", "model.encode_images", "inputs.pictures.decode")
-    latent_keys = [digest(p.digest, prints["vae"], crop, by) for p in encoder.pictures]
+    latent_keys = [digest(p.digest, fingerprints["vae"], crop, by) for p in encoder.pictures]
     prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")
     encode = functools.partial(encoder.encode_pictures, flips=flips)

@@ -276,8 +276,8 @@ def examples_of(
     crop = data.Crop(config.resolution, config.random_crop, config.seed)
     source = data.Encoder(pictures, vae, text, crop)
     if config.cache:
-        folder, prints = Path(config.cache_dir), encoder_fingerprints(name, half)
-        source = data.fill_cache(folder, source, config.random_flip, dtype, prints, claim)
+        folder, fingerprints = Path(config.cache_dir), encoder_fingerprints(name, half)
+        source = data.fill_cache(folder, source, config.random_flip, dtype, fingerprints, claim)
     else:
         check_pictures(pictures)
     chances = data.Chances(config.random_flip, config.caption_dropout, config.noise_offset)

@@ -16,17 +16,17 @@ from torch import Tensor, nn
 # bitsandbytes quantises the optimizer's state in blocks of 256 numbers. Starting every matrix at a
 # multiple of that keeps a block from straddling two of them, so the vector steps to the same bytes
 # as separate matrices do. (Its 8-bit zero is not quite zero, so padding drifts; nothing reads it.)
-BLOCK = 256
+QUANT_BLOCK = 256
 
 
 # Of an optimizer's state what is no number of any matrix: the count of steps, and what the 256
-# codes of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for each BLOCK.
+# codes of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for each QUANT_BLOCK.
 SHARED = ("step", "qmap1", "qmap2")
 
 
 def padded(count: int) -> int:
-    """`count` rounded up to a multiple of BLOCK."""
-    return -(-count // BLOCK) * BLOCK
+    """`count` rounded up to a multiple of QUANT_BLOCK."""
+    return -(-count // QUANT_BLOCK) * QUANT_BLOCK
 
 
 def together(names: list[str]) -> list[str]:
@@ -139,7 +139,7 @@ class FlatMoments:
                 kept[key] = first.to(device) if key.startswith("qmap") else first
                 continue
             whole = torch.zeros(
-                count // BLOCK if key.startswith("absmax") else count,
+                count // QUANT_BLOCK if key.startswith("absmax") else count,
                 dtype=first.dtype,
                 device=device,
             )
@@ -152,13 +152,13 @@ class FlatMoments:
             self.state[self.flat.vector] = kept
 
     def _of_each(self, key: str, value) -> dict:
-        """For each matrix its part of `value`: all of it, its numbers, or one for each BLOCK."""
+        """For each matrix its part of `value`: all of it, its numbers, or one a block."""
         flat = self.flat
         if key in SHARED:
             return dict.fromkeys(flat.shapes, value)
         if not key.startswith("absmax"):
             return flat.split(value)
         return {
-            name: value[flat.spans[name] // BLOCK :][: padded(shape.numel()) // BLOCK]
+            name: value[flat.spans[name] // QUANT_BLOCK :][: padded(shape.numel()) // QUANT_BLOCK]
             for name, shape in flat.shapes.items()
         }

@@ -47,8 +47,8 @@ def load_unet_nf4(
     folder = hub.fetch(name, "unet", half)
     unet = model.build_unet(folder)
     # Its small files and 64 samples of its weights too: the UNet's own print has ten tensors only.
-    prints = (hub.unet_fingerprint(name, half), hub.fingerprint(name, "unet", half))
-    what = digest(*prints, str(dtype), str(PER_SCALE), bnb.__version__, LAYOUT)
+    fingerprints = (hub.unet_fingerprint(name, half), hub.fingerprint(name, "unet", half))
+    what = digest(*fingerprints, str(dtype), str(PER_SCALE), bnb.__version__, LAYOUT)
     path = cache_dir / f"nf4-{what}.safetensors"
 
     kept = read_kept(path, device)

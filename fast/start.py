@@ -2,7 +2,7 @@
 
 Importing torch and diffusers keeps one core busy for seconds. Meanwhile the driver can make its
 context and the disk can be read: both let go of the interpreter while they wait. Whatever fails
-here is met again where it is needed, and said there. Deleting this module leaves every run as it
+here is met again where it is needed, and said there. Deleting the folder leaves every run as it
 is.
 """
 

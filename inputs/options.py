@@ -102,7 +102,8 @@ class Config:
     lr_warmup_steps: int = 0
     # Where the cosine ends, as a share of the learning rate.
     lr_end: float = 0.0
-    # Keep AdamW's two moments in 8 bits (bitsandbytes): a quarter of the memory.
+    # Keep AdamW's two moments in 8 bits (bitsandbytes): a quarter of the memory. Of every matrix:
+    # bitsandbytes' own default keeps those under 4,096 numbers in 32 bits.
     use_8bit_adam: bool = True
     # AdamW's decay of the adapter towards zero per step, times the learning rate.
     adam_weight_decay: float = 1e-2

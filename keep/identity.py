@@ -39,16 +39,20 @@ def fixed_options(config: Config) -> dict[str, str]:
 
 
 def identity(
-    config: Config, dtype: torch.dtype, pictures: list[Picture], prints: dict[str, str], noise: str
+    config: Config,
+    dtype: torch.dtype,
+    pictures: list[Picture],
+    fingerprints: dict[str, str],
+    noise: str,
 ) -> dict[str, str]:
     """What must be the same for a checkpoint to be continued, as text.
 
-    prints: hub.encoder_fingerprints(); noise: the noise schedule.
+    fingerprints: hub.encoder_fingerprints(); noise: the noise schedule.
     """
     return fixed_options(config) | {
         "dtype": str(dtype),
         "base": hub.unet_fingerprint(config.pretrained_model_name_or_path, dtype != torch.float32),
-        "encoders": digest(str(prints)),
+        "encoders": digest(str(fingerprints)),
         "noise schedule": digest(noise),
         "data": data_print(pictures),
     }

@@ -47,7 +47,6 @@ class Kept:
     untrained: dict[str, Tensor]
     moments: checkpoint.PlainMoments
     team: faster.Alone = field(default_factory=faster.Alone)
-    interrupts: report.Interrupts = field(default_factory=report.Interrupts)
     code_changes: str = ""
     unfused: str = ""
     notes: list[str] = field(default_factory=list)
@@ -88,9 +87,9 @@ def look(config: Config, device: torch.device, team: faster.Alone) -> Begun:
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
     schedule = model.load_noise_schedule(name, device)
-    prints = encoder_fingerprints(name, dtype != torch.float32)
+    fingerprints = encoder_fingerprints(name, dtype != torch.float32)
     noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
-    same = identity.identity(config, dtype, pictures, prints, noise)
+    same = identity.identity(config, dtype, pictures, fingerprints, noise)
     same |= faster.promise(config, device, team.size)
     state = checkpoint.newest_state(config.out / "checkpoints")
     identity.check_same(config, same, state)
@@ -168,7 +167,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
             flush=True,  # before a download of gigabytes
         )
     kept, lines = set_up(config, device, team)
-    run, kept.interrupts = kept.run, interrupts
+    run = kept.run
     team.asked = lambda: bool(interrupts.caught)
     print(lines)
     if run.step:
@@ -255,8 +254,8 @@ def train(config: Config, team: faster.Alone) -> int:
             said = export.finished(config)
         if said:
             print(said)
-        elif code := fit(config, interrupts, team):
-            return code
+        elif exit_code := fit(config, interrupts, team):
+            return exit_code
         team.leave()
         model.free_memory()
         if team.first:

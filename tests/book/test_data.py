@@ -212,9 +212,9 @@ PRINTS = {"vae": "v", "text": "t"}
 
 
 def fill(
-    folder: Path, encoder: data.Encoder, flip=False, dtype=torch.float32, prints=PRINTS
+    folder: Path, encoder: data.Encoder, flip=False, dtype=torch.float32, fingerprints=PRINTS
 ) -> data.Cache:
-    return data.fill_cache(folder, encoder, flip, dtype, prints)
+    return data.fill_cache(folder, encoder, flip, dtype, fingerprints)
 
 
 def examples_of(source, count=20, seed=3, flip=False, dropout=0.0, offset=0.0) -> data.Examples:
@@ -319,8 +319,8 @@ def other_content() -> dict:
         ({"resolution": 72}, {}, ALL, []),
         ({"seed": 1}, {}, [], []),  # a centre crop knows no seed
         ({}, {"dtype": torch.float16}, [], [*ALL, 20]),
-        ({}, {"prints": {"vae": "other", "text": "t"}}, ALL, []),
-        ({}, {"prints": {"vae": "v", "text": "other"}}, [], [*ALL, 20]),
+        ({}, {"fingerprints": {"vae": "other", "text": "t"}}, ALL, []),
+        ({}, {"fingerprints": {"vae": "v", "text": "other"}}, [], [*ALL, 20]),
         ({"random_crop": True}, {}, ALL, []),
     ],
     ids=(

@@ -13,7 +13,7 @@ import loop
 import lora
 import model
 from conftest import SDXL, make_batch, make_unet
-from fast.flat import BLOCK, Flat, FlatMoments, padded
+from fast.flat import QUANT_BLOCK, Flat, FlatMoments, padded
 from keep.checkpoint import PlainMoments
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -53,7 +53,7 @@ def test_the_vector_is_all_a_then_all_b_each_at_a_multiple_of_256():
     assert list(flat.spans) == order and list(flat.views) == list(trained)
     at = 0
     for name in order:
-        assert flat.spans[name] == at and at % BLOCK == 0 and BLOCK == 256
+        assert flat.spans[name] == at and at % QUANT_BLOCK == 0 and QUANT_BLOCK == 256
         assert torch.equal(flat.vector[at : at + trained[name].numel()], trained[name].flatten())
         at += padded(trained[name].numel())
     assert flat.vector.shape == flat.vector.grad.shape == (at,)
@@ -156,4 +156,4 @@ def test_at_full_size_the_vector_holds_sdxls_numbers():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SDXL / "unet"))
         lora.inject(unet, rank=16)
         flat = Flat(unet, lora.trained(unet))
-    assert 23_224_320 <= flat.vector.numel() < 23_224_320 + 2 * 560 * BLOCK
+    assert 23_224_320 <= flat.vector.numel() < 23_224_320 + 2 * 560 * QUANT_BLOCK

@@ -122,6 +122,38 @@ def test_a_run_goes_on_to_the_same_bytes_where_fast_has_been_deleted(
     assert equal(numbers(tmp_path / "halves"), numbers(tmp_path / "whole"))
 
 
+@pytest.mark.slow
+def test_in_a_tree_whose_fast_was_deleted_the_command_goes_on_to_the_same_bytes(train, tmp_path):
+    """A folder that is gone but for what Python compiled in it is gone, too."""
+    tree = tmp_path / "tree"
+    tree.mkdir()
+    for path in ROOT.glob("*.py"):
+        shutil.copy(path, tree)
+    for wing in ("inputs", "adapters", "fast", "see", "keep"):
+        shutil.copytree(ROOT / wing, tree / wing)
+
+    def start(name: str, steps: int) -> str:
+        argv = train.argv(name, "--no-fused", "--max-train-steps", str(steps))
+        done = subprocess.run(
+            [sys.executable, "loop.py", *argv],
+            cwd=tree,
+            env=os.environ | {"PYTHONPATH": ""},
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    start("whole", 4)
+    start("halves", 2)
+    for path in (tree / "fast").glob("*.py"):
+        path.unlink()
+    (tree / "fast" / "__pycache__").mkdir(exist_ok=True)
+    assert "by the book's lines: no folder fast/" in start("halves", 4)
+    assert equal(numbers(tmp_path / "halves"), numbers(tmp_path / "whole"))
+
+
 def test_without_fast_what_needs_it_is_refused_in_a_sentence(train, monkeypatch, capsys):
     monkeypatch.setattr(faster, "fast", None)
     for more in (("--base-quantization", "nf4"), ("--plan-for", "T4"), ("--deterministic",)):

@@ -502,8 +502,8 @@ def fill(base: Path, folder: Path) -> data.Cache:
     pictures = sources.read_dataset(str(base / "data"))
     crop = data.Crop(64, False, 42)
     encoder = data.Encoder(pictures, hostile.vae, hostile.text_encoders, crop)
-    prints = hub.encoder_fingerprints(str(POCKET), False)
-    return data.fill_cache(folder, encoder, False, torch.float32, prints)
+    fingerprints = hub.encoder_fingerprints(str(POCKET), False)
+    return data.fill_cache(folder, encoder, False, torch.float32, fingerprints)
 
 
 def cache(case: Case):
