@@ -34,7 +34,7 @@ def digests(further: Iterable[tuple[str, str]] = (), root: Path = ROOT) -> dict[
     """
     found = {}
     for module, others in MODULES.items():
-        for name in named(root, module).keys() - set(others.split()):
+        for name in sorted(named(root, module).keys() - set(others.split())):
             found[f"{module}.{name}"] = of_one(root, module, name)
     return found | {f"{module}.{name}": of_one(root, module, name) for module, name in further}
 

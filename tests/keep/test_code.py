@@ -101,3 +101,14 @@ def test_the_commit_is_the_tree_s_own_with_a_plus_where_its_python_differs(tmp_p
     monkeypatch.setattr(code, "ROOT", tmp_path)
     monkeypatch.setenv("PATH", str(inner))
     assert commit() == ""
+
+
+def test_digests_come_in_one_order_in_every_process():
+    """Several processes compare them as text, and a set's order is each process's own."""
+    assert list(code.digests()) == [
+        f"{module}.{name}"
+        for module in code.MODULES
+        for name in sorted(
+            key.partition(".")[2] for key in code.digests() if key.startswith(module)
+        )
+    ]
