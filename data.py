@@ -24,7 +24,7 @@ from torch import Tensor
 import model
 from inputs import vetting
 from inputs.ahead import Ahead
-from inputs.blocks import BLOCK, cut, every_block, fill
+from inputs.blocks import ROWS_PER_FILE, cut, every_block, fill
 from inputs.code import together
 from inputs.files import digest, open_safetensors
 from inputs.pictures import all_damaged_named, decode
@@ -79,12 +79,6 @@ def views(
     return torch.from_numpy(stacked), torch.stack(time_ids)
 
 
-def prepare(picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool) -> tuple:
-    """Pixels (3, R, R) and time ids (6,) of one view."""
-    pixels, time_ids = views(picture, resolution, random_crop, seed, (flip,))
-    return pixels[0], time_ids[0]
-
-
 # ---- encoded at every step, or once --------------------------------------------------------------
 
 
@@ -135,9 +129,9 @@ class Encoder:
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
         """mean, std (C, H, W) of the picture's posterior and time ids (6,), fp32."""
-        pixels, time_ids = prepare(self.pictures[index], *self.crop, flip)
-        mean, std = self.posterior(pixels[None], [self.pictures[index].name])  # (1, C, H, W) each
-        return mean[0], std[0], time_ids
+        pixels, time_ids = views(self.pictures[index], *self.crop, (flip,))
+        mean, std = self.posterior(pixels, [self.pictures[index].name])  # (1, C, H, W) each
+        return mean[0], std[0], time_ids[0]
 
     def encode_pictures(self, blocks: Iterable[range], flips: tuple) -> Iterator[dict[str, Tensor]]:
         """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order; threads
@@ -146,7 +140,7 @@ class Encoder:
         """
         work, count = (lambda i: views(self.pictures[i], *self.crop, flips)), len(flips)
         blocks, ahead = itertools.tee(blocks)
-        with Ahead(work, itertools.chain.from_iterable(ahead), depth=BLOCK) as prepared:
+        with Ahead(work, itertools.chain.from_iterable(ahead), depth=ROWS_PER_FILE) as prepared:
             size = max(1, self.at_once() // count)  # pictures
             for part in itertools.chain.from_iterable(cut(block, size) for block in blocks):
                 pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
@@ -188,7 +182,7 @@ class Encoder:
         for block in blocks:
             captions = list(dict.fromkeys(self.caption(i) for i in block))
             texts = [caption for caption in captions if caption]
-            size = BLOCK if in_batches(self.text.encoders[0].device) else 1
+            size = ROWS_PER_FILE if in_batches(self.text.encoders[0].device) else 1
             known = {}
             for group in cut(texts, size) + [[""]] * ("" in captions):
                 known |= dict(zip(group, zip(*self.embed(group), strict=True), strict=True))
@@ -210,7 +204,7 @@ class Cache:
 
     def row(self, files: list[Path], index: int, key: str) -> Tensor:
         """Row `index` of all files' rows: only its bytes are read."""
-        return self.open(files[index // BLOCK]).get_slice(key)[index % BLOCK]
+        return self.open(files[index // ROWS_PER_FILE]).get_slice(key)[index % ROWS_PER_FILE]
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
         rows = (self.row(self.latents, index, key) for key in ("mean", "std", "time_ids"))
@@ -306,15 +300,21 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 class Examples:
     """The run's examples, by number; an epoch shows every picture once, in an order of its own.
 
-    source: an Encoder or a Cache; names: of its pictures; timesteps: how many the noise schedule
-    has; latent_shape: (C, H, W).
+    source: an Encoder or a Cache; names: of its pictures; num_train_timesteps: of the noise
+    schedule; shape: (C, H, W).
     """
 
     def __init__(
-        self, source, names: list, seed: int, chances: Chances, timesteps: int, latent_shape: tuple
+        self,
+        source,
+        names: list,
+        seed: int,
+        chances: Chances,
+        num_train_timesteps: int,
+        shape: tuple,
     ):
         self.source, self.names, self.count, self.seed = source, names, len(names), seed
-        self.chances, self.timesteps, self.latent_shape = chances, timesteps, latent_shape
+        self.chances, self.num_train_timesteps, self.shape = chances, num_train_timesteps, shape
         self.order = functools.lru_cache(maxsize=2)(self._order)  # a batch may span two epochs
 
     def _order(self, epoch: int) -> np.ndarray:
@@ -329,8 +329,8 @@ class Examples:
         """
         stream = np.random.default_rng([self.seed, i, EXAMPLE])
         flip, drop = stream.random(2)
-        t = int(stream.integers(0, self.timesteps))
-        eps, noise = stream.standard_normal((2, *self.latent_shape), dtype=np.float32)
+        t = int(stream.integers(0, self.num_train_timesteps))
+        eps, noise = stream.standard_normal((2, *self.shape), dtype=np.float32)
         noise = offset_noise(noise, stream, self.chances.noise_offset)
         picture = int(self.order(i // self.count)[i % self.count])
         flip = bool(self.chances.random_flip and flip < 0.5)

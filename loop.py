@@ -47,16 +47,16 @@ def diffusion_loss(
     unet: torch.nn.Module,
     batch: dict[str, Tensor],
     schedule: model.NoiseSchedule,
-    scaling: tuple[float, float],
+    latent_scaling: tuple[float, float],
     snr_gamma: float = 0.0,
 ) -> Tensor:
     """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and its
     target, the noise (Ho et al. 2020, eq. 14) or v, times the min-SNR weight. batch: as
     data.Examples.batch() gives it.
     """
-    (factor, shift), t, noise = scaling, batch["t"], batch["noise"]
+    (scaling_factor, shift_factor), t, noise = latent_scaling, batch["t"], batch["noise"]
     latent = batch["mean"] + batch["std"] * batch["eps"]  # (B, C, H, W): one of the posterior
-    x0 = (latent - shift) * factor
+    x0 = (latent - shift_factor) * scaling_factor
     x_t = model.add_noise(x0, noise, t, schedule)  # (B, C, H, W)
     answer = model.predict(unet, x_t, batch)  # (B, C, H, W) fp32
     target = model.training_target(x0, noise, t, schedule)
@@ -118,20 +118,15 @@ class LossScale:
             self.value *= 2 if self.good_steps % self.growth_interval == 0 else 1
 
 
-def whole(numbers: range) -> range:
-    """One process has all of a step's examples."""
-    return numbers
-
-
 def step_batches(
-    run: "Run", step: int, share: Callable[[range], range] = whole
+    run: "Run", step: int, share: Callable[[range], range] = lambda numbers: numbers
 ) -> Iterator[dict[str, Tensor]]:
     """The n examples of step `step`, at most train_batch_size in each batch. share: which of them
     this process computes where there are several; alone, all.
     """
     n, size = run.config.examples_per_step, run.config.train_batch_size
     for numbers in data.cut(share(range(step * n, (step + 1) * n)), size):
-        yield run.examples.batch(numbers, run.device, run.timesteps)
+        yield run.examples.batch(numbers, run.unet.device, run.timesteps)
 
 
 def micro_step(run: "Run", batch: dict[str, Tensor]) -> None:
@@ -140,11 +135,11 @@ def micro_step(run: "Run", batch: dict[str, Tensor]) -> None:
     No number is read from the GPU in here, so that the whole of it can be recorded once and
     replayed (fast/graph.py).
     """
-    each = run.loss(run.unet, batch, run.schedule, run.scaling, run.config.snr_gamma)  # (B,)
+    each = run.loss(run.unet, batch, run.schedule, run.latent_scaling, run.config.snr_gamma)  # (B,)
     # Divided by n, not by B: so 4 examples give the same gradient, up to rounding, in one pass of
     # 4, in two of 2, or in one of 3 and one of 1.
     loss = each.sum() / run.config.examples_per_step
-    (loss * run.factor).backward()
+    (loss * run.scale_on_device).backward()
     run.loss_sum.add_(loss.detach())
 
 
@@ -162,15 +157,11 @@ def unscale_and_clip(run: "Run", norm: float) -> None:
     """Divide the gradient by the loss scale, and shorten it to max_grad_norm where `norm`, its
     length without the scale, is longer (Pascanu et al. 2013, https://arxiv.org/abs/1211.5063).
     """
-    shrink = min(1.0, run.config.max_grad_norm / (norm + 1e-6)) / run.scale.value
+    shrink = min(1.0, run.config.max_grad_norm / (norm + 1e-6)) / run.loss_scale.value
     # Over the optimizer's own list, not run.trained: it may hold one vector for all matrices.
     for group in run.optimizer.param_groups:
         for parameter in group["params"]:
             parameter.grad.mul_(shrink)
-
-
-def alone(run: "Run") -> None:
-    """One process has the whole gradient and loss already."""
 
 
 def optimizer_step(run: "Run") -> tuple[float, float]:
@@ -179,12 +170,12 @@ def optimizer_step(run: "Run") -> tuple[float, float]:
     Raises FloatingPointError, before anything has moved, where the loss is not finite, or the
     gradient is not and the loss scale cannot halve.
     """
-    run.factor.fill_(run.scale.value)
+    run.scale_on_device.fill_(run.loss_scale.value)
     run.loss_sum.zero_()
     for batch in run.batches(run, run.step):  # socket: where the step's examples come from
         run.micro_step(run, batch)  # socket: as it is, or recorded and replayed
     run.exchange(run)  # socket: several processes add their gradients and losses here
-    norm = gradient_norm(run.trained) / run.factor  # ()
+    norm = gradient_norm(run.trained) / run.scale_on_device  # ()
     # Here, and only here, the CPU waits for the GPU: .tolist() needs the numbers.
     loss, norm = torch.stack([run.loss_sum, norm]).tolist()
     finite = math.isfinite(loss + norm)
@@ -193,10 +184,10 @@ def optimizer_step(run: "Run") -> tuple[float, float]:
         for group in run.optimizer.param_groups:
             group["lr"] = learning_rate(run.step, run.config)
         run.optimizer.step()  # socket: AdamW, over every matrix or over one vector of them all
-    elif not (math.isfinite(loss) and run.scale.can_halve()):
+    elif not (math.isfinite(loss) and run.loss_scale.can_halve()):
         raise FloatingPointError(f"step {run.step + 1}: loss {loss}, gradient norm {norm}")
     run.optimizer.zero_grad(set_to_none=False)  # not to None: a recorded graph knows their place
-    run.scale.update(finite)
+    run.loss_scale.update(finite)
     run.step += 1
     return loss, norm
 
@@ -216,9 +207,9 @@ def fit(run: "Run") -> Iterator[tuple[int, float, float]]:
 @dataclass
 class Run:
     """Everything that a step touches. trained: every matrix that learns, fp32, by its name;
-    scaling: the VAE's (factor, shift); scale: the loss scale; factor: its value as a tensor, since
-    a recorded graph can read a tensor but not a Python number; loss_sum: the step's loss so far,
-    both () fp32 on the device.
+    latent_scaling: the VAE's (scaling_factor, shift_factor); scale_on_device: loss_scale.value as a
+    tensor, since a recorded graph can read a tensor but not a Python number; loss_sum: the step's
+    loss so far, both () fp32 on the device.
     """
 
     config: Config
@@ -227,9 +218,9 @@ class Run:
     trained: dict[str, Tensor]
     examples: data.Examples
     schedule: model.NoiseSchedule
-    scaling: tuple[float, float]
-    scale: LossScale
-    factor: Tensor
+    latent_scaling: tuple[float, float]
+    loss_scale: LossScale
+    scale_on_device: Tensor
     loss_sum: Tensor
     # The six sockets: plain functions kept in fields, so each gets the run as an argument.
     optimizer: torch.optim.Optimizer
@@ -237,12 +228,8 @@ class Run:
     timesteps: Callable[[list[data.Example]], Tensor] = data.drawn_timesteps
     loss: Callable[..., Tensor] = diffusion_loss
     micro_step: Callable[["Run", dict[str, Tensor]], None] = micro_step
-    exchange: Callable[["Run"], None] = alone
+    exchange: Callable[["Run"], None] = lambda run: None  # one process has all of them already
     step: int = 0
-
-    @property
-    def device(self) -> torch.device:
-        return self.unet.device
 
 
 def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
@@ -263,12 +250,12 @@ def examples_of(
     pictures: list[Picture],
     device: torch.device,
     dtype: torch.dtype,
-    timesteps: int,
+    num_train_timesteps: int,
     claim: Callable[[str], bool] = data.every_block,
 ) -> data.Examples:
     """The run's examples: every picture and caption is encoded once and read from the cache, or,
-    with --no-cache, anew in every step. dtype: the UNet's; timesteps: how many its noise schedule
-    has; claim: see data.fill_cache().
+    with --no-cache, anew in every step. dtype: the UNet's; num_train_timesteps: of its
+    noise schedule; claim: see data.fill_cache().
     """
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32
     vae = partial(model.load_vae, name, device)
@@ -283,7 +270,7 @@ def examples_of(
     chances = data.Chances(config.random_flip, config.caption_dropout, config.noise_offset)
     side = config.resolution // 8  # options are refused where the VAE's factor does not divide it
     names = [picture.name for picture in pictures]
-    return data.Examples(source, names, config.seed, chances, timesteps, (4, side, side))
+    return data.Examples(source, names, config.seed, chances, num_train_timesteps, (4, side, side))
 
 
 def assemble(
@@ -291,7 +278,7 @@ def assemble(
     unet: torch.nn.Module,
     examples: data.Examples,
     schedule: model.NoiseSchedule,
-    scaling: tuple[float, float],
+    latent_scaling: tuple[float, float],
 ) -> Run:
     """A run at its first step, from a bare UNet and the examples."""
     check_widths(unet, *examples.source.prompt(0))
@@ -302,11 +289,11 @@ def assemble(
     for matrix in trained.values():
         matrix.grad = torch.zeros_like(matrix)  # backward adds to it, in place
     fp16 = unet.dtype == torch.float16  # bf16 has fp32's range and needs no loss scale
-    scale = LossScale(enabled=fp16, value=2.0**16 if fp16 else 1.0)
-    factor, loss_sum = torch.zeros(2, device=unet.device)
+    loss_scale = LossScale(enabled=fp16, value=2.0**16 if fp16 else 1.0)
+    scale_on_device, loss_sum = torch.zeros(2, device=unet.device)
     optimizer = make_optimizer(config, list(trained.values()))
-    about = (unet, adapter, trained, examples, schedule, scaling)
-    return Run(config, *about, scale, factor, loss_sum, optimizer)
+    parts = (unet, adapter, trained, examples, schedule, latent_scaling)
+    return Run(config, *parts, loss_scale, scale_on_device, loss_sum, optimizer)
 
 
 def train_plain(config: Config) -> None:

@@ -16,19 +16,16 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from inputs import vetting
 from inputs.files import Refusal, first_line, open_safetensors
 from inputs.hub import fetch, read_config, weight_files
-
-if TYPE_CHECKING:  # imported where a prompt is read: a start from a full cache reads none
-    from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 # ---- device and precision ------------------------------------------------------------------------
 
@@ -202,7 +199,7 @@ class TextEncoders:
     force_zeros_for_empty_prompt.
     """
 
-    tokenizers: tuple[CLIPTokenizer, CLIPTokenizer]
+    tokenizers: list[CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zero_unconditional: bool
 
@@ -211,9 +208,7 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
     """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are
     some.
     """
-    clip = vetting.import_clip()
-    classes = {"text_encoder": clip.CLIPTextModel}
-    classes["text_encoder_2"] = clip.CLIPTextModelWithProjection
+    classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
     tokenizers = load_tokenizers(name)
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
@@ -234,14 +229,10 @@ def zeros_for_empty_prompt(name: str) -> bool:
     return vetting.zeros_for_empty_prompt(fetch(name, "") / "model_index.json")
 
 
-def load_tokenizer(name: str, part: str) -> CLIPTokenizer:
-    folder, clip = fetch(name, part), vetting.import_clip()
-    with vetting.refused(f"{folder} holds no CLIP tokenizer"):
-        return clip.CLIPTokenizer.from_pretrained(folder)
-
-
-def load_tokenizers(name: str) -> tuple[CLIPTokenizer, CLIPTokenizer]:
-    return load_tokenizer(name, "tokenizer"), load_tokenizer(name, "tokenizer_2")
+def load_tokenizers(name: str) -> list[CLIPTokenizer]:
+    folders = [fetch(name, part) for part in ("tokenizer", "tokenizer_2")]
+    with vetting.refused(f"{folders[0].parent} holds no CLIP tokenizers"):
+        return [CLIPTokenizer.from_pretrained(folder) for folder in folders]
 
 
 @torch.no_grad()

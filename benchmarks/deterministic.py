@@ -313,7 +313,7 @@ def whole_step(device) -> dict:
     run, said = synthetic.assemble(config, device, options.folder)
     synthetic.leave_zero(run)
     batch, grads, spent = run.examples.batch(range(4), device), [], []
-    run.factor.fill_(run.scale.value)
+    run.scale_on_device.fill_(run.loss_scale.value)
     for _ in range(CALLS):
         run.optimizer.zero_grad(set_to_none=False)
         began = bench.wait(device)

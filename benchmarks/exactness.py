@@ -51,7 +51,7 @@ def first_gradient(run: loop.Run) -> tuple[float, Tensor]:
     """(mean loss, gradient (N,) fp32 on the CPU) of the examples of step 0, with an adapter whose B
     are not zero. The step itself is left to be done.
     """
-    run.factor.fill_(run.scale.value)
+    run.scale_on_device.fill_(run.loss_scale.value)
     run.loss_sum.zero_()
     for batch in loop.step_batches(run, 0):
         run.micro_step(run, batch)
@@ -155,7 +155,7 @@ def gradient_and_way(run: loop.Run, options: Options) -> tuple[Tensor, Tensor, i
     for _ in range(options.steps):
         loop.optimizer_step(run)
     way = (run.trained[name].detach() - before for name, before in start.items())
-    return grad, synthetic.flattened(way), run.scale.skipped
+    return grad, synthetic.flattened(way), run.loss_scale.skipped
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -212,8 +212,8 @@ def full_size(dtype: torch.dtype, make, device: str = "cuda", tiny: bool = False
     with random_unet_with(make):
         run, _ = synthetic.assemble(config, torch.device(device), options.folder, torch.float16)
     synthetic.leave_zero(run)
-    batch = run.examples.batch(range(4), run.device)
-    run.factor.fill_(2.0**16 / 4)  # as LossScale begins in fp16
+    batch = run.examples.batch(range(4), run.unet.device)
+    run.scale_on_device.fill_(2.0**16 / 4)  # as LossScale begins in fp16
     run.micro_step(run, batch)
     with torch.no_grad():
         answer = model.predict(run.unet, batch["noise"], batch).cpu()

@@ -181,7 +181,7 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
         row |= {"s_per_step": round(middle, 4), "s_lowest": round(min(timed), 4)}
         row |= {"s_highest": round(max(timed), 4), "images_per_s": round(n / middle, 2)}
         row |= {"mfu": round(useful / peak, 3), "s_first_step": round(seconds[0], 2)}
-        row |= {"loss": round(losses[-1], 4), "skipped": run.scale.skipped, "steps": steps}
+        row |= {"loss": round(losses[-1], 4), "skipped": run.loss_scale.skipped, "steps": steps}
         row["losses"] = [round(loss, 4) for loss in losses]
     if cuda:
         row["gib_allocated"] = gib(torch.cuda.max_memory_allocated())

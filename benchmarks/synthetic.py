@@ -145,7 +145,7 @@ def flattened(matrices: Iterable[Tensor]) -> Tensor:
 
 def gradient(run: loop.Run) -> Tensor:
     """What has been added to the gradients of all that learns, the loss scale taken out, (N,)."""
-    return flattened(matrix.grad for matrix in run.trained.values()) / run.factor.cpu()
+    return flattened(matrix.grad for matrix in run.trained.values()) / run.scale_on_device.cpu()
 
 
 @torch.no_grad()

@@ -147,9 +147,9 @@ def time_all_reduce(run, wait: Callable) -> float:
     """
     seconds = []
     for _ in range(12):
-        began = wait(run.device)
+        began = wait(run.unet.device)
         run.exchange(run)
-        seconds.append(wait(run.device) - began)
+        seconds.append(wait(run.unet.device) - began)
     return statistics.median(seconds[2:])
 
 

@@ -1,6 +1,6 @@
-"""Files of the cache: each holds BLOCK rows, is written whole or not at all, and says of itself
-what it is. Damage, and another file's content under its name, are noticed at the start of a run,
-and the file is made anew.
+"""Files of the cache: each holds ROWS_PER_FILE rows, is written whole or not at all, and says of
+itself what it is. Damage, and another file's content under its name, are noticed at the start of a
+run, and the file is made anew.
 """
 
 import contextlib
@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from inputs.files import Refusal, digest, safetensors_bytes, sweep_parts, write_whole
 
-BLOCK = 16  # pictures or captions in one file: what an interruption may cost
+ROWS_PER_FILE = 16  # pictures or captions in one file: what an interruption may cost
 LARGEST = 10**9  # bytes: 16 pictures of 4096 px, mirrored too, take a quarter
 SUM = '"crc32":"{:08x}"'
 
@@ -39,7 +39,7 @@ def fill(
     encode: Callable[[Iterable[range]], Iterator[dict[str, Tensor]]],
     claim: Callable[[str], bool] = every_block,
 ) -> list[Path]:
-    """One file for each BLOCK of keys, encoding only the blocks that are not on disk yet.
+    """One file for each ROWS_PER_FILE of keys, encoding only the blocks that are not on disk yet.
 
     keys: what each row depends on (content, encoder, resolution); a block's file is named by its
     keys, so changed data or encoders give other files and nothing stale is ever read; a damaged one
@@ -48,7 +48,7 @@ def fill(
     claim(name): whether this process encodes that block. Of several, one that is told no leaves it
     to another; all files are there once each has ended.
     """
-    blocks = cut(range(len(keys)), BLOCK)
+    blocks = cut(range(len(keys)), ROWS_PER_FILE)
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     shown = tqdm(files, f"reading encoded {kind}s", leave=False, mininterval=1, delay=2)
     pairs = zip(shown, blocks, strict=True)

@@ -18,7 +18,7 @@ MODULES = {
     "load",
     "model": "READERS free_memory load_unet build_unet try_unet fill_unet use_attention "
     "use_gradient_checkpointing checkpointable load_text_encoders load_encoder load_vae "
-    "load_tokenizer load_tokenizers",
+    "load_tokenizers",
     "data": "in_batches send",
     "loop": "CONFIG train_plain",
 }

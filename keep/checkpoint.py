@@ -91,7 +91,7 @@ def save_state(kept) -> None:
     buffer = io.BytesIO()
     state = on_the_host({"trained": run.trained, "moments": kept.moments.read()}) | {
         "step": run.step,
-        "scale": dataclasses.asdict(run.scale),
+        "scale": dataclasses.asdict(run.loss_scale),
         "identity": kept.identity,
         "code": kept.code,
         "code_changes": kept.code_changes,
@@ -225,7 +225,7 @@ def restore(kept, state: dict | None) -> None:
         for name, matrix in run.trained.items():
             matrix.copy_(state["trained"][name])
     kept.moments.write(state["moments"])
-    run.scale = type(run.scale)(**state["scale"])
+    run.loss_scale = type(run.loss_scale)(**state["scale"])
     run.step = state["step"]
 
 
@@ -234,7 +234,9 @@ def wrong_numbers(run, state: dict) -> str:
     optimizer or loss scale, or "".
     """
     theirs = state["scale"]
-    if {k: type(v) for k, v in theirs.items()} != {k: type(v) for k, v in vars(run.scale).items()}:
+    if {k: type(v) for k, v in theirs.items()} != {
+        k: type(v) for k, v in vars(run.loss_scale).items()
+    }:
         return f"the loss scale is {theirs}"
     for name, matrix in run.trained.items():
         numbers, moments = state["trained"][name], state["moments"].get(name, {})

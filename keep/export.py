@@ -33,9 +33,9 @@ def export(kept) -> list[Path]:
             "the adapter did not move: it equals its start",
             "a trained adapter",
             "a higher --learning-rate or more --max-train-steps"
-            + f" ({run.scale.skipped} steps were skipped)",
+            + f" ({run.loss_scale.skipped} steps were skipped)",
         )
-    batch, dtype = run.examples.batch(range(1), run.device), model.DTYPES[config.save_dtype]
+    batch, dtype = run.examples.batch(range(1), run.unet.device), model.DTYPES[config.save_dtype]
     paths = {"peft": config.out / lora.FILE_NAME, "kohya": kohya_path(config)}
     run.unet.eval()  # what an edited layer does in training only, such as dropout, is in no file
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place

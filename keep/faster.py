@@ -30,13 +30,13 @@ if fast and not fast.__file__:  # what is left of the folder are files that Pyth
 WRITTEN_FOR = {
     "lora.LoRALinear": "8586e80369a874abc08532a20d20ba96",
     "lora.inject": "898849339061150bad25ccf442ad1c83",
-    "loop.micro_step": "6ae19cfc226eaa7ce99d37fc7372010e",
+    "loop.micro_step": "e97f395daf2a1024a509fb4e8dcc6249",
     "loop.gradient_norm": "f881e932c6a363a702a834e5bbd73b93",
-    "loop.unscale_and_clip": "9859a7cb891902b5f594a3204dec2207",
-    "loop.optimizer_step": "2d0dfa0d9ddf03de2871756b890dcace",
+    "loop.unscale_and_clip": "514fbaf61f81d1cd5a6ffc75b7393b59",
+    "loop.optimizer_step": "cb1b77caeff3635cdec4d407bb0f7119",
     "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
-    "loop.step_batches": "336b9cbcc8278fd28438bb3bdbaed3d0",
-    "loop.diffusion_loss": "3518e0b9e3ffec707ace78f78341fd3d",
+    "loop.step_batches": "1c81a7f60d2111d1032b7bb37d1d2296",
+    "loop.diffusion_loss": "ae25d325faadcd60ffbddd5838318301",
     "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
 }
 # What may mean each matrix by itself, and would mean the one vector instead.
@@ -264,7 +264,7 @@ def in_one_vector(run, said: list[str]) -> tuple:
 
 def record(run, sums: list, say: Callable[[str], None], said: list[str]) -> None:
     """Have the micro-step recorded on a GPU. What it decides in Python is decided once then."""
-    if not run.config.cuda_graph or run.device.type != "cuda":
+    if not run.config.cuda_graph or run.unet.device.type != "cuda":
         return
     if why := edited("loop.micro_step"):
         said.append(f"not recorded, since {why}")

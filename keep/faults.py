@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils import get_total_norm
 
 import data
-from inputs.blocks import BLOCK
+from inputs.blocks import ROWS_PER_FILE
 from inputs.files import Refusal
 
 AGAIN = (
@@ -46,7 +46,7 @@ def in_state(kept) -> str:
     # All at once first, since each answer is a wait for the GPU. Bytes of 8-bit AdamW are finite.
     if not get_total_norm([tensor for *_, tensor in floats], math.inf).isfinite():
         return next(f"{what} has {kind(t)} in {name}" for what, name, t in floats if kind(t))
-    value = kept.run.scale.value
+    value = kept.run.loss_scale.value
     return "" if math.isfinite(value) else f"the loss scale is {value}"
 
 
@@ -70,7 +70,7 @@ def in_cache(run) -> tuple[str, str]:
             ("caption's embedding", prompt, source.prompts, caption),
         ):
             if bad := next(filter(None, map(kind, tensors)), ""):
-                file, name = files[row // BLOCK], run.examples.names[e.picture]
+                file, name = files[row // ROWS_PER_FILE], run.examples.names[e.picture]
                 return (
                     f"the cached {what} of picture {name} has {bad} ({file})",
                     f"rm {file}, then the same command: it is encoded anew, and the run continues; "
@@ -128,10 +128,10 @@ def first_module(unet: nn.Module, work: Callable[[], Tensor]) -> tuple[str, bool
 def in_unet(run) -> str:
     """The step's examples one by one: which of them overflows, and in which module first."""
     for i in numbers(run):
-        batch = run.examples.batch(range(i, i + 1), run.device, run.timesteps)
+        batch = run.examples.batch(range(i, i + 1), run.unet.device, run.timesteps)
         try:
             module, finite = first_module(
-                run.unet, lambda b=batch: run.loss(run.unet, b, run.schedule, run.scaling)
+                run.unet, lambda b=batch: run.loss(run.unet, b, run.schedule, run.latent_scaling)
             )
         except Exception:  # a full GPU, say: what was found is told without this
             break
@@ -161,8 +161,9 @@ def refusal(kept) -> Refusal:
     if not math.isfinite(loss):
         found, what = f"the loss of step {run.step + 1} is {loss}", what or in_unet(run)
     else:
-        skips = f", after {run.scale.skipped} skipped steps, at loss scale {run.scale.value:g}"
-        skips = skips if run.scale.enabled else ""
+        scale = run.loss_scale
+        skips = f", after {scale.skipped} skipped steps, at loss scale {scale.value:g}"
+        skips = skips if scale.enabled else ""
         found = f"the gradient of step {run.step + 1} is not finite{skips}"
         what = what or in_gradient(run)
     run.optimizer.zero_grad(set_to_none=False)

@@ -21,13 +21,16 @@ def meaning(run) -> list[str]:
 
     run: loop.assemble()'s; its layers are only copied, and no global generator is drawn from.
     """
-    adapter, generator = run.adapter, torch.Generator(run.device).manual_seed(0)
+    adapter, generator = run.adapter, torch.Generator(run.unet.device).manual_seed(0)
     off, failed, weights, lines = {}, {}, {}, []
     for name, layer in adapter.layers.items():
         try:
             off[name] = distance(layer, adapter.alpha / adapter.rank, generator, weights)
         except Exception as error:  # an edited layer may need what a plain fp32 base has not
-            off[name], failed[name] = torch.tensor(math.inf, device=run.device), first_line(error)
+            off[name], failed[name] = (
+                torch.tensor(math.inf, device=run.unet.device),
+                first_line(error),
+            )
     far = dict(zip(off, torch.stack([*off.values()]).tolist(), strict=True))  # one wait for all
     if wrong := [name for name, each in far.items() if not each <= 1e-4]:  # nan is wrong, too
         how = failed.get(wrong[0], f"off by {far[wrong[0]]:.1e}")

@@ -61,24 +61,25 @@ class Log:
             self.hook(what)
 
     def write(self, run: Run, loss: float, norm: float, rate: float, seconds: float) -> None:
+        scale = run.loss_scale
         values = {
             "loss": loss,
             "lr": rate,
             "grad_norm": norm,
-            "loss_scale": run.scale.value,
-            "skipped": run.scale.skipped,
+            "loss_scale": scale.value,
+            "skipped": scale.skipped,
             "seconds": seconds,
-            "gib": peak_gib(run.device),
+            "gib": peak_gib(run.unet.device),
         }
         sayable = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
         print(json.dumps({"step": run.step} | sayable | self.also), file=self.file, flush=True)
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
-        skipped = f", {run.scale.skipped} skipped" if run.scale.skipped else ""
+        skipped = f", {scale.skipped} skipped" if scale.skipped else ""
         if not math.isfinite(norm):
             tqdm.write(
-                f"step {run.step} is skipped ({run.scale.skipped} so far): its gradient overflowed "
-                f"in fp16; the loss scale is now {run.scale.value:g}"
+                f"step {run.step} is skipped ({scale.skipped} so far): its gradient overflowed "
+                f"in fp16; the loss scale is now {scale.value:g}"
             )
         self.bar.set_postfix_str(
             f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {values['gib']:.1f} "
@@ -146,7 +147,9 @@ def describe(kept, pictures: list[Picture], how: str, host: HostMemory) -> str:
     cut = count_cut(
         [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
     )
-    device = torch.cuda.get_device_name(run.device) if run.device.type == "cuda" else "CPU"
+    device = (
+        torch.cuda.get_device_name(run.unet.device) if run.unet.device.type == "cuda" else "CPU"
+    )
     several = f", shared by {team.size} processes" if team.size > 1 else ""
     if team.size > n:
         several += f", of which {team.size - n} have no example: GPUS={n} would do as well"
@@ -214,6 +217,6 @@ def count_cut(prompts: list[str], name: str) -> int:
         prompts = [p for p in prompts if not p.isascii() or len(p) > short]
     if not prompts:
         return 0
-    tokenizer = model.load_tokenizer(name, "tokenizer")  # both cut at one length
+    tokenizer = model.load_tokenizers(name)[0]  # both cut at one length
     ids = tokenizer(prompts, truncation=False, verbose=False).input_ids
     return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)

@@ -196,7 +196,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     for path in export.export(kept):
         print(f"saved, read back and compared: {path}")
     export.mark_finished(kept)
-    print(f"done: {run.step} steps, {run.scale.skipped} of them skipped for overflow in fp16")
+    print(f"done: {run.step} steps, {run.loss_scale.skipped} of them skipped for overflow in fp16")
     return 0
 
 

@@ -10,6 +10,7 @@ import torch
 from diffusers import UNet2DConditionModel
 from PIL import Image
 
+import data
 from conftest import POCKET
 from inputs import hub
 from inputs.files import digest
@@ -26,6 +27,12 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
 def picture(content: Image.Image | bytes, name: str = "a.png", caption: str = "a") -> Picture:
     content = content if isinstance(content, bytes) else encoded(content)
     return Picture(name, caption, digest(content), lambda: content)
+
+
+def one_view(picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool) -> tuple:
+    """Pixels (3, R, R) and time ids (6,)."""
+    pixels, time_ids = data.views(picture, resolution, random_crop, seed, (flip,))
+    return pixels[0], time_ids[0]
 
 
 def noisy(width: int, height: int, seed: int = 0) -> Image.Image:

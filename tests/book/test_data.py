@@ -29,7 +29,7 @@ from inputs import ahead, files, hub
 from inputs.files import Refusal, digest
 from inputs.options import RECIPES
 from inputs.sources import Picture, read_dataset
-from made import PNG, encoded, noisy, picture
+from made import PNG, encoded, noisy, one_view, picture
 
 CPU = torch.device("cpu")
 
@@ -65,7 +65,7 @@ def whole_numbers(pixels: torch.Tensor) -> np.ndarray:
     ],
 )
 def test_time_ids_by_hand(size, resolution, flip, time_ids):
-    pixels, ids = data.prepare(picture(noisy(*size)), resolution, False, 0, flip)
+    pixels, ids = one_view(picture(noisy(*size)), resolution, False, 0, flip)
     assert ids.tolist() == time_ids and ids.dtype == torch.float32
     assert pixels.shape == (3, resolution, resolution) and pixels.dtype == torch.float32
 
@@ -94,7 +94,7 @@ def cut(image: Image.Image, time_ids: torch.Tensor, side: int) -> np.ndarray:
 @pytest.mark.parametrize("size", SIZES)
 def test_pixels_are_pillows_lanczos_cut_where_the_time_ids_say(size, random_crop):
     image = noisy(*size)
-    pixels, time_ids = data.prepare(picture(image), 64, random_crop, 5, False)
+    pixels, time_ids = one_view(picture(image), 64, random_crop, 5, False)
     assert np.array_equal(whole_numbers(pixels), cut(resized(image, 64), time_ids, 64))
 
 
@@ -104,25 +104,25 @@ def test_the_flipped_view_is_cut_from_the_mirrored_picture_where_its_time_ids_sa
     size, random_crop
 ):
     image = noisy(*size)
-    pixels, time_ids = data.prepare(picture(image), 64, random_crop, 5, True)
+    pixels, time_ids = one_view(picture(image), 64, random_crop, 5, True)
     mirrored = ImageOps.mirror(resized(image, 64))
     assert np.array_equal(whole_numbers(pixels), cut(mirrored, time_ids, 64))
-    unflipped, _ = data.prepare(picture(image), 64, random_crop, 5, False)
+    unflipped, _ = one_view(picture(image), 64, random_crop, 5, False)
     assert torch.equal(pixels, unflipped.flip(-1))  # and shows the very same part of it
 
 
 def test_pixels_range_from_minus_one_to_one():
     image = Image.new("RGB", (64, 64), "black")
     image.paste("white", (0, 0, 32, 64))
-    pixels, _ = data.prepare(picture(image), 64, False, 0, False)
+    pixels, _ = one_view(picture(image), 64, False, 0, False)
     assert pixels.min() == -1 and pixels.max() == 1
     assert (pixels[:, :, :32] == 1).all() and (pixels[:, :, 32:] == -1).all()
-    colour, _ = data.prepare(picture(Image.new("RGB", (9, 9), (255, 0, 51))), 8, False, 0, False)
+    colour, _ = one_view(picture(Image.new("RGB", (9, 9), (255, 0, 51))), 8, False, 0, False)
     torch.testing.assert_close(colour[:, 0, 0], torch.tensor([1.0, -1.0, -0.6]))
 
 
 def crop_of(image: Image.Image, seed: int, resolution: int = 64) -> tuple:
-    _, ids = data.prepare(picture(image), resolution, True, seed, False)
+    _, ids = one_view(picture(image), resolution, True, seed, False)
     return tuple(ids[2:4].tolist())
 
 
@@ -589,7 +589,7 @@ def test_ctrl_c_while_pictures_are_encoded_leaves_whole_blocks_and_no_thread_at_
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
         assert not thread.is_alive()
-    assert max(read) < 20 + 2 * data.BLOCK  # the rest was not started
+    assert max(read) < 20 + 2 * data.ROWS_PER_FILE  # the rest was not started
     assert len([name for name in files_in(tmp_path) if name.startswith("latent")]) == 1
     encoder = Counting(ink(60))
     fill(tmp_path, encoder)
@@ -756,7 +756,7 @@ def test_streams_of_different_purposes_never_coincide(monkeypatch):
         for i in range(40):
             examples.example(i)
             chosen = Picture("a", "a", f"{i:08x}{'0' * 24}", lambda: image)
-            data.prepare(chosen, 8, True, seed, False)
+            one_view(chosen, 8, True, seed, False)
     states = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
     assert len(keys) == 4 * 3 * 40 and len(set(states)) == len(states)
     assert all(key[-1] for key in keys)

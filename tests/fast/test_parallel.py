@@ -205,9 +205,9 @@ def test_an_overflow_in_one_process_is_skipped_by_all(together):
                 next(iter(run.trained.values())).grad[0, 5] = float("inf")
 
         run.micro_step = overflowing
-        before = run.scale.value
+        before = run.loss_scale.value
         steps(run, 3)
-        return run.scale.skipped, run.scale.value / before, vector(run).numpy()
+        return run.loss_scale.skipped, run.loss_scale.value / before, vector(run).numpy()
 
     done = together(2, work)
     assert done.codes == [0, 0], done.said

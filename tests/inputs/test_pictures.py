@@ -6,11 +6,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import data
 from inputs import pictures
 from inputs.files import Refusal
 from inputs.sources import read_dataset
-from made import PNG, RED, encoded, noisy, picture, write_folder
+from made import PNG, RED, encoded, noisy, one_view, picture, write_folder
 
 # ---- decoding ------------------------------------------------------------------------------------
 
@@ -34,7 +33,7 @@ def test_a_picture_is_turned_upright_and_its_size_is_the_upright_one(orientation
     exif[274] = orientation
     turned = picture(encoded(stored, exif=exif))
     assert np.array_equal(np.asarray(pictures.decode(turned)), np.asarray(upright))
-    _, time_ids = data.prepare(turned, 40, False, 0, False)
+    _, time_ids = one_view(turned, 40, False, 0, False)
     assert time_ids.tolist() == [40, 60, 0, 10, 40, 40]
 
 
@@ -144,7 +143,7 @@ def test_a_decompression_bomb_is_refused(monkeypatch, side):
 @pytest.mark.parametrize("size", [(1, 21), (21, 1), (5000, 3)])
 def test_an_absurd_aspect_ratio_is_refused(size):
     with pytest.raises(Refusal, match=rf"strip\.png cannot be read.*{size[0]} x {size[1]}"):
-        data.prepare(picture(noisy(*size), "strip.png"), 64, False, 0, False)
+        one_view(picture(noisy(*size), "strip.png"), 64, False, 0, False)
     assert pictures.decode(picture(noisy(20, 1))).size == (20, 1)
 
 

@@ -58,10 +58,10 @@ def test_a_view_does_not_take_its_whole_vector_along(tmp_path):
 
 def test_a_run_whose_every_step_was_skipped_has_no_moments_and_goes_on(tmp_path):
     kept = keep(assembled(tmp_path))
-    kept.run.step = kept.run.scale.skipped = 2
+    kept.run.step = kept.run.loss_scale.skipped = 2
     checkpoint.save_state(kept)
     for vector in (False, True):
-        assert restored(tmp_path, vector=vector).run.scale.skipped == 2
+        assert restored(tmp_path, vector=vector).run.loss_scale.skipped == 2
     state = checkpoint.newest_state(tmp_path / ROOT)
     state["scale"]["skipped"] = 1
     assert "it holds" in checkpoint.wrong_numbers(kept.run, state)

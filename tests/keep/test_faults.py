@@ -167,7 +167,7 @@ def optimizer_state(key: str):
 
 
 def loss_scale(run, value):
-    run.scale.value = value
+    run.loss_scale.value = value
 
 
 PROJ = "mid_block.attentions.0.proj_in.weight"

@@ -56,9 +56,9 @@ EDITS = {
         [
             (
                 "loop.py",
-                "    (loss * run.factor).backward()",
+                "    (loss * run.scale_on_device).backward()",
                 "    loss = loss + 1e-2 * sum(m.square().sum() for m in run.trained.values())\n"
-                "    (loss * run.factor).backward()",
+                "    (loss * run.scale_on_device).backward()",
             )
         ],
         ("--no-fused",),

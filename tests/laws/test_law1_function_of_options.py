@@ -46,10 +46,10 @@ def test_1x4_equals_2x2_equals_4x1_equals_3_and_1(train, tmp_path, monkeypatch, 
         assert 0 < (got - want).norm() <= bound * want.norm()  # another order of additions
 
 
-def in_threes(run, step, share=loop.whole):
+def in_threes(run, step, share=lambda numbers: numbers):
     """A step's four examples as 3 + 1."""
     for numbers in data.cut(share(range(4 * step, 4 * (step + 1))), 3):
-        yield run.examples.batch(numbers, run.device, run.timesteps)
+        yield run.examples.batch(numbers, run.unet.device, run.timesteps)
 
 
 def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache, tmp_path):
@@ -65,7 +65,7 @@ def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache
         gradient_accumulation_steps=1,
     )
     run = training.set_up(config, torch.device("cpu"))[0].run
-    run.factor.fill_(1)
+    run.scale_on_device.fill_(1)
     gradients, losses = [], []
     for size in (1, 2, 3, 4):
         run.optimizer.zero_grad(set_to_none=False)
@@ -73,7 +73,7 @@ def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache
         passes = data.cut(range(4), size)
         assert [len(numbers) for numbers in passes] == [[1] * 4, [2, 2], [3, 1], [4]][size - 1]
         for numbers in passes:
-            run.micro_step(run, run.examples.batch(numbers, run.device))
+            run.micro_step(run, run.examples.batch(numbers, run.unet.device))
         gradients.append(in_one({name: each.grad for name, each in run.trained.items()}))
         losses.append(run.loss_sum.item())
     assert gradients[0].any()

@@ -78,7 +78,7 @@ def first_gradient(train, precision: str, fast: bool) -> torch.Tensor:
     with torch.no_grad():
         for matrix in run.trained.values():
             matrix.add_(0.02 * torch.randn(matrix.shape, generator=generator))
-    run.factor.fill_(1.0)
+    run.scale_on_device.fill_(1.0)
     for batch in run.batches(run, 0):
         run.micro_step(run, batch)
     return in_one({name: each.grad for name, each in run.trained.items()})

@@ -457,7 +457,7 @@ def checkpoint_(case: Case):
         (root / extra).mkdir()
     case.what += ", alone" if alone else ""
     run.optimizer.state.clear()
-    run.scale, run.step = loop.LossScale(enabled=False), 0
+    run.loss_scale, run.step = loop.LossScale(enabled=False), 0
     before, good = (
         torch.load(folder / "state.pt", weights_only=True)
         for folder in sorted((case.base / "run" / "checkpoints").iterdir())
