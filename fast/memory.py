@@ -243,8 +243,8 @@ class Rehearsal:
                 unet=self.unet,
                 loss=loop.diffusion_loss,
                 schedule=model.NoiseSchedule(torch.empty(1000), "epsilon"),
-                scaling=(0.13025, 0.0),
-                factor=torch.empty(()),
+                latent_scaling=(0.13025, 0.0),
+                scale_on_device=torch.empty(()),
                 loss_sum=torch.empty(()),
             )
             batch = fake_batch(config, self.unet)

@@ -76,8 +76,8 @@ def as_run(config, unet):
         unet=unet,
         loss=loop.diffusion_loss,
         schedule=model.NoiseSchedule(torch.linspace(0.99, 0.01, 1000), "epsilon"),
-        scaling=(0.13025, 0.0),
-        factor=torch.ones(()),
+        latent_scaling=(0.13025, 0.0),
+        scale_on_device=torch.ones(()),
         loss_sum=torch.zeros(()),
     )
 
