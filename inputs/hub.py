@@ -38,22 +38,11 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     return root / part
 
 
-def on_this_disk(name: str) -> Path:
-    """The model's folder, as far as it is here: nobody is asked. An error where it is not."""
-    root = Path(name).expanduser()
-    if root.is_dir():
-        return root
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, local_files_only=True))
-
-
 def read_config(path: Path) -> dict:
     """The object in a model's JSON file. Raises Refusal where there is none, or where a number in
     it is of no model: what it describes is built before its weights are compared with it, and would
     take all memory, or all time.
     """
-    # Here and not in vetting.py, which imports torch: start.py comes by here before torch does.
     try:
         config = json.loads(path.read_text())
         if not isinstance(config, dict):

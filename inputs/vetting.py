@@ -96,6 +96,9 @@ def load_encoder(cls: type, folder: Path, half: bool, device: torch.device) -> t
     Raises Refusal where weights are missing or do not fit: the libraries would go on with random
     numbers and a warning.
     """
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # a file is read in a second
     variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
     read_config(folder / "config.json")
     try:
@@ -228,24 +231,6 @@ def check_embeddings(captions: list[str], context: Tensor, pooled: Tensor) -> No
                 "finite numbers",
                 "check their weights",
             )
-
-
-def import_clip() -> ModuleType:
-    """transformers with its CLIP classes. Raises Refusal where they do not load."""
-    try:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()  # a file is read in a second
-        for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"):
-            getattr(transformers, name)  # this imports it
-    except Exception as error:  # built for another torch or torchvision: any class
-        raise Refusal(
-            f"transformers does not load here ({first_line(error)})",
-            "transformers 4.56 or newer; a torchvision, if there is one, that fits torch",
-            'pip install "transformers>=4.56", or pip uninstall -y torchvision, which no '
-            "command here calls; the same command then continues",
-        ) from error
-    return transformers
 
 
 def load_bitsandbytes(needed_for: str, way_out: str) -> ModuleType:
