@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 import model
-from inputs import vetting
 from inputs.ahead import work_ahead
 from inputs.blocks import ROWS_PER_FILE, cut, every_block, fill
 from inputs.code import together
 from inputs.files import digest, open_safetensors
 from inputs.pictures import all_damaged_named, decode
 from inputs.sources import Picture
+from inputs.vetting import check_finite
 
 # What a random stream is for. Never 0: numpy's SeedSequence takes [a, b, 0] for [a, b].
 EXAMPLE, EPOCH, CROP = 1, 2, 3
@@ -123,7 +123,7 @@ class Encoder:
         """
         each = [model.encode_images(part, self.vae) for part in pixels.split(self.at_once())]
         mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
-        vetting.check_latents(names, mean, std)
+        check_finite("the VAE gives NaN or Inf for picture", names, mean, std)
         return mean, std
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -164,7 +164,7 @@ class Encoder:
         else:
             context, pooled = model.encode_prompts(captions, self.text)
         context, pooled = context.cpu(), pooled.cpu()
-        vetting.check_embeddings(captions, context, pooled)
+        check_finite("the text encoders give NaN or Inf for", map(repr, captions), context, pooled)
         return context, pooled
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
