@@ -118,13 +118,12 @@ def sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def only_run(folder: Path):
     """Hold `folder` for this process. Raises Refusal where another run holds it, or where it cannot
-    be written. A folder that was made here and in which nothing was written is removed at the end.
+    be written.
 
     The lock is the kernel's: it goes with the process, however that ends. On a file system without
     locks, such as some network mounts, nothing is held.
     """
-    path, made = folder / ".lock", not folder.exists()
-    lock = FileLock(path, timeout=0)
+    lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
@@ -136,14 +135,10 @@ def only_run(folder: Path):
         ) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise unwritable(path, 0, error) from error
+            raise unwritable(folder, 0, error) from error
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if made and list(folder.iterdir()) == [path]:  # refused
-                path.unlink()
-                folder.rmdir()
         lock.release()
 
 
