@@ -139,8 +139,7 @@ class Encoder:
         """
         work, count = (lambda i: views(self.pictures[i], *self.crop, flips)), len(flips)
         blocks, ahead = itertools.tee(blocks)
-        items = itertools.chain.from_iterable(ahead)
-        with work_ahead(work, items, depth=ROWS_PER_FILE) as prepared:
+        with work_ahead(work, itertools.chain.from_iterable(ahead), ROWS_PER_FILE) as prepared:
             size = max(1, self.at_once() // count)  # pictures
             for part in itertools.chain.from_iterable(cut(block, size) for block in blocks):
                 pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
@@ -304,13 +303,7 @@ class Examples:
     """
 
     def __init__(
-        self,
-        source,
-        names: list,
-        seed: int,
-        chances: Chances,
-        num_train_timesteps: int,
-        shape: tuple,
+        self, source, names: list, seed: int, chances: Chances, num_train_timesteps: int, shape
     ):
         self.source, self.names, self.count, self.seed = source, names, len(names), seed
         self.chances, self.num_train_timesteps, self.shape = chances, num_train_timesteps, shape

@@ -15,7 +15,6 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
-from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 
@@ -123,6 +122,8 @@ def only_run(folder: Path):
     The lock is the kernel's: it goes with the process, however that ends. On a file system without
     locks, such as some network mounts, nothing is held.
     """
+    from filelock import FileLock, Timeout  # here: a wrong option is answered before such imports
+
     lock = FileLock(folder / ".lock", timeout=0)
     try:
         folder.mkdir(parents=True, exist_ok=True)

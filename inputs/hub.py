@@ -23,7 +23,7 @@ AGAIN = (
 ENTRIES = {
     "prediction_type": ("epsilon or v_prediction", lambda v: v in ("epsilon", "v_prediction")),
     "beta_schedule": ("linear or scaled_linear", lambda v: v in ("linear", "scaled_linear")),
-    "trained_betas": ("null", lambda v: v is None),
+    "trained_betas": ("null", lambda v: not v),
     "beta_start": ("between 0 and 1", lambda v: is_number(v) and 0 < v < 1),
     "beta_end": ("between 0 and 1", lambda v: is_number(v) and 0 < v < 1),
     "num_train_timesteps": ("2 to 100,000", lambda v: type(v) is int and 1 < v <= 10**5),
