@@ -132,12 +132,9 @@ def fetch_from_hub(name: str, part: str, half: bool) -> Path:
         except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
             folder = Path(snapshot_download(name, local_files_only=True))
             weights = pick_weights([p.name for p in (folder / part).glob("*.safetensors")], half)
-            whole = (folder / part / PARTS.get(part, "model_index.json")).is_file()
-            if (
-                PARTS.get(part) == "config.json"
-            ):  # what has weights; the smaller ones for `half` only
-                whole = whole and bool(weights) and (half or ".fp16" not in weights[0])
-            if not whole:
+            main = PARTS.get(part, "model_index.json")
+            fit = bool(weights) and (half or ".fp16" not in weights[0])
+            if not (folder / part / main).is_file() or (main == "config.json" and not fit):
                 raise  # what lies here is not what is needed: the first error is the one to tell
             return folder
     except Exception as error:
