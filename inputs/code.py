@@ -86,9 +86,11 @@ def commit() -> str:
     """The commit of this tree, with "+" where its Python files differ from it; "" where there is no
     git or no repository of its own.
     """
-    git = lambda *words: subprocess.run(  # noqa: E731
-        ["git", "-C", ROOT, *words], capture_output=True, text=True, timeout=20
-    )
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        command = ["git", "-C", ROOT, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
     try:
         # Without a repository of its own, git would go up to whatever lies around this folder.
         head = git("rev-parse", "HEAD").stdout.strip() if (ROOT / ".git").exists() else ""
