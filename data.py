@@ -22,13 +22,13 @@ from PIL import Image
 from torch import Tensor
 
 import model
-from inputs import vetting
-from inputs.ahead import Ahead
+from inputs.ahead import work_ahead
 from inputs.blocks import ROWS_PER_FILE, cut, every_block, fill
 from inputs.code import together
 from inputs.files import digest, open_safetensors
 from inputs.pictures import all_damaged_named, decode
 from inputs.sources import Picture
+from inputs.vetting import check_finite
 
 # What a random stream is for. Never 0: numpy's SeedSequence takes [a, b, 0] for [a, b].
 EXAMPLE, EPOCH, CROP = 1, 2, 3
@@ -93,15 +93,14 @@ class Encoder:
     """Encodes at every call: the reference, and what --no-cache trains from.
 
     Index len(pictures) of prompt() is the unconditional embedding. The VAE ("vae") and the text
-    encoders ("text") are loaded when they are first needed, and stay until free(). speed: what to
-    say of the last encode_pictures(); empty if none was at work.
+    encoders ("text") are loaded when they are first needed, and stay until free().
     """
 
     def __init__(
         self, pictures: list[Picture], load_vae: Callable, load_text: Callable, crop: Crop
     ):
-        self.pictures, self.load_vae, self.load_text = pictures, load_vae, load_text
-        self.crop, self.speed = crop, ""
+        self.pictures, self.crop = pictures, crop
+        self.load_vae, self.load_text = load_vae, load_text
 
     vae = functools.cached_property(lambda self: self.load_vae())
     text = functools.cached_property(lambda self: self.load_text())
@@ -124,7 +123,7 @@ class Encoder:
         """
         each = [model.encode_images(part, self.vae) for part in pixels.split(self.at_once())]
         mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
-        vetting.check_latents(names, mean, std)
+        check_finite("the VAE gives NaN or Inf for picture", names, mean, std)
         return mean, std
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
@@ -140,7 +139,7 @@ class Encoder:
         """
         work, count = (lambda i: views(self.pictures[i], *self.crop, flips)), len(flips)
         blocks, ahead = itertools.tee(blocks)
-        with Ahead(work, itertools.chain.from_iterable(ahead), depth=ROWS_PER_FILE) as prepared:
+        with work_ahead(work, itertools.chain.from_iterable(ahead), ROWS_PER_FILE) as prepared:
             size = max(1, self.at_once() // count)  # pictures
             for part in itertools.chain.from_iterable(cut(block, size) for block in blocks):
                 pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
@@ -148,7 +147,6 @@ class Encoder:
                 mean, std = self.posterior(torch.cat(pixels), names)  # (pictures x F, C, H, W)
                 for row in zip(mean.split(count), std.split(count), time_ids, strict=True):
                     yield dict(zip(("mean", "std", "time_ids"), row, strict=True))
-        self.speed = prepared.said("pictures")
 
     # A caption
 
@@ -165,7 +163,7 @@ class Encoder:
         else:
             context, pooled = model.encode_prompts(captions, self.text)
         context, pooled = context.cpu(), pooled.cpu()
-        vetting.check_embeddings(captions, context, pooled)
+        check_finite("the text encoders give NaN or Inf for", map(repr, captions), context, pooled)
         return context, pooled
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
@@ -191,11 +189,11 @@ class Encoder:
 
 class Cache:
     """latent() and prompt() as Encoder has them, read from the files that fill_cache() has written;
-    context and pooled in the UNet's dtype then. speed: the encoder's.
+    context and pooled in the UNet's dtype then.
     """
 
-    def __init__(self, latents: list[Path], prompts: list[Path], speed: str = ""):
-        self.latents, self.prompts, self.speed = latents, prompts, speed
+    def __init__(self, latents: list[Path], prompts: list[Path]):
+        self.latents, self.prompts = latents, prompts
 
     @staticmethod
     @functools.lru_cache(maxsize=128)
@@ -248,7 +246,7 @@ def fill_cache(
     with all_damaged_named(encoder.pictures):
         latents = fill(folder, "latent", latent_keys, encode, claim)
     encoder.free("vae")
-    return Cache(latents, prompts, encoder.speed)
+    return Cache(latents, prompts)
 
 
 # ---- what example i of the run is ----------------------------------------------------------------
@@ -305,13 +303,7 @@ class Examples:
     """
 
     def __init__(
-        self,
-        source,
-        names: list,
-        seed: int,
-        chances: Chances,
-        num_train_timesteps: int,
-        shape: tuple,
+        self, source, names: list, seed: int, chances: Chances, num_train_timesteps: int, shape
     ):
         self.source, self.names, self.count, self.seed = source, names, len(names), seed
         self.chances, self.num_train_timesteps, self.shape = chances, num_train_timesteps, shape

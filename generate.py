@@ -34,7 +34,7 @@ from tqdm import tqdm
 
 import lora
 import model
-from inputs import hub, vetting
+from inputs import vetting
 
 
 def load_pipeline(
@@ -45,13 +45,10 @@ def load_pipeline(
     It has no text encoders: prompts are encoded before, so that they and the UNet never share
     the memory. Raises Refusal where the model's files describe no sampler.
     """
-    folder, index = hub.fetch(name, "scheduler"), hub.fetch(name, "") / "model_index.json"
-    with vetting.refused(f"{folder} describes no sampler"):
-        scheduler = vetting.scheduler_class(index).from_pretrained(folder)
     return diffusers.StableDiffusionXLPipeline(
         vae=model.load_vae(name, device),
         unet=unet,
-        scheduler=scheduler,
+        scheduler=vetting.load_sampler(name),
         add_watermarker=False,
         **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
     )
@@ -143,11 +140,7 @@ def decode(
 
 def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
     """The picture size the model was made for, in pixels: 1024 for SDXL base."""
-    size = pipe.unet.config.sample_size
-    if type(size) is not int or not 8 <= size * pipe.vae_scale_factor <= 4096:
-        found = f"the UNet's config.json has a sample_size of {size!r:.50}"
-        raise Refusal(found, "a size in latents, such as 128", "--resolution 1024")
-    return size * pipe.vae_scale_factor
+    return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import gc
-import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +24,8 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from inputs import vetting
 from inputs.files import Refusal, first_line, open_safetensors
-from inputs.hub import fetch, read_config, weight_files
+from inputs.hub import fetch, read_config, weight_files, zeros_for_empty_prompt
+from inputs.vetting import load_encoder
 
 # ---- device and precision ------------------------------------------------------------------------
 
@@ -94,16 +94,8 @@ def build_unet(folder: Path) -> UNet2DConditionModel:
     no_unet = f"{folder / 'config.json'} describes no UNet of SDXL's kind"
     with vetting.refused(no_unet), torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(folder))
-        if not vetting.is_sdxl_base(unet):
-            try_unet((folder / "config.json").read_text())
+        predict(unet, *vetting.unet_inputs(unet))
     return unet
-
-
-@functools.cache  # half a second, and a run that draws at its end builds the same UNet again
-def try_unet(config: str) -> None:
-    """Send SDXL's inputs through the UNet that the text of a config.json describes."""
-    unet = UNet2DConditionModel.from_config(json.loads(config))
-    predict(unet, *vetting.unet_inputs(unet))
 
 
 def fill_unet(
@@ -216,19 +208,6 @@ def load_text_encoders(name: str, device: torch.device, half: bool = False) -> T
     return TextEncoders(tokenizers, tuple(encoders), zeros_for_empty_prompt(name))
 
 
-def load_encoder(cls: type, name: str, part: str, half: bool, device: torch.device):
-    """A frozen encoder, through its library's own loader, which knows older files' names, in fp32:
-    it is used once for each picture or caption, so precision costs seconds. Raises Refusal where
-    weights are missing or do not fit.
-    """
-    return vetting.load_encoder(cls, fetch(name, part, half), half, device)
-
-
-def zeros_for_empty_prompt(name: str) -> bool:
-    """Whether the unconditional embedding is zeros (SDXL base) or the encoded empty text."""
-    return vetting.zeros_for_empty_prompt(fetch(name, "") / "model_index.json")
-
-
 def load_tokenizers(name: str) -> list[CLIPTokenizer]:
     folders = [fetch(name, part) for part in ("tokenizer", "tokenizer_2")]
     with vetting.refused(f"{folders[0].parent} holds no CLIP tokenizers"):
@@ -291,7 +270,8 @@ def encode_images(pixels: Tensor, vae: AutoencoderKL) -> tuple[Tensor, Tensor]:
 
 def latent_scaling(name: str) -> tuple[float, float]:
     """(scaling_factor, shift_factor) of the VAE's config: x0 = (latent - shift) * scaling."""
-    return vetting.latent_scaling(fetch(name, "vae") / "config.json")
+    config = read_config(fetch(name, "vae") / "config.json", scaling_factor=None)
+    return config["scaling_factor"], config.get("shift_factor") or 0.0
 
 
 def add_time_ids(original_size: tuple, crop_top_left: tuple, target_size: tuple) -> Tensor:
@@ -322,8 +302,7 @@ def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
     """
     usual = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # DDPMScheduler's
     usual |= {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
-    config = usual | read_config(fetch(name, "scheduler") / "scheduler_config.json")
-    vetting.check_schedule(name, config)
+    config = read_config(fetch(name, "scheduler") / "scheduler_config.json", **usual)
     start, end, steps = (config[k] for k in ("beta_start", "beta_end", "num_train_timesteps"))
     if config["beta_schedule"] == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)  # (1000,)

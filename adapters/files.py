@@ -4,7 +4,6 @@ PEFT's, which lora.py reads and writes. Both hold the same numbers.
 
 import hashlib
 import re
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,13 +11,10 @@ import torch
 from torch import Tensor
 
 import lora
-from inputs.adapter_file import check_alpha, check_matrices, read_tensors
-from inputs.files import Refusal, data_section, safetensors_bytes, write_whole
+from inputs.adapter_file import WHOLE, check_alpha, check_keys, check_matrices
+from inputs.files import data_section, read_tensors, require, safetensors_bytes, write_whole
 
-LAYOUTS = {
-    "peft": ("unet.", r"unet\..+\.lora_[AB]\.weight"),
-    "kohya": ("lora_unet_", r"lora_unet_(.+)\.(lora_down\.weight|lora_up\.weight|alpha)"),
-}
+KOHYA_KEY = r"lora_unet_(.+)\.(lora_down\.weight|lora_up\.weight|alpha)"
 KINDS = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}
 
 
@@ -33,65 +29,40 @@ def read(path: Path | str) -> lora.AdapterFile:
     path = Path(path)
     path = path / lora.FILE_NAME if path.is_dir() else path
     tensors, about = read_tensors(path)
-    return kohya_file(path, tensors, about) if is_kohya(path, tensors) else lora.read(path)
-
-
-def is_kohya(path: Path, keys: Iterable[str]) -> bool:
-    """Whether a file with these keys is a kohya file, else it is PEFT's. Raises Refusal for the
-    first key that is not of the file's layout.
-    """
-    found = [k for k, (begin, _) in LAYOUTS.items() if any(key.startswith(begin) for key in keys)]
-    layout = found[0] if found else "peft"
-    for key in keys:
-        if not re.fullmatch(LAYOUTS[layout][1], key):
-            raise Refusal(
-                f"{path} has the key {key}",
-                "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or lora_unet_<module>"
-                ".lora_down.weight, .lora_up.weight and .alpha (kohya), of plain LoRA on Linears",
-                "convert the adapter to one of these; text-encoder, DoRA, LoHa and LoKr keys are "
-                "not read",
-            )
-    return layout == "kohya"
+    kohya = [key for key in tensors if key.startswith("lora_unet_")]
+    if not kohya or any(key.startswith("unet.") for key in tensors):
+        return lora.read(path)
+    return kohya_file(path, tensors, about)
 
 
 def kohya_file(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> lora.AdapterFile:
     """The adapter in a kohya-keyed file's tensors. A module without .alpha has alpha = rank, as it
     does to every reader of such files.
     """
+    check_keys(path, tensors, KOHYA_KEY)
     matrices, alphas = {}, {}
     for key, tensor in tensors.items():
-        module, end = re.fullmatch(LAYOUTS["kohya"][1], key).groups()
-        if end == "alpha":
-            alphas[module] = one_number(path, key, tensor)
-        else:
+        module, end = re.fullmatch(KOHYA_KEY, key).groups()
+        if end in KINDS:
             matrices[f"{module}.{KINDS[end]}"] = tensor
+        else:
+            numbers = tensor.flatten().tolist()
+            found, expected = f"{path}: {key} holds {numbers[:3]}", "finite numbers, one alpha each"
+            require(len(numbers) == 1 and bool(tensor.isfinite()), found, expected, WHOLE)
+            alphas[module] = float(numbers[0])
     rank = check_matrices(path, matrices)
     modules = {name.rpartition(".")[0] for name in matrices}
-    if lonely := alphas.keys() - modules:
-        raise Refusal(
-            f"{path}: {min(lonely)} has an alpha and no matrix",
-            "a matrix A, a matrix B and at most one alpha for each module",
-            "use a whole adapter file",
-        )
-    found = {alphas.get(module, float(rank)) for module in modules}
-    if len(found) != 1:
-        raise Refusal(
-            f"{path} has ranks {[rank]} and alphas {sorted(found)}",
-            "one rank and one alpha for all modules",
-            "use an adapter of uniform rank: diffusers reads others wrongly, too",
-        )
-    return lora.AdapterFile(path, matrices, rank, check_alpha(path, found.pop()), about)
-
-
-def one_number(path: Path, key: str, tensor: Tensor) -> float:
-    """A tensor's only number. Raises Refusal where there are several, or one that is not finite."""
-    if tensor.numel() != 1 or not tensor.float().isfinite().all():
-        raise Refusal(
-            f"{path}: {key} holds {tensor.flatten()[:3].tolist()}",
-            "finite numbers, one alpha for each module",
-            "use another file",
-        )
-    return tensor.float().item()
+    lonely = sorted(alphas.keys() - modules)
+    found = f"{path}: {lonely[:1]} has an alpha and no matrix"
+    require(not lonely, found, "a matrix A and a matrix B for each module", WHOLE)
+    different = {alphas.get(module, float(rank)) for module in modules}
+    require(
+        len(different) == 1,
+        f"{path} has ranks {[rank]} and alphas {sorted(different)}",
+        "one rank and one alpha for all modules",
+        "use an adapter of uniform rank: diffusers reads others wrongly, too",
+    )
+    return lora.AdapterFile(path, matrices, rank, check_alpha(path, different.pop()), about)
 
 
 def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:

@@ -6,9 +6,9 @@ and then hand back megabytes a picture through a pipe (27 pictures/s where threa
 """
 
 import collections
+import contextlib
 import itertools
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
@@ -20,50 +20,25 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-class Ahead:
+@contextlib.contextmanager
+def work_ahead(work: Callable, items: Iterable, depth: int, workers: int = 0) -> Iterator[Iterator]:
     """`work(item)` for each item, in the items' order, at most `depth` items ahead of the reader.
 
     Results depend on nothing but the item, so neither order nor content knows how many `workers`
     there are. An error in `work` is raised when its item's turn comes. Leaving the `with` block
     starts nothing more and waits for nothing: Ctrl-C is not kept waiting.
-
-    given: results handed out; waited: seconds for which the reader stood still; seconds: from the
-    first result asked for to the end.
     """
+    pool = ThreadPoolExecutor(workers or min(usable_cores(), 8))  # more feed no encoder that exists
+    begun = (pool.submit(work, item) for item in items)
+    coming = collections.deque(itertools.islice(begun, depth))
 
-    def __init__(self, work: Callable, items: Iterable, depth: int, workers: int = 0):
-        workers = workers or min(usable_cores(), 8)  # more feed no encoder that there is
-        self.work, self.items, self.pool = work, iter(items), ThreadPoolExecutor(workers)
-        self.given, self.waited, self.began, self.seconds = 0, 0.0, 0.0, 0.0
-        self.coming = collections.deque(self._submit(depth))
+    def results() -> Iterator:
+        while coming:
+            result = coming.popleft().result()
+            coming.extend(itertools.islice(begun, 1))
+            yield result
 
-    def _submit(self, count: int) -> Iterator:
-        return (self.pool.submit(self.work, i) for i in itertools.islice(self.items, count))
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.seconds = time.perf_counter() - self.began if self.given else 0.0
-        self.pool.shutdown(wait=False, cancel_futures=True)
-
-    def __iter__(self):
-        return self
-
-    def __next__(self):
-        asked = time.perf_counter()
-        self.began = self.began or asked
-        if not self.coming:
-            raise StopIteration
-        result = self.coming.popleft().result()
-        self.coming.extend(self._submit(1))
-        self.given, self.waited = self.given + 1, self.waited + time.perf_counter() - asked
-        return result
-
-    def said(self, what: str) -> str:
-        """The line that tells how fast it went."""
-        rate, share = self.given / self.seconds, self.waited / self.seconds
-        return (
-            f"encoded {self.given:,} {what} in {self.seconds:.1f} s: {rate:.1f} {what}/s; the "
-            f"encoder waited {share:.0%} of the time"
-        )
+    try:
+        yield results()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -16,9 +16,8 @@ ROOT = Path(__file__).parent.parent
 MODULES = {
     "lora": "FILE_NAME set_strength refuse_merged merge unmerge peft_bytes save AdapterFile read "
     "load",
-    "model": "READERS free_memory load_unet build_unet try_unet fill_unet use_attention "
-    "use_gradient_checkpointing checkpointable load_text_encoders load_encoder load_vae "
-    "load_tokenizers",
+    "model": "READERS free_memory load_unet build_unet fill_unet use_attention "
+    "use_gradient_checkpointing checkpointable load_text_encoders load_vae load_tokenizers",
     "data": "in_batches send",
     "loop": "CONFIG train_plain",
 }
@@ -87,9 +86,11 @@ def commit() -> str:
     """The commit of this tree, with "+" where its Python files differ from it; "" where there is no
     git or no repository of its own.
     """
-    git = lambda *words: subprocess.run(  # noqa: E731
-        ["git", "-C", ROOT, *words], capture_output=True, text=True, timeout=20
-    )
+
+    def git(*words: str) -> subprocess.CompletedProcess:
+        command = ["git", "-C", ROOT, *words]
+        return subprocess.run(command, capture_output=True, text=True, timeout=20)
+
     try:
         # Without a repository of its own, git would go up to whatever lies around this folder.
         head = git("rev-parse", "HEAD").stdout.strip() if (ROOT / ".git").exists() else ""

@@ -1,6 +1,4 @@
-"""What generate.py is asked to draw. Light on purpose: a wrong option is answered before torch and
-diffusers are imported, which takes some twelve seconds.
-"""
+"""What generate.py is asked to draw. Light on purpose, as options.py is."""
 
 import contextlib
 import json
@@ -13,7 +11,7 @@ import tyro
 
 from inputs.files import Refusal
 from inputs.hub import unet_fingerprint
-from inputs.options import RECIPES, check_texts
+from inputs.options import RECIPES, announce, check_texts
 
 
 @dataclass(frozen=True)
@@ -153,8 +151,12 @@ def check_base(options: Options, path: Path, about: dict[str, str], half: bool) 
 
 
 def parse_or_leave(argv: list[str] | None = None) -> Options:
-    """The command line's Options. Leaves with an error now if it has one."""
+    """The command line's Options, and the command's first line. Leaves with an error now if it has
+    one.
+    """
     try:
-        return parse(argv)
+        options = parse(argv)
     except Refusal as refusal:
         sys.exit(f"error: {refusal}")
+    announce(f"drawing with {options.adapter or 'the newest run'}")
+    return options

@@ -1,11 +1,12 @@
 """Refusals that help, and files that are either whole or absent.
 
-Three small things every other module needs: the one exception that is shown as a sentence instead
-of a traceback, an atomic write, and a safetensors writer whose bytes depend on nothing but its
-input.
+Small things every other module needs: the one exception that is shown as a sentence instead of a
+traceback, an atomic write, one run in one folder, and a safetensors writer whose bytes depend on
+nothing but its input.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -13,14 +14,8 @@ import re
 import shutil
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TextIO
 
 from safetensors import SafetensorError, safe_open
-
-try:
-    import fcntl
-except ImportError:  # Windows has none: there two runs in one folder are not noticed
-    fcntl = None
 
 
 class Refusal(Exception):
@@ -33,6 +28,12 @@ class Refusal(Exception):
     def __init__(self, found: str, expected: str, remedy: str):
         found, expected, remedy = map(sayable, (found, expected, remedy))
         super().__init__(f"{found}; expected {expected}. What to do: {remedy}")
+
+
+def require(fine: bool, found: str, expected: str, remedy: str) -> None:
+    """Raise Refusal(found, expected, remedy) where something is not `fine`."""
+    if not fine:
+        raise Refusal(found, expected, remedy)
 
 
 def sayable(text: str, longest: int = 1200) -> str:
@@ -81,12 +82,11 @@ def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> None:
             os.fsync(file.fileno())
         os.replace(aside, path)
         sync_folder(path.parent)
-    except (OSError, KeyboardInterrupt) as error:
+    except OSError as error:
+        raise unwritable(path, size, error) from error
+    finally:  # gone already where it was renamed
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise unwritable(path, size, error) from error
-        raise
 
 
 def unwritable(path: Path, size: int, error: OSError) -> Refusal:
@@ -117,59 +117,30 @@ def sync_folder(folder: Path) -> None:
 @contextlib.contextmanager
 def only_run(folder: Path):
     """Hold `folder` for this process. Raises Refusal where another run holds it, or where it cannot
-    be written. A folder that was made here and in which nothing was written is removed at the end.
+    be written.
 
-    The lock is the kernel's (flock): it goes with the process, however that ends. Without flock
-    (Windows) nothing is made or held.
+    The lock is the kernel's: it goes with the process, however that ends. On a file system without
+    locks, such as some network mounts, nothing is held.
     """
-    if not fcntl:
+    from filelock import FileLock, Timeout  # here: a wrong option is answered before such imports
+
+    lock = FileLock(folder / ".lock", timeout=0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
+    except Timeout:
+        raise Refusal(
+            f"another run is at work in {folder}",
+            "one run for each output folder",
+            "wait for it, or name another --output-dir",
+        ) from None
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
+            raise unwritable(folder, 0, error) from error
+    try:
         yield
-        return
-    path = folder / ".lock"
-    made, file = lock(path)
-    with file:
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                if made and list(folder.iterdir()) == [path]:  # refused
-                    path.unlink()
-                    folder.rmdir()
-
-
-def lock(path: Path) -> tuple[bool, TextIO]:
-    """Whether `path`'s folder was made for it, and `path`, made, open and locked. Raises Refusal
-    where another process has it locked or it cannot be written.
-
-    Another run that ends may remove both at any moment in between: then all begins anew, a bounded
-    number of times.
-    """
-    for turns_left in reversed(range(100)):
-        try:
-            made = not path.parent.exists()
-            path.parent.mkdir(parents=True, exist_ok=True)
-            file = open(path, "w")
-        except OSError as error:
-            if turns_left and isinstance(error, (FileNotFoundError, FileExistsError)):
-                continue
-            raise unwritable(path, 0, error) from error
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.close()
-            raise Refusal(
-                f"another run is at work in {path.parent}",
-                "one run for each output folder",
-                "wait for it, or name another --output-dir",
-            ) from None
-        except OSError:
-            break  # a file system without locks, such as some network mounts
-        with contextlib.suppress(FileNotFoundError):
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                break
-        if turns_left:  # at 0: a file system on which no file is ever itself
-            file.close()
-    return made, file
+    finally:
+        lock.release()
 
 
 def sweep_parts(folder: Path) -> None:
@@ -179,22 +150,20 @@ def sweep_parts(folder: Path) -> None:
     """
     for part in list(folder.rglob(".*.part")):
         ours = re.fullmatch(r"\..+\.(\d+)\.part", part.name)  # others' hidden files may end so, too
-        if ours and not is_at_work(ours[1]):
+        if ours and not is_at_work(int(ours[1])):
             with contextlib.suppress(OSError):  # a read-only cache, say: it does no harm there
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def is_at_work(process: str) -> bool:
+def is_at_work(process: int) -> bool:
     """Whether another process of that number lives."""
     try:
-        if int(process) == os.getpid():
-            return False
-        os.kill(int(process), 0)
-    except (ProcessLookupError, ValueError, OverflowError):
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except PermissionError:
         pass  # another user's
-    return True
+    return process != os.getpid()
 
 
 def safetensors_bytes(tensors: dict, metadata: dict[str, str]) -> bytes:
@@ -232,6 +201,11 @@ def open_safetensors(path: Path, device: str = "cpu"):
         raise Refusal(
             f"{path} is not a whole safetensors file ({size}: {error})",
             "a file as its writer left it",
-            "copy or download it again, or delete it if this project wrote it (it is then made "
-            "anew)",
+            "copy or download it again, or delete it if this project wrote it (it is made anew)",
         ) from error
+
+
+def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
+    """A safetensors file's tensors, sorted by name, and what its header says. Raises Refusal."""
+    with open_safetensors(path) as file:
+        return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}

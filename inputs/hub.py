@@ -1,4 +1,4 @@
-"""Where an SDXL model's files are, and what tells one model from another.
+"""Where an SDXL model's files are, what they may say, and what tells one model from another.
 
 A folder in diffusers' layout, or the Hub, of which only what is needed is downloaded, part by part.
 """
@@ -8,13 +8,35 @@ import hashlib
 import json
 from pathlib import Path
 
-from inputs.files import Refusal, first_line, open_safetensors
+from inputs.files import Refusal, first_line, open_safetensors, require
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
     **dict.fromkeys(("tokenizer", "tokenizer_2"), "tokenizer_config.json"),
     "scheduler": "scheduler_config.json",
 }
+AGAIN = (
+    "download the model again, or choose another SDXL model (no inpainting or refiner model), or "
+    "pip install --upgrade diffusers transformers"
+)
+# What an entry may be that would else be met late, or never: in words, and as a test.
+ENTRIES = {
+    "prediction_type": ("epsilon or v_prediction", lambda v: v in ("epsilon", "v_prediction")),
+    "beta_schedule": ("linear or scaled_linear", lambda v: v in ("linear", "scaled_linear")),
+    "trained_betas": ("null", lambda v: not v),
+    "beta_start": ("between 0 and 1", lambda v: is_number(v) and 0 < v < 1),
+    "beta_end": ("between 0 and 1", lambda v: is_number(v) and 0 < v < 1),
+    "num_train_timesteps": ("2 to 100,000", lambda v: type(v) is int and 1 < v <= 10**5),
+    "scaling_factor": ("a number such as 0.13025", lambda v: is_number(v) and 0 < v < 1e3),
+    "shift_factor": ("null or a number", lambda v: v is None or (is_number(v) and abs(v) < 1e3)),
+    "latent_channels": ("4", lambda v: v == 4),
+    "sample_size": ("a size such as 128", lambda v: type(v) is int and 0 < v <= 4096),
+    "force_zeros_for_empty_prompt": ("true or false", lambda v: type(v) is bool),
+}
+
+
+def is_number(value) -> bool:
+    return type(value) in (int, float)
 
 
 def fetch(name: str, part: str, half: bool = False) -> Path:
@@ -26,74 +48,66 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     """
     root = Path(name).expanduser()
     if not root.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            raise Refusal(
-                f"there is no folder {name}",
-                "a Hub name such as stabilityai/stable-diffusion-xl-base-1.0, or a folder in "
-                "diffusers' layout",
-                "correct --pretrained-model-name-or-path",
-            )
+        require(
+            name.count("/") == 1 and not name.startswith((".", "/", "~")),
+            f"there is no folder {name}",
+            "a Hub name such as stabilityai/stable-diffusion-xl-base-1.0, or a folder in "
+            "diffusers' layout",
+            "correct --pretrained-model-name-or-path",
+        )
         root = fetch_from_hub(name, part, half)
-    check_layout(root, name, (part,) if part else ())
-    return root / part
-
-
-def on_this_disk(name: str) -> Path:
-    """The model's folder, as far as it is here: nobody is asked. An error where it is not."""
-    root = Path(name).expanduser()
-    if root.is_dir():
-        return root
-    from huggingface_hub import snapshot_download
-
-    return Path(snapshot_download(name, local_files_only=True))
-
-
-def read_config(path: Path) -> dict:
-    """The object in a model's JSON file. Raises Refusal where there is none, or where a number in
-    it is of no model: what it describes is built before its weights are compared with it, and would
-    take all memory, or all time.
-    """
-    # Here and not in vetting.py, which imports torch: start.py comes by here before torch does.
-    try:
-        config = json.loads(path.read_text())
-        if not isinstance(config, dict):
-            raise TypeError(f"it holds a {type(config).__name__}")
-        for key, value in config.items():
-            numbers = [value] if not isinstance(value, list) else flat_list(value)
-            most = 256 if "layers" in key else 10**6  # SDXL has 32 layers and 49,408 words
-            wrong = [n for n in numbers if isinstance(n, int | float) and not -most <= n <= most]
-            if wrong:
-                raise ValueError(f"{key} is {wrong[0]:g}, beyond {most:,}")
-        return config
-    except (OSError, ValueError, TypeError, RecursionError, OverflowError) as error:
-        raise Refusal(
-            f"{path} is no configuration of an SDXL model ({first_line(error)})",
-            "a JSON object as diffusers wrote it",
-            "download the model again",
-        ) from error
-
-
-def flat_list(value: list) -> list:
-    """The values in lists of lists."""
-    return [x for each in value for x in (flat_list(each) if isinstance(each, list) else [each])]
-
-
-def check_layout(root: Path, name: str, parts: tuple[str, ...]) -> None:
-    """Raise Refusal where `root` is no SDXL model in diffusers' layout, or lacks one of `parts`."""
-    index = root / "model_index.json"
-    kind = str(read_config(index).get("_class_name", "something else")) if index.is_file() else ""
-    missing = [part for part in parts if not (root / part / PARTS[part]).is_file()]
-    if "StableDiffusionXL" in kind and not missing:
-        return
-    found = f"a model_index.json of {kind}" if kind else "no model_index.json"
-    raise Refusal(
-        f"{name} has {f'no {missing[0]}/{PARTS[missing[0]]}' if missing and kind else found}",
+    needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
+    lacking = [file for file in needed if not (root / file).is_file()]
+    kind = "" if lacking else str(read_config(root / "model_index.json").get("_class_name"))
+    require(
+        "StableDiffusionXL" in kind,
+        f"{name} has {f'no {lacking[0]}' if lacking else f'a model_index.json of {kind}'}",
         "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and the "
         f"folders {', '.join(PARTS)}",
         "correct --pretrained-model-name-or-path; a one-file checkpoint is converted with "
         "diffusers' "
         "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
     )
+    return root / part
+
+
+def read_config(path: Path, **usual) -> dict:
+    """The object in a model's JSON file, on top of the `usual` entries. Raises Refusal where there
+    is none, naming all entries that cannot be: what it describes is built before its weights are
+    compared with it, and would take all memory, or all time.
+    """
+    try:
+        config = usual | json.loads(path.read_text())
+        wrong = {key: value for key, value in config.items() if not may_be(key, value)}
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        raise Refusal(
+            f"{path} is no configuration of an SDXL model ({first_line(error)})",
+            "a JSON object as diffusers wrote it",
+            AGAIN,
+        ) from error
+    require(
+        not wrong,
+        f"{path} has " + " and ".join(f"{key} {value!r:.50}" for key, value in wrong.items()),
+        " and ".join(ENTRIES.get(key, ["numbers of an SDXL model"])[0] for key in wrong),
+        AGAIN,
+    )
+    return config
+
+
+def may_be(key: str, value) -> bool:
+    """Whether a model's entry is one that ENTRIES allows, and no number in it beyond all models."""
+    if key in ENTRIES:
+        return ENTRIES[key][1](value)
+    if isinstance(value, list):
+        return all(may_be(key, each) for each in value)
+    most = 256 if "layers" in key else 10**6  # SDXL has 32 layers and 49,408 words
+    return not is_number(value) or -most <= value <= most  # False for nan, too
+
+
+def zeros_for_empty_prompt(name: str) -> bool:
+    """Whether the unconditional embedding is zeros (SDXL base) or the encoded empty text."""
+    index = fetch(name, "") / "model_index.json"
+    return read_config(index, force_zeros_for_empty_prompt=True)["force_zeros_for_empty_prompt"]
 
 
 @functools.cache
@@ -117,12 +131,10 @@ def fetch_from_hub(name: str, part: str, half: bool) -> Path:
             return Path(snapshot_download(name, allow_patterns=wanted))
         except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
             folder = Path(snapshot_download(name, local_files_only=True))
-            here = [p.name for p in (folder / part).glob("*") if p.is_file()]
-            weights = pick_weights([n for n in here if n.endswith(".safetensors")], half)
-            whole = PARTS.get(part, "model_index.json") in here
-            needs_weights = PARTS.get(part) == "config.json"
-            other_variant = not half and any(".fp16" in weight for weight in weights)
-            if not whole or (needs_weights and (not weights or other_variant)):
+            weights = pick_weights([p.name for p in (folder / part).glob("*.safetensors")], half)
+            main = PARTS.get(part, "model_index.json")
+            fit = bool(weights) and (half or ".fp16" not in weights[0])
+            if not (folder / part / main).is_file() or (main == "config.json" and not fit):
                 raise  # what lies here is not what is needed: the first error is the one to tell
             return folder
     except Exception as error:
@@ -149,12 +161,12 @@ def weight_files(folder: Path, half: bool) -> list[Path]:
     """The safetensors files of `folder`, all of one variant. Raises Refusal for none."""
     names = sorted(p.name for p in folder.glob("*.safetensors"))
     files = [folder / name for name in pick_weights(names, half)]
-    if not files:
-        raise Refusal(
-            f"{folder} has no .safetensors file",
-            "the weights of an SDXL model in diffusers' layout",
-            "download the model again, or write it with pipe.save_pretrained(folder)",
-        )
+    require(
+        bool(files),
+        f"{folder} has no .safetensors file",
+        "the weights of an SDXL model in diffusers' layout",
+        "download the model again, or write it with pipe.save_pretrained(folder)",
+    )
     return files
 
 
@@ -180,9 +192,8 @@ def encoder_fingerprints(name: str, half: bool) -> dict[str, str]:
     """The fingerprints of the "vae" and of all that makes a "text" embedding."""
     parts = ("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")
     text = [fingerprint(name, part, half) for part in parts]
-    index = read_config(fetch(name, "") / "model_index.json")
-    zeros = f"zeros: {index.get('force_zeros_for_empty_prompt', True)}"
-    return {"vae": fingerprint(name, "vae"), "text": " ".join([*text, zeros])}
+    text.append(f"zeros: {zeros_for_empty_prompt(name)}")
+    return {"vae": fingerprint(name, "vae"), "text": " ".join(text)}
 
 
 def unet_fingerprint(name: str, half: bool) -> str:

@@ -1,5 +1,6 @@
-"""Every choice of a run, with the reason for it, and the recipes. Light on purpose: a wrong option
-is answered before torch and diffusers are imported, which takes some twelve seconds.
+"""Every choice of a run, with the reason for it, and the recipes. Light on purpose: the command
+says its first line, and answers a wrong option, before torch and diffusers are imported, which
+takes some ten seconds.
 """
 
 import functools
@@ -285,7 +286,9 @@ def quick(recipe: str) -> dict[str, tuple[str, Config]]:
 
 
 def parse_or_leave(argv: list[str] | None = None) -> Config:
-    """The command line's Config. Leaves with an error now if it has one."""
+    """The command line's Config, and the run's first line: what is going to be done. Leaves with an
+    error now if it has one.
+    """
     if not SPEAKS:
         return be_silent_or_leave(argv)
     try:
@@ -294,7 +297,16 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
         sys.exit(f"error: {refusal}")
     if not config.plain and not (Path(__file__).parent.parent / "keep").is_dir():
         sys.exit("error: there is no folder keep/ beside loop.py: only --plain trains without it")
+    what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
+    announce(f"recipe {config.recipe}, {what}")
     return config
+
+
+def announce(what: str) -> None:
+    """Say at once what the command will do: the imports that follow are silent. On stderr, since on
+    stdout generate.py names its pictures and nothing else.
+    """
+    print(f"{what}; importing torch and diffusers takes some seconds", file=sys.stderr, flush=True)
 
 
 def be_silent_or_leave(argv: list[str] | None) -> Config:

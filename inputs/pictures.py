@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from inputs.ahead import Ahead
+from inputs.ahead import work_ahead
 from inputs.files import Refusal
 from inputs.sources import Picture
 
@@ -85,7 +85,7 @@ def check_pictures(pictures: list[Picture]) -> None:
     """Decode every picture, so that all damaged ones are named at once, not one a run. Raises
     Refusal.
     """
-    with Ahead(refusal_of, pictures, depth=16) as answers:
+    with work_ahead(refusal_of, pictures, depth=16) as answers:
         bar = tqdm(answers, "checking pictures", len(pictures), leave=False, mininterval=1)
         refusals = [refusal for refusal in bar if refusal]
     if len(refusals) > 1:

@@ -1,39 +1,22 @@
-"""What a model's files may say, and whether this machine has what they need. The files come from
-anywhere; what they describe is built before their weights are compared with it, so a number too
-many would take all memory, and a wrong one would only be met by the first step.
+"""Whether a model from anywhere is one that can be trained, and whether this machine has what that
+needs. What the model's files may say, hub.py looks at; here is what shows only once they are built.
 """
 
 import contextlib
-import inspect
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from inputs.files import Refusal, first_line
-from inputs.hub import read_config, weight_files
+from inputs.files import Refusal, first_line, require
+from inputs.hub import AGAIN, fetch, read_config, weight_files
 
-AGAIN = "download the model again, or choose another SDXL model (no inpainting or refiner model)"
-
-# SDXL base's UNet where it differs from diffusers' default, so that a plan needs no download and a
-# start no trial. A test holds it to the model's own file.
-SDXL_UNET = {
-    "sample_size": 128,
-    "block_out_channels": (320, 640, 1280),
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),
-    "up_block_types": ("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
-    "transformer_layers_per_block": (1, 2, 10),
-    "attention_head_dim": (5, 10, 20),
-    "cross_attention_dim": 2048,
-    "use_linear_projection": True,
-    "addition_embed_type": "text_time",
-    "addition_time_embed_dim": 256,
-    "projection_class_embeddings_input_dim": 2816,
-}
+# SDXL base's UNet, so that a plan needs no download.
+SDXL_UNET = json.loads((Path(__file__).parent / "sdxl_unet.json").read_text())
 
 
 @contextlib.contextmanager
@@ -50,202 +33,107 @@ def refused(found: str) -> Iterator[None]:
         raise Refusal(f"{found} ({why})", "an SDXL model's own files", AGAIN) from error
 
 
+def widths(unet: torch.nn.Module) -> tuple[int, int]:
+    """D and P, of the context and of the pooled embedding, that `unet` was made for."""
+    about = unet.config
+    pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
+    return about.cross_attention_dim, pooled
+
+
 def unet_inputs(unet: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     """x_t (1, 4, H, W) and the rest of a batch, as model.predict() takes them, of the sizes that
     `unet` says it was made for; on the default device and without meaning.
     """
-    about = unet.config
-    pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
-    side = 2 ** len(about.block_out_channels)
+    context, pooled = widths(unet)
+    side = 2 ** len(unet.config.block_out_channels)
     return torch.empty(1, 4, side, side), {
         "t": torch.zeros(1, dtype=torch.long),
-        "context": torch.empty(1, 2, about.cross_attention_dim),
+        "context": torch.empty(1, 2, context),
         "pooled": torch.empty(1, pooled),
         "time_ids": torch.empty(1, 6),
     }
-
-
-def is_sdxl_base(unet: torch.nn.Module) -> bool:
-    """Whether unet.config is SDXL base's to the last entry, as nearly every SDXL model's is."""
-    usual = inspect.signature(type(unet).__init__).parameters
-    wanted = {name: entry.default for name, entry in usual.items() if name != "self"} | SDXL_UNET
-    found = {name: value for name, value in unet.config.items() if not name.startswith("_")}
-    found["upcast_attention"] = bool(found["upcast_attention"])  # null there, false in its heirs
-    return json.dumps(found, sort_keys=True) == json.dumps(wanted, sort_keys=True)  # (1,) is [1]
 
 
 def check_widths(unet: torch.nn.Module, context: Tensor, pooled: Tensor) -> None:
     """Raise Refusal where the text encoders' context (..., T, D) and pooled embedding (..., P) are
     not of the widths that `unet` was made for: parts of two models, or a wrong config.json.
     """
-    about = unet.config
-    rest = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
-    want, got = (about.cross_attention_dim, rest), (context.shape[-1], pooled.shape[-1])
-    if want != got:
-        raise Refusal(
-            f"the text encoders give embeddings of width {got[0]} and {got[1]}",
-            f"{want[0]} and {want[1]}, as the UNet's config.json has it",
-            AGAIN,
-        )
-
-
-def load_encoder(cls: type, folder: Path, half: bool, device: torch.device) -> torch.nn.Module:
-    """A frozen encoder of diffusers' or transformers' class, in fp32. half: from the fp16 files
-    where there are some.
-
-    Raises Refusal where weights are missing or do not fit: the libraries would go on with random
-    numbers and a warning.
-    """
-    variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
-    read_config(folder / "config.json")
-    try:
-        encoder, info = cls.from_pretrained(
-            folder, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-        missing = [k for k in info["missing_keys"] if "position_ids" not in k]
-        problem = f"lacks {len(missing)} tensors, such as {min(missing)}" if missing else ""
-        if not problem:
-            encoder = encoder.to(device).float().requires_grad_(False).eval()
-            problem = try_encoder(encoder)
-    except Exception as error:  # damaged or misfitting files: many classes, one meaning
-        problem = f"cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())[:300]})"
-    if problem:
-        raise Refusal(
-            f"{folder} {problem}",
-            "a config.json and the weights that fit it",
-            "download the model again, or pip install --upgrade transformers diffusers",
-        )
-    return encoder
+    want, got = widths(unet), (context.shape[-1], pooled.shape[-1])
+    require(
+        want == got,
+        f"the text encoders give embeddings of width {got[0]} and {got[1]}",
+        f"{want[0]} and {want[1]}, as the UNet's config.json has it",
+        AGAIN,
+    )
 
 
 @torch.no_grad()
-def try_encoder(encoder: torch.nn.Module) -> str:
-    """What is wrong with an encoder's answer to two tokens, or to 16 x 16 pixels, or "": weights
-    may fit a config.json whose other numbers make no model.
+def load_encoder(
+    cls: type, name: str, part: str, half: bool, device: torch.device
+) -> torch.nn.Module:
+    """A frozen encoder of diffusers' or transformers' class, through that library's own loader,
+    which knows older files' names, in fp32: it is used once for each picture or caption, so
+    precision costs seconds. half: from the fp16 files where there are some.
+
+    Raises Refusal where weights are missing or do not fit, with which the libraries would go on
+    with random numbers and a warning, and where the encoder fails at a trial.
     """
-    if not hasattr(encoder, "encode"):  # a text encoder
-        encoder(torch.zeros(1, 2, dtype=torch.long, device=encoder.device))
-        return ""
-    shape = [
-        *encoder.encode(torch.zeros(1, 3, 16, 16, device=encoder.device)).latent_dist.mean.shape
-    ]
-    return "" if shape == [1, 4, 2, 2] else f"makes {shape} of (1, 3, 16, 16), not (1, 4, 2, 2)"
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()  # a file is read in a second
+    folder = fetch(name, part, half)
+    read_config(folder / "config.json")
+    variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+    with refused(f"{folder} cannot be loaded"):
+        encoder, info = cls.from_pretrained(
+            folder, variant=variant, use_safetensors=True, output_loading_info=True
+        )
+        if missing := [key for key in info["missing_keys"] if "position_ids" not in key]:
+            raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
+        encoder = encoder.to(device).float().requires_grad_(False).eval()
+        if part == "vae":
+            encoder.encode(torch.zeros(1, 3, 16, 16, device=device))
+        else:
+            encoder(torch.zeros(1, 2, dtype=torch.long, device=device))
+    return encoder
 
 
 def check_tokenizer(name: str, tokenizer, encoder: torch.nn.Module) -> None:
     """Raise Refusal where a tokenizer gives more tokens, or others, than its encoder has."""
-    longest, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
-    asked = tokenizer.model_max_length
-    if type(asked) is not int or not 1 < asked <= longest or len(tokenizer) > words:
-        raise Refusal(
-            f"{name}'s tokenizer has a model_max_length of {asked!r:.50} and {len(tokenizer)} "
-            f"words, and its text encoder {longest} places and {words} words",
-            "a tokenizer and a text encoder of one model",
-            AGAIN,
-        )
+    places, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
+    longest = tokenizer.model_max_length
+    require(
+        type(longest) is int and 1 < longest <= places and len(tokenizer) <= words,
+        f"{name}'s tokenizer has a model_max_length of {longest!r:.50} and {len(tokenizer)} words, "
+        f"and its text encoder {places} places and {words} words",
+        "a tokenizer and a text encoder of one model",
+        AGAIN,
+    )
 
 
-def zeros_for_empty_prompt(index: Path) -> bool:
-    """force_zeros_for_empty_prompt of a model_index.json."""
-    zeros = read_config(index).get("force_zeros_for_empty_prompt", True)
-    if not isinstance(zeros, bool):
-        found = f"{index} has force_zeros_for_empty_prompt {zeros!r:.50}"
-        raise Refusal(found, "true or false", AGAIN)
-    return zeros
-
-
-def scheduler_class(index: Path) -> type:
-    """The sampler's class that a model_index.json names: one of diffusers', and a sampler."""
+def load_sampler(name: str):
+    """The sampler that the model's model_index.json names: one of diffusers', and nothing else."""
     import diffusers
 
-    named = read_config(index).get("scheduler")
-    kind = named[1] if isinstance(named, list) and len(named) == 2 else named
-    found = getattr(diffusers, kind, None) if isinstance(kind, str) else None
-    if not (isinstance(found, type) and issubclass(found, diffusers.SchedulerMixin)):
-        raise Refusal(
-            f"{index} names the sampler {kind!r:.50}", "one of diffusers' samplers", AGAIN
-        )
-    return found
+    folder = fetch(name, "scheduler")
+    with refused(f"{folder.parent} describes no sampler"):
+        kind = getattr(diffusers, read_config(folder.parent / "model_index.json")["scheduler"][1])
+        if not issubclass(kind, diffusers.SchedulerMixin):
+            raise TypeError(f"{kind.__name__} is no sampler")
+        return kind.from_pretrained(folder)
 
 
-def latent_scaling(path: Path) -> tuple[float, float]:
-    """(scaling_factor, shift_factor) of a VAE's config.json."""
-    config = read_config(path)
-    factor, shift = config.get("scaling_factor"), config.get("shift_factor") or 0.0
-    if not all(type(n) in (int, float) and abs(n) < 1e3 for n in (factor, shift)) or factor <= 0:
-        raise Refusal(
-            f"{path} has scaling_factor {factor!r:.50} and shift_factor {shift!r:.50}",
-            "two numbers, such as 0.13025 and 0",
-            AGAIN,
-        )
-    return factor, shift
-
-
-def check_schedule(name: str, config: dict) -> None:
-    """Raise Refusal where a scheduler's config tells of another objective, or makes no noise
-    schedule.
+def check_finite(found: str, names: Iterable[str], *answers: Tensor) -> None:
+    """Raise Refusal, with `found` and the first name, for NaN or Inf in an encoder's `answers`
+    (B, ...) to the B things called `names`.
     """
-    prediction, kind = config["prediction_type"], config["beta_schedule"]
-    if (
-        prediction not in ("epsilon", "v_prediction")
-        or kind not in ("linear", "scaled_linear")
-        or config.get("trained_betas")
-    ):
-        raise Refusal(
-            f"{name}'s scheduler has prediction_type {prediction}, beta_schedule {kind} and "
-            f"trained_betas {config.get('trained_betas')}",
-            "epsilon or v_prediction, linear or scaled_linear, and none",
-            "choose an SDXL model: others train by another objective",
+    for name, *numbers in zip(names, *answers, strict=True):
+        require(
+            all(bool(part.isfinite().all()) for part in numbers),
+            f"{found} {name}",
+            "finite numbers",
+            "look at it; with an encoder of your own, check that its fp32 weights are finite",
         )
-    start, end, steps = (config[k] for k in ("beta_start", "beta_end", "num_train_timesteps"))
-    numbers = all(type(beta) is float for beta in (start, end)) and type(steps) is int
-    if not numbers or not (0 < start <= end < 1 and 1 < steps <= 10**5):
-        raise Refusal(
-            f"{name}'s scheduler has betas {start!r:.50} to {end!r:.50} in {steps!r:.50} steps",
-            "numbers between 0 and 1 that do not fall, in 2 to 100,000 steps",
-            AGAIN,
-        )
-
-
-def check_latents(names: list[str], mean: Tensor, std: Tensor) -> None:
-    """Raise Refusal for NaN or Inf in the VAE's answer (B, C, H, W) to pictures `names`."""
-    for name, *numbers in zip(names, mean, std, strict=True):
-        if not all(part.isfinite().all() for part in numbers):
-            raise Refusal(
-                f"the VAE gives NaN or Inf for picture {name}",
-                "finite latents",
-                "look at the picture; with a VAE of your own, check that its fp32 weights are "
-                "finite",
-            )
-
-
-def check_embeddings(captions: list[str], context: Tensor, pooled: Tensor) -> None:
-    """Raise Refusal for NaN or Inf in the embeddings (B, T, D) and (B, P) of captions."""
-    for caption, *numbers in zip(captions, context, pooled, strict=True):
-        if not all(part.isfinite().all() for part in numbers):
-            raise Refusal(
-                f"the text encoders give NaN or Inf for {caption!r}",
-                "finite numbers",
-                "check their weights",
-            )
-
-
-def import_clip() -> ModuleType:
-    """transformers with its CLIP classes. Raises Refusal where they do not load."""
-    try:
-        import transformers
-
-        transformers.utils.logging.disable_progress_bar()  # a file is read in a second
-        for name in ("CLIPTextModel", "CLIPTextModelWithProjection", "CLIPTokenizer"):
-            getattr(transformers, name)  # this imports it
-    except Exception as error:  # built for another torch or torchvision: any class
-        raise Refusal(
-            f"transformers does not load here ({first_line(error)})",
-            "transformers 4.56 or newer; a torchvision, if there is one, that fits torch",
-            'pip install "transformers>=4.56", or pip uninstall -y torchvision, which no '
-            "command here calls; the same command then continues",
-        ) from error
-    return transformers
 
 
 def load_bitsandbytes(needed_for: str, way_out: str) -> ModuleType:
@@ -269,10 +157,9 @@ def check_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
-        raise Refusal(f"device {name}", "auto, cpu, cuda or cuda:1", "leave --device out")
-    if name.startswith("cuda") and not torch.cuda.is_available():
-        raise Refusal(
-            f"device {name}, and torch sees no GPU", "a CUDA GPU and its driver", "--device cpu"
-        )
+    known = bool(re.fullmatch(r"cpu|cuda(:\d+)?", name))
+    require(known, f"device {name}", "auto, cpu, cuda or cuda:1", "leave --device out")
+    seen = name == "cpu" or torch.cuda.is_available()
+    found = f"device {name}, and torch sees no GPU"
+    require(seen, found, "a CUDA GPU and its driver", "--device cpu")
     return torch.device(name)

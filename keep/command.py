@@ -1,20 +1,62 @@
-"""The two commands, told apart before anything heavy is imported."""
+"""The two commands, told apart before anything heavy is imported, and what may end the imports."""
+
+import contextlib
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Iterator
 
 from inputs.drawing import Options
-from inputs.options import Config
-from keep import faster
+from inputs.files import Refusal, first_line
+from inputs.options import SPEAKS, Config
 
 
 def train(config: Config) -> int:
     """python loop.py RECIPE: a run that survives. Returns its exit code."""
-    faster.begin(config)  # what waits for hardware, beside the imports that follow
-    from keep import training
+    with importing():
+        from keep import training
 
     return training.main(config)
 
 
 def draw(options: Options) -> int:
     """python generate.py ADAPTER. Returns its exit code."""
-    from keep import drawing
+    with importing():
+        from keep import drawing
 
     return drawing.main(options)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Inside, torch and diffusers are imported, for seconds. Ctrl-C, or a library that does not
+    load, ends the process with one sentence.
+    """
+
+    def leave(*_) -> None:  # at once: a library may catch the exception that Ctrl-C raises
+        if SPEAKS:
+            print("\ninterrupted: nothing had begun", file=sys.stderr, flush=True)
+        os._exit(128 + signal.SIGINT)
+
+    before = signal.signal(signal.SIGINT, leave)
+    try:
+        yield
+    except Exception as error:  # built for another torch, half installed: any class
+        sys.exit(f"error: {not_loaded(error)}" if SPEAKS else 1)
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def not_loaded(error: BaseException) -> Refusal:
+    """What to do where an import failed, said of the error that the others were raised for."""
+    while error.__cause__:
+        error = error.__cause__
+    last = traceback.extract_tb(error.__traceback__)[-1]
+    return Refusal(
+        f"an import fails ({type(error).__name__}: {first_line(error)}, in {last.filename}, line "
+        f"{last.lineno})",
+        "libraries that fit each other",
+        "pip install -r requirements.txt; if it is torchvision that fails, which no command here "
+        "calls, pip uninstall -y torchvision; the same command then continues",
+    )

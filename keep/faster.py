@@ -123,15 +123,6 @@ def need(what: str, remedy: str) -> None:
         raise Refusal(f"{what}, and there is no folder fast/", "that folder beside loop.py", remedy)
 
 
-def begin(config: Config) -> None:
-    """Begin what waits for hardware before torch is imported."""
-    if fast:
-        from fast import start
-
-        start.leave_when_interrupted()
-        start.begin(config)
-
-
 def join(timeout: float):
     """The processes that torchrun started, this one among them; Alone without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:

@@ -8,7 +8,6 @@ import contextlib
 import dataclasses
 import json
 import signal
-import sys
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,11 +116,6 @@ def set_up(
     timesteps = len(begun.schedule.alphas_cumprod)
     examples = loop.examples_of(config, begun.pictures, device, begun.dtype, timesteps, team.claim)
     team.wait("encoding")
-    if team.first and (speed := getattr(examples.source, "speed", "")):
-        share = f" (by the first of {team.size} processes)" if team.size > 1 else ""
-        # With the progress bars, on stderr: it is said at a first start only.
-        print(f"{speed}{share}", file=sys.stderr)
-
     with report.HostMemory() as host:
         if config.base_quantization == "nf4":
             unet = faster.load_unet_nf4(name, device, begun.dtype, Path(config.cache_dir))

@@ -8,7 +8,6 @@ import itertools
 import json
 import os
 import random
-import re
 import shutil
 import threading
 import time
@@ -594,16 +593,6 @@ def test_ctrl_c_while_pictures_are_encoded_leaves_whole_blocks_and_no_thread_at_
     encoder = Counting(ink(60))
     fill(tmp_path, encoder)
     assert encoder.latents == list(range(16, 60)) and encoder.prompts == []
-
-
-def test_how_fast_pictures_were_encoded_is_told_and_nothing_where_none_was(tmp_path, capsys):
-    number = r"\d+\.\d"
-    said = rf"encoded 20 pictures in {number} s: {number} pictures/s; the encoder waited \d+% of .*"
-    encoder = Counting()
-    assert re.fullmatch(said, fill(tmp_path, encoder, flip=True).speed) and encoder.speed
-    assert capsys.readouterr().out == ""
-    assert fill(tmp_path, Counting(), flip=True).speed == ""
-    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize("turn", [0, 1])

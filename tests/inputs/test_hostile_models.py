@@ -24,6 +24,8 @@ from sentences import refused
         ("unet/config.json", "addition_time_embed_dim", 3000),
         ("unet/config.json", "class_embed_type", "identity"),
         ("unet/config.json", "block_out_channels", [10**9] * 3),
+        *(("unet/config.json", "sample_size", size) for size in (None, [64, 64], 0, 10**6, 64.0)),
+        ("vae/config.json", "latent_channels", 16),
         ("text_encoder/config.json", "num_hidden_layers", 10**9),
         ("text_encoder_2/config.json", "num_attention_heads", -1),
         ("tokenizer/tokenizer_config.json", "model_max_length", 10**30),
@@ -44,12 +46,20 @@ def test_a_model_whose_files_say_what_cannot_be_is_refused_before_it_is_built(
     acts = {
         "scheduler": lambda: model.load_noise_schedule(name, cpu),
         "unet": lambda: model.load_unet(name, cpu, torch.float32),
-        "vae": lambda: model.latent_scaling(name),
+        "vae": lambda: (model.latent_scaling(name), model.load_vae(name, cpu)),
         "model_index.json": lambda: generate.load_pipeline(
             name, model.load_text_encoders(name, cpu), cpu
         ),
     }
     refused(acts.get(part.split("/")[0], lambda: model.load_text_encoders(name, cpu)))
+
+
+def test_all_that_cannot_be_in_a_file_is_named_at_once(tmp_path):
+    changes = {"prediction_type": "flow", "beta_end": 2, "trained_betas": [0.1]}
+    path = tmp_path / "scheduler_config.json"
+    path.write_text(json.dumps({"beta_start": 0.1} | changes))
+    want = "epsilon or v_prediction and between 0 and 1 and null"
+    refused(lambda: hub.read_config(path), *(f"{k} {v!r}" for k, v in changes.items()), want)
 
 
 def test_a_unet_made_for_other_embeddings_is_refused():

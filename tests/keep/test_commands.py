@@ -229,14 +229,6 @@ def test_a_folder_whose_name_cannot_be_is_refused(command):
     refused(command("--output-dir", "x" * 300), "could not be written", "--output-dir")
 
 
-def test_a_refused_run_leaves_no_folder_of_its_own(command, tmp_path):
-    refused(command("--dataset-name", str(tmp_path / "none")), "no folder here")
-    assert not (tmp_path / "out").exists()
-    (tmp_path / "out").mkdir()
-    refused(command("--dataset-name", str(tmp_path / "none")), "no folder here")
-    assert (tmp_path / "out").is_dir()  # somebody else's
-
-
 # ---- the picture at its end ----------------------------------------------------------------------
 
 

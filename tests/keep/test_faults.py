@@ -118,7 +118,7 @@ def in_cache(kind: str, key: str):
         (file,) = (train.root / "cache").glob(f"{kind}-*")
         tensors = load_file(file)
         tensors[key][row].view(-1)[-1] = value
-        blocks.write_block(file, tensors, kind)  # whole: only its numbers are bad
+        blocks.write_block(file, tensors)  # whole: only its numbers are bad
         yield [names[row], f"rm {file}"]
         file.unlink()  # as told
 

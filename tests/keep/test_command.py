@@ -1,0 +1,115 @@
+"""The seconds before a run: the command speaks at once, and ends with one sentence where Ctrl-C or
+a broken library ends it. Each in a new process.
+"""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from conftest import ROOT
+from inputs.files import Refusal
+from keep import command
+
+IMPORTING = "importing torch and diffusers takes some seconds"
+
+
+def begun(words: list[str], **environment: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, *words],
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": ""} | environment,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def first_line(words: list[str]) -> tuple[float, str]:
+    """The seconds until a command's first line on stderr, and that line. The command is ended."""
+    began = time.perf_counter()
+    with begun(words) as process:
+        line = process.stderr.readline()
+        seconds = time.perf_counter() - began
+        process.kill()
+    return seconds, line
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("loop.py t4 --output-dir runs/mine", "recipe t4, output to runs/mine"),
+        ("loop.py pocket --plain --output-dir runs/none", "recipe pocket, output to runs/none"),
+        ("loop.py t4 --plan-for T4", "recipe t4, plan for T4"),
+        ("generate.py runs/t4 --plain", "drawing with runs/t4"),
+        ("generate.py", "drawing with the newest run"),
+    ],
+)
+def test_the_command_says_its_first_line_half_a_second_after_pythons_own_start(words, said):
+    """The best of three of each, and again while other programs take the processor."""
+    for _ in range(4):
+        bare = min(first_line(["-c", "import sys; print(file=sys.stderr)"])[0] for _ in range(3))
+        seconds, line = min(first_line(words.split()) for _ in range(3))
+        assert line == f"{said}; {IMPORTING}\n"
+        if seconds - bare < 0.5:
+            return
+    pytest.fail(f"{seconds:.2f} s, and {bare:.2f} s are Python's own")
+
+
+def test_of_several_processes_the_first_alone_says_it():
+    code = "from inputs import options; options.parse_or_leave(['pocket'])"
+    with begun(["-c", code], RANK="1", WORLD_SIZE="2") as process:
+        assert process.stderr.read() == ""
+
+
+@pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py"]])
+def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
+    """A torch that takes for ever stands in for the real one, which takes seconds."""
+    (tmp_path / "torch.py").write_text("import sys, time; print(file=sys.stderr); time.sleep(60)")
+    with begun(words, PYTHONPATH=str(tmp_path)) as process:
+        assert IMPORTING in process.stderr.readline()
+        assert process.stderr.readline() == "\n"  # torch's import has begun
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read() == "\ninterrupted: nothing had begun\n"
+    assert process.returncode == 128 + signal.SIGINT
+
+
+def test_outside_the_imports_ctrl_c_is_handled_as_before():
+    before = signal.getsignal(signal.SIGINT)
+    with command.importing():
+        assert signal.getsignal(signal.SIGINT) is not before
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+@pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py"]])
+def test_a_library_that_does_not_load_is_said_in_a_sentence(words, tmp_path):
+    (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open')")
+    with begun(words, PYTHONPATH=str(tmp_path)) as process:
+        said = process.stderr.read().splitlines()
+    assert process.returncode == 1 and len(said) == 2  # after the first line
+    assert said[1].startswith("error: an import fails (OSError: libcudart.so.12: cannot open, in ")
+    assert "; expected libraries that fit each other. What to do: pip install -r" in said[1]
+
+
+def test_of_a_chain_of_failed_imports_the_first_is_named_and_no_remedy_changes_torch():
+    """As diffusers raises it where torchvision was built for another torch."""
+    try:
+        try:
+            raise RuntimeError("operator torchvision::nms does not exist")
+        except RuntimeError as error:
+            raise RuntimeError("Failed to import diffusers.loaders.peft") from error
+    except RuntimeError as error:
+        refusal = command.not_loaded(error)
+    assert isinstance(refusal, Refusal)
+    said = str(refusal)
+    assert "nms does not exist, in" in said and "pip uninstall -y torchvision" in said
+    assert "upgrade" not in said
+
+
+def test_options_are_read_without_torch_and_numpy():
+    code = "import sys; from keep import command; from inputs import drawing, options; "
+    code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
