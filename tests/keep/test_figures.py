@@ -1,39 +1,65 @@
-"""The figures that a run begins with: memory and captions that are cut."""
+"""The figures that a run says: captions that are cut, and a GPU that is full or has become slow."""
 
-import contextlib
-import mmap
-import time
+import itertools
+
+import pytest
+import torch
 
 import model
 from conftest import POCKET
+from inputs.options import RECIPES, replace
 from keep import report
 
-
-def test_host_memory_sees_what_the_block_took_and_gave_back():
-    size = 200 * 2**20
-    with report.HostMemory() as before:
-        time.sleep(0.05)
-    with report.HostMemory() as host:
-        with contextlib.closing(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)) as block:
-            for page in range(0, size, mmap.PAGESIZE):
-                block[page] = 1
-            time.sleep(0.1)
-        time.sleep(0.05)
-    assert 190 < (host.own - before.own) * 1024 < 260
+CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 
 
-def test_host_memory_reports_mapped_files_apart(tmp_path):
-    size = 200 * 2**20
-    with open(tmp_path / "weights", "wb") as file:
-        file.truncate(size)
-    with report.HostMemory() as before:
-        time.sleep(0.05)
-    with report.HostMemory() as host, open(tmp_path / "weights", "rb") as file:
-        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as block:
-            assert sum(block[page] for page in range(0, size, mmap.PAGESIZE)) == 0
-            time.sleep(0.1)
-    assert (host.mapped - before.mapped) * 1024 > 190
-    assert (host.own - before.own) * 1024 < 50
+@pytest.fixture
+def watch():
+    """watch([seconds of each step], device) -> the sentences, by step."""
+    config = replace(RECIPES["t4"][1], memory_plan=False, gradient_checkpointing=False)
+
+    def watch(seconds, device=CPU) -> dict[int, list[str]]:
+        watch = report.Watch(config)
+        found = {i: watch.after(i, each, device) for i, each in enumerate(seconds, start=1)}
+        return {step: sentences for step, sentences in found.items() if sentences}
+
+    return watch
+
+
+def test_steps_that_take_twice_their_usual_time_are_said_once_with_the_reason(watch):
+    """Five in a row: the first step, which records, hiccups and slow drifts are nothing."""
+    slow = [9.0] + [1.0] * 30 + [2.5] * 50 + [1.0] * 30 + [9.0] * 9
+    ((step, (said,)),) = watch(slow).items()
+    assert step == 36 and said.startswith("after step 36: the last 5 steps took over twice the")
+    for words in ("usual 1.00 s", "Windows and WSL", "on Linux another program", "What to do: "):
+        assert words in said
+    assert "add --gradient-checkpointing" in said
+    assert watch([1.0] * 30 + ([5.0] * 4 + [1.0]) * 9) == {}
+    assert watch([1.0 + i / 50 for i in range(400)]) == {}
+    assert watch([1.0] * 5 + [5.0] * 14) == {}  # before anything is usual
+
+
+def test_a_gpu_that_is_over_95_percent_full_is_said_once_and_seldom_asked(watch, monkeypatch):
+    asked, free = [], itertools.chain([6, 6, 5], itertools.repeat(4))
+
+    def mem_get_info(device):
+        asked.append(device)
+        return next(free) * 2**30, 100 * 2**30
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+    assert watch([1.0] * 100) == {} and not asked  # on a CPU there is nothing to ask
+    ((step, (said,)),) = watch([1.0] * 200, GPU).items()
+    assert step == 80 and "after step 80: 96.0 of the GPU's 100.0 GiB are in use. On W" in said
+    assert asked == [GPU] * 10
+
+
+def test_what_to_type_for_less_memory_is_what_is_not_typed_already():
+    config = replace(RECIPES["t4"][1], memory_plan=True, train_batch_size=4)
+    config = replace(config, gradient_checkpointing=False)
+    for words in ("--no-memory-plan", "--gradient-checkpointing", "--train-batch-size 1 --grad"):
+        assert words in report.less_memory(config)
+    least = {"memory_plan": False, "gradient_checkpointing": True, "train_batch_size": 1}
+    assert "the recipe lowmem" in report.less_memory(replace(config, **least))
 
 
 def test_a_prompt_is_counted_as_cut_when_its_tokens_exceed_the_tokenizers_length():
