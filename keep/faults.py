@@ -8,7 +8,6 @@ import math
 from collections.abc import Iterator
 
 import torch
-from torch.nn.utils import get_total_norm
 
 import data
 from inputs.blocks import ROWS_PER_FILE
@@ -48,14 +47,14 @@ def in_state(kept) -> str:
 
     What is so must not be saved: a run that continued from it could not be mended.
     """
-    state = {}  # the optimizer's first: what has gone bad there spoils the adapter in its step
+    # The optimizer's first: what has gone bad there spoils the adapter in its step.
     for name, moments in kept.moments.read().items():
-        state |= {f"the optimizer's {key} has {{}} in {name}": v for key, v in moments.items()}
-    state |= {f"the adapter has {{}} in {name}": v for name, v in kept.run.trained.items()}
-    floats = [v for v in state.values() if torch.is_tensor(v) and v.is_floating_point()]
-    # All at once first, since each answer is a wait for the GPU.
-    if not get_total_norm(floats, math.inf).isfinite():
-        return next(found.format(kind(value)) for found, value in state.items() if kind(value))
+        for key, value in moments.items():
+            if bad := kind(value):
+                return f"the optimizer's {key} has {bad} in {name}"
+    for name, matrix in kept.run.trained.items():
+        if bad := kind(matrix):
+            return f"the adapter has {bad} in {name}"
     scale = kept.run.loss_scale.value
     return "" if math.isfinite(scale) else f"the loss scale is {scale}"
 

@@ -136,15 +136,11 @@ class Watch:
 
 def less_memory(config: Config) -> str:
     """What to type so that a run takes less of the GPU's memory."""
-    less = ["add --no-memory-plan"] if config.memory_plan else []
-    if not config.gradient_checkpointing:
-        less.append("add --gradient-checkpointing")
-    if config.train_batch_size > 1:
-        n = config.examples_per_step
-        less.append(f"add --train-batch-size 1 --gradient-accumulation-steps {n}")
-    if less:
-        return f"{', or '.join(less)}; the same run continues"
-    return "with another --output-dir, take the recipe lowmem or a smaller --resolution"
+    return (
+        "add --no-memory-plan --gradient-checkpointing --train-batch-size 1 "
+        f"--gradient-accumulation-steps {config.examples_per_step} (the same run continues); if "
+        "that is not enough, take the recipe lowmem with another --output-dir"
+    )
 
 
 class Interrupts:
@@ -173,37 +169,28 @@ class Interrupts:
             raise KeyboardInterrupt(number)
 
 
-def parameter_count(parameter: torch.nn.Parameter) -> int:
-    """How many numbers it stands for: bitsandbytes packs two 4-bit ones in a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state else parameter.numel()
-
-
 def describe(kept, pictures: list[Picture], how: str) -> str:
     """The lines a run begins with; every number is computed."""
-    run, size = kept.run, kept.team.size
-    config, n, device = run.config, run.config.examples_per_step, run.unet.device
-    learning = sum(matrix.numel() for matrix in run.trained.values())
-    frozen = (each for each in run.unet.parameters() if not each.requires_grad)
-    total = learning + sum(map(parameter_count, frozen))
+    run, config, size = kept.run, kept.run.config, kept.team.size
+    n, device = config.examples_per_step, run.unet.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
+    nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
     captions = [p.caption for p in pictures if p.caption.strip()]
     bare = [p.name for p in pictures if not p.caption.strip()]
     first = f" (the first: {bare[0]})" if bare else ""
     cut = count_cut(captions, config.pretrained_model_name_or_path)
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
-    nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
+    epochs = config.max_train_steps * n / len(pictures)
     several = f", shared by {size} processes" if size > 1 else ""
     if size > n:
         several += f", of which {size - n} have no example: GPUS={n} would do as well"
+    learning = sum(matrix.numel() for matrix in run.trained.values())
     lines = (
         f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
         f"{len(pictures)} pictures at {config.resolution} px; captions: {len(bare)} missing or "
         f"empty{first}, {cut} cut at the tokenizer's length",
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
-        f"{config.gradient_accumulation_steps}) = "
-        f"{config.max_train_steps * n / len(pictures):.1f} epochs{several}",
-        f"{learning:,} trainable parameters of {total:,} ({100 * learning / total:.2f} %) in "
-        f"{len(run.adapter.layers)} layers",
+        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{several}",
+        f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
     )
     return "\n".join(lines)
 

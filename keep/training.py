@@ -34,22 +34,22 @@ class Kept:
     """A run with what makes it survive.
 
     identity: what makes it this run and no other, and code: a digest of each function that makes
-    its numbers; untrained: every matrix at its start, on the CPU; moments: reads and writes the
-    optimizer's state by matrix; code_changes: which functions were changed under it, with leave;
-    unfused: why its layers are computed by the book's lines, where fused ones were asked for;
-    notes: how its files will mean something else than it trains;
-    half_done: whether the optimizer is at work, or has failed at it: its numbers must not be saved.
+    its numbers; code_changes: which functions were changed under it, with leave; notes: how its
+    files will mean something else than it trains; untrained: every matrix at its start, on the CPU;
+    moments: reads and writes the optimizer's state by matrix; unfused: why its layers are computed
+    by the book's lines, where fused ones were asked for; half_done: whether the optimizer is at
+    work, or has failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
+    team: faster.Alone
     identity: dict[str, str]
     code: dict[str, str]
-    untrained: dict[str, Tensor]
-    moments: checkpoint.PlainMoments
-    team: faster.Alone = field(default_factory=faster.Alone)
-    code_changes: str = ""
+    code_changes: str
+    notes: list[str]
+    untrained: dict[str, Tensor] = field(default_factory=dict)
+    moments: checkpoint.PlainMoments | None = None
     unfused: str = ""
-    notes: list[str] = field(default_factory=list)
     half_done: bool = False
 
 
@@ -92,29 +92,24 @@ def set_up(
     attention = model.use_attention(unet, config.attention, device, dtype)
     run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
     notes = meaning.meaning(run)
-    kept, said = keep(run, same, digests, team, state)
-    kept.code_changes, kept.notes = changes, notes
+    kept = Kept(run, team, same, digests, changes, notes)
+    how = [reason, attention, plug_in(kept, state)]
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
-    how = "; ".join(filter(None, [reason, attention, said]))
-    lines = [report.describe(kept, pictures, how), planned, changes, *notes]
-    return kept, "\n".join(filter(None, lines))
+    lines = [report.describe(kept, pictures, "; ".join(filter(None, how))), planned, changes]
+    return kept, "\n".join(filter(None, [*lines, *notes]))
 
 
-def keep(
-    run: loop.Run,
-    same: dict[str, str],
-    digests: dict[str, str],
-    team: faster.Alone,
-    state: dict | None = None,
-) -> tuple[Kept, str]:
-    """A run fresh from loop.assemble(), made faster and put where its checkpoint was."""
-    moments, said, unfused = faster.faster(run, team, tqdm.write, (state or {}).get("unfused", ""))
-    untrained = {name: each.detach().cpu().clone() for name, each in run.trained.items()}
-    kept = Kept(run, same, digests, untrained, moments, team, unfused=unfused)
+def plug_in(kept: Kept, state: dict | None) -> str:
+    """Make a run fresh from loop.assemble() faster, and put it where its checkpoint was. Returns
+    what was done, in words.
+    """
+    run, unfused = kept.run, (state or {}).get("unfused", "")
+    kept.moments, said, kept.unfused = faster.faster(run, kept.team, tqdm.write, unfused)
+    kept.untrained = {name: each.detach().cpu().clone() for name, each in run.trained.items()}
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
-    return kept, said
+    return said
 
 
 # ---- the run -------------------------------------------------------------------------------------

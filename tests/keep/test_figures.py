@@ -7,7 +7,7 @@ import torch
 
 import model
 from conftest import POCKET
-from inputs.options import RECIPES, replace
+from inputs.options import RECIPES
 from keep import report
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
@@ -16,10 +16,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
 @pytest.fixture
 def watch():
     """watch([seconds of each step], device) -> the sentences, by step."""
-    config = replace(RECIPES["t4"][1], memory_plan=False, gradient_checkpointing=False)
 
     def watch(seconds, device=CPU) -> dict[int, list[str]]:
-        watch = report.Watch(config)
+        watch = report.Watch(RECIPES["t4"][1])
         found = {i: watch.after(i, each, device) for i, each in enumerate(seconds, start=1)}
         return {step: sentences for step, sentences in found.items() if sentences}
 
@@ -33,7 +32,7 @@ def test_steps_that_take_twice_their_usual_time_are_said_once_with_the_reason(wa
     assert step == 36 and said.startswith("after step 36: the last 5 steps took over twice the")
     for words in ("usual 1.00 s", "Windows and WSL", "on Linux another program", "What to do: "):
         assert words in said
-    assert "add --gradient-checkpointing" in said
+    assert "--gradient-checkpointing --train-batch-size 1 --gradient-accumulation-steps 4" in said
     assert watch([1.0] * 30 + ([5.0] * 4 + [1.0]) * 9) == {}
     assert watch([1.0 + i / 50 for i in range(400)]) == {}
     assert watch([1.0] * 5 + [5.0] * 14) == {}  # before anything is usual
@@ -51,15 +50,6 @@ def test_a_gpu_that_is_over_95_percent_full_is_said_once_and_seldom_asked(watch,
     ((step, (said,)),) = watch([1.0] * 200, GPU).items()
     assert step == 80 and "after step 80: 96.0 of the GPU's 100.0 GiB are in use. On W" in said
     assert asked == [GPU] * 10
-
-
-def test_what_to_type_for_less_memory_is_what_is_not_typed_already():
-    config = replace(RECIPES["t4"][1], memory_plan=True, train_batch_size=4)
-    config = replace(config, gradient_checkpointing=False)
-    for words in ("--no-memory-plan", "--gradient-checkpointing", "--train-batch-size 1 --grad"):
-        assert words in report.less_memory(config)
-    least = {"memory_plan": False, "gradient_checkpointing": True, "train_batch_size": 1}
-    assert "the recipe lowmem" in report.less_memory(replace(config, **least))
 
 
 def test_a_prompt_is_counted_as_cut_when_its_tokens_exceed_the_tokenizers_length():
