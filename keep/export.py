@@ -107,7 +107,7 @@ def finished(config: Config) -> str:
     try:
         note = json.loads((config.out / "finished.json").read_text())
         whole = note["files"] == exported_sums(config)
-    except OSError:  # it has not ended yet, or a file of it is gone
+    except (OSError, ValueError):  # it has not ended yet, or a file of it is gone or damaged
         return ""
     half = note["identity"]["dtype"] != "torch.float32"
     mine = fixed_options(config) | local_identity(config, half)

@@ -1,27 +1,40 @@
 """The figures that a run says: captions that are cut, and a GPU that is full or has become slow."""
 
 import itertools
+import json
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 import model
 from conftest import POCKET
-from inputs.options import RECIPES
+from inputs.options import RECIPES, replace
 from keep import report
 
-CPU, GPU = torch.device("cpu"), torch.device("cuda:0")
+GPU = torch.device("cuda:0")
 
 
 @pytest.fixture
-def watch():
-    """watch([seconds of each step], device) -> the sentences, by step."""
+def watch(monkeypatch):
+    """watch([seconds of each step], used) -> the sentences, by step. used: GiB of the GPU's 100, at
+    each time that it is asked; watch.asked: how often it was.
+    """
 
-    def watch(seconds, device=CPU) -> dict[int, list[str]]:
-        watch = report.Watch(RECIPES["t4"][1])
-        found = {i: watch.after(i, each, device) for i, each in enumerate(seconds, start=1)}
+    def watch(seconds, used=()) -> dict[int, list[str]]:
+        used = itertools.chain(used, itertools.repeat(50))
+
+        def mem_get_info(device):
+            assert device == GPU
+            watch.asked += 1
+            return (100 - next(used)) * 2**30, 100 * 2**30
+
+        monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+        eyes = report.Watch(RECIPES["t4"][1])
+        found = {i: eyes.after(i, each, GPU) for i, each in enumerate(seconds, start=1)}
         return {step: sentences for step, sentences in found.items() if sentences}
 
+    watch.asked = 0
     return watch
 
 
@@ -38,18 +51,25 @@ def test_steps_that_take_twice_their_usual_time_are_said_once_with_the_reason(wa
     assert watch([1.0] * 5 + [5.0] * 14) == {}  # before anything is usual
 
 
-def test_a_gpu_that_is_over_95_percent_full_is_said_once_and_seldom_asked(watch, monkeypatch):
-    asked, free = [], itertools.chain([6, 6, 5], itertools.repeat(4))
-
-    def mem_get_info(device):
-        asked.append(device)
-        return next(free) * 2**30, 100 * 2**30
-
-    monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
-    assert watch([1.0] * 100) == {} and not asked  # on a CPU there is nothing to ask
-    ((step, (said,)),) = watch([1.0] * 200, GPU).items()
+def test_a_gpu_that_is_over_95_percent_full_is_said_once_and_seldom_asked(watch):
+    used = itertools.chain([94, 94, 95], itertools.repeat(96))
+    ((step, (said,)),) = watch([1.0] * 200, used).items()
     assert step == 80 and "after step 80: 96.0 of the GPU's 100.0 GiB are in use. On W" in said
-    assert asked == [GPU] * 10
+    assert watch.asked == 10
+
+
+def test_a_log_says_what_the_watch_says(tmp_path, monkeypatch, capsys):
+    """On a GPU; on a CPU nobody watches."""
+    config, said = replace(RECIPES["pocket"][1], tensorboard=False), []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
+    monkeypatch.setattr(report.Watch, "after", lambda *given: said.append(given[1:]) or ["slow"])
+    with report.Log(tmp_path, 0, config) as log:
+        for step, device in enumerate((torch.device("cpu"), GPU), start=1):
+            scale, unet = SimpleNamespace(value=1.0, skipped=0), SimpleNamespace(device=device)
+            log.write(SimpleNamespace(step=step, loss_scale=scale, unet=unet), 1.0, 1.0, 1e-4, 0.5)
+    assert said == [(2, 0.5, GPU)] and "slow" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["gib"] for row in rows] == [0.0, 2.0]
 
 
 def test_a_prompt_is_counted_as_cut_when_its_tokens_exceed_the_tokenizers_length():
