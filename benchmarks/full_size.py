@@ -19,6 +19,7 @@ import signal
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -27,6 +28,42 @@ sys.path.insert(0, str(ROOT))
 CAP_GIB, SMALL_GIB = 14.5, 5.5
 SMALL = ("lowmem_planned",)  # of the runs below, those held to SMALL_GIB
 SEEN_LAST = 27  # t4 is killed once it has logged this step
+
+
+class HostMemory:
+    """Samples this process's memory while a block runs. own: peak RssAnon in GiB; mapped: peak
+    RssFile in GiB.
+
+    Pages of a mapped weight file count in RSS although the kernel can drop them at any time; a host
+    runs out of its memory by the first number alone. Both stay 0.0 where there is no /proc.
+    """
+
+    def __enter__(self):
+        self.own = self.mapped = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._sample, daemon=True)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_):
+        self._stop.set()
+        self._thread.join()
+
+    def _sample(self):
+        while True:
+            self.own = max(self.own, process_gib("RssAnon"))
+            self.mapped = max(self.mapped, process_gib("RssFile"))
+            if self._stop.wait(0.02):
+                return
+
+
+def process_gib(field: str) -> float:
+    """A field of /proc/self/status in GiB; 0.0 where there is none."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field + ":"):
+                return int(line.split()[1]) / 2**20
+    return 0.0
 
 
 def make(folder: Path, photos: Path) -> None:
@@ -83,7 +120,6 @@ def child(report: Path, cap_gib: float, argv: list[str]) -> int:
     """One run of loop.py under a cap; writes what the process took to `report`."""
     import inputs.options  # noqa: F401  it sets how long idle threads spin, before torch asks
     import torch  # isort: skip
-    from keep import report as reports
     from keep import training
 
     cuda = torch.cuda.is_available()  # on a CPU only this script itself is tried out
@@ -91,7 +127,7 @@ def child(report: Path, cap_gib: float, argv: list[str]) -> int:
         torch.cuda.set_per_process_memory_fraction(
             cap_gib * 2**30 / torch.cuda.get_device_properties(0).total_memory
         )
-    with reports.HostMemory() as host:
+    with HostMemory() as host:
         code = training.main(argv)
     report.write_text(
         json.dumps(

@@ -11,7 +11,6 @@ import io
 import os
 import re
 import shutil
-import zipfile
 from pathlib import Path
 
 import torch
@@ -20,15 +19,9 @@ from torch import Tensor
 import lora
 import model
 from inputs import code
-from inputs.files import Refusal, first_line, sync_folder, write_whole
+from inputs.files import Refusal, sync_folder, write_whole
 from keep import faults
 from keep.identity import about
-
-PARTS = {  # what a state holds, and of which types; type() and not isinstance(): True is no step
-    **dict.fromkeys(("trained", "moments", "scale", "identity", "code", "config"), dict),
-    **dict.fromkeys(("code_changes", "commit", "unfused"), str),
-    "step": int,
-}
 
 
 class PlainMoments:
@@ -55,22 +48,12 @@ class PlainMoments:
                 self.state[matrix] = kept
 
 
-def on_the_host(tensors: dict) -> dict:
-    """Dicts of tensors as copies on the CPU, each of its own size: torch.save() writes the whole
-    vector for a view of it. What several names share is written once.
-    """
-    copies = {}
+# ---- writing -------------------------------------------------------------------------------------
 
-    def copy(value):
-        if isinstance(value, dict):
-            return {key: copy(each) for key, each in value.items()}
-        if not torch.is_tensor(value):
-            return value
-        if id(value) not in copies:
-            copies[id(value)] = value.detach().to("cpu", copy=True)
-        return copies[id(value)]
 
-    return copy(tensors)
+def folder_of(run) -> Path:
+    """Where the checkpoint of run.step is, or will be."""
+    return run.config.out / "checkpoints" / f"{run.step:06d}"
 
 
 def save_state(kept) -> None:
@@ -85,56 +68,73 @@ def save_state(kept) -> None:
         raise Refusal(found, "finite numbers", faults.AGAIN)
     if not kept.team.first:
         return
-    root = config.out / "checkpoints"
-    folder = root / f"{run.step:06d}"
-    aside = root / f".{folder.name}.{os.getpid()}.part"
-    buffer = io.BytesIO()
-    state = on_the_host({"trained": run.trained, "moments": kept.moments.read()}) | {
+    folder, buffer = folder_of(run), io.BytesIO()
+    torch.save(state_of(kept), buffer)
+    files = {
+        lora.FILE_NAME: lora.peft_bytes(run.adapter, model.DTYPES[config.save_dtype], about(kept)),
+        "state.pt": buffer.getvalue(),
+        "state.sha256": sum_of(buffer.getvalue()).encode(),
+    }
+    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    try:
+        for name, content in files.items():
+            write_whole(aside / name, content)
+    except (Refusal, KeyboardInterrupt):
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
+        raise
+    shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
+    os.replace(aside, folder)
+    sync_folder(folder.parent)
+    remove_old(folder.parent, run.step, config.checkpoints_total_limit)
+
+
+def state_of(kept) -> dict:
+    """All that a run is continued from."""
+    run = kept.run
+    return {
         "step": run.step,
+        "trained": on_the_host(run.trained),
+        "moments": on_the_host(kept.moments.read()),
         "scale": dataclasses.asdict(run.loss_scale),
         "identity": kept.identity,
         "code": kept.code,
         "code_changes": kept.code_changes,
         "commit": code.commit(),
         "unfused": kept.unfused,
-        "config": dataclasses.asdict(config),
+        "config": dataclasses.asdict(run.config),
     }
-    torch.save(state, buffer)
-    try:
-        path, dtype = aside / lora.FILE_NAME, model.DTYPES[config.save_dtype]
-        lora.save(run.adapter, path, dtype, about(kept))
-        write_whole(aside / "state.pt", buffer.getvalue())
-        write_whole(aside / "state.sha256", sum_of(buffer.getvalue()).encode())
-    except (Refusal, KeyboardInterrupt):
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
-        raise
-    shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
-    os.replace(aside, folder)
-    sync_folder(root)
-    remove_old(root, run.step, config.checkpoints_total_limit)
+
+
+def on_the_host(tree):
+    """Dicts of tensors with copies on the CPU, each of its own size: torch.save() writes the whole
+    vector for a view of it.
+    """
+    if isinstance(tree, dict):
+        return {key: on_the_host(each) for key, each in tree.items()}
+    return tree.detach().to("cpu", copy=True) if torch.is_tensor(tree) else tree
 
 
 def remove_old(root: Path, step: int, limit: int) -> None:
     """Leave the newest `limit` checkpoints up to `step`. One of a later step is damaged: the run
-    would have continued from it. Each is renamed first: a run killed here leaves no half of it.
+    would have continued from it.
     """
     folders = checkpoints(root)
     kept = [folder for folder in folders if int(folder.name) <= step][-limit:]
     for folder in folders:
         if folder not in kept:
-            aside = root / f".{folder.name}.old.{os.getpid()}.part"
-            os.replace(folder, aside)
-            shutil.rmtree(aside)
+            shutil.rmtree(folder)
 
 
 def save_state_once(kept) -> None:
     """save_state(), unless there is nothing trained, it is saved already, or it is half a step or
     not finite.
     """
-    run = kept.run
-    there = (run.config.out / "checkpoints" / f"{run.step:06d}").exists()
-    if run.step and not there and not kept.half_done and not faults.in_state(kept):
+    saved = folder_of(kept.run).exists()
+    if kept.run.step and not saved and not kept.half_done and not faults.in_state(kept):
         save_state(kept)
+
+
+# ---- reading -------------------------------------------------------------------------------------
 
 
 def checkpoints(root: Path) -> list[Path]:
@@ -151,11 +151,11 @@ def newest_state(root: Path) -> dict | None:
     """
     folders = checkpoints(root)[::-1]
     for folder in folders:
-        sum_file, file = folder / "state.sha256", folder / "state.pt"
-        if sum_file.is_file() and file.is_file():
+        file, sum_file = folder / "state.pt", folder / "state.sha256"
+        if file.is_file() and sum_file.is_file():
             content = file.read_bytes()
             if sum_of(content).encode() == sum_file.read_bytes().strip():
-                return read(file, content)
+                return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         print(f"{folder} was cut short or damaged and is passed over")
     if folders:
         raise Refusal(
@@ -166,61 +166,31 @@ def newest_state(root: Path) -> dict | None:
     return None
 
 
-def read(path: Path, content: bytes) -> dict:
-    """The state that save_state() wrote as `content`. Its sum says that it is as it was written,
-    not by whom, so nothing that it says is run (weights_only) and nothing in it unpacks to more
-    than its own size. Raises Refusal for anything else than a state.
-    """
-    try:
-        with zipfile.ZipFile(io.BytesIO(content)) as archive:
-            packed = [each.filename for each in archive.infolist() if each.compress_type]
-        if packed:
-            raise ValueError(f"{packed[0]} in it is compressed")
-        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-        old = "flat" in state
-        wrong = [k for k, kind in PARTS.items() if not old and type(state[k]) is not kind]
-        if wrong:
-            raise TypeError(f"{wrong[0]} is a {type(state[wrong[0]]).__name__}")
-        if state["step"] != int(path.parent.name):
-            raise ValueError(f"it is of step {state['step']}")
-    except Exception as error:  # a pickle raises whatever it likes
-        raise foreign(path, f"{type(error).__name__}: {first_line(error)}") from error
-    if old:
-        raise Refusal(
-            f"{path} is of an earlier version of this project: it holds the adapter as one vector",
-            "a checkpoint that holds each matrix under its name",
-            "another --output-dir for a new run, or git checkout the commit that it ran with",
-        )
-    return state
-
-
-def foreign(path: Path, why: str) -> Refusal:
-    """The refusal of the state at `path`."""
-    return Refusal(
-        f"{path} is no state that this project saved ({why})",
-        "a checkpoint of this run",
-        f"rm -r {path.parent} to continue from the checkpoint before, or another --output-dir",
-    )
-
-
 def restore(kept, state: dict | None) -> None:
-    """Put a checkpoint's numbers into the run. Raises Refusal, before anything is changed, where
-    they are of other layers, or of another shape or type: copying would stretch them, and
-    bitsandbytes' kernels would read beyond their end.
+    """Put a checkpoint's numbers into the run. Raises Refusal, with nothing of them taken over,
+    where they are of other layers or another optimizer: a copy would stretch one number over a
+    matrix, and bitsandbytes' kernels would read beyond the end of a short one.
     """
     if state is None:
         return
     run = kept.run
-    if other := state["trained"].keys() ^ run.trained.keys():
-        name = min(other, key=str)
+    if any(state.get("moments", {}).values()):  # else every step so far was skipped
+        # A step at rate 0, over gradients of 0, moves nothing: it has the optimizer make what it
+        # keeps, so that it can be compared, whichever optimizer it is.
+        for group in run.optimizer.param_groups:
+            group["lr"] = 0.0
+        run.optimizer.step()
+    parts = {"trained": run.trained, "moments": kept.moments.read(), "scale": vars(run.loss_scale)}
+    mine, theirs = looks(parts), looks({key: state.get(key, {}) for key in parts})
+    if wrong := [place for place in mine | theirs if mine.get(place) != theirs.get(place)]:
+        told = [f"{k}: {theirs.get(k, 'nothing')}, not {mine.get(k, 'nothing')}" for k in wrong[:4]]
         raise Refusal(
-            f"the checkpoint adapts other layers: {name} is in one of the two alone",
-            f"the {len(run.trained)} matrices that this run trains",
-            "use the code and the diffusers that it ran with, or another --output-dir",
+            f"the checkpoint holds other layers or another optimizer ({len(wrong)} differences; "
+            f"{'; '.join(told)})",
+            f"the {len(run.trained)} matrices that this run trains, and what its optimizer keeps",
+            "use the code, the diffusers and the bitsandbytes that it ran with, or another "
+            "--output-dir",
         )
-    if wrong := wrong_numbers(run, state):
-        folder = run.config.out / "checkpoints" / f"{state['step']:06d}"
-        raise foreign(folder / "state.pt", wrong)
     with torch.no_grad():
         for name, matrix in run.trained.items():
             matrix.copy_(state["trained"][name])
@@ -229,44 +199,13 @@ def restore(kept, state: dict | None) -> None:
     run.step = state["step"]
 
 
-def wrong_numbers(run, state: dict) -> str:
-    """What in `state`, whose matrices have this run's names, cannot have come from its adapter,
-    optimizer or loss scale, or "".
-    """
-    theirs = state["scale"]
-    if {k: type(v) for k, v in theirs.items()} != {
-        k: type(v) for k, v in vars(run.loss_scale).items()
-    }:
-        return f"the loss scale is {theirs}"
-    for name, matrix in run.trained.items():
-        numbers, moments = state["trained"][name], state["moments"].get(name, {})
-        found = {key: looks(value) for key, value in {"numbers": numbers, **moments}.items()}
-        want = {"numbers": f"float32 {[*matrix.shape]}"}
-        if state["step"] != theirs["skipped"]:  # else the optimizer has kept nothing yet
-            want |= kept_by(run.optimizer, matrix.shape) or found
-        if found != want:
-            unlike, like = dict(found.items() - want.items()), dict(want.items() - found.items())
-            return f"of {name} it holds {unlike}, not {like}"
-    return ""
-
-
-def kept_by(optimizer: torch.optim.Optimizer, shape: torch.Size) -> dict[str, str]:
-    """What AdamW keeps for a matrix; bitsandbytes in 8 bits: two moments, what their 256 codes
-    stand for, and a scale for each block of 256 numbers. Empty for another optimizer.
-    """
-    names, same = [each.__name__ for each in type(optimizer).__mro__], f"float32 {[*shape]}"
-    if "AdamW8bit" in names:
-        kinds = {"state": f"uint8 {[*shape]}", "qmap": "float32 [256]"}
-        kinds["absmax"] = f"float32 [{-(-shape.numel() // 256)}]"
-        return {"step": "int"} | {f"{key}{i}": kinds[key] for key in kinds for i in (1, 2)}
-    return {"step": "float32 []", "exp_avg": same, "exp_avg_sq": same} if "AdamW" in names else {}
-
-
-def looks(value) -> str:
-    """dtype and shape of a tensor of finite numbers; of anything else what it is."""
-    if not isinstance(value, Tensor) or value.layout != torch.strided or not value.is_cpu:
-        return type(value).__name__  # on "meta" a tensor has a shape without numbers
-    return f"{str(value.dtype)[6:]} {[*value.shape]}" + " not finite" * (not value.isfinite().all())
+def looks(tree, name: str = "") -> dict[str, str]:
+    """Of each tensor in dicts of dicts its dtype and shape, of anything else its type, by place."""
+    if isinstance(tree, dict):
+        inner = [looks(each, f"{name} {key}".strip()) for key, each in tree.items()]
+        return {place: look for each in inner for place, look in each.items()}
+    tensor = torch.is_tensor(tree)
+    return {name: f"{tree.dtype} {[*tree.shape]}" if tensor else type(tree).__name__}
 
 
 def sum_of(content: bytes) -> str:

@@ -20,6 +20,7 @@ from keep.checkpoint import remove_old, sum_of
 from keep.identity import about, check_same, fixed_options, local_identity
 
 
+@torch.no_grad()
 def export(kept) -> list[Path]:
     """Write the adapter in both layouts, read each file back, and refuse if it is not what was
     trained. The UNet must be the book's: no fused layers, nothing compiled.
@@ -39,29 +40,25 @@ def export(kept) -> list[Path]:
     paths = {"peft": config.out / lora.FILE_NAME, "kohya": kohya_path(config)}
     run.unet.eval()  # what an edited layer does in training only, such as dropout, is in no file
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
-    with torch.no_grad():
-        trained = {name: matrix.clone() for name, matrix in matrices.items()}
-        answer = model.predict(run.unet, batch["noise"], batch)
-        for layout, path in paths.items():
-            files.save(run.adapter, path, layout, dtype, about(kept))
-            for matrix in matrices.values():
-                matrix.zero_()  # or a file that holds nothing would seem to hold everything
-            files.load(run.adapter, files.read(path))
-            again = model.predict(run.unet, batch["noise"], batch)
-            off = ((again - answer).norm() / answer.norm()).item()
-            numbers_equal = all(
-                torch.equal(matrix, trained[name].to(dtype).float())
-                for name, matrix in matrices.items()
+    trained = {name: matrix.clone() for name, matrix in matrices.items()}
+    answer = model.predict(run.unet, batch["noise"], batch)
+    for layout, path in paths.items():
+        files.save(run.adapter, path, layout, dtype, about(kept))
+        for matrix in matrices.values():
+            matrix.zero_()  # or a file that holds nothing would seem to hold everything
+        files.load(run.adapter, files.read(path))
+        again = model.predict(run.unet, batch["noise"], batch)
+        off = ((again - answer).norm() / answer.norm()).item()
+        same = all(matrices[n].equal(each.to(dtype).float()) for n, each in trained.items())
+        for name, matrix in matrices.items():
+            matrix.copy_(trained[name])
+        if not same or not off <= (0.0 if dtype == torch.float32 else 2e-3):
+            why = "; ".join(kept.notes) or "check the disk and give the same command again"
+            raise Refusal(
+                f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
+                "the trained one",
+                f"{why}; the training is safe under checkpoints/",
             )
-            for name, matrix in matrices.items():
-                matrix.copy_(trained[name])
-            if not numbers_equal or not off <= (0.0 if dtype == torch.float32 else 2e-3):
-                disk = "check the disk and give the same command again"
-                raise Refusal(
-                    f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
-                    "the trained one",
-                    f"{'; '.join(kept.notes) or disk}; the training is safe under checkpoints/",
-                )
     return list(paths.values())
 
 
@@ -84,12 +81,17 @@ def exported_sums(config: Config) -> dict[str, str]:
 
 def mark_finished(kept) -> None:
     """Note that the exported files are whole and compared, and what they are of."""
-    config = kept.run.config
+    run, config = kept.run, kept.run.config
     # Again, since the run may have been killed between its last checkpoint and this.
-    remove_old(config.out / "checkpoints", kept.run.step, config.checkpoints_total_limit)
-    note = {"steps": kept.run.step, "files": exported_sums(config), "save_dtype": config.save_dtype}
-    note |= {"options": fixed_options(config), "identity": kept.identity}
-    note |= {"code": kept.code, "commit": code.commit()}
+    remove_old(config.out / "checkpoints", run.step, config.checkpoints_total_limit)
+    note = {
+        "steps": run.step,
+        "files": exported_sums(config),
+        "save_dtype": config.save_dtype,
+        "identity": kept.identity,
+        "code": kept.code,
+        "commit": code.commit(),
+    }
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
     write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
 
@@ -103,22 +105,22 @@ def finished(config: Config) -> str:
     """
     sweep_parts(config.out)
     try:
-        said = json.loads((config.out / "finished.json").read_text())
-        whole = said["files"] == exported_sums(config) and said["save_dtype"] == config.save_dtype
-        steps, known = said["steps"], said["options"] | said["identity"]
-        half, digests = known["dtype"] != "torch.float32", code.digests(faster.code_of(config))
-        names = code.changed(digests, said.get("code", digests))  # an earlier version kept none
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
-        return ""  # not there, or not as it was written
-    state = {"identity": known}
-    check_same(config, fixed_options(config), state)
-    if config.deterministic:  # a promise about how it was computed, from the first step on
-        check_same(config, {"deterministic": "True"}, state)
-    check_same(config, local_identity(config, half), state)
-    if type(steps) is not int or not whole or steps < config.max_train_steps:
+        note = json.loads((config.out / "finished.json").read_text())
+        whole = note["files"] == exported_sums(config)
+    except (OSError, ValueError):  # it has not ended yet, or a file of it is gone or damaged
         return ""
+    half = note["identity"]["dtype"] != "torch.float32"
+    mine = fixed_options(config) | local_identity(config, half)
+    if config.deterministic:  # a promise about how it was computed, from the first step on
+        mine["deterministic"] = "True"
+    check_same(config, mine, note)
+    enough = note["steps"] >= config.max_train_steps
+    if not whole or not enough or note["save_dtype"] != config.save_dtype:
+        return ""
+    names = code.changed(code.digests(faster.code_of(config)), note.get("code", {}))
     other = f", by other code ({', '.join(names)})" if names else ""
     return (
-        f"{config.out} is finished{other}: {steps} steps on {config.dataset_name}. To go on: a "
-        "larger --max-train-steps; to start anew: another --output-dir; to draw: make generate"
+        f"{config.out} is finished{other}: {note['steps']} steps on {config.dataset_name}. To go "
+        "on: a larger --max-train-steps; to start anew: another --output-dir; to draw: make "
+        "generate"
     )

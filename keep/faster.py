@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import os
 import sys
 from collections.abc import Callable
@@ -16,12 +17,10 @@ from inputs import code
 from inputs.files import Refusal
 from inputs.options import Config
 
-try:
-    import fast
-except ImportError:  # deleted: its modules are imported below, each where it is used
-    fast = None
-if fast and not fast.__file__:  # what is left of the folder are files that Python compiled
-    fast = None
+# Its modules are imported below, each where it is used. Without an origin, what is left of the
+# folder are files that Python compiled.
+spec = importlib.util.find_spec("fast")
+fast = bool(spec and spec.origin)
 
 
 # Digests of the code that things in fast/ stand in for or count on. Where somebody has edited it,
@@ -40,15 +39,7 @@ WRITTEN_FOR = {
     "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
 }
 # What may mean each matrix by itself, and would mean the one vector instead.
-MATRIX_BY_MATRIX = (
-    "lora.LoRALinear",
-    "lora.inject",
-    "loop.micro_step",
-    "loop.gradient_norm",
-    "loop.unscale_and_clip",
-    "loop.optimizer_step",
-    "loop.make_optimizer",
-)
+MATRIX_BY_MATRIX = tuple(WRITTEN_FOR)[:-3]
 
 
 class Alone:
@@ -133,17 +124,14 @@ def join(timeout: float):
     return parallel.join(timeout)
 
 
-@contextlib.contextmanager
 def deterministic(on: bool):
-    """While the block runs, only kernels that add in one order, if asked for."""
+    """A context with only kernels that add in one order, if asked for."""
     if not on:
-        yield
-        return
+        return contextlib.nullcontext()
     need("--deterministic", "the same command without it")
     from fast import deterministic
 
-    with deterministic.mode(on):
-        yield
+    return deterministic.mode(on)
 
 
 def promise(config: Config, device, processes: int) -> dict[str, str]:
@@ -199,28 +187,31 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
     layers by the book's lines, or "". Returns what reads and writes the optimizer's state by
     matrix, what was done in words, and `unfused` for the next start.
     """
+    import loop
+    from keep.checkpoint import PlainMoments
+
+    moments, sums = PlainMoments(run.optimizer, run.trained), [m.grad for m in run.trained.values()]
     if not fast:
-        from keep.checkpoint import PlainMoments
+        return moments, "by the book's lines: no folder fast/", unfused
+    from fast import compile, flat, layers, prefetch
 
-        return (
-            PlainMoments(run.optimizer, run.trained),
-            "by the book's lines: no folder fast/",
-            unfused,
-        )
-    from fast import compile, layers
-
-    said, layer = [], edited("lora.LoRALinear")
+    said = []
     if may_fuse(run):
-        why = unfused or layer or layers.disagreement(run.unet)
+        why = unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
         unfused = team.first_says("unfused", why)
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
     if run.config.compile:
         compile.compile_resnets(run.unet)
-    moments, gradients = in_one_vector(run, said)
-    record(run, [*gradients, run.loss_sum], say, said)
+    if why := edited(*MATRIX_BY_MATRIX):
+        said.append(f"matrix by matrix, since {why}")
+    else:  # all that learns in one vector
+        vector = flat.Flat(run.unet, run.trained)
+        run.trained = vector.views
+        run.optimizer = loop.make_optimizer(run.config, [vector.vector])
+        run.micro_step = vector.micro_step(run.micro_step)
+        moments, sums = flat.FlatMoments(vector, run.optimizer), [vector.vector.grad]
+    record(run, [*sums, run.loss_sum], say, said)
     if not (why := edited("loop.step_batches")):
-        from fast import prefetch
-
         run.batches = prefetch.Prefetch(functools.partial(run.batches, share=team.share))
     elif team.size > 1:
         raise Refusal(f"several processes, and {why}", "step_batches as it was", "GPUS=1")
@@ -232,25 +223,6 @@ def edited(*names: str) -> str:
     """Which of `names` is not the code that fast/ was written for, in words; "" where all are."""
     changed = [name for name in names if code.together(name) != WRITTEN_FOR[name]]
     return f"{' and '.join(changed)} {'are' if changed[1:] else 'is'} edited" if changed else ""
-
-
-def in_one_vector(run, said: list[str]) -> tuple:
-    """Lay all that learns into one vector, unless code is edited that may mean single matrices.
-    Returns what reads and writes the optimizer's state, and the gradients that are added to.
-    """
-    import loop
-    from fast import flat
-    from keep.checkpoint import PlainMoments
-
-    if why := edited(*MATRIX_BY_MATRIX):
-        said.append(f"matrix by matrix, since {why}")
-        gradients = [matrix.grad for matrix in run.trained.values()]
-        return PlainMoments(run.optimizer, run.trained), gradients
-    vector = flat.Flat(run.unet, run.trained)
-    run.trained = vector.views
-    run.optimizer = loop.make_optimizer(run.config, [vector.vector])
-    run.micro_step = vector.micro_step(run.micro_step)
-    return flat.FlatMoments(vector, run.optimizer), [vector.vector.grad]
 
 
 def record(run, sums: list, say: Callable[[str], None], said: list[str]) -> None:

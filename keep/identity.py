@@ -6,10 +6,11 @@ from pathlib import Path
 import torch
 
 from inputs import hub
-from inputs.code import changed, commit
+from inputs.code import changed
 from inputs.files import Refusal, digest
 from inputs.options import Config
 from inputs.sources import Picture, read_dataset
+from model import NoiseSchedule
 
 # What may change between two starts of one run; everything else is part of what the run is.
 MAY_CHANGE = {
@@ -39,26 +40,21 @@ def fixed_options(config: Config) -> dict[str, str]:
 
 
 def identity(
-    config: Config,
-    dtype: torch.dtype,
-    pictures: list[Picture],
-    fingerprints: dict[str, str],
-    noise: str,
+    config: Config, dtype: torch.dtype, pictures: list[Picture], schedule: NoiseSchedule
 ) -> dict[str, str]:
-    """What must be the same for a checkpoint to be continued, as text.
-
-    fingerprints: hub.encoder_fingerprints(); noise: the noise schedule.
-    """
-    return fixed_options(config) | {
-        "dtype": str(dtype),
-        "base": hub.unet_fingerprint(config.pretrained_model_name_or_path, dtype != torch.float32),
-        "encoders": digest(str(fingerprints)),
-        "noise schedule": digest(noise),
-        "data": data_print(pictures),
-    }
+    """What must be the same for a checkpoint to be continued, as text."""
+    noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
+    told = {"dtype": str(dtype), "noise schedule": digest(noise), "data": of_data(pictures)}
+    base = of_base(config.pretrained_model_name_or_path, dtype != torch.float32)
+    return fixed_options(config) | base | told
 
 
-def data_print(pictures: list[Picture]) -> str:
+def of_base(name: str, half: bool) -> dict[str, str]:
+    encoders = digest(str(hub.encoder_fingerprints(name, half)))
+    return {"base": hub.unet_fingerprint(name, half), "encoders": encoders}
+
+
+def of_data(pictures: list[Picture]) -> str:
     return digest(*(part for p in pictures for part in (p.digest, p.caption)))
 
 
@@ -66,33 +62,33 @@ def local_identity(config: Config, half: bool) -> dict[str, str]:
     """identity() as far as it is of folders on this disk, which can be replaced in place and looked
     at without a download.
     """
-    name, found = config.pretrained_model_name_or_path, {}
-    if Path(name).expanduser().is_dir():
-        found["base"] = hub.unet_fingerprint(name, half)
-        found["encoders"] = digest(str(hub.encoder_fingerprints(name, half)))
-    if Path(config.dataset_name).expanduser().is_dir():
-        columns = (config.image_column, config.caption_column)
-        found["data"] = data_print(read_dataset(config.dataset_name, *columns))
+    name, data = config.pretrained_model_name_or_path, config.dataset_name
+    found = of_base(name, half) if Path(name).expanduser().is_dir() else {}
+    if Path(data).expanduser().is_dir():
+        pictures = read_dataset(data, config.image_column, config.caption_column)
+        found["data"] = of_data(pictures)
     return found
 
 
 def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None:
-    """Raise Refusal where the checkpoint `state` is of another run than `mine`, naming field and
-    values.
+    """Raise Refusal where the checkpoint `state` is of another run than `mine`, naming every field
+    that differs and both its values.
     """
-    for key, value in mine.items() if state else ():
-        # A run from before an option existed ran as the option's default does.
-        theirs = state["identity"].get(key, str(getattr(Config, key, "not set")))
-        if theirs != value:
-            name = FINGERPRINTS.get(key, key)
-            raise Refusal(
-                f"{config.out} holds a run with {name} {theirs}, and this command has {name} "
-                f"{value}",
-                "the same options, base model, pictures and captions as at its start "
-                "(max_train_steps, saving, logging and memory options may change)",
-                "give the old value or put the old content back, or another --output-dir for a new "
-                "run",
-            )
+    if state is None:
+        return
+    # A run from before an option existed ran as the option's default does.
+    theirs = {k: state["identity"].get(k, str(getattr(Config, k, "not set"))) for k in mine}
+    if other := [key for key in mine if theirs[key] != mine[key]]:
+        was, now = (
+            ", ".join(f"{FINGERPRINTS.get(key, key)} {each[key]}" for key in other)
+            for each in (theirs, mine)
+        )
+        raise Refusal(
+            f"{config.out} holds a run with {was}, and this command has {now}",
+            "the same options, base model, pictures and captions as at its start (max_train_steps, "
+            "saving, logging and memory options may change)",
+            "give the old value or put the old content back, or another --output-dir for a new run",
+        )
 
 
 def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
@@ -103,21 +99,19 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
     """
     if state is None:
         return ""
-    names, theirs = changed(mine, state["code"]), state["commit"]
+    names = ", ".join(changed(mine, state.get("code", {})))  # an early version kept none
     if names and not config.accept_code_change:
-        back = f"git checkout {theirs.removesuffix('+')}" if theirs else "put the old code back"
-        if theirs and theirs.removesuffix("+") == commit().removesuffix("+"):
-            back = "put the old code back (git diff shows what is edited, git stash takes it away)"
-        back += ", with the edits that were not committed then" if theirs.endswith("+") else ""
+        commit = state.get("commit", "").removesuffix("+")
         raise Refusal(
-            f"since step {state['step']} of the run in {config.out} its code has changed: "
-            f"{', '.join(names)}",
+            f"since step {state['step']} of the run in {config.out} its code has changed: {names}",
             "the code that it began with (comments, docstrings and layout may change)",
-            f"{back}; or --accept-code-change, to go on with this code and have that noted; or "
-            "another --output-dir for a new run",
+            "put the old code back (git diff shows what is edited, git stash takes it away"
+            + (f", git checkout {commit}, as it was committed then" if commit else "")
+            + "); or --accept-code-change, to go on with this code and have that noted; or another "
+            "--output-dir for a new run",
         )
-    new = f"code changed after step {state['step']}: {', '.join(names)}" if names else ""
-    return "; ".join(filter(None, (state["code_changes"], new)))
+    new = f"code changed after step {state['step']}: {names}" if names else ""
+    return "; ".join(filter(None, (state.get("code_changes"), new)))
 
 
 def about(kept) -> dict[str, str]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import json
 import math
 import os
 import signal
+import statistics
 import threading
 from pathlib import Path
 
@@ -20,6 +22,12 @@ from inputs.options import Config
 from inputs.sources import Picture
 from loop import Run
 
+SPILL = (
+    "On Windows and WSL the driver moves what does not fit into the host's memory without a word, "
+    "and steps take many times as long; on Linux another program shares this GPU, or heat holds it "
+    "back (nvidia-smi shows both). What to do: close what else uses this GPU, or "
+)
+
 
 class Log:
     """A progress bar, one JSON line and one set of TensorBoard scalars for each step; nothing of
@@ -27,7 +35,7 @@ class Log:
     """
 
     def __init__(self, out: Path, start: int, config: Config, speaks: bool = True):
-        self.board, self.hook = None, threading.excepthook
+        self.board, self.hook, self.watch = None, threading.excepthook, Watch(config)
         self.also: dict[str, str] = {}  # what every line of log.jsonl says besides
         if not speaks:
             self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
@@ -61,7 +69,8 @@ class Log:
             self.hook(what)
 
     def write(self, run: Run, loss: float, norm: float, rate: float, seconds: float) -> None:
-        scale = run.loss_scale
+        scale, device = run.loss_scale, run.unet.device
+        peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         values = {
             "loss": loss,
             "lr": rate,
@@ -69,31 +78,69 @@ class Log:
             "loss_scale": scale.value,
             "skipped": scale.skipped,
             "seconds": seconds,
-            "gib": peak_gib(run.unet.device),
+            "gib": peak,
         }
         sayable = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
         print(json.dumps({"step": run.step} | sayable | self.also), file=self.file, flush=True)
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
-        skipped = f", {scale.skipped} skipped" if scale.skipped else ""
         if not math.isfinite(norm):
             tqdm.write(
                 f"step {run.step} is skipped ({scale.skipped} so far): its gradient overflowed "
                 f"in fp16; the loss scale is now {scale.value:g}"
             )
-        self.bar.set_postfix_str(
-            f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step, {values['gib']:.1f} "
-            f"GiB{skipped}"
-        )
+        if device.type == "cuda":
+            for warning in self.watch.after(run.step, seconds, device):
+                tqdm.write(warning)
+        said = [f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step"]
+        said += [f"{peak:.1f} GiB"] if peak else []
+        said += [f"{scale.skipped} skipped"] if scale.skipped else []
+        self.bar.set_postfix_str(", ".join(said))
         self.bar.update()
 
 
 def step_of(line: str) -> float:
     """The step that a line of log.jsonl tells of; inf where a killed run cut it short."""
     try:
-        return float(json.loads(line)["step"])
-    except (ValueError, KeyError, TypeError, RecursionError, OverflowError):
+        return json.loads(line)["step"]
+    except ValueError:
         return math.inf
+
+
+class Watch:
+    """The commonest loss that nobody is told of: a driver that moves what does not fit the GPU into
+    the host's memory, and a GPU that has become slow. Each is said once.
+    """
+
+    def __init__(self, config: Config):
+        self.config, self.usual = config, collections.deque(maxlen=20)
+        self.slow, self.slow_in_a_row, self.fullest = 0, 5, 0.95
+
+    def after(self, step: int, seconds: float, device: torch.device) -> list[str]:
+        """What to say after a step on a GPU that took so many seconds, saving not counted."""
+        usual = statistics.median(self.usual) if len(self.usual) == 20 else math.inf
+        self.slow = self.slow + 1 if seconds > 2 * usual else 0
+        if not self.slow:  # else slowness would become usual
+            self.usual.append(seconds)
+        found = []
+        if self.slow == self.slow_in_a_row:  # a single one is a hiccup
+            found.append(f"the last {self.slow} steps took over twice the usual {usual:.2f} s")
+            self.slow_in_a_row = math.inf
+        if step % 20 == 0:  # 0.1 ms of the host, and it does not wait for the GPU
+            free, total = (count / 2**30 for count in torch.cuda.mem_get_info(device))
+            if total - free > self.fullest * total:
+                found.append(f"{total - free:.1f} of the GPU's {total:.1f} GiB are in use")
+                self.fullest = math.inf
+        return [f"after step {step}: {each}. {SPILL}{less_memory(self.config)}" for each in found]
+
+
+def less_memory(config: Config) -> str:
+    """What to type so that a run takes less of the GPU's memory."""
+    return (
+        "add --no-memory-plan --gradient-checkpointing --train-batch-size 1 "
+        f"--gradient-accumulation-steps {config.examples_per_step} (the same run continues); if "
+        "that is not enough, take the recipe lowmem with another --output-dir"
+    )
 
 
 class Interrupts:
@@ -122,88 +169,30 @@ class Interrupts:
             raise KeyboardInterrupt(number)
 
 
-def peak_gib(device: torch.device) -> float:
-    """GiB: the GPU's peak, or on a CPU this process's own memory now."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return process_gib("RssAnon")
-
-
-def parameter_count(parameter: torch.nn.Parameter) -> int:
-    """How many numbers it stands for: bitsandbytes packs two 4-bit ones in a byte."""
-    state = getattr(parameter, "quant_state", None)
-    return math.prod(state.shape) if state else parameter.numel()
-
-
-def describe(kept, pictures: list[Picture], how: str, host: HostMemory) -> str:
+def describe(kept, pictures: list[Picture], how: str) -> str:
     """The lines a run begins with; every number is computed."""
-    run, team = kept.run, kept.team
-    config, n = run.config, run.config.examples_per_step
-    learning = sum(matrix.numel() for matrix in run.trained.values())
-    frozen = (each for each in run.unet.parameters() if not each.requires_grad)
-    total = learning + sum(parameter_count(each) for each in frozen)
-    names = [p.name for p in pictures if not p.caption.strip()]
-    bare = f"{len(names)} missing or empty" + (f" (the first: {names[0]})" if names else "")
-    cut = count_cut(
-        [p.caption for p in pictures if p.caption.strip()], config.pretrained_model_name_or_path
-    )
-    device = (
-        torch.cuda.get_device_name(run.unet.device) if run.unet.device.type == "cuda" else "CPU"
-    )
-    several = f", shared by {team.size} processes" if team.size > 1 else ""
-    if team.size > n:
-        several += f", of which {team.size - n} have no example: GPUS={n} would do as well"
-    how += "; deterministic kernels" if config.deterministic else ""
+    run, config, size = kept.run, kept.run.config, kept.team.size
+    n, device = config.examples_per_step, run.unet.device
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
+    captions = [p.caption for p in pictures if p.caption.strip()]
+    bare = [p.name for p in pictures if not p.caption.strip()]
+    first = f" (the first: {bare[0]})" if bare else ""
+    cut = count_cut(captions, config.pretrained_model_name_or_path)
+    epochs = config.max_train_steps * n / len(pictures)
+    several = f", shared by {size} processes" if size > 1 else ""
+    if size > n:
+        several += f", of which {size - n} have no example: GPUS={n} would do as well"
+    learning = sum(matrix.numel() for matrix in run.trained.values())
     lines = (
-        f"recipe {config.recipe} on {device}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
-        f"host memory while the UNet was loaded: {host.own:.1f} GiB own, {host.mapped:.1f} GiB "
-        "mapped file pages",
-        f"{len(pictures)} pictures at {config.resolution} px; captions: {bare}, "
-        f"{cut} cut at the tokenizer's length",
+        f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
+        f"{len(pictures)} pictures at {config.resolution} px; captions: {len(bare)} missing or "
+        f"empty{first}, {cut} cut at the tokenizer's length",
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
-        f"{config.gradient_accumulation_steps}) = "
-        f"{config.max_train_steps * n / len(pictures):.1f} epochs{several}",
-        f"{learning:,} trainable parameters of {total:,} "
-        f"({100 * learning / total:.2f} %) in {len(run.adapter.layers)} layers",
+        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{several}",
+        f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
     )
     return "\n".join(lines)
-
-
-class HostMemory:
-    """Samples this process's memory while a block runs. own: peak RssAnon in GiB; mapped: peak
-    RssFile in GiB.
-
-    Pages of a mapped weight file count in RSS although the kernel can drop them at any time; a host
-    runs out of its memory by the first number alone. Both stay 0.0 where there is no /proc.
-    """
-
-    def __enter__(self):
-        self.own = self.mapped = 0.0
-        self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._sample, daemon=True)
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_):
-        self._stop.set()
-        self._thread.join()
-
-    def _sample(self):
-        while True:
-            self.own = max(self.own, process_gib("RssAnon"))
-            self.mapped = max(self.mapped, process_gib("RssFile"))
-            if self._stop.wait(0.02):
-                return
-
-
-def process_gib(field: str) -> float:
-    """A field of /proc/self/status in GiB; 0.0 where there is none."""
-    with contextlib.suppress(OSError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith(field + ":"):
-                return int(line.split()[1]) / 2**20
-    return 0.0
 
 
 def count_cut(prompts: list[str], name: str) -> int:

@@ -6,6 +6,7 @@ same numbers, and lost with the first closed lid.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import signal
 import time
@@ -21,9 +22,8 @@ import model
 from inputs import code, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, write_whole
-from inputs.hub import encoder_fingerprints
 from inputs.options import Config
-from inputs.sources import Picture, read_dataset
+from inputs.sources import read_dataset
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, report
 
@@ -33,70 +33,26 @@ class Kept:
     """A run with what makes it survive.
 
     identity: what makes it this run and no other, and code: a digest of each function that makes
-    its numbers; untrained: every matrix at its start, on the CPU; moments: reads and writes the
-    optimizer's state by matrix; code_changes: which functions were changed under it, with leave;
-    unfused: why its layers are computed by the book's lines, where fused ones were asked for;
-    notes: how its files will mean something else than it trains;
-    half_done: whether the optimizer is at work, or has failed at it.
+    its numbers; code_changes: which functions were changed under it, with leave; notes: how its
+    files will mean something else than it trains; untrained: every matrix at its start, on the CPU;
+    moments: reads and writes the optimizer's state by matrix; unfused: why its layers are computed
+    by the book's lines, where fused ones were asked for; half_done: whether the optimizer is at
+    work, or has failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
-    identity: dict[str, str]
-    code: dict[str, str]
-    untrained: dict[str, Tensor]
-    moments: checkpoint.PlainMoments
-    team: faster.Alone = field(default_factory=faster.Alone)
-    code_changes: str = ""
-    unfused: str = ""
-    notes: list[str] = field(default_factory=list)
-    half_done: bool = False
-
-    def watch_the_optimizer(self) -> None:
-        """What fails inside its step leaves numbers that must not be saved."""
-
-        def mark(half_done: bool) -> None:
-            self.half_done = half_done
-
-        self.run.optimizer.register_step_pre_hook(lambda *_: mark(True))
-        self.run.optimizer.register_step_post_hook(lambda *_: mark(False))
-
-
-# ---- setting up ----------------------------------------------------------------------------------
-
-
-@dataclass
-class Begun:
-    """What is known of a run before an hour of encoding."""
-
-    config: Config
-    dtype: torch.dtype
-    reason: str
-    pictures: list[Picture]
-    schedule: model.NoiseSchedule
+    team: faster.Alone
     identity: dict[str, str]
     code: dict[str, str]
     code_changes: str
-    state: dict | None
-    planned: str
+    notes: list[str]
+    untrained: dict[str, Tensor] = field(default_factory=dict)
+    moments: checkpoint.PlainMoments | None = None
+    unfused: str = ""
+    half_done: bool = False
 
 
-def look(config: Config, device: torch.device, team: faster.Alone) -> Begun:
-    """Read data set and model as far as their names, and compare with the checkpoint, if any."""
-    name = config.pretrained_model_name_or_path
-    dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
-    schedule = model.load_noise_schedule(name, device)
-    fingerprints = encoder_fingerprints(name, dtype != torch.float32)
-    noise = f"{schedule.prediction_type} {schedule.alphas_cumprod.tolist()}"
-    same = identity.identity(config, dtype, pictures, fingerprints, noise)
-    same |= faster.promise(config, device, team.size)
-    state = checkpoint.newest_state(config.out / "checkpoints")
-    identity.check_same(config, same, state)
-    digests = code.digests(faster.code_of(config))
-    changes = identity.check_code(config, digests, state)
-    most = team.largest_share(config.examples_per_step)
-    config, planned = faster.plan(config, device, dtype, most)
-    return Begun(config, dtype, reason, pictures, schedule, same, digests, changes, state, planned)
+# ---- setting up ----------------------------------------------------------------------------------
 
 
 def set_up(
@@ -106,47 +62,50 @@ def set_up(
 
     Returns the run and the lines it begins with.
     """
-    team = team or faster.Alone()
-    begun = look(config, device, team)
-    config, name = begun.config, config.pretrained_model_name_or_path
+    team, name = team or faster.Alone(), config.pretrained_model_name_or_path
+    dtype, reason = model.choose_dtype(config.mixed_precision, device)
+    pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
+    schedule = model.load_noise_schedule(name, device)
+    # Whether the folder holds this run is looked at before an hour of encoding.
+    same = identity.identity(config, dtype, pictures, schedule)
+    same |= faster.promise(config, device, team.size)
+    digests = code.digests(faster.code_of(config))
+    state = checkpoint.newest_state(config.out / "checkpoints")
+    identity.check_same(config, same, state)
+    changes = identity.check_code(config, digests, state)
+    most = team.largest_share(config.examples_per_step)
+    config, planned = faster.plan(config, device, dtype, most)
     if team.first:
-        told = {"commit": code.commit(), "code_changes": begun.code_changes}
-        written = json.dumps(dataclasses.asdict(config) | told, indent=1)
-        write_whole(config.out / "config.json", written.encode())
-    timesteps = len(begun.schedule.alphas_cumprod)
-    examples = loop.examples_of(config, begun.pictures, device, begun.dtype, timesteps, team.claim)
+        told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
+        write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
+    timesteps = len(schedule.alphas_cumprod)
+    examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait("encoding")
-    with report.HostMemory() as host:
-        if config.base_quantization == "nf4":
-            unet = faster.load_unet_nf4(name, device, begun.dtype, Path(config.cache_dir))
-        else:
-            unet = model.load_unet(name, device, begun.dtype)
-    how = [begun.reason, model.use_attention(unet, config.attention, device, begun.dtype)]
-    run = loop.assemble(config, unet, examples, begun.schedule, model.latent_scaling(name))
+    load = model.load_unet
+    if config.base_quantization == "nf4":
+        load = functools.partial(faster.load_unet_nf4, cache_dir=Path(config.cache_dir))
+    unet = load(name, device, dtype)
+    attention = model.use_attention(unet, config.attention, device, dtype)
+    run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
     notes = meaning.meaning(run)
-    kept, said = keep(run, begun.identity, begun.code, team, begun.state)
-    kept.code_changes, kept.notes = begun.code_changes, notes
-    same = f"{run.step} {begun.identity} {begun.code}"
-    team.check_equal("the run's start", run.trained, same)
-    lines = report.describe(kept, begun.pictures, "; ".join(filter(None, [*how, said])), host)
-    more = filter(None, [begun.planned, begun.code_changes, *notes])
-    return kept, "\n".join([lines, *more])
+    kept = Kept(run, team, same, digests, changes, notes)
+    how = [reason, attention, plug_in(kept, state)]
+    team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
+    lines = [report.describe(kept, pictures, "; ".join(filter(None, how))), planned, changes]
+    return kept, "\n".join(filter(None, [*lines, *notes]))
 
 
-def keep(
-    run: loop.Run,
-    same: dict[str, str],
-    digests: dict[str, str],
-    team: faster.Alone,
-    state: dict | None = None,
-) -> tuple[Kept, str]:
-    """A run fresh from loop.assemble(), made faster and put where its checkpoint was."""
-    moments, said, unfused = faster.faster(run, team, tqdm.write, (state or {}).get("unfused", ""))
-    untrained = {name: each.detach().cpu().clone() for name, each in run.trained.items()}
-    kept = Kept(run, same, digests, untrained, moments, team, unfused=unfused)
-    kept.watch_the_optimizer()
+def plug_in(kept: Kept, state: dict | None) -> str:
+    """Make a run fresh from loop.assemble() faster, and put it where its checkpoint was. Returns
+    what was done, in words.
+    """
+    run, unfused = kept.run, (state or {}).get("unfused", "")
+    kept.moments, said, kept.unfused = faster.faster(run, kept.team, tqdm.write, unfused)
+    kept.untrained = {name: each.detach().cpu().clone() for name, each in run.trained.items()}
+    run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
+    run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
-    return kept, said
+    return said
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -156,10 +115,8 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     """Set up, continue, step, save, export. Returns 0, or the exit code of an interrupted run."""
     device = team.start(check_device(config.device))
     if device.type == "cpu" and config.recipe != "pocket":
-        print(
-            "no GPU is used: full-size SDXL takes minutes a step on a CPU (pocket is made for one)",
-            flush=True,  # before a download of gigabytes
-        )
+        slow = "full-size SDXL takes minutes a step on a CPU (pocket is made for one)"
+        print(f"no GPU is used: {slow}", flush=True)  # before a download of gigabytes
     kept, lines = set_up(config, device, team)
     run = kept.run
     team.asked = lambda: bool(interrupts.caught)
@@ -185,12 +142,12 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     faster.by_definition(run)  # what is compared with the files is the book's own forward
     model.free_memory()
     team.leave()
-    if not team.first:
-        return 0
-    for path in export.export(kept):
-        print(f"saved, read back and compared: {path}")
-    export.mark_finished(kept)
-    print(f"done: {run.step} steps, {run.loss_scale.skipped} of them skipped for overflow in fp16")
+    if team.first:
+        for path in export.export(kept):
+            print(f"saved, read back and compared: {path}")
+        export.mark_finished(kept)
+        skipped = run.loss_scale.skipped
+        print(f"done: {run.step} steps, {skipped} of them skipped for overflow in fp16")
     return 0
 
 
@@ -214,24 +171,14 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
 
 def draw(config: Config) -> None:
     """The before/after picture, drawn from the exported file as anyone would draw with it."""
-    target = config.out / "pictures" / "before-after.png"
-    if not config.validation_prompts or target.is_file():
+    if not config.validation_prompts or (config.out / "pictures" / "before-after.png").is_file():
         return
-    options = Options(
-        adapter=str(config.out),
-        prompts=config.validation_prompts,
-        seeds=(config.seed,),
-        compare=True,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
-        device=config.device,
-        mixed_precision=config.mixed_precision,
-        base_quantization=config.base_quantization,
-        cache_dir=config.cache_dir,
-    )
+    same = ("num_inference_steps", "guidance_scale", "pretrained_model_name_or_path", "device")
+    same += ("mixed_precision", "base_quantization", "cache_dir")
+    given = {name: getattr(config, name) for name in same}
+    given |= {"prompts": config.validation_prompts, "seeds": (config.seed,), "compare": True}
     try:
-        drawing.run(options)
+        drawing.run(Options(str(config.out), **given))
     except torch.cuda.OutOfMemoryError as error:
         raise Refusal(
             "the adapter is saved, but drawing its picture ran out of GPU memory",
@@ -269,34 +216,16 @@ def main(argv: list[str] | Config | None = None) -> int:
             return 0
         team = faster.join(config.ddp_timeout)
         return train(config, team)
-    except Refusal as refusal:
-        team.say(f"error: {refusal}")
-        return 1
-    except torch.cuda.OutOfMemoryError as error:
-        team.say(f"error: {of_memory(error, config)}")
-        return 1
-    except OSError as error:  # a disk that fills up while the log is written, say
-        team.say(f"error: {error}. What to do: mend that, then the same command")
-        return 1
     except KeyboardInterrupt as interrupt:
-        team.say(
-            team.why() or "\ninterrupted: what is saved is whole, and the same command continues"
-        )
+        saved = "\ninterrupted: what is saved is whole, and the same command continues"
+        team.say(team.why() or saved)
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
-
-
-def of_memory(error: torch.cuda.OutOfMemoryError, config: Config) -> str:
-    """What to do where the GPU's memory is full."""
-    less = [] if config.gradient_checkpointing else ["--gradient-checkpointing"]
-    if config.train_batch_size > 1:
-        n = config.examples_per_step
-        less.append(f"--train-batch-size 1 --gradient-accumulation-steps {n}")
-    if config.memory_plan:
-        less.insert(0, "--no-memory-plan")
-    advice = f"add {', or '.join(less)}; the same run continues"
-    if not less:
-        advice = "with another --output-dir, take the recipe lowmem or a smaller --resolution"
-    return (
-        f"the GPU's memory is full ({first_line(error)}). What to do: close what else uses this "
-        f"GPU, or {advice}"
-    )
+    except Refusal as refusal:
+        found = str(refusal)
+    except torch.cuda.OutOfMemoryError as error:
+        found = f"the GPU's memory is full ({first_line(error)}). What to do: close what else "
+        found += f"uses this GPU, or {report.less_memory(config)}"
+    except OSError as error:  # a disk that fills up while the log is written, say
+        found = f"{error}. What to do: mend that, then the same command"
+    team.say(f"error: {found}")
+    return 1

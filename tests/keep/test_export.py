@@ -10,7 +10,7 @@ import lora
 from adapters import files
 from inputs import code
 from inputs.files import Refusal
-from keep import export
+from keep import export, identity
 from tiny_run import assembled, keep, step
 
 
@@ -83,7 +83,7 @@ def test_a_finished_run_says_so_and_names_other_code_but_not_for_changed_files(
 ):
     config = trained.run.config
     monkeypatch.setattr(export, "local_identity", lambda *_: {})
-    trained.identity |= {"dtype": "torch.float32"}
+    trained.identity |= {"dtype": "torch.float32"} | identity.fixed_options(config)
     trained.code = code.digests()
     enough = dataclasses.replace(config, max_train_steps=2)
     assert export.finished(enough) == ""

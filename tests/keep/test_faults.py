@@ -268,7 +268,7 @@ def test_what_the_optimizer_spoils_is_not_saved_and_names_its_step(train, whole,
     assert (train.root / "update" / lora.FILE_NAME).read_bytes() == whole(STATE8)
 
 
-def test_a_unet_that_overflows_is_named_with_picture_timestep_and_module(train, capsys):
+def test_the_picture_on_which_the_unet_overflows_is_named_with_its_timestep(train, capsys):
     """One example of the step gives Inf in the middle of the UNet, as fp16 does."""
     at = {}
 
@@ -292,8 +292,8 @@ def test_a_unet_that_overflows_is_named_with_picture_timestep_and_module(train, 
     with before_step(FAULT, spoil):
         assert train("overflow") == 1
     said = capsys.readouterr().err
-    want = f"the UNet overflows on picture {at['name']} at timestep {at['t']}, first in mid_block"
-    assert f"the loss of step {FAULT} is nan: {want}.resnets.0.conv2" in said
+    want = f"the UNet overflows on picture {at['name']} at timestep {at['t']}"
+    assert f"the loss of step {FAULT} is nan: {want}" in said
     assert "--mixed-precision fp32" in said
 
 

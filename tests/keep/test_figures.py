@@ -1,39 +1,75 @@
-"""The figures that a run begins with: memory and captions that are cut."""
+"""The figures that a run says: captions that are cut, and a GPU that is full or has become slow."""
 
-import contextlib
-import mmap
-import time
+import itertools
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 import model
 from conftest import POCKET
+from inputs.options import RECIPES, replace
 from keep import report
 
-
-def test_host_memory_sees_what_the_block_took_and_gave_back():
-    size = 200 * 2**20
-    with report.HostMemory() as before:
-        time.sleep(0.05)
-    with report.HostMemory() as host:
-        with contextlib.closing(mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE)) as block:
-            for page in range(0, size, mmap.PAGESIZE):
-                block[page] = 1
-            time.sleep(0.1)
-        time.sleep(0.05)
-    assert 190 < (host.own - before.own) * 1024 < 260
+GPU = torch.device("cuda:0")
 
 
-def test_host_memory_reports_mapped_files_apart(tmp_path):
-    size = 200 * 2**20
-    with open(tmp_path / "weights", "wb") as file:
-        file.truncate(size)
-    with report.HostMemory() as before:
-        time.sleep(0.05)
-    with report.HostMemory() as host, open(tmp_path / "weights", "rb") as file:
-        with mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ) as block:
-            assert sum(block[page] for page in range(0, size, mmap.PAGESIZE)) == 0
-            time.sleep(0.1)
-    assert (host.mapped - before.mapped) * 1024 > 190
-    assert (host.own - before.own) * 1024 < 50
+@pytest.fixture
+def watch(monkeypatch):
+    """watch([seconds of each step], used) -> the sentences, by step. used: GiB of the GPU's 100, at
+    each time that it is asked; watch.asked: how often it was.
+    """
+
+    def watch(seconds, used=()) -> dict[int, list[str]]:
+        used = itertools.chain(used, itertools.repeat(50))
+
+        def mem_get_info(device):
+            assert device == GPU
+            watch.asked += 1
+            return (100 - next(used)) * 2**30, 100 * 2**30
+
+        monkeypatch.setattr(torch.cuda, "mem_get_info", mem_get_info)
+        eyes = report.Watch(RECIPES["t4"][1])
+        found = {i: eyes.after(i, each, GPU) for i, each in enumerate(seconds, start=1)}
+        return {step: sentences for step, sentences in found.items() if sentences}
+
+    watch.asked = 0
+    return watch
+
+
+def test_steps_that_take_twice_their_usual_time_are_said_once_with_the_reason(watch):
+    """Five in a row: the first step, which records, hiccups and slow drifts are nothing."""
+    slow = [9.0] + [1.0] * 30 + [2.5] * 50 + [1.0] * 30 + [9.0] * 9
+    ((step, (said,)),) = watch(slow).items()
+    assert step == 36 and said.startswith("after step 36: the last 5 steps took over twice the")
+    for words in ("usual 1.00 s", "Windows and WSL", "on Linux another program", "What to do: "):
+        assert words in said
+    assert "--gradient-checkpointing --train-batch-size 1 --gradient-accumulation-steps 4" in said
+    assert watch([1.0] * 30 + ([5.0] * 4 + [1.0]) * 9) == {}
+    assert watch([1.0 + i / 50 for i in range(400)]) == {}
+    assert watch([1.0] * 5 + [5.0] * 14) == {}  # before anything is usual
+
+
+def test_a_gpu_that_is_over_95_percent_full_is_said_once_and_seldom_asked(watch):
+    used = itertools.chain([94, 94, 95], itertools.repeat(96))
+    ((step, (said,)),) = watch([1.0] * 200, used).items()
+    assert step == 80 and "after step 80: 96.0 of the GPU's 100.0 GiB are in use. On W" in said
+    assert watch.asked == 10
+
+
+def test_a_log_says_what_the_watch_says(tmp_path, monkeypatch, capsys):
+    """On a GPU; on a CPU nobody watches."""
+    config, said = replace(RECIPES["pocket"][1], tensorboard=False), []
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
+    monkeypatch.setattr(report.Watch, "after", lambda *given: said.append(given[1:]) or ["slow"])
+    with report.Log(tmp_path, 0, config) as log:
+        for step, device in enumerate((torch.device("cpu"), GPU), start=1):
+            scale, unet = SimpleNamespace(value=1.0, skipped=0), SimpleNamespace(device=device)
+            log.write(SimpleNamespace(step=step, loss_scale=scale, unet=unet), 1.0, 1.0, 1e-4, 0.5)
+    assert said == [(2, 0.5, GPU)] and "slow" in capsys.readouterr().out
+    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert [row["gib"] for row in rows] == [0.0, 2.0]
 
 
 def test_a_prompt_is_counted_as_cut_when_its_tokens_exceed_the_tokenizers_length():

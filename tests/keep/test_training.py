@@ -60,15 +60,7 @@ def test_a_step_is_in_the_log_though_the_run_was_killed_while_saving_or_logging_
 
 
 def test_a_damaged_log_loses_its_damaged_lines_only(tmp_path):
-    lines = [
-        '{"step": 1}',
-        "[" * 10**5,
-        '{"step": "x"}',
-        "{}",
-        "null",
-        '{"step": 2}',
-        '{"step": 9}',
-    ]
+    lines = ['{"step": 1}', '{"st', "", "\0" * 512, '{"step": 2}', '{"step": 9}']
     (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe{}\n")
     with report.Log(tmp_path, 2, replace(RECIPES["pocket"][1], tensorboard=False)):
         pass

@@ -13,6 +13,7 @@ import lora
 import model
 from conftest import ROOT, trainer
 from inputs import options
+from inputs.sources import read_dataset
 from keep import faster, training
 from runs import in_one, matrices, moved
 
@@ -103,12 +104,11 @@ def test_in_half_precision_it_is_as_near_the_exact_one_as_the_books(train, preci
 def plain_run(config) -> loop.Run:
     """What loop.train_plain() steps."""
     name, device = config.pretrained_model_name_or_path, torch.device("cpu")
-    begun = training.look(config, device, faster.Alone())
-    examples = loop.examples_of(
-        config, begun.pictures, device, begun.dtype, len(begun.schedule.alphas_cumprod)
-    )
-    unet = model.load_unet(name, device, begun.dtype)
-    return loop.assemble(config, unet, examples, begun.schedule, model.latent_scaling(name))
+    dtype, _ = model.choose_dtype(config.mixed_precision, device)
+    schedule, pictures = model.load_noise_schedule(name, device), read_dataset(config.dataset_name)
+    examples = loop.examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
+    unet = model.load_unet(name, device, dtype)
+    return loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
 
 
 def test_a_run_goes_on_to_the_same_bytes_where_fast_has_been_deleted(

@@ -9,15 +9,13 @@ import os
 import shutil
 from pathlib import Path
 
-import torch
-
 import data
 from inputs import drawing as draw_options
 from inputs import options as config
 from inputs import pictures as decoding
 from inputs import sources
 from inputs.files import Refusal, digest
-from keep import drawing, identity, report, training
+from keep import drawing, identity, report
 from stress import bad_pictures
 from stress.case import Case, command
 
@@ -119,9 +117,7 @@ def use(case: Case, pictures: list[sources.Picture]) -> None:
     """What a run does with captions and pictures before it trains."""
     from stress import hostile
 
-    pocket = config.RECIPES["pocket"][1]
-    options = dataclasses.replace(pocket, pretrained_model_name_or_path=str(MODEL))
-    identity.identity(options, torch.float32, pictures, {}, "")
+    identity.of_data(pictures)
     report.count_cut([p.caption for p in pictures if p.caption.strip()], str(MODEL))
     encoder = data.Encoder(pictures, None, hostile.text_encoders, data.Crop(64, False, 0))
     for i in range(len(pictures) + 1):
@@ -437,29 +433,10 @@ def draw_small(case: Case, adapter: Path, *more: str) -> list[str]:
 
 
 def run_folder(case: Case):
-    """A finished run whose own notes are damaged, continued or drawn from."""
+    """A finished run whose config.json is damaged, drawn from."""
     copy_run(case)
-    run = case.out / "run"
-    name = ("finished.json", "config.json", "log.jsonl")[case.turn % 3]
-    case.what = name
-    content = (run / name).read_bytes()
-    if name == "log.jsonl":
-        lines = content.splitlines()
-        lines[case.rng.randrange(len(lines))] = bad_json(case, lines[0])
-        (run / name).write_bytes(b"\n".join(lines) + b"\n")
-    else:
-        (run / name).write_bytes(bad_json(case, content))
-    if name == "config.json":
-        argv = [str(run), "--resolution", "64", "--num-inference-steps", "1"]
-        case.what += ", drawn"
-        return lambda: command(drawing.main, [*argv, "--output-dir", str(case.out / "pictures")])
-    more = {"max_train_steps": "3"} if name == "log.jsonl" else {}
-    truth = (case.base / "run" / "pytorch_lora_weights.safetensors").read_bytes()
-
-    def act():
-        outcome = command(training.main, small_run(case, **more))
-        if outcome == "accepted" and not more:  # whatever the notes said, the adapter is the same
-            assert (run / "pytorch_lora_weights.safetensors").read_bytes() == truth
-        return outcome
-
-    return act
+    run, case.what = case.out / "run", "config.json"
+    (run / "config.json").write_bytes(bad_json(case, (run / "config.json").read_bytes()))
+    argv = [str(run), "--resolution", "64", "--num-inference-steps", "1"]
+    case.what += ", drawn"
+    return lambda: command(drawing.main, [*argv, "--output-dir", str(case.out / "pictures")])

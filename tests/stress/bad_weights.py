@@ -4,9 +4,7 @@ import functools
 import io
 import json
 import os
-import pickle
 import shutil
-import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +20,7 @@ from fast import nf4
 from inputs import hub, sources
 from inputs import options as config
 from inputs.files import Refusal
-from keep import checkpoint, drawing, faster, identity, report, training
+from keep import checkpoint, drawing, identity, report, training
 from stress import bad_folders, bad_pictures
 from stress.case import Case, command
 
@@ -256,17 +254,6 @@ def adapter(case: Case):
 # ---- checkpoints ---------------------------------------------------------------------------------
 
 
-class Malice:
-    """A pickle that runs code when it is read: it makes a file."""
-
-    def __init__(self, path: Path):
-        self.path = path
-
-    def __reduce__(self):
-        return os.mkdir, (str(self.path),)
-
-
-@functools.cache
 def small_config(base: Path) -> config.Config:
     argv = [
         *("pocket", "--dataset-name", str(base / "data"), "--cache-dir", str(base / "cache")),
@@ -279,77 +266,34 @@ def small_config(base: Path) -> config.Config:
 @functools.cache
 def small_run(base: Path) -> training.Kept:
     """The run whose checkpoints are damaged, set up; its folder is copied before each use."""
-    options, alone = small_config(base), faster.Alone()
-    begun = training.look(options, CPU, alone)
-    examples = loop.examples_of(options, begun.pictures, CPU, torch.float32, 1000)
-    unet = model.load_unet(str(POCKET), CPU, torch.float32)
-    scaling = model.latent_scaling(str(POCKET))
-    run = loop.assemble(options, unet, examples, begun.schedule, scaling)
-    return training.keep(run, begun.identity, begun.code, alone)[0]
-
-
-def state_edits(case: Case, state: dict) -> dict:
-    """Edits of a checkpoint's state: name -> what takes its place."""
-    scale, parts = state["scale"], list(checkpoint.PARTS)
-    steps = (10**12, -1, 0, 1.5, "2", None, True, float("nan"), 10**400, torch.tensor(2))
-    more = {key: state[key] | {"x": "y"} for key in ("identity", "code", "config")}
-    identities = {"None": None, "a list": [], "empty": {}, "no text": {"base": 3}}
-    codes = {"None": None, "empty": {}, "no text": dict.fromkeys(state["code"], 3)}
-    scales = {
-        **{"None": None, "empty": {}, "unknown": {"x": 1}, "text": scale | {"value": "x"}},
-    }
-    return {
-        "good": state,
-        "a list": [state],
-        "None": None,
-        "empty": {},
-        **{f"without {part}": {k: v for k, v in state.items() if k != part} for part in parts},
-        **{f"step {step!r:.20}": state | {"step": step} for step in steps},
-        **matrix_edits(case, state),
-        **{f"{key} more": state | {key: each} for key, each in more.items()},
-        **{f"identity {name}": state | {"identity": each} for name, each in identities.items()},
-        **{f"code {name}": state | {"code": each} for name, each in codes.items()},
-        **{f"scale {name}": state | {"scale": each} for name, each in scales.items()},
-        **{f"unfused {each!r}": state | {"unfused": each} for each in (None, True, 3)},
-        "of the format before": state | {"flat": torch.zeros(9), "modules": []},
-        "deep": state | {"config": functools.reduce(lambda inner, _: {"x": inner}, range(60), 0)},
-    }
+    return training.set_up(small_config(base), CPU)[0]
 
 
 def in_place_of(tensor: torch.Tensor) -> dict:
     """What may stand where one tensor should: name -> value."""
     flat = tensor.flatten()
-    nan = tensor.clone().float()
-    nan.view(-1)[-1:] = float("nan")
     return {
         **{"of one number": flat[:1].clone(), "too long": torch.cat([tensor, tensor])},
         **{"short": flat[:-1].clone(), "flattened": flat, "fp64": tensor.double(), "text": "x"},
         **{"fp16": tensor.half(), "int": tensor.long(), "a list": flat[:9].tolist(), "None": None},
-        **{"on meta": tensor.to("meta"), "NaN": nan},
-        "sparse": tensor.float().reshape(-1, flat.numel()).to_sparse(),
     }
 
 
 def matrix_edits(case: Case, state: dict) -> dict:
-    """Edits of one matrix, and of what the optimizer keeps for it: name -> the state that takes its
-    place.
+    """One matrix, or what the optimizer keeps for it, as other layers or another optimizer would
+    have it: name -> the state that takes its place.
     """
     trained, moments = state["trained"], state["moments"]
     name = sorted(trained)[case.turn % len(trained)]
     kept = moments[name]
     key = sorted(key for key, value in kept.items() if torch.is_tensor(value))[case.turn % 3]
     others = {
-        **{
-            "None": None,
-            "a list": [],
-            "empty": {},
-            "a number more": trained | {"x": trained[name]},
-        },
+        **{"empty": {}, "a number more": trained | {"x": trained[name]}},
         **{"without one": {k: v for k, v in trained.items() if k != name}, "3 as a name": {3: 3}},
     }
     numbers = {**others, **{n: trained | {name: v} for n, v in in_place_of(trained[name]).items()}}
     keeps = {
-        **{"None": None, "a list": [], "empty": {}, "for nothing": {"x": kept}},
+        "for nothing": {"x": kept},
         **{"of one empty": moments | {name: {}}},
         f"without {key}": moments | {name: {k: v for k, v in kept.items() if k != key}},
         "without one": {k: v for k, v in moments.items() if k != name},
@@ -360,7 +304,6 @@ def matrix_edits(case: Case, state: dict) -> dict:
             if not (
                 torch.is_tensor(v) and v.dtype == kept[key].dtype and v.shape == kept[key].shape
             )
-            or n == "NaN"
         },
         **{f"step {v!r:.20}": moments | {name: kept | {"step": v}} for v in ("x", None, 1.5)},
     }
@@ -368,65 +311,30 @@ def matrix_edits(case: Case, state: dict) -> dict:
     return edits | {f"moments {n}": state | {"moments": each} for n, each in keeps.items()}
 
 
-# Odd, but what they say beside the run's own numbers is not used.
-HARMLESS = {
-    "good",
-    "deep",
-    "damaged with a right sum",
-    "identity more",
-    "code more",
-    "config more",
-    "unfused ''",
-}
-
-
-def bad_state(case: Case, folder: Path, mark: Path) -> bool:
-    """Damage the checkpoint in `folder`. Returns whether it must not be continued."""
+def bad_state(case: Case, folder: Path) -> bool:
+    """Damage the checkpoint in `folder`, or give it another run's. Returns whether it must not be
+    continued.
+    """
     content = (folder / "state.pt").read_bytes()
     state = torch.load(io.BytesIO(content), weights_only=True)
-    edits = state_edits(case, state)
-    names = list(edits)
-    other = (
-        *("damaged", "its sum damaged", "damaged with a right sum", "malice", "old malice"),
-        *("an inflating zip", "a zip of nothing", "its sum no text", "no file", "a folder"),
-    )
+    edits = {"good": state, **matrix_edits(case, state)}
+    names, other = list(edits), ("damaged", "its sum damaged", "its sum no text", "no file")
     turn, rest = divmod(case.turn, 4)
     how = names[(3 * turn + rest) % len(names)] if rest < 3 else other[turn % len(other)]
     case.what = how
     if how in edits:
         buffer = io.BytesIO()
         torch.save(edits[how], buffer)
-        content = buffer.getvalue()
-    elif how.startswith("damaged"):
-        content = bad_pictures.damaged(case, content)
-    elif how == "malice":
-        buffer = io.BytesIO()
-        torch.save(state | {"step": Malice(mark)}, buffer)
-        content = buffer.getvalue()
-    elif how == "old malice":
-        content = pickle.dumps(Malice(mark))
-    elif how == "an inflating zip":
-        buffer = io.BytesIO()
-        with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("archive/data.pkl", bytes(3 * 10**8))
-            archive.writestr("archive/version", "3")
-        content, case.bomb = buffer.getvalue(), True
-    elif how == "a zip of nothing":
-        buffer = io.BytesIO()
-        zipfile.ZipFile(buffer, "w").close()
-        content = buffer.getvalue()
-    (folder / "state.pt").write_bytes(content)
-    if how not in ("damaged", "no file", "a folder"):
-        (folder / "state.sha256").write_text(checkpoint.sum_of(content))
-    if how == "its sum damaged":
-        (folder / "state.sha256").write_text("0" * 64)
-    if how == "its sum no text":
-        (folder / "state.sha256").write_bytes(b"\xff\xfe")
-    if how in ("no file", "a folder"):
+        (folder / "state.pt").write_bytes(buffer.getvalue())
+        (folder / "state.sha256").write_text(checkpoint.sum_of(buffer.getvalue()))
+    elif how == "damaged":
+        (folder / "state.pt").write_bytes(bad_pictures.damaged(case, content))
+    elif how == "no file":
         (folder / "state.pt").unlink()
-    if how == "a folder":
-        (folder / "state.pt").mkdir()
-    return how not in HARMLESS
+    else:
+        wrong = {"its sum damaged": b"0" * 64, "its sum no text": b"\xff\xfe"}[how]
+        (folder / "state.sha256").write_bytes(wrong)
+    return how != "good"
 
 
 def equal(a, b) -> bool:
@@ -443,9 +351,9 @@ def checkpoint_(case: Case):
     kept = small_run(case.base)
     run = kept.run
     shutil.copytree(case.base / "run", case.out / "run")
-    root, mark = case.out / "run" / "checkpoints", case.elsewhere / "malice"
+    root = case.out / "run" / "checkpoints"
     newest = max(root.iterdir())
-    bad = bad_state(case, newest, mark)
+    bad = bad_state(case, newest)
     alone = case.rng.random() < 0.5
     if alone:
         for folder in root.iterdir():
@@ -471,9 +379,8 @@ def checkpoint_(case: Case):
             identity.check_code(run.config, kept.code, state)
             checkpoint.restore(kept, state)
         except Refusal:
-            assert equal(start, run.trained) and not run.optimizer.state and not run.step, "begun"
+            assert equal(start, run.trained) and not run.step, "begun"
             raise
-        assert not mark.exists()
         taken = before if run.step == before["step"] else good
         assert run.step == taken["step"] and not (bad and taken is good), "continued"
         assert equal(taken["trained"], run.trained) and equal(taken["moments"], kept.moments.read())

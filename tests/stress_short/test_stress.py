@@ -59,10 +59,7 @@ def test_every_part_on_twelve_cases(tmp_path):
 
 def state(step: int, numbers: torch.Tensor) -> dict:
     """A checkpoint's state, as far as its reader looks at it."""
-    return {key: kind() for key, kind in checkpoint.PARTS.items()} | {
-        "step": step,
-        "trained": {"a.lora_A": numbers},
-    }
+    return {"step": step, "trained": {"a.lora_A": numbers}}
 
 
 @pytest.fixture
