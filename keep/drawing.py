@@ -27,22 +27,14 @@ from see import sheet
 def find_adapter(path: str) -> Path:
     """The adapter file that `path` names, or the newest run's."""
     if path:
-        file = Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)
-        if file.exists():
-            return file
-        raise Refusal(
-            f"{file}: no such file",
-            "an adapter, or the folder of a finished run",
-            "check the name; the command that began a run finishes it",
-        )
-    found = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise Refusal(
-            "there is no finished run under runs/",
-            "an adapter",
-            "make train, or name an adapter file",
-        )
-    return found[-1]
+        files = [Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)]
+        found, remedy = f"{files[0]}: no such file", "the command that began a run finishes it"
+    else:
+        files = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
+        found, remedy = "there is no finished run under runs/", "make train, or name an adapter"
+    if not files or not files[-1].exists():
+        raise Refusal(found, "an adapter file, or the folder of a finished run", remedy)
+    return files[-1]
 
 
 def complete(options: Options, file: lora.AdapterFile) -> Options:
@@ -85,20 +77,14 @@ def run(options: Options) -> None:
     """Draw what `options` ask for, save it and print where it is."""
     file = adapter_files.read(find_adapter(options.adapter))
     options = complete(options, file)
-    strengths = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
-    pictures = generate.draw_at(
-        list(strengths.values()),
-        options,
-        file,
-        load_unet=loader(options),
-        load_adapter=adapter_files.load,
-        decode=decode,
-    )
+    rows = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
+    load = {"load_unet": loader(options), "load_adapter": adapter_files.load, "decode": decode}
+    pictures = generate.draw_at([*rows.values()], options, file, **load)
     folder = Path(options.output_dir or file.path.parent / "pictures")
     if options.compare:
-        rows = dict(zip(strengths, pictures, strict=True))
         titles = [prompt for prompt, _ in options.pictures]
-        generate.save_picture(sheet.grid(rows, titles), folder / "before-after.png")
+        picture = sheet.grid(dict(zip(rows, pictures, strict=True)), titles)
+        generate.save_picture(picture, folder / "before-after.png")
     else:
         generate.save_pictures(options, pictures[0], folder)
 
@@ -110,15 +96,13 @@ def main(argv_or_options: list[str] | Options | None = None) -> int:
         run(given if isinstance(given, Options) else drawing.parse(given))
         return 0
     except Refusal as refusal:
-        said = f"error: {refusal}"
+        said = str(refusal)
     except torch.cuda.OutOfMemoryError as error:
-        said = (
-            f"error: the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
-        )
+        said = f"the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
     except OSError as error:
-        said = f"error: {error}. What to do: mend that, then the same command"
+        said = f"{error}. What to do: mend that, then the same command"
     except KeyboardInterrupt:
         print("\ninterrupted: pictures drawn so far are not kept", file=sys.stderr)
         return 130
-    print(said, file=sys.stderr)
+    print(f"error: {said}", file=sys.stderr)
     return 1

@@ -214,12 +214,6 @@ def test_a_drawing_of_any_size_or_guidance_is_refused():
             options_of_drawing.parse([option])
 
 
-@pytest.mark.parametrize("text", ["a\0b", "\udcff"])
-def test_a_prompt_that_no_file_name_can_hold_is_refused(text, capsys):
-    assert drawing.main(["--prompts", text]) == 1
-    assert "text in UTF-8 without NUL" in capsys.readouterr().err
-
-
 @pytest.mark.parametrize(
     "error, code, said",
     [
