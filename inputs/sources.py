@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from inputs.files import Refusal, digest, first_line, refuse
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
 # Bytes. Files are read whole; decode() takes no picture over 89 megapixels, 0.7 GB in 16 bits.
 LARGEST = {"picture": 10**9, "metadata": 10**9, "caption": 10**6}
@@ -74,13 +74,11 @@ def from_metadata(folder: Path, columns: tuple[str, ...]) -> list[Picture]:
     """metadata.jsonl: one JSON object a line with file_name, relative to the folder, and the
     caption.
     """
-
-    def row(line: tuple[int, str]) -> tuple[str, str]:
-        return row_of(line[1], f"{folder / 'metadata.jsonl'} line {line[0]}", columns)
-
+    file = folder / "metadata.jsonl"
     pictures = [(path.relative_to(folder).as_posix(), path) for path in picture_files(folder)]
-    lines = enumerate(content_of(folder / "metadata.jsonl", "metadata").split("\n"), 1)
-    return paired(folder, pictures, for_all(row, (line for line in lines if line[1].strip())))
+    numbered = enumerate(content_of(file, "metadata").split("\n"), 1)
+    lines = [(line, f"{file} line {number}") for number, line in numbered if line.strip()]
+    return paired(folder, pictures, for_all(lambda line: row_of(*line, columns), lines))
 
 
 def row_of(line: str, where: str, columns: tuple[str, ...]) -> tuple[str, str]:
@@ -98,21 +96,19 @@ def row_of(line: str, where: str, columns: tuple[str, ...]) -> tuple[str, str]:
 def from_caption_files(folder: Path) -> list[Picture]:
     """name.txt beside name.jpg."""
 
-    def named(path: Path) -> str:
+    def key(path: Path) -> str:
         return path.with_suffix(".txt").relative_to(folder).as_posix()
 
     def caption(path: Path) -> tuple[str, str]:
-        return named(path), content_of(path, "caption").strip()
+        return key(path), content_of(path, "caption").strip()
 
-    pictures = [(named(path), path) for path in picture_files(folder)]
+    pictures = [(key(path), path) for path in picture_files(folder)]
     return paired(folder, pictures, for_all(caption, sorted(folder.rglob("*.txt"))))
 
 
-def paired(
-    folder: Path, pictures: list[tuple[str, Path]], captions: list[tuple[str, str]]
-) -> list[Picture]:
-    """The pictures of a folder, sorted by name, each with the caption of the same key. Raises
-    Refusal where there is not one of each for a key.
+def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[Picture]:
+    """The pictures of a folder, sorted by name, each with its caption. pictures: (key, path);
+    captions: (key, text). Raises Refusal where a key does not stand once in both.
     """
     here, told = (collections.Counter(key for key, _ in each) for each in (pictures, captions))
     odd = {
@@ -121,7 +117,8 @@ def paired(
         "pictures that share a caption": [path.name for key, path in pictures if here[key] > 1],
         "pictures with two captions": [key for key, count in told.items() if count > 1],
     }
-    expected, remedy = "one caption for each picture", "add, rename or remove what is odd"
+    expected = f"one caption for each picture ({', '.join(ENDINGS)})"
+    remedy = "add, rename or remove what is odd"
     refuse(
         (f"{len(names)} {wrong} in {folder}, such as {min(names)!r}", expected, remedy)
         for wrong, names in odd.items()

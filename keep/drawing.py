@@ -5,7 +5,6 @@ with the bare model. The drawing itself is generate.py's.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -37,23 +36,11 @@ def find_adapter(path: str) -> Path:
     return files[-1]
 
 
-def complete(options: Options, file: lora.AdapterFile) -> Options:
-    """`options` where what was left open is as the run around the file has it, else its header."""
-    return drawing.complete(options, file.path, file.about)
-
-
 def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
     """The name of the base model to draw with. Raises Refusal where it is not the adapter's own."""
-    options = complete(options, file)
+    options = drawing.complete(options, file.path, file.about)
     drawing.check_base(options, file.path, file.about, half)
     return options.pretrained_model_name_or_path
-
-
-def loader(options: Options) -> Callable[[str, torch.device, torch.dtype], torch.nn.Module]:
-    """What loads the UNet: as it is, or with its Linear weights in 4 bits."""
-    if options.base_quantization != "nf4":
-        return model.load_unet
-    return functools.partial(faster.load_unet_nf4, cache_dir=Path(options.cache_dir))
 
 
 def decode(
@@ -76,10 +63,13 @@ def decode(
 def run(options: Options) -> None:
     """Draw what `options` ask for, save it and print where it is."""
     file = adapter_files.read(find_adapter(options.adapter))
-    options = complete(options, file)
+    options = drawing.complete(options, file.path, file.about)
     rows = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
-    load = {"load_unet": loader(options), "load_adapter": adapter_files.load, "decode": decode}
-    pictures = generate.draw_at([*rows.values()], options, file, **load)
+    load_unet = model.load_unet
+    if options.base_quantization == "nf4":
+        load_unet = functools.partial(faster.load_unet_nf4, cache_dir=Path(options.cache_dir))
+    plugged_in = (load_unet, adapter_files.load, decode)
+    pictures = generate.draw_at([*rows.values()], options, file, *plugged_in)
     folder = Path(options.output_dir or file.path.parent / "pictures")
     if options.compare:
         titles = [prompt for prompt, _ in options.pictures]

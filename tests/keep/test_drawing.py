@@ -78,12 +78,12 @@ def test_both_layouts_and_the_book_draw_the_same(run, tmp_path, capsys):
 
 def test_what_is_left_open_is_as_the_run_had_it(run):
     file = adapter_files.read(run)
-    options = drawing.complete(options_of_drawing.parse([]), file)
+    options = options_of_drawing.complete(options_of_drawing.parse([]), file.path, file.about)
     assert options.prompts == ("rocket",) and options.cache_dir == "kept"
     assert options.pretrained_model_name_or_path == str(POCKET)
     assert options.guidance_scale == 5 and options.base_quantization == "none"
     given = options_of_drawing.parse(["--prompts", "a", "--cache-dir", "b", "--guidance-scale=0"])
-    options = drawing.complete(given, file)
+    options = options_of_drawing.complete(given, file.path, file.about)
     assert (options.prompts, options.cache_dir, options.guidance_scale) == (("a",), "b", 0)
 
 
