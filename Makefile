@@ -1,4 +1,4 @@
-# make train | plan | generate | bench | test | stress | check | check-all | clean | help          PYTHON=python3 uses the current environment (Colab)
+# make help lists what there is. PYTHON=python3 takes the Python that is here, with its own torch (Colab, Kaggle), and builds no .venv.
 VENV   := .venv
 PYTHON ?= $(VENV)/bin/python
 RECIPE ?=
@@ -13,26 +13,25 @@ SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-setup: $(SETUP)  ## build .venv from requirements.txt (train and test do it by themselves)
+setup: $(SETUP)  ## build .venv with the versions that are tested (train and test do it by themselves)
 
-$(VENV)/.ready: requirements.txt constraints.txt
+$(VENV)/.ready: requirements.txt .ci/constraints.txt
+	python3 .ci/machine.py
 	python3 -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --upgrade pip
-	$(VENV)/bin/python -m pip install --quiet -r requirements.txt $(if $(CI),-c constraints.txt)
+	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -c .ci/constraints.txt
 	touch $@
 
 train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
-	@recipe="$(RECIPE)"; gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
-	if [ -n "$${CUDA_VISIBLE_DEVICES+set}" ]; then \
-	  seen=$$(echo "$$CUDA_VISIBLE_DEVICES" | tr ',' '\n' | grep -c '^[^-]'); \
-	  if [ $$seen -lt $$gpus ]; then gpus=$$seen; fi; fi; \
-	if [ -z "$$recipe" ]; then \
-	  if [ $$gpus -gt 0 ]; then recipe="t4 --device cuda"; why="a GPU is here"; \
-	  else recipe=pocket; why="no GPU found"; fi; \
-	else why="as asked"; fi; \
+	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
+	seen=$$(echo "$${CUDA_VISIBLE_DEVICES-$$(seq -s , $$gpus)}" | tr , '\n' | grep -c '^[^-]'); \
+	if [ $$seen -lt $$gpus ]; then gpus=$$seen; fi; \
+	if [ -n "$(RECIPE)" ]; then recipe="$(RECIPE)"; why="as asked"; \
+	elif [ $$gpus -gt 0 ]; then recipe="t4 --device cuda"; why="a GPU is here"; \
+	else recipe=pocket; why="no GPU found"; fi; \
 	start="$(PYTHON)"; gpus=$(or $(GPUS),$$gpus); \
 	if [ $$gpus -gt 1 ]; then why="$$why; on $$gpus GPUs, GPUS=1 takes one"; \
-	  export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(getconf _NPROCESSORS_ONLN) + gpus - 1) / gpus ))}; \
+	  export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + gpus - 1) / gpus ))}; \
 	  start="$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $$gpus"; fi; \
 	echo "recipe $$recipe ($$why)"; \
 	exec $$start loop.py $$recipe $(if $(DATA),--dataset-name "$(DATA)" \

@@ -2,16 +2,16 @@
 
 import contextlib
 import json
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import tyro
 
-from inputs.files import Refusal
+from inputs import options as configuration
+from inputs.files import Refusal, refuse
 from inputs.hub import unet_fingerprint
-from inputs.options import RECIPES, announce, check_texts
+from inputs.options import RECIPES, Within
 
 
 @dataclass(frozen=True)
@@ -23,19 +23,19 @@ class Options:
     # What to draw; empty takes the prompts of the recipe that trained the adapter.
     prompts: tuple[str, ...] = ()
     # One picture of every prompt for each seed.
-    seeds: tuple[int, ...] = (0,)
+    seeds: Annotated[tuple[int, ...], Within(0, 2**63 - 1)] = (0,)
     # How much of the adapter acts, 0 to 1.
-    strength: float = 1.0
+    strength: Annotated[float, Within(-10, 10)] = 1.0
     # One picture that shows every prompt with the adapter off (above) and on (below).
     compare: bool = False
     # Where pictures go; empty means beside the adapter.
     output_dir: str = ""
     # Side in pixels, a multiple of 8; 0 is the model's own size.
-    resolution: int = 0
+    resolution: Annotated[int, Within(0, 4096, step=8)] = 0
     # Denoising steps.
-    num_inference_steps: int = 30
+    num_inference_steps: Annotated[int, Within(1, 1000)] = 30
     # How strongly pictures follow their prompt; negative takes the recipe's.
-    guidance_scale: float = -1.0
+    guidance_scale: Annotated[float, Within(-100, 100)] = -1.0
     # The base model; empty takes the one that the adapter's header names.
     pretrained_model_name_or_path: str = ""
     # Draw even though the adapter was trained on another base.
@@ -58,45 +58,27 @@ class Options:
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """The command line as checked Options; a Refusal names the first value that cannot be. Leaves
-    with exit code 2 and a sentence for an unknown option.
+    """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be;
+    leaves with exit code 2 and a sentence for an unknown option.
     """
     options = tyro.cli(Options, args=argv, prog="generate.py")
-    refusals = {
-        "resolution": (
-            options.resolution % 8 or not 0 <= options.resolution <= 4096,
-            "a multiple of 8 up to 4096",
-            "1024",
-        ),
-        "num_inference_steps": (not 1 <= options.num_inference_steps <= 1000, "1 to 1000", "30"),
-        "seeds": (not options.seeds or not all(0 <= s < 2**63 for s in options.seeds), "0 up", "0"),
-        "strength": (not -10 <= options.strength <= 10, "usually 0 to 1", "1"),
-        "guidance_scale": (not -100 <= options.guidance_scale <= 100, "up to 100", "5"),
-    }
-    check_texts(options)
-    for name, (wrong, expected, remedy) in refusals.items():
-        if wrong:
-            option = f"--{name.replace('_', '-')} {remedy}"
-            raise Refusal(f"{name} is {getattr(options, name)}", expected, option)
-    if options.plain:
-        check_plain(options)
+    plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
+    against = [  # whether it is so, what was found, what is expected, what to do
+        (plain and options.compare, "--plain with --compare", "single pictures", "leave one out"),
+        (plain and not options.adapter, "--plain without an adapter", "a file or a run", remedy),
+    ]
+    wrong = configuration.wrong_values(options, Options())
+    refuse([*wrong, *(words for so, *words in against if so)])
     return options
 
 
-def check_plain(options: Options) -> None:
-    """Raise Refusal for what the lines of generate.py alone do not do."""
-    if options.compare:
-        raise Refusal(
-            "--plain with --compare",
-            "one of them: generate.py by itself draws single pictures",
-            "leave --plain out, or draw with --strength 0 and with --strength 1",
-        )
-    if not options.adapter:
-        raise Refusal(
-            "--plain without an adapter",
-            "an adapter file, or the folder of a run",
-            "name it, or leave --plain out: then the newest run is found",
-        )
+def parse_or_leave(argv: list[str] | None = None) -> Options:
+    """The command line's Options, and the command's first line. Leaves with an error now if it has
+    one.
+    """
+    options = configuration.or_leave(parse, argv)
+    configuration.announce(f"drawing with {options.adapter or 'the newest run'}")
+    return options
 
 
 def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list[str]:
@@ -134,29 +116,15 @@ def check_base(options: Options, path: Path, about: dict[str, str], half: bool) 
     """Raise Refusal where no base is named, or where it is not the one that the header of the
     adapter file `path` tells of. half: whether the fp16 variant is meant.
     """
-    name = options.pretrained_model_name_or_path
+    name, option = options.pretrained_model_name_or_path, "--pretrained-model-name-or-path"
     if not name:
-        raise Refusal(
-            f"{path} does not say which base it was trained on",
-            "an SDXL model to put it on",
-            "--pretrained-model-name-or-path stabilityai/stable-diffusion-xl-base-1.0",
-        )
+        found = f"{path} does not say which base it was trained on"
+        sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
+        raise Refusal(found, "an SDXL model to put it on", f"{option} {sdxl}")
     trained_on, here = about.get("base_fingerprint"), unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
         raise Refusal(
             f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is {here}",
             "the base that the adapter was trained on",
-            "--pretrained-model-name-or-path BASE, or --any-base to draw all the same",
+            f"{option} BASE, or --any-base to draw all the same",
         )
-
-
-def parse_or_leave(argv: list[str] | None = None) -> Options:
-    """The command line's Options, and the command's first line. Leaves with an error now if it has
-    one.
-    """
-    try:
-        options = parse(argv)
-    except Refusal as refusal:
-        sys.exit(f"error: {refusal}")
-    announce(f"drawing with {options.adapter or 'the newest run'}")
-    return options

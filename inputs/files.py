@@ -26,8 +26,18 @@ class Refusal(Exception):
     """
 
     def __init__(self, found: str, expected: str, remedy: str):
-        found, expected, remedy = map(sayable, (found, expected, remedy))
-        super().__init__(f"{found}; expected {expected}. What to do: {remedy}")
+        self.parts = tuple(map(sayable, (found, expected, remedy)))
+        super().__init__("{}; expected {}. What to do: {}".format(*self.parts))
+
+
+def refuse(troubles: Iterable[Iterable[str]]) -> None:
+    """Raise one Refusal that names all troubles, each (found, expected, remedy), or nothing."""
+    columns = [list(dict.fromkeys(column)) for column in zip(*troubles, strict=True)]
+    if columns:
+        found, expected, remedies = columns
+        more = [f"{len(found) - 10} more"] if len(found) > 10 else []
+        said = (" and ".join(each) for each in ([*found[:10], *more], expected[:10], remedies[:10]))
+        raise Refusal(*said)
 
 
 def require(fine: bool, found: str, expected: str, remedy: str) -> None:

@@ -3,20 +3,21 @@ says its first line, and answers a wrong option, before torch and diffusers are 
 takes some ten seconds.
 """
 
-import functools
+import io
 import logging
 import math
 import os
 import sys
 import time
+from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import tyro
 
-from inputs.files import Refusal
+from inputs.files import Refusal, refuse
 
 # How long an idle OpenMP thread spins before it sleeps. With libgomp's default and another program
 # on the same cores, a step of the pocket recipe took up to 10 s; so it takes 0.3 s, and alone no
@@ -37,16 +38,29 @@ NARUTO_PROMPTS = (
     "Bill Gates in Naruto style",
     "A boy with blue eyes in Naruto style",
 )
-POCKET_PROMPTS = (
-    "red apple",
-    "cat face",
-    "rocket",
-    "house with garden",
-    "bicycle",
-    "guitar",
-    "mushroom",
-    "snowman",
-)
+QUICK_PROMPTS = ("red apple", "cat face", "rocket", "house with garden")
+POCKET_PROMPTS = (*QUICK_PROMPTS, "bicycle", "guitar", "mushroom", "snowman")
+
+
+@dataclass(frozen=True)
+class Within:
+    """The least and the most that a number may be, both allowed, and what it is a multiple of."""
+
+    least: float
+    most: float
+    step: int = 0  # any
+
+    def hold(self, value: float | tuple) -> bool:
+        """Whether the number is in here, or all of several are; nan never is."""
+        numbers = value if isinstance(value, tuple) else (value,)
+        inside = (
+            self.least <= n <= self.most and not (self.step and n % self.step) for n in numbers
+        )
+        return numbers != () and all(inside)
+
+    def __str__(self) -> str:
+        steps = f" in steps of {self.step}" if self.step else ""
+        return f"{self.least:.10g} to {self.most:.10g}{steps}"
 
 
 @dataclass(frozen=True)
@@ -72,7 +86,7 @@ class Config:
     cache: bool = True
 
     # Side of the training square in pixels; a multiple of 8, the VAE's factor.
-    resolution: int = 512
+    resolution: Annotated[int, Within(8, 4096, step=8)] = 512
     # Cut a random square, drawn once per picture, instead of the middle.
     random_crop: bool = False
     # Show every other example mirrored; wrong for writing and for faces that must not be mirrored.
@@ -80,44 +94,44 @@ class Config:
 
     # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in
     # SDXL.
-    lora_rank: int = 16
+    lora_rank: Annotated[int, Within(1, 640)] = 16
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
-    lora_alpha: float = 32
+    lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
     # Everything random follows from it; two runs with one seed are one run.
-    seed: int = 42
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 42
 
     # Examples in one forward and backward pass: more is faster and needs more memory.
-    train_batch_size: int = 1
+    train_batch_size: Annotated[int, Within(1, 4096)] = 1
     # Passes summed into one optimizer step; the run depends only on batch x accumulation.
-    gradient_accumulation_steps: int = 4
+    gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4
     # Optimizer steps of the whole run.
-    max_train_steps: int = 1000
+    max_train_steps: Annotated[int, Within(1, 1e8)] = 1000
     # Only as long as the change needs to be seen: about a minute after start-up, in the recipe
     # pocket. Changes options that are not given.
     quick: bool = False
     # Step size of AdamW, as published; higher learns faster and forgets sooner.
-    learning_rate: float = 5e-5
+    learning_rate: Annotated[float, Within(1e-12, 10)] = 5e-5
     # constant, as published, or a cosine down to --lr-end of the learning rate.
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     # Steps over which the learning rate rises from zero: Adam's first estimates are poor.
-    lr_warmup_steps: int = 0
+    lr_warmup_steps: Annotated[int, Within(0, 1e8)] = 0
     # Where the cosine ends, as a share of the learning rate.
-    lr_end: float = 0.0
+    lr_end: Annotated[float, Within(0, 1)] = 0.0
     # Keep AdamW's two moments in 8 bits (bitsandbytes): a quarter of the memory. Of every matrix:
     # bitsandbytes' own default keeps those under 4,096 numbers in 32 bits.
     use_8bit_adam: bool = True
     # AdamW's decay of the adapter towards zero per step, times the learning rate.
-    adam_weight_decay: float = 1e-2
+    adam_weight_decay: Annotated[float, Within(0, 10)] = 1e-2
     # Gradients longer than this are shortened to it; inf switches clipping off.
-    max_grad_norm: float = 0.5
+    max_grad_norm: Annotated[float, Within(1e-9, math.inf)] = 0.5
     # Weigh each example by min(SNR, gamma) / SNR, so that easy timesteps do not drown the rest; 0
     # is off, 5 usual.
-    snr_gamma: float = 0.0
+    snr_gamma: Annotated[float, Within(0, 1e6)] = 0.0
     # Share of noise that is constant over the picture, so that overall brightness is learned too; 0
     # is off.
-    noise_offset: float = 0.0
+    noise_offset: Annotated[float, Within(0, 1)] = 0.0
     # Share of examples trained without caption, so that guidance keeps something to move away from.
-    caption_dropout: float = 0.0
+    caption_dropout: Annotated[float, Within(0, 1)] = 0.0
 
     # auto, cpu or cuda.
     device: str = "auto"
@@ -160,12 +174,12 @@ class Config:
     # Seconds without a sign of life after which one of several processes (torchrun) counts as
     # hanging and ends the others; so many that a slow download is none. One that dies ends them at
     # once.
-    ddp_timeout: float = 1800
+    ddp_timeout: Annotated[float, Within(1, 1e6)] = 1800
 
     # Optimizer steps between checkpoints; what a lost connection costs at most.
-    checkpointing_steps: int = 200
+    checkpointing_steps: Annotated[int, Within(1, 1e8)] = 200
     # Checkpoints kept; two, so that damage to the newest costs one interval and not the run.
-    checkpoints_total_limit: int = 2
+    checkpoints_total_limit: Annotated[int, Within(1, 1e6)] = 2
     # Continue a run although the code that makes its numbers is not the one that it began with;
     # which functions changed is noted in the log, config.json and the adapter files.
     accept_code_change: bool = False
@@ -177,9 +191,9 @@ class Config:
     # Prompts of the before/after picture drawn at the end; none draws nothing.
     validation_prompts: tuple[str, ...] = NARUTO_PROMPTS
     # How strongly those pictures follow their prompt.
-    guidance_scale: float = 5.0
+    guidance_scale: Annotated[float, Within(0, 100)] = 5.0
     # Denoising steps of those pictures.
-    num_inference_steps: int = 30
+    num_inference_steps: Annotated[int, Within(1, 1000)] = 30
 
     @property
     def examples_per_step(self) -> int:
@@ -192,70 +206,40 @@ class Config:
         return Path(self.output_dir or f"runs/{self.recipe}{kind}")
 
 
+ORIGINAL = Config("original", gradient_checkpointing=True, attention="xformers", fused=False)
+T4 = Config("t4", mixed_precision="auto", memory_plan=True)
+POCKET = Config(
+    "pocket",
+    pretrained_model_name_or_path="pocket/model",
+    dataset_name="pocket/ink",
+    resolution=128,
+    random_flip=False,
+    lora_alpha=16,
+    train_batch_size=16,
+    gradient_accumulation_steps=1,
+    max_train_steps=450,
+    learning_rate=4e-3,
+    lr_scheduler="cosine",
+    lr_warmup_steps=20,
+    lr_end=0.05,
+    max_grad_norm=1.0,
+    snr_gamma=5.0,
+    caption_dropout=0.1,
+    mixed_precision="auto",
+    validation_prompts=POCKET_PROMPTS,
+    guidance_scale=2.0,
+)
+LOWMEM = replace(T4, recipe="lowmem", gradient_checkpointing=True, base_quantization="nf4")
 RECIPES = {
-    "original": (
-        "The published run: fp32, xFormers, gradient checkpointing, 512 px.",
-        Config(
-            recipe="original",
-            gradient_checkpointing=True,
-            attention="xformers",
-            fused=False,
-        ),
-    ),
-    "t4": (
-        "The same mathematics for a 16 GB T4: frozen UNet in half precision, as fast as fits.",
-        Config(recipe="t4", mixed_precision="auto", memory_plan=True),
-    ),
-    "native": (
-        "The recipe t4 at 1024 px, SDXL's own size.",
-        Config(recipe="native", mixed_precision="auto", resolution=1024, memory_plan=True),
-    ),
-    "lowmem": (
-        "For cards of 6 to 8 GB: t4 with the frozen UNet's Linear weights in 4 bits; smallest with "
-        "--no-memory-plan.",
-        Config(
-            recipe="lowmem",
-            mixed_precision="auto",
-            memory_plan=True,
-            gradient_checkpointing=True,
-            base_quantization="nf4",
-        ),
-    ),
-    "pocket": (
-        "The small embedded SDXL and its ink drawings: minutes on a CPU, no network.",
-        Config(
-            recipe="pocket",
-            pretrained_model_name_or_path="pocket/model",
-            dataset_name="pocket/ink",
-            resolution=128,
-            random_flip=False,
-            lora_alpha=16,
-            train_batch_size=16,
-            gradient_accumulation_steps=1,
-            max_train_steps=450,
-            learning_rate=4e-3,
-            lr_scheduler="cosine",
-            lr_warmup_steps=20,
-            lr_end=0.05,
-            max_grad_norm=1.0,
-            snr_gamma=5.0,
-            caption_dropout=0.1,
-            mixed_precision="auto",
-            validation_prompts=POCKET_PROMPTS,
-            guidance_scale=2.0,
-        ),
-    ),
+    "original": ("The published run: fp32, xFormers, gradient checkpointing, 512 px.", ORIGINAL),
+    "t4": ("The same mathematics for a 16 GB T4: UNet in half precision, as fast as fits.", T4),
+    "native": ("t4 at 1024 px, SDXL's own size.", replace(T4, recipe="native", resolution=1024)),
+    "lowmem": ("t4 for 6 to 8 GB: the UNet in 4 bits; smallest with --no-memory-plan.", LOWMEM),
+    "pocket": ("The small SDXL and its ink drawings: minutes on a CPU, no network.", POCKET),
 }
-
-
-# What --quick changes, unless it was asked for.
-QUICK = {
-    "pocket": {
-        "max_train_steps": 80,
-        "lr_warmup_steps": 5,
-        "validation_prompts": POCKET_PROMPTS[:4],
-    }
-}
+# What --quick takes for a recipe; what is asked for besides is as asked.
+SHORT = replace(POCKET, max_train_steps=80, lr_warmup_steps=5, validation_prompts=QUICK_PROMPTS)
+QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 
 
 def parse(argv: list[str] | None = None) -> Config:
@@ -263,38 +247,31 @@ def parse(argv: list[str] | None = None) -> Config:
     option or recipe.
     """
     words = sys.argv[1:] if argv is None else argv
-    if words and words[0] not in RECIPES and not words[0].startswith("-"):
-        wrong = Refusal(f"recipe {words[0]!r}", f"one of {', '.join(RECIPES)}", "python loop.py t4")
-        print(f"error: {wrong}", file=sys.stderr)
-        sys.exit(2)
-    read = functools.partial(tyro.extras.overridable_config_cli, args=argv, prog="loop.py")
-    config = read(RECIPES)
-    # --quick: the same words again, where what is not given has another value.
-    return check(read(RECIPES | quick(config.recipe)) if config.quick else config)
+    recipes = RECIPES | QUICK if "--quick" in words else RECIPES
+    return check(tyro.extras.overridable_config_cli(recipes, args=words, prog="loop.py"))
 
 
-def quick(recipe: str) -> dict[str, tuple[str, Config]]:
-    """The recipe with its quick values, as RECIPES holds it. Raises Refusal where it has none."""
-    if recipe not in QUICK:
-        raise Refusal(
-            f"--quick with the recipe {recipe}",
-            f"{' or '.join(QUICK)}, whose whole run takes minutes",
-            "--max-train-steps 100 for a short run",
-        )
-    about, usual = RECIPES[recipe]
-    return {recipe: (about, replace(usual, **QUICK[recipe]))}
+def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
+    """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
+    try:
+        return parse(argv)
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        sys.exit(1)
 
 
 def parse_or_leave(argv: list[str] | None = None) -> Config:
     """The command line's Config, and the run's first line: what is going to be done. Leaves with an
-    error now if it has one.
+    error now if it has one; of several processes the first says it.
     """
     if not SPEAKS:
-        return be_silent_or_leave(argv)
-    try:
-        config = parse(argv)
-    except Refusal as refusal:
-        sys.exit(f"error: {refusal}")
+        try:
+            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
+                return or_leave(parse, argv)
+        except SystemExit:
+            time.sleep(10)  # torchrun ends all with the first that leaves
+            raise
+    config = or_leave(parse, argv)
     if not config.plain and not (Path(__file__).parent.parent / "keep").is_dir():
         sys.exit("error: there is no folder keep/ beside loop.py: only --plain trains without it")
     what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
@@ -309,105 +286,40 @@ def announce(what: str) -> None:
     print(f"{what}; importing torch and diffusers takes some seconds", file=sys.stderr, flush=True)
 
 
-def be_silent_or_leave(argv: list[str] | None) -> Config:
-    """parse_or_leave() of a process beside the one that speaks. torchrun ends all with the first
-    that leaves, so it leaves later.
-    """
-    try:
-        with open(os.devnull, "w") as null, redirect_stdout(null), redirect_stderr(null):
-            return parse(argv)
-    except (SystemExit, Refusal) as why:
-        time.sleep(10)
-        sys.exit(why.code if isinstance(why, SystemExit) else 1)
-
-
-def check_texts(options) -> None:
-    """Raise Refusal for an option whose text no file name, log or terminal can hold."""
-    for name, value in vars(options).items():
-        for text in value if isinstance(value, tuple) else (value,):
-            if isinstance(text, str) and (
-                "\0" in text or text.encode(errors="replace").decode() != text
-            ):
-                raise Refusal(
-                    f"{name} is {text!a:.200}",
-                    "text in UTF-8 without NUL",
-                    f"another --{name.replace('_', '-')}; rename the folder if it is one",
-                )
-
-
-def check_plain(config: Config) -> None:
-    """Raise Refusal, naming all of it, where --plain is asked for with what the book's lines do not
-    do.
-    """
-    processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
-    troubles = []  # each: what was found, what is expected, what to do
-    if processes > 1:
-        troubles.append(
-            (f"{processes} processes", "one", "start it without torchrun (make: GPUS=1)")
-        )
-    if config.base_quantization == "nf4":
-        troubles.append(("an NF4 base", "an unquantized one", "--base-quantization none"))
-    for name in ("checkpoints", "finished.json", "pytorch_lora_weights.safetensors"):
-        if os.path.exists(config.out / name):
-            found = f"{config.out}, which holds {name}"
-            troubles.append((found, "a folder without", "another --output-dir"))
-            break
-    for name in ("plan_for", "deterministic", "compile"):
-        if getattr(config, name):
-            option = f"--{name.replace('_', '-')}"
-            troubles.append((option, "the book's lines, which know no such thing", "leave it out"))
-    if troubles:
-        found, expected, remedy = (" and ".join(texts) for texts in zip(*troubles, strict=True))
-        raise Refusal(f"--plain with {found}", expected, remedy)
+def wrong_values(options: Any, usual: Any) -> Iterator[tuple[str, str, str]]:
+    """(found, expected, what to type) for each option out of its bounds. usual: options within."""
+    for field in fields(options):
+        value, good = getattr(options, field.name), getattr(usual, field.name)
+        remedy = f"--{field.name.replace('_', '-')} {str(good).strip('(,)')}"
+        for bounds in getattr(field.type, "__metadata__", ()):
+            if isinstance(bounds, Within) and not bounds.hold(value):
+                yield f"{field.name} is {value}", str(bounds), remedy
 
 
 def check(config: Config) -> Config:
-    """`config` itself, or a Refusal naming the first value that cannot be."""
-    check_texts(config)
-    bounds = {  # name: (smallest, largest), both allowed
-        "resolution": (8, 4096),
-        "lora_rank": (1, 640),
-        "lora_alpha": (1e-6, 1e6),
-        "seed": (0, 2**32 - 1),
-        "train_batch_size": (1, 4096),
-        "gradient_accumulation_steps": (1, 4096),
-        "max_train_steps": (1, 10**8),
-        "learning_rate": (1e-12, 10),
-        "lr_warmup_steps": (0, 10**8),
-        "lr_end": (0, 1),
-        "adam_weight_decay": (0, 10),
-        "max_grad_norm": (1e-9, math.inf),
-        "snr_gamma": (0, 1e6),
-        "noise_offset": (0, 1),
-        "caption_dropout": (0, 1),
-        "ddp_timeout": (1, 10**6),
-        "checkpointing_steps": (1, 10**8),
-        "checkpoints_total_limit": (1, 10**6),
-        "guidance_scale": (0, 100),
-        "num_inference_steps": (1, 1000),
-    }
-    for name, (low, high) in bounds.items():
-        value = getattr(config, name)
-        if not low <= value <= high:  # False for nan, too
-            usual = getattr(RECIPES[config.recipe][1], name)
-            raise Refusal(
-                f"{name} is {value}",
-                f"{low:g} to {high:g}",
-                f"--{name.replace('_', '-')} {usual}, as the recipe has it",
-            )
-    if config.deterministic and config.attention == "xformers":
-        raise Refusal(
-            "deterministic is on with xFormers' attention, which does not know of it",
-            "PyTorch's attention, whose backward pass then adds in one order",
-            "--attention sdpa",
-        )
+    """`config` itself. Raises Refusal, naming all of it, for what cannot be or go together."""
+    too_long = config.quick and config.recipe not in QUICK
+    in_any_order = config.deterministic and config.attention == "xformers"
+    against = [  # whether it is so, what was found, what is expected, what to do
+        (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
+        (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
+    ]
     if config.plain:
-        check_plain(config)
-    if config.resolution % 8:
-        near = config.resolution // 8 * 8
-        raise Refusal(
-            f"resolution is {config.resolution}",
-            "a multiple of 8, the VAE's factor",
-            f"--resolution {near} or --resolution {near + 8}",
-        )
+        processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
+        nf4, ours = config.base_quantization == "nf4", "what the book's lines do"
+        left = ("checkpoints", "finished.json", "pytorch_lora_weights.safetensors")
+        held = " and ".join(name for name in left if os.path.exists(config.out / name))
+        folder = f"--plain with {config.out}, which holds {held}"
+        against += [
+            (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),
+            (nf4, "--plain with an NF4 base", "an unquantized one", "--base-quantization none"),
+            (held, folder, "a folder without", "another --output-dir"),
+            (config.plan_for, "--plain with --plan-for", ours, "leave one out"),
+            (config.deterministic, "--plain with --deterministic", ours, "leave one out"),
+            (config.compile, "--plain with --compile", ours, "leave one out"),
+        ]
+    elif not (Path(__file__).parent.parent / "keep").is_dir():
+        against.append((True, "no folder keep/ here", "it, or the book's lines alone", "--plain"))
+    wrong = wrong_values(config, RECIPES[config.recipe][1])
+    refuse([*wrong, *(words for so, *words in against if so)])
     return config

@@ -15,7 +15,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from inputs.ahead import work_ahead
-from inputs.files import Refusal
+from inputs.files import Refusal, refuse
 from inputs.sources import Picture
 
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
@@ -72,31 +72,21 @@ def from_16_bits(pixels: np.ndarray) -> np.ndarray:
     return (pixels // 257).astype(np.uint8)
 
 
-def refusal_of(picture: Picture) -> Refusal | None:
-    """Why the picture cannot be used; None where it can."""
-    try:
-        decode(picture)
-    except Refusal as refusal:
-        return refusal
-    return None
-
-
 def check_pictures(pictures: list[Picture]) -> None:
     """Decode every picture, so that all damaged ones are named at once, not one a run. Raises
     Refusal.
     """
-    with work_ahead(refusal_of, pictures, depth=16) as answers:
-        bar = tqdm(answers, "checking pictures", len(pictures), leave=False, mininterval=1)
-        refusals = [refusal for refusal in bar if refusal]
-    if len(refusals) > 1:
-        raise Refusal(
-            "; ".join(str(r).partition("; expected")[0] for r in refusals[:10])
-            + (f"; and {len(refusals) - 10} more" if len(refusals) > 10 else ""),
-            "whole pictures that Pillow can open",
-            "replace or remove them",
-        )
-    if refusals:
-        raise refusals[0]
+
+    def trouble(picture: Picture) -> tuple[str, ...]:
+        try:
+            decode(picture)
+            return ()
+        except Refusal as refusal:
+            return refusal.parts
+
+    with work_ahead(trouble, pictures, depth=16) as troubles:
+        bar = tqdm(troubles, "checking pictures", len(pictures), leave=False, mininterval=1)
+        refuse(filter(None, bar))
 
 
 @contextlib.contextmanager

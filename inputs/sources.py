@@ -2,19 +2,21 @@
 out.
 """
 
-import codecs
+import collections
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
-from inputs.files import Refusal, digest, first_line
+from inputs.files import Refusal, digest, first_line, refuse
 
-ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
+CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
 # Bytes. Files are read whole; decode() takes no picture over 89 megapixels, 0.7 GB in 16 bits.
 LARGEST = {"picture": 10**9, "metadata": 10**9, "caption": 10**6}
 
@@ -36,52 +38,100 @@ def read_dataset(name: str, image_column: str = "", caption_column: str = "") ->
     files that the `datasets` library reads (parquet). A folder's pictures come sorted by name, so
     that the order on disk is nothing. A link to a file, laid into the folder, is followed; a name
     that leads outside and a link to a folder are not. Raises Refusal for these, for a picture
-    without caption file and the reverse, a column that is not there, and an empty set.
+    without caption and the reverse, a column that is not there, and an empty set.
     """
-    folder = Path(name).expanduser()
-    if folder.is_dir() and (folder / "metadata.jsonl").is_file():
-        pictures = from_metadata(folder, caption_column)
-    elif folder.is_dir() and not any(folder.rglob("*.parquet")):
-        pictures = from_caption_files(folder)
-    else:
+    folder, columns = Path(name).expanduser(), (caption_column,) if caption_column else CAPTIONS
+    by_line = (folder / "metadata.jsonl").is_file()
+    if not folder.is_dir() or (not by_line and any(folder.rglob("*.parquet"))):
         found = str(folder) if folder.is_dir() else name
-        pictures = from_hub(found, image_column, caption_column)
+        pictures = from_hub(found, image_column, columns)
+    elif by_line:
+        pictures = from_metadata(folder, columns)
+    else:
+        pictures = from_caption_files(folder)
     if not pictures:
-        raise Refusal(
-            f"{name} holds no pictures",
-            "metadata.jsonl with its pictures, or name.txt beside name.jpg, or a Hub data set "
-            "with an image column",
-            "--dataset-name FOLDER",
-        )
+        expected = "metadata.jsonl and its pictures, name.txt beside name.jpg, or a Hub data set"
+        raise Refusal(f"{name} holds no pictures", expected, "--dataset-name FOLDER")
     return pictures
 
 
-def from_files(captions: dict[Path, str], folder: Path) -> list[Picture]:
-    """Pictures of local files, sorted by their name inside `folder`."""
-    pictures = []
-    for path in sorted(captions):
-        read = functools.partial(content_of, path, "picture")
-        name = path.relative_to(folder).as_posix()
-        pictures.append(Picture(name, captions[path], digest(read()), read))
-    return pictures
+def for_all(work: Callable, items: Iterable) -> list:
+    """[work(item), ...]. Raises one Refusal for all that are refused."""
+    done, troubles = [], []
+    for item in items:
+        try:
+            done.append(work(item))
+        except Refusal as refusal:
+            troubles.append(refusal.parts)
+    refuse(troubles)
+    return done
 
 
-def content_of(path: Path, kind: str) -> bytes:
-    """The bytes of a picture, caption or metadata file. Raises Refusal for what cannot be read, is
-    no file (opening a pipe would wait for ever) or is too large to be one of its kind.
+# ---- a folder ------------------------------------------------------------------------------------
+
+
+def from_metadata(folder: Path, columns: tuple[str, ...]) -> list[Picture]:
+    """metadata.jsonl: one JSON object a line with file_name, relative to the folder, and the
+    caption.
     """
+    file = folder / "metadata.jsonl"
+    pictures = [(path.relative_to(folder).as_posix(), path) for path in picture_files(folder)]
+    numbered = enumerate(content_of(file, "metadata").split("\n"), 1)
+    lines = [(line, f"{file} line {number}") for number, line in numbered if line.strip()]
+    return paired(folder, pictures, for_all(lambda line: row_of(*line, columns), lines))
+
+
+def row_of(line: str, where: str, columns: tuple[str, ...]) -> tuple[str, str]:
+    """The name of the picture and the caption in a line of metadata.jsonl. Raises Refusal."""
     try:
-        size = path.stat().st_size
-        if path.is_file() and size <= LARGEST[kind]:
-            return path.read_bytes()
-        problem = f"{size / 1e6:.1f} MB" if path.is_file() else "no file"
-    except OSError as error:
-        problem = error.strerror or first_line(error)
-    raise Refusal(
-        f"{path} cannot be read as a {kind} ({problem})",
-        f"a readable file of at most {LARGEST[kind] / 1e6:.0f} MB",
-        "replace or remove it",
+        row = json.loads(line)
+        name = Path(row["file_name"]).as_posix()
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        found = f"{where} is not a row ({type(error).__name__}: {first_line(error)})"
+        expected = '{"file_name": "a.png", "text": "a caption"}'
+        raise Refusal(found, expected, "correct the line") from error
+    return name, caption_of(row[find_column(list(row), columns, where)], where)
+
+
+def from_caption_files(folder: Path) -> list[Picture]:
+    """name.txt beside name.jpg."""
+
+    def key(path: Path) -> str:
+        return path.with_suffix(".txt").relative_to(folder).as_posix()
+
+    def caption(path: Path) -> tuple[str, str]:
+        return key(path), content_of(path, "caption").strip()
+
+    pictures = [(key(path), path) for path in picture_files(folder)]
+    return paired(folder, pictures, for_all(caption, sorted(folder.rglob("*.txt"))))
+
+
+def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[Picture]:
+    """The pictures of a folder, sorted by name, each with its caption. pictures: (key, path);
+    captions: (key, text). Raises Refusal where a key does not stand once in both.
+    """
+    here, told = (collections.Counter(key for key, _ in each) for each in (pictures, captions))
+    odd = {
+        "pictures without a caption": [path.name for key, path in pictures if key not in told],
+        "captions without a picture": [key for key in told if key not in here],
+        "pictures that share a caption": [path.name for key, path in pictures if here[key] > 1],
+        "pictures with two captions": [key for key, count in told.items() if count > 1],
+    }
+    expected = f"one caption for each picture ({', '.join(ENDINGS)})"
+    remedy = "add, rename or remove what is odd"
+    refuse(
+        (f"{len(names)} {wrong} in {folder}, such as {min(names)!r}", expected, remedy)
+        for wrong, names in odd.items()
+        if names
     )
+    texts = dict(captions)
+
+    def picture(item: tuple[str, Path]) -> Picture:
+        read = functools.partial(content_of, item[1], "picture")
+        name = item[1].relative_to(folder).as_posix()
+        return Picture(name, texts[item[0]], digest(read()), read)
+
+    return for_all(picture, sorted(pictures, key=lambda item: item[1]))
 
 
 def picture_files(folder: Path) -> set[Path]:
@@ -89,126 +139,49 @@ def picture_files(folder: Path) -> set[Path]:
     also in a circle, and what it holds would otherwise be left out without a word.
     """
     paths = list(folder.rglob("*"))
-    if linked := sorted(p for p in paths if p.is_symlink() and p.is_dir()):
-        raise Refusal(
-            f"{linked[0]} is a link to a folder",
-            "pictures in the data folder itself; links to single files are followed",
-            "link the pictures one by one, or move them here",
-        )
+    refuse(
+        (f"{path} is a link to a folder", "links to single files only", "move its pictures here")
+        for path in sorted(paths)
+        if path.is_symlink() and path.is_dir()
+    )
     return {p for p in paths if p.suffix.lower() in ENDINGS and (p.is_file() or p.is_symlink())}
 
 
-def json_row(line: bytes) -> dict:
-    """A line of metadata.jsonl. Raises ValueError for a key that is there twice."""
-
-    def once(pairs: list[tuple]) -> dict:
-        row = dict(pairs)
-        if len(row) < len(pairs):
-            raise ValueError(f"a key twice among {', '.join(key for key, _ in pairs)}")
-        return row
-
-    return json.loads(line, object_pairs_hook=once)
-
-
-def is_text(value: object) -> bool:
-    """Whether `value` is a string that UTF-8 can hold: JSON lets half a surrogate pair through."""
-    return isinstance(value, str) and not any("\ud800" <= c <= "\udfff" for c in value)
-
-
-def from_metadata(folder: Path, caption_column: str) -> list[Picture]:
-    """metadata.jsonl: one JSON object a line with file_name, relative to the folder, and the
-    caption.
+def content_of(path: Path, kind: str) -> bytes | str:
+    """The bytes of a picture, or the text of a caption or metadata file, without its byte order
+    mark. Raises Refusal for what cannot be read, is no file (opening a pipe would wait for ever),
+    is too large to be one of its kind or is text in another encoding than UTF-8.
     """
-    captions: dict[Path, str] = {}
-    found = picture_files(folder)
-    content = content_of(folder / "metadata.jsonl", "metadata").removeprefix(codecs.BOM_UTF8)
-    lines = content.splitlines()
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        where = f"{folder / 'metadata.jsonl'} line {number}"
-        try:
-            row = json_row(line)
-            name = row["file_name"]
-            # By name: links to files are allowed (a Hub snapshot is made of them).
-            path, parts = folder / name, Path(name)
-            inside = not parts.anchor and ".." not in parts.parts
-            there = inside and path.is_file()
-        except (ValueError, TypeError, KeyError, RecursionError, OSError) as error:
-            raise Refusal(
-                f"{where} is not a row ({type(error).__name__}: {first_line(error)})",
-                '{"file_name": "a.png", "text": "a caption"}',
-                "correct the line",
-            ) from error
-        if not there:
-            raise Refusal(
-                f"{where} names {name!r}, which is "
-                f"{'no file' if inside else 'outside the data folder'}",
-                f"a picture inside {folder}",
-                f"copy the picture into {folder} and name it there, or remove the line",
-            )
-        remedy = 'add one ("text": "" trains without), or --caption-column NAME'
-        usual = ("text", "caption", "prompt")
-        column = find_column(list(row), caption_column, usual, where, remedy)
-        caption = "" if row[column] is None else row[column]
-        if not is_text(caption):
-            raise Refusal(
-                f"{where} has the caption {caption!r:.200}", "text", "put the caption in quotes"
-            )
-        if path in captions:
-            raise Refusal(
-                f"{where} names {name} again",
-                "one line for each picture",
-                "remove one, or copy the picture under another name",
-            )
-        captions[path] = caption
-    forgotten = sorted(found - captions.keys())
-    if forgotten:
-        raise Refusal(
-            f"pictures in {folder} have no line in metadata.jsonl ({len(forgotten)}, such as "
-            f"{forgotten[0].name})",
-            "a line for each picture",
-            "add the lines or move the pictures elsewhere",
-        )
-    return from_files(captions, folder)
-
-
-def from_caption_files(folder: Path) -> list[Picture]:
-    """name.txt beside name.jpg."""
-    pictures: dict[Path, Path] = {}
-    for path in sorted(picture_files(folder)):
-        twin = pictures.setdefault(path.with_suffix(""), path)
-        if twin != path:
-            raise Refusal(
-                f"{twin.name} and {path.name} in {path.parent} share one caption file",
-                "a name of its own for each picture",
-                "rename one and give it a .txt file",
-            )
-    texts = {p.with_suffix(""): p for p in sorted(folder.rglob("*.txt"))}
-    for kind, found, other in (("picture", pictures, texts), ("caption file", texts, pictures)):
-        lonely = sorted(found.keys() - other.keys())
-        if lonely:
-            want = "a .txt file" if kind == "picture" else "a picture"
-            raise Refusal(
-                f"{len(lonely)} {kind}s in {folder}, such as {found[lonely[0]].name}, stand alone",
-                f"{want} of the same name beside each",
-                f"add {want} or remove the {kind}",
-            )
-    captions = {path: read_text(texts[stem]).strip() for stem, path in pictures.items()}
-    return from_files(captions, folder)
-
-
-def read_text(path: Path) -> str:
-    """A UTF-8 file without its byte order mark. Raises Refusal for other encodings."""
     try:
-        return content_of(path, "caption").decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise Refusal(
-            f"{path} is not UTF-8 ({error})", "text in UTF-8", "save it as UTF-8"
-        ) from error
+        size = path.stat().st_size
+        if not path.is_file():
+            raise OSError("no file")
+        if size > LARGEST[kind]:
+            raise OSError(f"{size / 1e6:.1f} MB")
+        content = path.read_bytes()
+        return content if kind == "picture" else content.decode("utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        problem = getattr(error, "strerror", None) or first_line(error)
+        found = f"{path} cannot be read as a {kind} ({problem})"
+        what = "a file" if kind == "picture" else "text in UTF-8"
+        expected = f"{what} of at most {LARGEST[kind] / 1e6:.0f} MB"
+        raise Refusal(found, expected, "replace or remove it") from error
 
 
-def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]:
+def caption_of(value: Any, where: str) -> str:
+    """A caption, empty where there is none. Raises Refusal for what is no text, or none that UTF-8
+    holds: JSON lets half a surrogate pair through.
+    """
+    value = "" if value is None else value
+    if isinstance(value, str) and value.encode(errors="ignore").decode() == value:
+        return value
+    raise Refusal(f"{where} has the caption {value!r:.200}", "text", "another --caption-column")
+
+
+# ---- the Hub -------------------------------------------------------------------------------------
+
+
+def from_hub(name: str, image_column: str, columns: tuple[str, ...]) -> list[Picture]:
     """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded."""
     import datasets
 
@@ -224,16 +197,8 @@ def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]
         ) from error
     where = f"{name} (columns {', '.join(table.column_names)})"
     images = [c for c, feature in table.features.items() if isinstance(feature, datasets.Image)]
-    image_column = find_column(images, image_column, tuple(images[:1]), where)
-    usual = ("text", "caption", "prompt")
-    caption_column = find_column(table.column_names, caption_column, usual, where)
-    kind = getattr(table.features[caption_column], "dtype", "")
-    if kind not in ("string", "large_string", "string_view", "null"):
-        raise Refusal(
-            f"the column {caption_column} of {name} holds {kind or 'lists'}",
-            "text",
-            "--caption-column NAME",
-        )
+    image_column = find_column(images, (image_column,) if image_column else images[:1], where)
+    captions = table[find_column(table.column_names, columns, where)]
     table = table.cast_column(image_column, datasets.Image(decode=False))
 
     def read(i: int) -> bytes:
@@ -242,11 +207,12 @@ def from_hub(name: str, image_column: str, caption_column: str) -> list[Picture]
             return content_of(own_file(name, cell["path"]), "picture")
         return cell.get("bytes") or b""  # decode() then names the row
 
-    captions = table[caption_column]
-    return [
-        Picture(f"{name} row {i}", captions[i] or "", digest(read(i)), functools.partial(read, i))
-        for i in tqdm(range(len(table)), desc="reading pictures", leave=False, mininterval=1)
-    ]
+    def picture(i: int) -> Picture:
+        row = f"{name} row {i}"
+        caption = caption_of(captions[i], row)
+        return Picture(row, caption, digest(read(i)), functools.partial(read, i))
+
+    return for_all(picture, tqdm(range(len(table)), "reading pictures", leave=False, mininterval=1))
 
 
 def own_file(name: str, path: str) -> Path:
@@ -256,35 +222,20 @@ def own_file(name: str, path: str) -> Path:
     import datasets
     import huggingface_hub
 
-    kept = (
-        *(datasets.config.HF_CACHE_HOME, huggingface_hub.constants.HF_HUB_CACHE),
-        *(datasets.config.HF_DATASETS_CACHE, datasets.config.DOWNLOADED_DATASETS_PATH),
-        datasets.config.EXTRACTED_DATASETS_PATH,
-    )
+    kept = (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
     folders = [Path(name)] if Path(name).is_dir() else [Path(each) for each in kept]
     target = (folders[0] / path).resolve()  # `path` itself where it is absolute
-    if any(target.is_relative_to(folder.resolve()) for folder in folders):
-        return target
-    raise Refusal(
-        f"a row of {name} names the picture {path!r}, which is outside the data set",
-        "pictures inside the data set",
-        "put the pictures into the table, or beside it",
-    )
+    if not any(target.is_relative_to(folder.resolve()) for folder in folders):
+        found = f"a row of {name} names the picture {path!r}, which is outside the data set"
+        raise Refusal(found, "pictures inside the data set", "put them into the table or beside it")
+    return target
 
 
-def find_column(
-    columns: list[str],
-    wanted: str,
-    usual: tuple[str, ...],
-    where: str,
-    remedy: str = "--caption-column NAME (or --image-column NAME)",
-) -> str:
-    """`wanted`, or the first of the usual names that is there."""
-    found = [c for c in ((wanted,) if wanted else usual) if c in columns]
-    if not found:
-        raise Refusal(
-            f"{where} has the columns {', '.join(columns) or 'none that hold pictures'}",
-            f"{' or '.join((wanted,) if wanted else usual) or 'a column of pictures'}",
-            remedy,
-        )
-    return found[0]
+def find_column(columns: list[str], names: Sequence[str], where: str) -> str:
+    """The first of `names` that is there. Raises Refusal."""
+    for name in names:
+        if name in columns:
+            return name
+    found = f"{where} has the columns {', '.join(columns) or 'none that hold pictures'}"
+    remedy = '--caption-column NAME or --image-column NAME; "text": "" trains without a caption'
+    raise Refusal(found, " or ".join(names) or "a column of pictures", remedy)

@@ -5,7 +5,6 @@ with the bare model. The drawing itself is generate.py's.
 import contextlib
 import functools
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import diffusers
@@ -27,41 +26,21 @@ from see import sheet
 def find_adapter(path: str) -> Path:
     """The adapter file that `path` names, or the newest run's."""
     if path:
-        file = Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)
-        if file.exists():
-            return file
-        raise Refusal(
-            f"{file}: no such file",
-            "an adapter, or the folder of a finished run",
-            "check the name; the command that began a run finishes it",
-        )
-    found = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
-    if not found:
-        raise Refusal(
-            "there is no finished run under runs/",
-            "an adapter",
-            "make train, or name an adapter file",
-        )
-    return found[-1]
-
-
-def complete(options: Options, file: lora.AdapterFile) -> Options:
-    """`options` where what was left open is as the run around the file has it, else its header."""
-    return drawing.complete(options, file.path, file.about)
+        files = [Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)]
+        found, remedy = f"{files[0]}: no such file", "the command that began a run finishes it"
+    else:
+        files = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
+        found, remedy = "there is no finished run under runs/", "make train, or name an adapter"
+    if not files or not files[-1].exists():
+        raise Refusal(found, "an adapter file, or the folder of a finished run", remedy)
+    return files[-1]
 
 
 def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
     """The name of the base model to draw with. Raises Refusal where it is not the adapter's own."""
-    options = complete(options, file)
+    options = drawing.complete(options, file.path, file.about)
     drawing.check_base(options, file.path, file.about, half)
     return options.pretrained_model_name_or_path
-
-
-def loader(options: Options) -> Callable[[str, torch.device, torch.dtype], torch.nn.Module]:
-    """What loads the UNet: as it is, or with its Linear weights in 4 bits."""
-    if options.base_quantization != "nf4":
-        return model.load_unet
-    return functools.partial(faster.load_unet_nf4, cache_dir=Path(options.cache_dir))
 
 
 def decode(
@@ -84,21 +63,18 @@ def decode(
 def run(options: Options) -> None:
     """Draw what `options` ask for, save it and print where it is."""
     file = adapter_files.read(find_adapter(options.adapter))
-    options = complete(options, file)
-    strengths = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
-    pictures = generate.draw_at(
-        list(strengths.values()),
-        options,
-        file,
-        load_unet=loader(options),
-        load_adapter=adapter_files.load,
-        decode=decode,
-    )
+    options = drawing.complete(options, file.path, file.about)
+    rows = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
+    load_unet = model.load_unet
+    if options.base_quantization == "nf4":
+        load_unet = functools.partial(faster.load_unet_nf4, cache_dir=Path(options.cache_dir))
+    plugged_in = (load_unet, adapter_files.load, decode)
+    pictures = generate.draw_at([*rows.values()], options, file, *plugged_in)
     folder = Path(options.output_dir or file.path.parent / "pictures")
     if options.compare:
-        rows = dict(zip(strengths, pictures, strict=True))
         titles = [prompt for prompt, _ in options.pictures]
-        generate.save_picture(sheet.grid(rows, titles), folder / "before-after.png")
+        picture = sheet.grid(dict(zip(rows, pictures, strict=True)), titles)
+        generate.save_picture(picture, folder / "before-after.png")
     else:
         generate.save_pictures(options, pictures[0], folder)
 
@@ -110,15 +86,13 @@ def main(argv_or_options: list[str] | Options | None = None) -> int:
         run(given if isinstance(given, Options) else drawing.parse(given))
         return 0
     except Refusal as refusal:
-        said = f"error: {refusal}"
+        said = str(refusal)
     except torch.cuda.OutOfMemoryError as error:
-        said = (
-            f"error: the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
-        )
+        said = f"the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
     except OSError as error:
-        said = f"error: {error}. What to do: mend that, then the same command"
+        said = f"{error}. What to do: mend that, then the same command"
     except KeyboardInterrupt:
         print("\ninterrupted: pictures drawn so far are not kept", file=sys.stderr)
         return 130
-    print(said, file=sys.stderr)
+    print(f"error: {said}", file=sys.stderr)
     return 1

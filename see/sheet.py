@@ -10,23 +10,21 @@ def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
     side = max(next(iter(rows.values()))[0].size)
     size = max(11, side // 22)  # the letters grow with the pictures
     font = ImageFont.load_default(size)
+    words = [wrap(title, font, side - size) for title in titles]
+    head = int(size * 1.3) * max(len(lines) for lines in words) + size // 2
     margin = int(size * 1.5)
-    lines = [wrap(title, font, side - size) for title in titles]
-    head = int(size * 1.3) * max(len(each) for each in lines) + size // 2
     left = margin + int(max(font.getlength(label) for label in rows))
-    sheet = Image.new(
-        "RGB", (left + margin // 2 + side * len(titles), head + side * len(rows)), "white"
-    )
+    width, height = left + side * len(titles) + margin // 2, head + side * len(rows)
+    sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
-    for column, each in enumerate(lines):
-        pen.multiline_text(
-            (left + side * column + size // 2, 2), "\n".join(each), fill="black", font=font
-        )
-    for row, (label, pictures) in enumerate(rows.items()):
-        middle = head + side * row + side // 2
-        pen.text((margin // 3, middle), label, fill="black", font=font, anchor="lm")
-        for column, picture in enumerate(pictures):
-            sheet.paste(picture, (left + side * column, head + side * row))
+    for x, lines in enumerate(words):
+        place = (left + side * x + size // 2, 2)
+        pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
+    for y, (label, pictures) in enumerate(rows.items()):
+        place = (margin // 3, head + side * y + side // 2)
+        pen.text(place, label, fill="black", font=font, anchor="lm")
+        for x, picture in enumerate(pictures):
+            sheet.paste(picture, (left + side * x, head + side * y))
     return sheet
 
 

@@ -52,3 +52,18 @@ def test_all_that_stands_against_plain_is_said_at_once(tmp_path, monkeypatch):
 def test_a_changed_code_is_accepted_only_where_it_was_asked_for():
     assert not options.parse(["pocket"]).accept_code_change
     assert options.parse(["pocket", "--accept-code-change"]).accept_code_change
+
+
+def test_all_values_that_cannot_be_are_said_at_once():
+    words = ["t4", "--quick", "--lora-rank", "0", "--learning-rate", "nan"]
+    with pytest.raises(Refusal) as refusal:
+        options.parse(words)
+    said = str(refusal.value)
+    for word in ("lora_rank is 0", "learning_rate is nan", "--quick with t4"):
+        assert word in said
+    assert "--lora-rank 16 and --learning-rate 5e-05" in said
+
+
+def test_the_values_of_every_recipe_can_be():
+    for name in options.RECIPES:
+        assert options.parse([name]) == options.RECIPES[name][1]

@@ -113,10 +113,19 @@ GOOD = {"file_name": "a.png", "text": "a"}
         ("7", "line 2 is not a row"),
         ('{"text": "a"}', "line 2 is not a row.*file_name"),
         ('{"file_name": 7, "text": "a"}', "line 2 is not a row"),
-        ('{"file_name": "", "text": "a"}', "line 2 names ''"),
-        ('{"file_name": "gone.png", "text": "a"}', "line 2 names 'gone.png', which is no file"),
-        ('{"file_name": "../x.png", "text": "a"}', "line 2 names '../x.png', which is outside"),
-        ('{"file_name": "/etc/hostname", "text": "a"}', "names '/etc/hostname', which is outside"),
+        ('{"file_name": "", "text": "a"}', "1 captions without a picture .*such as '\\.'"),
+        (
+            '{"file_name": "gone.png", "text": "a"}',
+            "1 captions without a picture .*such as 'gone.png'",
+        ),
+        (
+            '{"file_name": "../x.png", "text": "a"}',
+            "1 captions without a picture .*such as '../x.png'",
+        ),
+        (
+            '{"file_name": "/etc/hostname", "text": "a"}',
+            "1 captions without a picture .*such as '/etc/hostname'",
+        ),
         ('{"file_name": "a.png", "text": 7}', "line 2 has the caption 7"),
         ('{"file_name": "a.png", "text": ["a"]}', "line 2 has the caption"),
         ('{"file_name": "a.png"}', "line 2 has the columns file_name"),
@@ -128,7 +137,19 @@ def test_a_bad_metadata_line_is_refused_by_number(tmp_path, line, said):
     folder = write_folder(tmp_path / "set", files)
     with pytest.raises(Refusal, match=said) as refusal:
         read_dataset(str(folder))
-    assert "metadata.jsonl" in str(refusal.value)
+    assert str(folder) in str(refusal.value)
+
+
+def test_all_bad_lines_and_all_odd_files_are_named_at_once(tmp_path):
+    rows = '{"text": "a"}\nno row\n{"file_name": "a.png", "text": 7}'
+    folder = write_folder(tmp_path / "lines", {"metadata.jsonl": rows, "a.png": RED})
+    with pytest.raises(Refusal, match=r"line 1 .* line 2 .* line 3 "):
+        read_dataset(str(folder))
+    bad = b"caf\xe9"
+    files = {"a.png": RED, "a.txt": bad, "b.png": BLUE, "b.txt": bad}
+    folder = write_folder(tmp_path / "texts", files)
+    with pytest.raises(Refusal, match=r"a\.txt cannot .*b\.txt cannot .*text in UTF-8"):
+        read_dataset(str(folder))
 
 
 def test_blank_lines_in_metadata_are_nothing(tmp_path):
@@ -138,7 +159,7 @@ def test_blank_lines_in_metadata_are_nothing(tmp_path):
 
 def test_a_picture_without_a_metadata_line_is_refused(tmp_path):
     files = {"metadata.jsonl": [GOOD], "a.png": RED, "sub/b.png": BLUE}
-    with pytest.raises(Refusal, match=r"have no line in metadata\.jsonl \(1, such as b\.png\)"):
+    with pytest.raises(Refusal, match=r"1 pictures without a caption .*such as 'b\.png'"):
         read_dataset(str(write_folder(tmp_path, files)))
 
 
@@ -156,9 +177,12 @@ def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_pa
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"a.png": RED, "a.txt": "a", "b.png": BLUE}, r"1 pictures .*b\.png, stand alone"),
-        ({"a.png": RED, "a.txt": "a", "b.txt": "b"}, r"1 caption files .*b\.txt, stand alone"),
-        ({"x/a.png": RED, "y/a.txt": "a"}, r"1 pictures .*a\.png, stand alone"),
+        ({"a.png": RED, "a.txt": "a", "b.png": BLUE}, r"1 pictures without a caption .*b\.png"),
+        ({"a.png": RED, "a.txt": "a", "b.txt": "b"}, r"1 captions without a picture .*b\.txt"),
+        (
+            {"x/a.png": RED, "y/a.txt": "a"},
+            r"1 pictures without .*a\.png.* and 1 captions without .*a\.txt",
+        ),
     ],
 )
 def test_a_picture_or_a_caption_file_alone_is_refused(tmp_path, files, said):

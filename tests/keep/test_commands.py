@@ -63,7 +63,7 @@ def refused(answer: tuple[int, str], *words: str) -> None:
 @pytest.mark.parametrize(
     ("option", "value", "said"),
     [
-        ("resolution", "500", "--resolution 496 or --resolution 504"),
+        ("resolution", "500", "resolution is 500; expected 8 to 4096 in steps of 8"),
         ("lora-rank", "0", "--lora-rank 16"),
         ("lora-rank", "-3", "lora_rank is -3"),
         ("max-train-steps", "0", "--max-train-steps 450"),
@@ -99,27 +99,12 @@ def test_an_unknown_option_leaves_with_2_before_anything_heavy_is_imported(argv)
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("word", ["orignal", "low-mem", "my pictures", "runs/t4", ""])
-def test_a_recipe_that_is_none_is_answered_in_one_line(word, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        configuration.parse([word])
-    (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"error: recipe {word!r}; expected one of original, t4,")
-    assert line.endswith("What to do: python loop.py t4")
-
-
 def test_the_scripts_check_their_options_first():
     """In both commands the check stands above the first import of torch."""
     for name in ("loop.py", "generate.py"):
         source = (ROOT / name).read_text()
         check = source.index('if __name__ == "__main__":')
         assert check < source.index("parse_or_leave()") < source.index("import torch")
-
-
-@pytest.mark.parametrize("text", ["a\0b", "\udcff"])
-def test_an_option_that_no_file_name_can_hold_is_refused(text, capsys):
-    assert training.main(["pocket", "--output-dir", text]) == 1
-    assert "text in UTF-8 without NUL" in capsys.readouterr().err
 
 
 def test_options_that_are_read_already_are_run(train, few, tmp_path, capsys):

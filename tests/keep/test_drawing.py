@@ -78,12 +78,12 @@ def test_both_layouts_and_the_book_draw_the_same(run, tmp_path, capsys):
 
 def test_what_is_left_open_is_as_the_run_had_it(run):
     file = adapter_files.read(run)
-    options = drawing.complete(options_of_drawing.parse([]), file)
+    options = options_of_drawing.complete(options_of_drawing.parse([]), file.path, file.about)
     assert options.prompts == ("rocket",) and options.cache_dir == "kept"
     assert options.pretrained_model_name_or_path == str(POCKET)
     assert options.guidance_scale == 5 and options.base_quantization == "none"
     given = options_of_drawing.parse(["--prompts", "a", "--cache-dir", "b", "--guidance-scale=0"])
-    options = drawing.complete(given, file)
+    options = options_of_drawing.complete(given, file.path, file.about)
     assert (options.prompts, options.cache_dir, options.guidance_scale) == (("a",), "b", 0)
 
 
@@ -212,12 +212,6 @@ def test_a_drawing_of_any_size_or_guidance_is_refused():
         name = option[2:].split("=")[0].replace("-", "_")
         with pytest.raises(Refusal, match=f"{name} is "):
             options_of_drawing.parse([option])
-
-
-@pytest.mark.parametrize("text", ["a\0b", "\udcff"])
-def test_a_prompt_that_no_file_name_can_hold_is_refused(text, capsys):
-    assert drawing.main(["--prompts", text]) == 1
-    assert "text in UTF-8 without NUL" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

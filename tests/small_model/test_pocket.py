@@ -397,10 +397,10 @@ def test_seed_matters(pipe):
 
 def test_quick_is_short_and_gives_way_to_what_is_asked_for():
     quick = config.parse(["pocket", "--quick"])
-    assert quick.max_train_steps == config.QUICK["pocket"]["max_train_steps"]
+    assert quick == config.replace(config.QUICK["pocket"][1], quick=True)
     asked = config.parse(["pocket", "--quick", "--max-train-steps", "7"])
     assert asked.max_train_steps == 7
-    assert asked.lr_warmup_steps == config.QUICK["pocket"]["lr_warmup_steps"]
+    assert asked.lr_warmup_steps == config.QUICK["pocket"][1].lr_warmup_steps
     usual = config.RECIPES["pocket"][1].max_train_steps
     assert (
         config.parse(["pocket", "--quick", f"--max-train-steps={usual}"]).max_train_steps == usual
