@@ -62,6 +62,7 @@ def test_a_run_needs_no_peft_and_from_a_full_cache_no_transformers_and_computes_
     assert len(adapters) == len(pictures) == 1
 
 
+@pytest.mark.slow
 def test_sdxls_own_unet_and_the_optimizer_do_not_start_the_compiler(tmp_path):
     script = """
 import sys

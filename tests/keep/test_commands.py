@@ -240,6 +240,7 @@ def test_a_refused_run_leaves_no_folder_of_its_own(command, tmp_path):
 # ---- the picture at its end ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_before_after_picture_and_draws_it_again_if_it_is_gone(
     command, tmp_path
 ):
