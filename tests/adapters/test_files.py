@@ -135,6 +135,7 @@ for layout in ("peft", "kohya"):
 """
 
 
+@pytest.mark.slow
 def test_equal_adapters_saved_by_two_processes_are_equal_files(tmp_path):
     processes = [
         subprocess.Popen(
@@ -156,7 +157,9 @@ def test_equal_adapters_saved_by_two_processes_are_equal_files(tmp_path):
 STRENGTHS = (0, 0.5, 1, 1.5)
 
 
-@pytest.mark.parametrize("alpha", [6, 3])  # above and below the rank
+@pytest.mark.parametrize(
+    "alpha", [6, pytest.param(3, marks=pytest.mark.slow)]
+)  # and below the rank
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_exported_equals_trained_at_every_strength(tmp_path, unet, batch, layout, dtype, alpha):

@@ -29,6 +29,7 @@ def run(tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_the_ladder_times_the_same_work_in_every_row(run):
     code, rows = run("ladder", "--rows", "eager", "4x1", "nf4")
     assert code == 0 and [name.split(", ")[-1] for name in rows] == ["eager", "4x1", "nf4"]
@@ -75,6 +76,7 @@ def test_a_row_that_fails_is_a_result_and_the_others_are_measured(run, monkeypat
     assert t4["s_per_step"] > 0 and t4["way"] == "1 x 4, nothing recomputed"
 
 
+@pytest.mark.slow
 def test_loss_and_gradient_are_compared_with_fp32(run):
     asked = ("fp32", "--rows", "4x1", "checkpointing", "--mixed-precision", "bf16")
     _, rows = run(*asked, script=exactness)
@@ -86,6 +88,7 @@ def test_loss_and_gradient_are_compared_with_fp32(run):
     assert rows["64 px, fp32, 4x1"]["gradient_off"] < 1e-4
 
 
+@pytest.mark.slow
 def test_the_product_is_compared_with_the_books_own_lines(run):
     asked = ("plain", "--mixed-precision", "fp32", "--steps", "2")
     code, rows = run(*asked, script=exactness)
@@ -190,6 +193,7 @@ def test_a_recipe_is_measured_as_the_plan_has_it(monkeypatch):
     assert (bench.plan.hub.fetch(asked[0].pretrained_model_name_or_path, "unet")).is_dir()
 
 
+@pytest.mark.slow
 def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
     full = synthetic.random_unet(SDXL, torch.device("meta"), torch.float16)
     assert sum(p.numel() for p in full.parameters()) == 2_567_463_684
@@ -200,6 +204,7 @@ def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
     assert not all(p.std() == 0 for p in half.values())
 
 
+@pytest.mark.slow
 def test_int8_gradients_of_a_whole_step_are_near_fp32s():
     ways = [(torch.float32, None), (torch.float32, int8.Int8Linear), (torch.float32, None)]
     (_, exact), (_, near), (_, again) = (int8.full_size(*w, device="cpu", tiny=True) for w in ways)
@@ -247,9 +252,15 @@ def test_the_gradient_that_is_exchanged_is_the_readmes():
     assert 4 * 16 * sum(m.in_features + m.out_features for m in sides) == two_gpus.GRADIENT
 
 
-def test_the_readme_shows_the_table_that_paper_prints():
-    rows, readme = two_gpus.paper(), (ROOT / "README.md").read_text()
-    assert len(rows) == 7 and all(row in readme for row in rows)
+def test_the_table_on_paper_names_the_gpus_that_reach_90_percent():
+    _, _, *rows = two_gpus.paper()
+    assert len(rows) == 5
+    for row in rows:
+        _, examples, *shares, most = (cell.strip() for cell in row.split("|")[1:-1])
+        for gpus, share in zip((2, 4, 8), shares, strict=True):
+            assert bool(share) == (gpus <= int(examples))
+            if share:
+                assert (int(share.split()[0]) >= 90) == (gpus <= int(most.split()[0]))
 
 
 @pytest.mark.slow
@@ -260,7 +271,7 @@ def test_two_processes_are_timed_beside_one_and_have_its_losses(tmp_path):
     subprocess.run(command, cwd=ROOT, check=True)
     one, two = json.loads(out.read_text())["rows"].values()
     assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(one["losses"]) == 3
-    assert two["s_all_reduce"] > one["s_all_reduce"] >= 0
+    assert two["s_all_reduce"] > one["s_all_reduce"]
     assert two["speed_up"] == pytest.approx(one["s_per_step"] / two["s_per_step"], rel=1e-2)
 
 

@@ -141,6 +141,7 @@ def test_a_random_crop_is_drawn_once_from_seed_and_picture():
 
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+LONG = pytest.mark.slow
 
 
 @functools.cache
@@ -222,8 +223,15 @@ def examples_of(source, count=20, seed=3, flip=False, dropout=0.0, offset=0.0) -
     return data.Examples(source, names, seed, chances, 1000, (4, 8, 8))
 
 
-@pytest.mark.parametrize("random_crop", [False, True])
-@pytest.mark.parametrize("random_flip", [False, True])
+@pytest.mark.parametrize(
+    ("random_flip", "random_crop"),
+    [
+        (True, True),
+        pytest.param(False, False, marks=pytest.mark.slow),
+        pytest.param(True, False, marks=pytest.mark.slow),
+        pytest.param(False, True, marks=pytest.mark.slow),
+    ],
+)
 def test_cached_equals_uncached_to_the_bit(tmp_path, random_flip, random_crop):
     uncached = Counting(random_crop=random_crop, load_vae=pocket_vae)
     cache = fill(tmp_path, Counting(random_crop=random_crop, load_vae=pocket_vae), random_flip)
@@ -310,17 +318,27 @@ def other_content() -> dict:
 @pytest.mark.parametrize(
     ("options", "fill_options", "latents", "prompts"),
     [
-        ({}, {}, [], []),
+        pytest.param({}, {}, [], [], marks=LONG),
         ({"pictures": lambda: changed(ink(), 2, caption="other")}, {}, [], BLOCK0),
-        ({"pictures": lambda: changed(ink(), 17, caption="other")}, {}, [], [16, 17, 18, 19, 20]),
+        pytest.param(
+            {"pictures": lambda: changed(ink(), 17, caption="other")},
+            {},
+            [],
+            [16, 17, 18, 19, 20],
+            marks=LONG,
+        ),
         ({"pictures": lambda: changed(ink(), 2, **other_content())}, {}, BLOCK0, []),
-        ({"pictures": lambda: changed(ink(), 2, name="renamed.png")}, {}, [], []),
+        pytest.param(
+            {"pictures": lambda: changed(ink(), 2, name="renamed.png")}, {}, [], [], marks=LONG
+        ),
         ({"resolution": 72}, {}, ALL, []),
-        ({"seed": 1}, {}, [], []),  # a centre crop knows no seed
-        ({}, {"dtype": torch.float16}, [], [*ALL, 20]),
-        ({}, {"fingerprints": {"vae": "other", "text": "t"}}, ALL, []),
-        ({}, {"fingerprints": {"vae": "v", "text": "other"}}, [], [*ALL, 20]),
-        ({"random_crop": True}, {}, ALL, []),
+        pytest.param({"seed": 1}, {}, [], [], marks=LONG),  # a centre crop knows no seed
+        pytest.param({}, {"dtype": torch.float16}, [], [*ALL, 20], marks=LONG),
+        pytest.param({}, {"fingerprints": {"vae": "other", "text": "t"}}, ALL, [], marks=LONG),
+        pytest.param(
+            {}, {"fingerprints": {"vae": "v", "text": "other"}}, [], [*ALL, 20], marks=LONG
+        ),
+        pytest.param({"random_crop": True}, {}, ALL, [], marks=LONG),
     ],
     ids=(
         "nothing caption last-caption picture name resolution seed dtype vae text random-crop"
@@ -500,6 +518,7 @@ def test_a_damaged_picture_stops_the_fill_by_name_and_keeps_what_is_encoded(tmp_
     assert encoder.latents == [16, 17, 18, 19] and encoder.prompts == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("workers", [1, 2, 7])
 def test_the_cache_is_the_same_however_many_threads_decode(tmp_path, monkeypatch, workers):
     monkeypatch.setattr(ahead, "usable_cores", lambda: workers)
@@ -520,8 +539,9 @@ def slowly(content: bytes, how: int) -> bytes:
     return content
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("resolution", [64, pytest.param(768, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("resolution", [64, 768])
 def test_what_a_gpu_encodes_in_batches_is_what_is_encoded_one_by_one(
     tmp_path, monkeypatch, flip, resolution
 ):
@@ -570,6 +590,7 @@ def test_of_a_batch_the_picture_that_is_not_finite_is_named(tmp_path, monkeypatc
     assert len([name for name in files_in(tmp_path) if name.startswith("latent")]) == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_pictures_are_encoded_leaves_whole_blocks_and_no_thread_at_work(tmp_path):
     read, calls = [], []
     pictures = [
@@ -595,6 +616,7 @@ def test_ctrl_c_while_pictures_are_encoded_leaves_whole_blocks_and_no_thread_at_
     assert encoder.latents == list(range(16, 60)) and encoder.prompts == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("turn", [0, 1])
 def test_blocks_that_another_process_claims_are_left_to_it(tmp_path, turn):
     """Two that claim by turns, one after the other, make the very files that one makes alone."""
@@ -625,6 +647,7 @@ def pocket_config(folder: Path, **change):
     )
 
 
+@pytest.mark.slow
 def test_models_that_differ_in_their_unconditional_embedding_do_not_share_it(tmp_path):
     """force_zeros_for_empty_prompt stands in model_index.json, outside the encoders' folders."""
     other = tmp_path / "model"

@@ -113,6 +113,7 @@ def test_plain_refuses_what_only_the_command_does(run, tmp_path):
     assert not (tmp_path / "drawn").exists()
 
 
+@pytest.mark.slow
 def test_plain_refuses_an_adapter_that_was_trained_on_4_bits_unless_told_so(tmp_path):
     run = drawable(tmp_path / "out", base_quantization="nf4")
     with pytest.raises(Refusal, match="--base-quantization none"):
@@ -131,6 +132,7 @@ def script(*words: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 def test_the_script_draws_plainly_without_any_wing(run, tmp_path):
     steps = ("--num-inference-steps", "1", "--output-dir", str(tmp_path / "drawn"))
     done = script(str(run), "--plain", "--prompts", "red apple", *steps)

@@ -367,7 +367,7 @@ def test_a_second_adapter_is_refused(unet, batch):
 # ---- SDXL ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("rank, count", [(16, 23_224_320), (1, 1_451_520), (40, 58_060_800)])
+@pytest.mark.parametrize("rank, count", [(16, 23_224_320), (1, 1_451_520)])
 def test_sdxl_has_560_layers_and_1451520_parameters_per_rank(rank, count):
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(UNet2DConditionModel.load_config(SDXL / "unet"))

@@ -154,6 +154,7 @@ def test_the_loss_is_fp32_though_the_unet_is_bf16():
     assert not torch.equal(loss, loss.bfloat16().float())
 
 
+@pytest.mark.slow
 def test_the_small_model_overfits_one_batch():
     """The pocket model's adapter learns the noise of two random latents by heart."""
     cpu = torch.device("cpu")

@@ -54,6 +54,7 @@ def modes() -> tuple:
     )
 
 
+@pytest.mark.slow
 def test_the_modes_are_set_while_the_run_lasts_and_as_before_afterwards(train, monkeypatch):
     monkeypatch.delenv(deterministic.WORKSPACE, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
@@ -108,6 +109,7 @@ def test_xformers_is_refused_and_the_memory_plan_falls_away(monkeypatch):
     assert same == chosen and "memory plan: none" in why
 
 
+@pytest.mark.slow
 def test_the_promise_may_be_given_up_and_not_taken_up(train, capsys):
     short = ("--max-train-steps", "2", "--lr-scheduler", "constant")
     assert train("with", *short, "--deterministic") == train("without", *short) == 0
@@ -138,6 +140,7 @@ def test_what_changes_the_order_of_additions_may_change_only_without_it():
     assert set(deterministic.ORDER) <= {f.name for f in dataclasses.fields(configuration.Config)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flag", ["--deterministic", "--no-deterministic"])
 def test_fp16_with_loss_scaling_killed_and_continued_is_byte_identical(
     train, tmp_path, monkeypatch, flag

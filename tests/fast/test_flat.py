@@ -97,7 +97,7 @@ def test_the_gradient_through_one_cast_is_that_of_every_matrix_to_the_bit(dtype)
 
 
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-@pytest.mark.parametrize("rank", [5, 16])
+@pytest.mark.parametrize("rank", [5, pytest.param(16, marks=pytest.mark.slow)])
 def test_steps_and_state_are_those_of_separate_matrices_and_pass_from_one_to_the_other(kind, rank):
     """Three steps each way, the state handed over matrix by matrix, three more: the same bytes."""
     draw = torch.Generator().manual_seed(7)

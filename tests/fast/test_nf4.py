@@ -26,6 +26,10 @@ from keep import drawing, identity, training
 CPU = torch.device("cpu")
 
 pytestmark = pytest.mark.usefixtures("one_thread")
+DTYPES = [
+    torch.float16,
+    *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float32, torch.bfloat16)),
+]
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +75,7 @@ def only_file(folder: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_every_linear_is_bitsandbytes_own_and_the_rest_is_as_it_was(tiny, tmp_path, dtype):
     unet, plain = load(tiny, tmp_path, dtype), model.load_unet(tiny, CPU, dtype)
     layers = quantised(unet)
@@ -109,7 +113,7 @@ def test_every_linear_is_bitsandbytes_own_and_the_rest_is_as_it_was(tiny, tmp_pa
     assert answer.dtype == torch.float32 and answer.isfinite().all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_second_load_reads_only_the_kept_numbers_and_they_are_equal_to_the_bit(
     tiny, tmp_path, monkeypatch, dtype
 ):
@@ -136,6 +140,7 @@ def test_the_kept_file_is_a_safetensors_file_that_others_read(tiny, tmp_path):
     assert len(kept[nf4.SUMS]) == 4 * (len(kept) - 1)
 
 
+@pytest.mark.slow
 def test_another_dtype_or_base_has_a_file_of_its_own(tiny, tmp_path):
     load(tiny, tmp_path)
     load(tiny, tmp_path, torch.float16)
@@ -164,6 +169,7 @@ def no_sums(content: bytes) -> bytes:
     return content.replace(nf4.SUMS.encode(), b"x" * len(nf4.SUMS), 1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage",
     [cut, flip, flip_last_sum, other_shape, no_sums, lambda c: b"", lambda c: c[:8] + b"{" * 100],
@@ -229,7 +235,7 @@ def test_the_gradient_to_the_input_is_that_of_the_expanded_weight_and_no_input_i
     assert not kept  # the packed weight goes along outside autograd
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_a_step_moves_the_adapter_and_no_number_of_the_base(tiny, tmp_path, checkpointing):
     unet = load(tiny, tmp_path)
     before = stored(unet)

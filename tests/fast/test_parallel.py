@@ -179,7 +179,10 @@ def alone():
     return {n: steps(tiny_run(faster.Alone(), n)) for n in (1, 4)}
 
 
-@pytest.mark.parametrize(("n", "size"), [(4, 2), (4, 3), (1, 2)])
+@pytest.mark.parametrize(
+    ("n", "size"),
+    [(4, 2), *(pytest.param(*pair, marks=pytest.mark.slow) for pair in ((4, 3), (1, 2)))],
+)
 def test_several_processes_take_the_steps_of_one(together, alone, n, size):
     """4 examples in 2 + 2 and 1 + 1 + 2, and 1 example in two processes, of which one has none."""
     done = together(size, lambda team: steps(tiny_run(team, n)))
@@ -194,6 +197,7 @@ def test_several_processes_take_the_steps_of_one(together, alone, n, size):
         assert theirs[0] == pytest.approx(said[0], rel=1e-4)  # loss and norm of the first gradient
 
 
+@pytest.mark.slow
 def test_an_overflow_in_one_process_is_skipped_by_all(together):
     def work(team):
         run = tiny_run(team, precision="fp16")
@@ -216,6 +220,7 @@ def test_an_overflow_in_one_process_is_skipped_by_all(together):
     assert first[2].tobytes() == second[2].tobytes()
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_is_met_by_all_in_the_same_step(together):
     def work(team):
         run = tiny_run(team)
@@ -231,6 +236,7 @@ def test_a_loss_that_is_not_finite_in_one_process_is_met_by_all_in_the_same_step
     assert done.results[0] == done.results[1] and done.results[0][1]
 
 
+@pytest.mark.slow
 def test_a_signal_to_one_process_stops_all_after_the_same_step(together):
     def work(team):
         run = tiny_run(team)
@@ -324,7 +330,9 @@ def test_one_that_dies_while_caching_loses_the_block_in_hand_and_is_named(togeth
 # ---- death and silence ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
+@pytest.mark.parametrize(
+    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
+)
 def test_one_that_dies_or_hangs_ends_the_others_with_its_name(together, number):
     def work(team):
         run = tiny_run(team)
@@ -359,6 +367,7 @@ def test_a_process_that_only_waits_as_under_nccl_is_ended_by_its_watch(together,
     )
 
 
+@pytest.mark.slow
 def test_slow_work_that_gives_signs_is_not_a_hang(together):
     def work(team):
         for _ in range(8 * team.rank):
@@ -369,6 +378,7 @@ def test_slow_work_that_gives_signs_is_not_a_hang(together):
     assert together(2, work, timeout=1.0).codes == [0, 0]
 
 
+@pytest.mark.slow
 def test_claiming_work_is_a_sign_and_each_is_claimed_once(together):
     def work(team):
         mine = []
@@ -553,6 +563,7 @@ def moved(folder) -> torch.Tensor:
     return torch.cat([(end[name] - matrix.detach()).flatten() for name, matrix in start.items()])
 
 
+@pytest.mark.slow
 def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path):
     assert train(1, "whole").codes == [0]
     for name, first, second in (("two-one", 2, 1), ("one-two", 1, 2)):
@@ -581,6 +592,7 @@ def test_a_damaged_picture_ends_all_processes_with_one_sentence(train, few, tmp_
     assert said.count("error: ") == 1 and f"picture {first} cannot be read" in said
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(train, monkeypatch):
     target = model.training_target
 
@@ -594,6 +606,7 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(tra
     assert said.count("error: ") == 1 and "loss of step 1 is nan" in said and ".png" in said
 
 
+@pytest.mark.slow
 def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train):
     assert train(1, "r", "--deterministic", "--max-train-steps", "2").codes == [0]
     done = train(2, "r", "--deterministic")

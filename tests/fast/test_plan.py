@@ -54,6 +54,7 @@ def test_the_recipe_t4_needs_less_than_14_gib(sdxl):
     assert found.work["flop"] == pytest.approx(4 * 3.23e12, rel=0.03)
 
 
+@pytest.mark.slow
 def test_the_recipe_native_needs_less_than_14_and_a_half_gib(sdxl):
     native = RECIPES["native"][1]
     assert 8 * GIB < sdxl(plan.shaped(native, 1, None)).peak < 14.5 * GIB
@@ -79,6 +80,7 @@ def choose(predict, free):
     return plan.choose_plan(SMALL, predict, CARD, False, free)
 
 
+@pytest.mark.slow
 def test_the_chosen_plan_fits_and_the_next_faster_one_does_not(tiny):
     ends = [tiny(plan.shaped(SMALL, *way)).peak for way in ((4, None), (1, ()))]
     assert choose(tiny, 2 * ends[0]).config.train_batch_size == 4
@@ -96,6 +98,7 @@ def test_the_chosen_plan_fits_and_the_next_faster_one_does_not(tiny):
     assert both[0] <= both[1]
 
 
+@pytest.mark.slow
 def test_blocks_are_recomputed_in_the_order_of_bytes_saved_per_second_on_that_card(sdxl):
     plain, first = sdxl(plan.shaped(T4, 1, None)), {}
     for name in ("T4", "H100"):
@@ -110,6 +113,7 @@ def test_blocks_are_recomputed_in_the_order_of_bytes_saved_per_second_on_that_ca
     assert first == {"T4": "down_blocks.1.attentions.1", "H100": "up_blocks.2"}
 
 
+@pytest.mark.slow
 def test_compiling_is_set_against_the_length_of_the_run():
     rows = json.loads((ROOT / "benchmarks" / "results" / "bench_ladder.json").read_text())["rows"]
     plain, compiled = (rows[f"512 px, fp16, {row}"] for row in ("4x1", "compile"))
@@ -223,6 +227,7 @@ def test_the_cards_are_told_by_the_names_that_torch_gives(monkeypatch):
         plan.named_card("3DFX")
 
 
+@pytest.mark.slow
 def test_the_table_says_what_a_recipe_needs(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SDXL_UNET", TINY)
     config = replace(SMALL, plan_for="T4", cache_dir=str(tmp_path), cuda_graph=False)
@@ -259,6 +264,7 @@ def test_the_estimate_shows_its_arithmetic(tiny):
     assert sum(plan.seconds_per_pass(eager, *about).values()) == pytest.approx(plan.EAGER)
 
 
+@pytest.mark.slow
 def test_the_4_bit_numbers_that_are_kept_count_as_disk(tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "SDXL_UNET", TINY)
     lowmem = replace(RECIPES["lowmem"][1], plan_for="T4", cache_dir=str(tmp_path), resolution=64)

@@ -217,6 +217,7 @@ def test_a_folder_whose_name_cannot_be_is_refused(command):
 # ---- the picture at its end ----------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_ends_with_its_before_after_picture_and_draws_it_again_if_it_is_gone(
     command, tmp_path
 ):

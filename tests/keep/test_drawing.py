@@ -65,6 +65,7 @@ def test_a_comparison_shows_the_bare_model_above_and_the_adapter_below(run, caps
     assert np.abs(pixels["0"].astype(int) - pixels["1"]).mean() > 1
 
 
+@pytest.mark.slow
 def test_both_layouts_and_the_book_draw_the_same(run, tmp_path, capsys):
     kohya = run / "kohya" / f"{run.name}.safetensors"
     for name, adapter in (("peft", run), ("kohya", kohya)):
@@ -87,18 +88,21 @@ def test_what_is_left_open_is_as_the_run_had_it(run):
     assert (options.prompts, options.cache_dir, options.guidance_scale) == (("a",), "b", 0)
 
 
+@pytest.mark.slow
 def test_two_prompts_never_share_a_file(run, tmp_path):
     out = ("--output-dir", str(tmp_path / "drawn"), *QUICK)
     assert drawing.main([str(run), "--prompts", "猫", "犬", *out]) == 0
     assert len(list((tmp_path / "drawn").glob("*.png"))) == 2
 
 
+@pytest.mark.slow
 def test_options_that_are_read_already_are_drawn(run, capsys):
     options = options_of_drawing.parse([str(run), *QUICK])
     assert drawing.main(options) == 0
     assert capsys.readouterr().out.splitlines() == [str(run / "pictures" / "00-rocket-0-1.png")]
 
 
+@pytest.mark.slow
 def test_a_picture_that_does_not_fit_the_gpu_is_decoded_in_tiles(monkeypatch, capsys):
     vae = model.load_vae(str(POCKET), torch.device("cpu"))
     with Image.open(sorted((ROOT / "pocket" / "ink").glob("*.png"))[0]) as image:
@@ -176,6 +180,7 @@ def test_no_run_to_draw_from_is_refused(tmp_path, monkeypatch, capsys):
     refused(draw(capsys), "no finished run under runs/", "make train")
 
 
+@pytest.mark.slow
 def test_the_newest_run_is_drawn_where_none_is_named(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     old, new = drawable(tmp_path / "runs" / "b"), drawable(tmp_path / "runs" / "a")

@@ -35,6 +35,7 @@ def test_tensorboards_thread_says_nothing_of_a_full_disk_that_the_next_write_say
         assert threading.excepthook == said.append and len(said) == told
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("owner", "name"),
     [(checkpoint, "save_state"), (report.Log, "write")],
@@ -70,6 +71,7 @@ def test_a_damaged_log_loses_its_damaged_lines_only(tmp_path):
 # ---- which checkpoints are kept ------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_only_the_newest_checkpoints_are_kept_each_with_a_loadable_adapter(train, tmp_path):
     assert train("r", "--checkpointing-steps", "1", "--checkpoints-total-limit", "2") == 0
     kept = sorted((tmp_path / "r" / "checkpoints").iterdir())
@@ -78,6 +80,7 @@ def test_only_the_newest_checkpoints_are_kept_each_with_a_loadable_adapter(train
     assert adapter(kept[1]) == adapter(tmp_path / "r")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dies", [lambda _: None, lambda folder: (folder / "state.pt").unlink()])
 def test_killed_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
     train, tmp_path, monkeypatch, dies
@@ -99,6 +102,7 @@ def test_killed_while_an_old_checkpoint_is_removed_leaves_no_half_of_one(
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["000004"]
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_never_kept_for_a_whole_one(train, tmp_path):
     assert train("r", "--max-train-steps", "2") == 0
     shutil.copytree(tmp_path / "r/checkpoints/000002", tmp_path / "r/checkpoints/1000009")
@@ -115,6 +119,7 @@ def test_no_whole_checkpoint_left_is_refused_with_the_way_out(train, tmp_path, c
     assert "no checkpoint" in (said := capsys.readouterr().err) and "rm -r" in said
 
 
+@pytest.mark.slow
 def test_the_state_file_holds_each_matrix_by_name_and_what_the_run_is(train, tmp_path):
     """It is read with weights_only: nothing in it needs code."""
     assert train("r") == 0
@@ -150,11 +155,20 @@ def test_a_finished_run_refuses_other_options_and_writes_another_dtype(train, tm
             ("--learning-rate", "2e-3"),
             "learning_rate 0.001, and this command has learning_rate 0.002",
         ),
-        (("--lora-rank", "8"), "lora_rank 16, and this command has lora_rank 8"),
-        (("--train-batch-size", "3"), "gradient_accumulation_steps 4, and this command has"),
-        (
+        pytest.param(
+            ("--lora-rank", "8"),
+            "lora_rank 16, and this command has lora_rank 8",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ("--train-batch-size", "3"),
+            "gradient_accumulation_steps 4, and this command has",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             ("--mixed-precision", "bf16"),
             "dtype torch.float32, and this command has dtype torch.bfloat16",
+            marks=pytest.mark.slow,
         ),
         (("--dataset-name", str(INK)), "pictures and captions of fingerprint "),
     ],
@@ -175,6 +189,7 @@ def replaced_unet(folder) -> None:
     save_file(changed, file, metadata={"format": "pt"})
 
 
+@pytest.mark.slow
 def test_a_finished_run_notices_what_was_replaced_in_place(train, few, tmp_path, capsys):
     """The base's UNet, its text encoder, a caption, a picture: each under the old name; what is put
     back is the old run again.
@@ -228,6 +243,7 @@ def test_a_finished_run_notices_what_was_replaced_in_place(train, few, tmp_path,
     assert train("r", *own) == 0
 
 
+@pytest.mark.slow
 def test_memory_options_may_change_between_two_starts(train, tmp_path):
     assert train("r", "--max-train-steps", "2") == 0
     cut = ("--train-batch-size", "4", "--gradient-accumulation-steps", "1")

@@ -11,6 +11,8 @@ import pytest
 
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow  # each is runs in processes of their own
+
 BRANCH = "return self.base(x) + scale * self.up(self.down(x))"
 # What is edited: the module, the old text and the new. Then what else is asked of the product (its
 # fused layers round otherwise, where they are used), and what it says.
@@ -150,13 +152,7 @@ def python(tree, *words):
     )
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        name if i == 0 else pytest.param(name, marks=pytest.mark.slow)
-        for i, name in enumerate(EDITS)
-    ],
-)
+@pytest.mark.parametrize("name", EDITS)
 def test_the_product_trains_what_plain_trains(train, tmp_path, name):
     changes, more, sentences = EDITS[name]
     tree = copied(tmp_path / "tree")
@@ -170,7 +166,6 @@ def test_the_product_trains_what_plain_trains(train, tmp_path, name):
         assert "by the book's lines" not in done.stdout and "other programs" not in done.stdout
 
 
-@pytest.mark.slow
 def test_an_adapted_feed_forward_layer_trains_exports_and_draws(train, tmp_path):
     """By the constant alone, with all that is fast about it."""
     tree = copied(tmp_path / "tree")
@@ -186,7 +181,6 @@ def test_an_adapted_feed_forward_layer_trains_exports_and_draws(train, tmp_path)
 # ---- the code is part of what a run is -----------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_begun_run_goes_on_with_reworded_code_and_not_with_other_code(train, tmp_path):
     tree = copied(tmp_path / "tree")
 

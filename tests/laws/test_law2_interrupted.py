@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +15,21 @@ import loop
 import lora
 import model
 from adapters import files as adapter_files
-from conftest import ROOT
+from conftest import ROOT, trainer
 from inputs import files
 from keep import checkpoint
 from runs import Killed, adapter, log
 
 
+@pytest.fixture(scope="module")
+def whole(few, cache, tmp_path_factory) -> Path:
+    """The folder of a run that nobody interrupted."""
+    root = tmp_path_factory.mktemp("undisturbed")
+    assert trainer(root, few, cache)("whole") == 0
+    return root / "whole"
+
+
+@pytest.mark.slow
 def test_killed_while_writing_and_started_again_equals_uninterrupted(train, tmp_path, monkeypatch):
     """Every file is written through os.replace; the run dies before one of them, at every third of
     them in turn.
@@ -87,8 +97,9 @@ def test_sigkill_in_a_process_of_its_own_then_the_same_command(few, cache, train
     "number",
     [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)],  # the next test sends it
 )
-def test_a_signal_finishes_the_step_saves_and_says_so(train, tmp_path, monkeypatch, capsys, number):
-    assert train("whole") == 0
+def test_a_signal_finishes_the_step_saves_and_says_so(
+    train, whole, tmp_path, monkeypatch, capsys, number
+):
     step = loop.optimizer_step
 
     def signalled(run):
@@ -102,11 +113,13 @@ def test_a_signal_finishes_the_step_saves_and_says_so(train, tmp_path, monkeypat
     monkeypatch.setattr(loop, "optimizer_step", step)
     assert train("stopped") == 0
     assert "continuing after step 3 of 4" in capsys.readouterr().out
-    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+    assert adapter(tmp_path / "stopped") == adapter(whole)
 
 
-def test_a_signal_in_the_last_step_leaves_before_the_export(train, tmp_path, monkeypatch, capsys):
-    assert train("whole") == 0
+@pytest.mark.slow
+def test_a_signal_in_the_last_step_leaves_before_the_export(
+    train, whole, tmp_path, monkeypatch, capsys
+):
     save = checkpoint.save_state
 
     def signalled(kept):
@@ -119,9 +132,10 @@ def test_a_signal_in_the_last_step_leaves_before_the_export(train, tmp_path, mon
     assert "step 4 is saved; the same command continues" in capsys.readouterr().out
     assert not (tmp_path / "stopped" / lora.FILE_NAME).exists()
     assert train("stopped") == 0
-    assert adapter(tmp_path / "stopped") == adapter(tmp_path / "whole")
+    assert adapter(tmp_path / "stopped") == adapter(whole)
 
 
+@pytest.mark.slow
 def test_an_error_that_a_library_makes_of_an_interruption_is_none(
     train, tmp_path, monkeypatch, capsys
 ):
@@ -157,24 +171,21 @@ def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(
     assert train("r", "--cache-dir", str(tmp_path / "own")) == 0
 
 
-def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(train, tmp_path, capsys):
-    assert train("whole") == 0
+def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(train, whole, tmp_path, capsys):
     assert train("cut", "--max-train-steps", "2") == 0
-    shutil.copytree(
-        tmp_path / "whole" / "checkpoints" / "000004", tmp_path / "cut" / "checkpoints" / "000004"
-    )
+    shutil.copytree(whole / "checkpoints" / "000004", tmp_path / "cut" / "checkpoints" / "000004")
     file = tmp_path / "cut" / "checkpoints" / "000004" / "state.pt"
     file.write_bytes(file.read_bytes()[:-100])
     assert train("cut") == 0
     assert "000004 was cut short or damaged and is passed over" in (said := capsys.readouterr().out)
     assert "continuing after step 2" in said
-    assert adapter(tmp_path / "cut") == adapter(tmp_path / "whole")
+    assert adapter(tmp_path / "cut") == adapter(whole)
 
 
-def test_more_steps_go_on_where_a_finished_run_ended(train, tmp_path, capsys):
-    assert train("once") == 0
+@pytest.mark.slow
+def test_more_steps_go_on_where_a_finished_run_ended(train, whole, tmp_path, capsys):
     assert train("twice", "--max-train-steps", "2") == train("twice") == 0
-    assert adapter(tmp_path / "once") == adapter(tmp_path / "twice")
+    assert adapter(whole) == adapter(tmp_path / "twice")
     capsys.readouterr()
     assert train("twice") == 0
     assert "is finished: 4 steps" in capsys.readouterr().out
@@ -182,6 +193,7 @@ def test_more_steps_go_on_where_a_finished_run_ended(train, tmp_path, capsys):
     assert "is finished: 4 steps" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_out_of_memory_inside_the_optimizer_saves_no_half_step(
     train, tmp_path, monkeypatch, capsys
 ):

@@ -51,6 +51,7 @@ def reference(path, strength: float = 1.0) -> np.ndarray:
     return np.asarray(drawn.images[0]).astype(int)
 
 
+@pytest.mark.slow
 def test_what_a_resumed_run_exports_is_what_it_trained(train, tmp_path):
     """Ended after step 2 and gone on with otherwise cut steps: each file in each dtype, read by us
     and by diffusers, against the matrices that the last checkpoint holds.

@@ -19,7 +19,7 @@ from inputs import drawing as draw_options
 from inputs import options as config
 from inputs.files import Refusal
 from keep import drawing, training
-from pocket import build, drawings, lessons, measure
+from pocket import drawings, measure
 
 HELDOUT = json.loads((ROOT / "pocket" / "heldout.json").read_text())
 STYLES = {name: ROOT / "pocket" / name for name in drawings.STYLES}
@@ -131,6 +131,14 @@ def test_model_fits_its_size_and_loads_plainly():
 
 
 @pytest.fixture(scope="module")
+def lessons():
+    """Imported for those that use it: inflect takes two seconds."""
+    from pocket import lessons
+
+    return lessons
+
+
+@pytest.fixture(scope="module")
 def packages(tmp_path_factory) -> Path:
     """The packages with a dozen drawings each, as npm would have left them."""
     folder = tmp_path_factory.mktemp("packages")
@@ -163,7 +171,8 @@ def rendered(packages, tmp_path_factory) -> Path:
     return folder
 
 
-def test_lessons_never_show_what_is_kept_for_the_test(rendered):
+@pytest.mark.slow
+def test_lessons_never_show_what_is_kept_for_the_test(rendered, lessons):
     subjects = drawings.read_subjects(rendered)
     plan = lessons.plan(subjects, HELDOUT, 24_000, seed=1)
     said = {x.caption for x in plan}
@@ -183,6 +192,7 @@ def test_lessons_never_show_what_is_kept_for_the_test(rendered):
     assert {x.rendering for x in plan} == {"", *lessons.RENDERINGS}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "noun, plural",
     [
@@ -195,17 +205,19 @@ def test_lessons_never_show_what_is_kept_for_the_test(rendered):
         ("two hearts", ""),
     ],
 )
-def test_plurals(noun, plural):
+def test_plurals(lessons, noun, plural):
     assert lessons.plural_of(noun) == plural
 
 
-def test_lessons_are_a_function_of_their_seed(rendered):
+@pytest.mark.slow
+def test_lessons_are_a_function_of_their_seed(rendered, lessons):
     subjects = drawings.read_subjects(rendered)
     plans = [lessons.plan(subjects, HELDOUT, 300, seed) for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
 
 
-def test_lessons_are_painted_as_they_say(rendered):
+@pytest.mark.slow
+def test_lessons_are_painted_as_they_say(rendered, lessons):
     subjects = drawings.read_subjects(rendered)
     palette = lessons.Palette(rendered, "cpu")
     place = {s.name: i for i, s in enumerate(subjects)}
@@ -249,6 +261,8 @@ def test_a_package_that_is_another_is_refused(packages):
 
 @pytest.mark.slow
 def test_build_smoke_runs_every_stage_and_none_twice(known_packages, tmp_path, capsys):
+    from pocket import build
+
     argv = ["--smoke", "--device", "cpu", "--work", str(tmp_path / "work")]
     argv += ["--packages", str(known_packages), "--out", str(tmp_path / "out")]
     with pytest.raises(SystemExit, match="stage render is not done"):

@@ -1,8 +1,8 @@
 """PYTHONPATH=tests python -m stress --seed 0 --runs 200 --inputs 1000 --out FILE.json
 
-Runs of a tiny SDXL, disturbed in every way that could be thought of, must end as undisturbed ones
-do; what cannot end well must be refused with a sentence. On the CPU, without a network. Exits with
-1 where anything failed, and says how to repeat it.
+Runs of a tiny SDXL that are killed or meet full disks must end as undisturbed ones do, and files
+from strangers must be answered rightly or refused with a sentence. On the CPU, without a network.
+Exits with 1 where anything failed, and says how to repeat it.
 """
 
 import argparse
@@ -39,8 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--runs", type=int, default=200, help="interrupted runs; and disk cases")
     parser.add_argument("--inputs", type=int, default=1000, help="mutated inputs of the fuzzer")
     parser.add_argument("--only", choices=PARTS, nargs="+", default=list(PARTS), help="parts")
-    parser.add_argument("--first", type=int, help="number of the first run, to repeat one")
-    parser.add_argument("--cold", type=int, default=kills.COLD, help="runs in new interpreters")
+    parser.add_argument("--first", type=int, help="number of the first run or input, to repeat one")
     parser.add_argument("--out", type=Path, help="the JSON file to write")
     return parser.parse_args(argv)
 
@@ -71,11 +70,8 @@ def main(argv: list[str]) -> int:
     for name in options.only:
         (folder / name).mkdir()
         count = options.inputs if name == "fuzz" else options.runs
-        more = {"cold": options.cold} if name == "kills" else {}
-        if options.first is not None:
-            more |= {"only": (options.first,)} if name == "fuzz" else {"first": options.first}
         say(f"{name}: {count} at most, seed {options.seed}")
-        result[name] = PARTS[name](options.seed, count, folder / name, say, **more)
+        result[name] = PARTS[name](options.seed, count, folder / name, say, options.first)
         failures += len(result[name]["failures"])
         told = {key: value for key, value in result[name].items() if key != "failures"}
         say(f"{name}: {json.dumps(told)}")

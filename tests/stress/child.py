@@ -12,10 +12,10 @@ import mmap
 import os
 import signal
 import struct
-import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +24,6 @@ import loop
 from inputs import code
 from keep import checkpoint, export, report, training
 
-ROOT = Path(__file__).parents[2]
 PHASES = ("starting", "caching", "stepping", "saving", "logging", "exporting", "drawing")
 PARTS_OF = {  # phase: the functions that make it up
     "caching": [(loop, "examples_of")],
@@ -105,45 +104,10 @@ class Room:
         return {"HOME": str(self.folder / "home"), "TMPDIR": str(self.folder / "tmp")}
 
 
-class Run:
-    """A run that is under way. Its output goes to a file beside the room."""
-
-    def __init__(self, room: Room, said: str = "txt"):
-        self.room, self.began, self.code = room, time.monotonic(), None
-        self.said = room.folder.with_suffix(f".{said}")
-        self.said.touch()
-        self.marks = Marks()
-        self.pid = 0
-
-    def poll(self) -> int | None:
-        """The exit code, negative for a signal; None while it lives."""
-        if self.code is None:
-            pid, status = os.waitpid(self.pid, os.WNOHANG)
-            self.code = os.waitstatus_to_exitcode(status) if pid else None
-        return self.code
-
-    def kill(self, number: int) -> None:
-        if self.poll() is None:
-            os.kill(self.pid, number)
-
-    def wait(self, patience: float = PATIENCE) -> int:
-        """The exit code; a run that hangs is killed and raises TimeoutError."""
-        until = time.monotonic() + patience
-        while self.poll() is None:
-            if time.monotonic() > until:
-                self.kill(signal.SIGKILL)
-                while self.poll() is None:
-                    time.sleep(0.002)
-                raise TimeoutError(f"the run hung for {patience:.0f} s: see {self.said}")
-            time.sleep(0.002)
-        return self.code
-
-    def output(self) -> str:
-        return self.said.read_text(errors="replace").replace("\r", "\n")
-
-
-class Forked(Run):
-    """training.main(argv) in a fork of this process. prepare: called in the child before it."""
+class Forked:
+    """training.main(argv) in a fork of this process. prepare: called in the child before it. What
+    the run says goes to a file beside the room.
+    """
 
     def __init__(
         self,
@@ -153,7 +117,9 @@ class Forked(Run):
         at_entry: Callable[[str, int], None] | None = None,
         said: str = "txt",
     ):
-        super().__init__(room, said)
+        self.began, self.code, self.marks = time.monotonic(), None, Marks()
+        self.said = room.folder.with_suffix(f".{said}")
+        self.said.touch()
         sys.stdout.flush()
         sys.stderr.flush()
         # A pipe, since a run that is held to short files could write no long output to one.
@@ -170,8 +136,6 @@ class Forked(Run):
             except SystemExit as leaving:  # a wrong option
                 code = leaving.code
             except BaseException:
-                import traceback
-
                 traceback.print_exc()
             finally:
                 with contextlib.suppress(Exception):
@@ -192,36 +156,36 @@ class Forked(Run):
             prepare()
 
     def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it lives."""
         if self.code is None:
-            code = super().poll()
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
             with contextlib.suppress(BlockingIOError):
                 while part := os.read(self.reader, 1 << 16):
                     with open(self.said, "ab") as file:
                         file.write(part)
-            if code is not None:
+            if pid:
+                self.code = os.waitstatus_to_exitcode(status)
                 os.close(self.reader)
         return self.code
 
+    def kill(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
 
-class Cold(Run):
-    """`python loop.py ...` as a user starts it."""
-
-    def __init__(self, room: Room, argv: list[str]):
-        super().__init__(room)
-        with open(self.said, "ab") as said:
-            self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "loop.py"), *argv],
-                cwd=room.folder,
-                env=os.environ | room.variables() | {"OMP_NUM_THREADS": "1"},
-                stdin=subprocess.DEVNULL,
-                stdout=said,
-                stderr=said,
-            )
-        self.pid = self.process.pid
-
-    def poll(self) -> int | None:
-        self.code = self.process.poll()
+    def wait(self, patience: float = PATIENCE) -> int:
+        """The exit code; a run that hangs is killed and raises TimeoutError."""
+        until = time.monotonic() + patience
+        while self.poll() is None:
+            if time.monotonic() > until:
+                self.kill(signal.SIGKILL)
+                while self.poll() is None:
+                    time.sleep(0.002)
+                raise TimeoutError(f"the run hung for {patience:.0f} s: see {self.said}")
+            time.sleep(0.002)
         return self.code
+
+    def output(self) -> str:
+        return self.said.read_text(errors="replace").replace("\r", "\n")
 
 
 def warm(room: Room, argv: list[str]) -> None:

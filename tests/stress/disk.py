@@ -1,4 +1,4 @@
-"""Full disks, damaged checkpoints, read-only folders, and two runs at once.
+"""Full disks, read-only folders, and a cache that two runs fill at once.
 
 A run that cannot go on must end with a sentence, lose nothing that was saved, and go on to the
 uninterrupted run's bytes once the cause is gone. Small and read-only file systems are mounted in a
@@ -14,20 +14,14 @@ import shutil
 import signal
 import subprocess
 import time
-import traceback
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
-from stress import tiny
-from stress.child import PATIENCE, Forked, Room
-from stress.kills import ENOUGH, side_by_side
+from stress.child import Forked, Room
+from stress.kills import ENOUGH, attempt, side_by_side
 from stress.reference import Reference, differences, make, misbehaviour
 
 SIZES = 12  # of full disks for OUT, and half as many for the cache
-POINTS = 20  # a file is cut at every 1/20 of its length
-FLIPS = 5  # bits flipped in each file
-NEWEST, BEFORE = f"{tiny.STEPS - 2:06d}", f"{tiny.STEPS - 4:06d}"  # of the run that is damaged
-AIMS = ("caching", "stepping", "saving", "exporting", "drawing")
 CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
 
@@ -54,11 +48,11 @@ def unmount(folder: Path) -> None:
     subprocess.run(["umount", str(folder)], check=True, capture_output=True)
 
 
-def to_the_end(room: Room, reference: Reference, but: tuple[str, ...] = ()) -> list[str]:
+def to_the_end(room: Room, reference: Reference) -> list[str]:
     """The same command again must end well, with the uninterrupted run's bytes."""
     run = Forked(room, reference.argv, said="last")
     wrong = [f"the continued run ended with {run.code}"] if run.wait() else []
-    return wrong + (misbehaviour(run.output()) or differences(room, reference, but))
+    return wrong + (misbehaviour(run.output()) or differences(room, reference))
 
 
 def refused(run: Forked, *words: str) -> list[str]:
@@ -79,26 +73,25 @@ def last_phase(run: Forked) -> str:
 # ---- full disks ----------------------------------------------------------------------------------
 
 
-def full_disk(room: Room, reference: Reference, which: str, size: int) -> tuple[list[str], str]:
+def full_disk(room: Room, reference: Reference, which: str, size: int) -> dict:
     """OUT or the cache on a file system of `size` bytes, which then gets room. Also returns the
     phase in which it was full.
     """
     folder = getattr(room, which)
     if not mount("-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder):
-        return ["tmpfs could not be mounted"], ""
+        return {"wrong": ["tmpfs could not be mounted"]}
     try:
         run = Forked(room, reference.argv)
         wrong = refused(run)
         if not mount("-o", "remount,size=64m", folder):
-            return ["tmpfs could not be enlarged"], ""
-        return wrong + to_the_end(room, reference), last_phase(run)
+            return {"wrong": ["tmpfs could not be enlarged"]}
+        wrong += to_the_end(room, reference)
+        return {"wrong": wrong, "phase": last_phase(run)}
     finally:
         unmount(folder)
 
 
-def short_file(
-    room: Room, reference: Reference, phase: str, time_of_it: int, size: int
-) -> tuple[list[str], str]:
+def short_file(room: Room, reference: Reference, phase: str, time_of_it: int, size: int) -> dict:
     """From that phase on, no file may be longer than `size`: writes break off in the middle."""
 
     def limit(entered: str, count: int) -> None:
@@ -106,7 +99,7 @@ def short_file(
             resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.RLIM_INFINITY))
 
     run = Forked(room, reference.argv, at_entry=limit)
-    return refused(run) + to_the_end(room, reference), phase
+    return {"wrong": refused(run) + to_the_end(room, reference), "phase": phase}
 
 
 def full_disks(reference: Reference, stream: random.Random, mounts: bool) -> list[tuple]:
@@ -121,12 +114,8 @@ def full_disks(reference: Reference, stream: random.Random, mounts: bool) -> lis
         for i in range(count):
             size = int(sizes[which] * (i + stream.random()) / count * 0.95)
             size = max(1, size // 4096) * 4096  # in pages
-            cases.append(
-                (
-                    f"{which} on a disk of {size} bytes",
-                    lambda room, w=which, s=size: full_disk(room, reference, w, s),
-                )
-            )
+            act = partial(full_disk, reference=reference, which=which, size=size)
+            cases.append((f"{which} on a disk of {size} bytes", act))
     adapter = len(reference.files["out/pytorch_lora_weights.safetensors"])
     for phase, nth, size in (
         ("caching", 1, 3000),
@@ -139,129 +128,31 @@ def full_disks(reference: Reference, stream: random.Random, mounts: bool) -> lis
         ("exporting", 2, 200),
         ("drawing", 1, 300),
     ):
-        cases.append(
-            (
-                f"files of at most {size} bytes from {phase} {nth} on",
-                lambda room, a=(phase, nth, size): short_file(room, reference, *a),
-            )
-        )
+        act = partial(short_file, reference=reference, phase=phase, time_of_it=nth, size=size)
+        cases.append((f"files of at most {size} bytes from {phase} {nth} on", act))
     return cases
 
 
-# ---- damaged checkpoints -------------------------------------------------------------------------
+# ---- read-only folders, one cache for two runs ---------------------------------------------------
 
 
-def killed_late(folder: Path, reference: Reference) -> Room:
-    """A run killed in its last step but one: it has two checkpoints."""
-    room, nth = Room(folder).make(), tiny.STEPS - 1
-
-    def die(phase: str, count: int) -> None:
-        if (phase, count) == ("stepping", nth):
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    if Forked(room, reference.argv, at_entry=die).wait() != -signal.SIGKILL:
-        raise RuntimeError("the run that should be killed late was not")
-    return room
-
-
-def damaged(
-    room: Room, reference: Reference, template: Room, name: str, damage: Callable[[bytes], bytes]
-) -> tuple[list[str], str]:
-    """A file of the newest checkpoint damaged: the run goes on from the one before. Its adapter
-    file is not what training continues from: damage there costs nothing.
-    """
-    shutil.rmtree(room.folder)
-    shutil.copytree(template.folder, room.folder)
-    file = room.out / "checkpoints" / NEWEST / name
-    before = file.read_bytes()
-    file.write_bytes(damage(before))
-    harmless = file.read_bytes() == before or name.endswith(".safetensors")
-    kept = (f"out/checkpoints/{NEWEST}/{name}",) if name.endswith(".safetensors") else ()
-    wrong = to_the_end(room, reference, kept)
-    said = room.folder.with_suffix(".last").read_text()
-    step = int(NEWEST if harmless else BEFORE)
-    if f"continuing after step {step} of" not in said:
-        wrong.append(f"it did not continue after step {step}")
-    if not harmless and "is passed over" not in said:
-        wrong.append("it did not say that a checkpoint is passed over")
-    return wrong, name
-
-
-def both_damaged(room: Room, reference: Reference, template: Room) -> tuple[list[str], str]:
-    """No whole checkpoint: refused, and nothing is removed."""
-    shutil.rmtree(room.folder)
-    shutil.copytree(template.folder, room.folder)
-    for file in room.out.rglob("state.pt"):
-        file.write_bytes(file.read_bytes()[:-1])
-    wrong = refused(Forked(room, reference.argv), "no checkpoint under", "rm -r")
-    return wrong + ["a checkpoint is gone"] * (len(list(room.out.rglob("state.pt"))) != 2), ""
-
-
-def flip(blob: bytes, bit: int) -> bytes:
-    changed = bytearray(blob)
-    changed[bit // 8] ^= 1 << bit % 8
-    return bytes(changed)
-
-
-def damages(reference: Reference, template: Room, stream: random.Random) -> list[tuple]:
-    folder = template.out / "checkpoints" / NEWEST
-    cases = [("both checkpoints", lambda room: both_damaged(room, reference, template))]
-    for name in sorted(path.name for path in folder.iterdir()):
-        length = (folder / name).stat().st_size
-        bits = [stream.randrange(8 * length) for _ in range(FLIPS)]
-        changes = [
-            (f"cut at {i}/{POINTS}", lambda b, i=i: b[: len(b) * i // POINTS])
-            for i in range(POINTS)
-        ]
-        changes += [(f"bit {bit} flipped", lambda b, bit=bit: flip(b, bit)) for bit in bits]
-        cases += [
-            (
-                f"{name}, {words}",
-                lambda room, n=name, c=change: damaged(room, reference, template, n, c),
-            )
-            for words, change in changes
-        ]
-    return cases
-
-
-# ---- read-only folders, two runs at once ---------------------------------------------------------
-
-
-def read_only(room: Room, reference: Reference, which: str, filled: bool) -> tuple[list[str], str]:
+def read_only(room: Room, reference: Reference, which: str, filled: bool) -> dict:
     """OUT or the cache that cannot be written: refused, unless all is in the cache already."""
     folder = getattr(room, which)
     if filled:
         shutil.copytree(reference.folder / "whole" / which, folder, dirs_exist_ok=True)
     if not (mount("--bind", folder, folder) and mount("-o", "remount,bind,ro", folder)):
-        return ["a read-only folder could not be mounted"], ""
+        return {"wrong": ["a read-only folder could not be mounted"]}
     try:
         if filled:
-            return to_the_end(room, reference), ""
+            return {"wrong": to_the_end(room, reference)}
         wrong = refused(Forked(room, reference.argv), "could not be written")
     finally:
         unmount(folder)
-    return wrong + to_the_end(room, reference), ""
+    return {"wrong": wrong + to_the_end(room, reference)}
 
 
-def second(room: Room, reference: Reference, aim: str) -> tuple[list[str], str]:
-    """A second run is started on the output folder of a first one that is in phase `aim`."""
-    first = Forked(room, reference.argv)
-    until = time.monotonic() + PATIENCE
-    while last_phase(first) != aim and first.poll() is None and time.monotonic() < until:
-        time.sleep(0.0003)
-    first.kill(signal.SIGSTOP)
-    try:
-        other = Forked(room, reference.argv, said="second")
-        wrong = refused(other, "another run is at work", "--output-dir")
-    finally:
-        first.kill(signal.SIGCONT)
-    wrong += [f"the first ended with {first.code}"] if first.wait() else []
-    return wrong + (misbehaviour(first.output()) or differences(room, reference)), aim
-
-
-def one_cache(
-    room: Room, reference: Reference, stream: random.Random, dies: bool
-) -> tuple[list[str], str]:
+def one_cache(room: Room, reference: Reference, stream: random.Random, dies: bool) -> dict:
     """Two runs fill one cold cache at once; where `dies`, the first is killed meanwhile."""
     other = Room(room.folder.with_name(f"{room.folder.name}-other")).make()
     other.cache.rmdir()
@@ -282,46 +173,22 @@ def one_cache(
     wrong += differences(other, reference, ("cache/",))
     if not wrong:
         shutil.rmtree(other.folder)
-    return wrong, ""
+    return {"wrong": wrong}
 
 
 def meetings(reference: Reference, seed: int, mounts: bool) -> list[tuple]:
-    cases = [
-        (f"a second run while {aim}", lambda room, a=aim: second(room, reference, a))
-        for aim in AIMS
-    ]
+    cases = []
     for i in range(4):
-        stream = random.Random(f"{seed} caches {i}")
-        cases.append(
-            (
-                f"two runs on one cold cache{', one killed' * (i % 2)}",
-                lambda room, s=stream, d=bool(i % 2): one_cache(room, reference, s, d),
-            )
-        )
+        dies, stream = bool(i % 2), random.Random(f"{seed} caches {i}")
+        act = partial(one_cache, reference=reference, stream=stream, dies=dies)
+        cases.append((f"two runs on one cold cache{', one killed' * dies}", act))
     for which, filled in (("cache", True), ("cache", False), ("out", False)) if mounts else ():
-        cases.append(
-            (
-                f"read-only {which}, {'filled' if filled else 'empty'}",
-                lambda room, w=which, f=filled: read_only(room, reference, w, f),
-            )
-        )
+        act = partial(read_only, reference=reference, which=which, filled=filled)
+        cases.append((f"read-only {which}, {'filled' if filled else 'empty'}", act))
     return cases
 
 
 # ---- the part ------------------------------------------------------------------------------------
-
-
-def one(number: int, name: str, case: Callable, folder: Path) -> dict:
-    """Case `number`; its room is kept where it failed."""
-    room = Room(folder / f"case{number}").make()
-    try:
-        wrong, phase = case(room)
-    except Exception as error:  # of the suite itself, or a run that hangs
-        traceback.print_exc()
-        wrong, phase = [f"{type(error).__name__}: {error}"], ""
-    if not wrong:
-        shutil.rmtree(room.folder)
-    return {"run": number, "case": name, "wrong": wrong, "phase": phase}
 
 
 def run(
@@ -332,13 +199,11 @@ def run(
     """
     began = time.perf_counter()
     reference = make(folder, seed)
-    template = killed_late(folder / "late", reference)
 
     def task(numbers: list[int]) -> list[dict]:
         mounts = own_mounts()
         stream = random.Random(f"{seed} disk")
-        cases = damages(reference, template, stream) + meetings(reference, seed, mounts)
-        cases += full_disks(reference, stream, mounts)
+        cases = full_disks(reference, stream, mounts) + meetings(reference, seed, mounts)
         rows = [{"run": -1, "mounts": mounts}]
         if first is None and count < len(cases):
             numbers = [number * len(cases) // count for number in numbers]
@@ -346,7 +211,9 @@ def run(
             if sum(bool(row.get("wrong")) for row in rows) >= ENOUGH:
                 say("disk: enough; this worker stops")
                 break
-            rows.append(one(number, *cases[number], folder))
+            name, case = cases[number]
+            result = attempt(Room(folder / f"case{number}"), case)
+            rows.append({"run": number, "case": name, "phase": ""} | result)
             if rows[-1]["wrong"]:
                 say(f"disk: {cases[number][0]} FAILED: {'; '.join(rows[-1]['wrong'])}")
             elif at % 10 == 9:

@@ -16,20 +16,20 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from keep import checkpoint
 from stress import tiny
-from stress.child import PATIENCE, PHASES, Cold, Forked, Room, Run
+from stress.child import PATIENCE, PHASES, Forked, Room
 from stress.reference import Reference, differences, make, misbehaviour
 
 AIMS = ("saving", "exporting", "drawing", "caching", "stepping", "logging")
 TERM_SHARE = 0.15  # of the signals are SIGTERM, the others SIGKILL
-COLD = 5  # runs that start as a user starts them
 ENOUGH = 5  # failures after which a worker stops: each may be a run that hung
 
 
-def strike(run: Run, number: signal.Signals, due: Callable[[Run], bool]) -> str:
+def strike(run: Forked, number: signal.Signals, due: Callable[[Forked], bool]) -> str:
     """Send the signal when `due`, and wait. The phase the run was in, or "" if it ended before, or
     while it drew its last.
     """
@@ -50,7 +50,7 @@ def strike(run: Run, number: signal.Signals, due: Callable[[Run], bool]) -> str:
 
 def moment(
     stream: random.Random, reference: Reference, aim: str = ""
-) -> tuple[str, Callable[[Run], bool]]:
+) -> tuple[str, Callable[[Forked], bool]]:
     """A random moment to strike at, in phase `aim` or any: in words, and whether it has come."""
     if not aim:
         seconds = stream.uniform(0, reference.seconds)
@@ -59,7 +59,7 @@ def moment(
     k = stream.randrange(len(spans))
     after = stream.random() * (spans[k][1] - spans[k][0])
 
-    def due(run: Run) -> bool:
+    def due(run: Forked) -> bool:
         begun = [when for phase, when in run.marks.entries() if phase == aim]
         return len(begun) > k and time.monotonic() >= begun[k] + after
 
@@ -121,70 +121,32 @@ def impolite(code: int, phase: str) -> list[str]:
     return [] if code in right else [f"SIGTERM while {phase} ended it with {code}"]
 
 
-# ---- five from a cold start ----------------------------------------------------------------------
-
-
-def seen_on_disk(room: Room) -> str:
-    """The phase that a run is in, by what it has written."""
-    checkpoints = room.out / "checkpoints"
-    if (room.out / "finished.json").is_file():
-        return "drawing"
-    if checkpoints.is_dir() and any(p.name.endswith(".part") for p in checkpoints.iterdir()):
-        return "saving"
-    if (checkpoints / f"{tiny.STEPS:06d}" / "state.sha256").is_file():
-        return "exporting"
-    if (room.out / "log.jsonl").is_file():
-        return "stepping"
-    return "caching" if (room.out / "config.json").is_file() else "starting"
-
-
-def from_cold(room: Room, reference: Reference, aim: str) -> dict:
-    """A run in a new interpreter, killed when its files tell `aim`, and started again."""
-    run = Cold(room, reference.argv)
-    until = time.monotonic() + 300
-    while run.poll() is None and seen_on_disk(room) != aim and time.monotonic() < until:
-        time.sleep(0.0003)
-    run.kill(signal.SIGKILL)
-    died = run.wait() != 0
-    phase = seen_on_disk(room)
-    run = Cold(room, reference.argv)
-    wrong = [f"the continued run ended with {run.code}"] if run.wait() else []
-    wrong += misbehaviour(run.output()) or differences(room, reference)
-    deaths = [("SIGKILL", phase)] if died else []
-    return {"deaths": deaths, "wrong": wrong, "plan": [f"cold start, SIGKILL while {aim}"]}
-
-
 # ---- the part ------------------------------------------------------------------------------------
 
 
-def one(room: Room, reference: Reference, seed: int, number: int, cold: str) -> dict:
-    """Run `number` of the suite; a room without complaints is removed."""
+def attempt(room: Room, act: Callable[[Room], dict]) -> dict:
+    """What act(room) says; its "wrong" lists complaints. A room without any is removed."""
     room.make()
     try:
-        if cold:
-            result = from_cold(room, reference, cold)
-        else:
-            result = unlucky(room, reference, seed, number)
+        result = act(room)
     except Exception as error:  # of the suite itself, or a run that hangs
         traceback.print_exc()
-        result = {"deaths": [], "wrong": [f"{type(error).__name__}: {error}"], "plan": []}
+        result = {"wrong": [f"{type(error).__name__}: {error}"]}
     if not result["wrong"]:
         shutil.rmtree(room.folder)
-        room.folder.with_suffix(".txt").unlink()
     return result
 
 
-def work(
-    reference: Reference, folder: Path, seed: int, numbers: list[int], cold: dict[int, str], say
-) -> list[dict]:
+def work(reference: Reference, folder: Path, seed: int, numbers: list[int], say) -> list[dict]:
     """The runs `numbers`, one after the other, until ENOUGH have failed."""
     results = []
     for at, number in enumerate(numbers, 1):
         if sum(bool(row["wrong"]) for row in results) >= ENOUGH:
             say("kills: enough; this worker stops")
             break
-        result = one(Room(folder / f"run{number}"), reference, seed, number, cold.get(number, ""))
-        results.append({"run": number} | result)
+        room = Room(folder / f"run{number}")
+        result = attempt(room, partial(unlucky, reference=reference, seed=seed, number=number))
+        results.append({"run": number, "deaths": [], "plan": []} | result)
         if result["wrong"]:
             say(f"kills: run {number} FAILED: {'; '.join(result['wrong'])}")
         elif at % 10 == 0:
@@ -216,28 +178,18 @@ def side_by_side(workers: int, numbers: list[int], folder: Path, task: Callable)
 
 
 def run(
-    seed: int,
-    count: int,
-    folder: Path,
-    say,
-    first: int | None = None,
-    cold: int = COLD,
-    workers: int = 2,
+    seed: int, count: int, folder: Path, say, first: int | None = None, workers: int = 2
 ) -> dict:
-    """`count` interrupted runs, the first `cold` of them in interpreters of their own.
-
-    first: the number of the first run, to repeat a single one. Returns runs, deaths, their number
-    in each phase, and failures, each with how to repeat it.
+    """`count` interrupted runs. first: the number of the first one, to repeat a single run. Returns
+    runs, deaths, their number in each phase, and failures, each with how to repeat it.
     """
     began = time.perf_counter()
     reference = make(folder, seed)
     say(f"kills: one run takes {reference.seconds:.1f} s in a fork; {count} follow")
-    aims = ("caching", "stepping", "saving", "exporting", "drawing")
     numbers = list(range(first or 0, (first or 0) + count))
-    colds = {n: aims[n % len(aims)] for n in numbers if n < cold}
 
     def task(share: list[int]) -> list[dict]:
-        return work(reference, folder, seed, share, colds, say)
+        return work(reference, folder, seed, share, say)
 
     results = side_by_side(workers, numbers, folder, task)
     deaths = [death for row in results for death in row["deaths"]]
@@ -246,7 +198,6 @@ def run(
     spared = [phase for phase in AIMS if count >= 50 and not by_phase[phase]]
     return {
         "runs": len(results),
-        "cold_starts": len(colds),
         "runs_that_died": sum(bool(row["deaths"]) for row in results),
         "deaths": len(deaths),
         "deaths_by_signal": dict(Counter(name for name, _ in deaths)),

@@ -1,4 +1,4 @@
-"""The fuzzer in short (PYTHONPATH=tests python -m stress.fuzz), and whether it notices."""
+"""The fuzzer in short (PYTHONPATH=tests python -m stress --only fuzz), and whether it notices."""
 
 import os
 import random
@@ -10,8 +10,9 @@ from inputs.files import Refusal
 from stress import bad_pictures, fuzz
 
 
+@pytest.mark.slow
 def test_a_thousand_inputs_hold_every_kind_of_picture_that_they_should():
-    pairs, turns = bad_pictures.in_turn(), [fuzz.kind_and_turn(i) for i in range(1000)]
+    pairs, turns = bad_pictures.writable(), [fuzz.kind_and_turn(i) for i in range(1000)]
     whole = [turn // 4 for kind, turn in turns if kind == "picture" and turn % 4 == 0]
     met = {pairs[at % len(pairs)] for at in whole}
     assert {mode for _, mode in met} >= {"CMYK", "I;16", "LA", "P", "F", "RGBA"}
@@ -20,6 +21,7 @@ def test_a_thousand_inputs_hold_every_kind_of_picture_that_they_should():
     )
 
 
+@pytest.mark.slow
 def test_sixty_inputs_of_the_fuzzer_are_answered_rightly_or_with_a_sentence(tmp_path):
     said = []
     answer = fuzz.run(0, 60, tmp_path, said.append)
@@ -32,10 +34,11 @@ def test_sixty_inputs_of_the_fuzzer_are_answered_rightly_or_with_a_sentence(tmp_
 # ---- the fuzzer notices --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "act, said",
     [
-        (lambda case: (case.elsewhere / "x").touch(), "changed outside the output folder"),
+        (lambda case: (case.elsewhere / "x").touch(), "reached outside"),
         (lambda case: (case.sandbox.parent / "x").touch(), "reached outside"),
         (lambda case: os.system("true"), "reached outside"),
         (lambda case: {}["x"], "KeyError"),
@@ -45,9 +48,9 @@ def test_sixty_inputs_of_the_fuzzer_are_answered_rightly_or_with_a_sentence(tmp_
     ids=["a file", "a file elsewhere", "a program", "another error", "a crash", "a refusal"],
 )
 def test_the_fuzzer_notices(tmp_path, monkeypatch, act, said):
-    monkeypatch.setattr(fuzz.hostile, "prepare", lambda base: None)
+    monkeypatch.setattr(fuzz, "prepare", lambda base: None)
     for kind in fuzz.SHARES:
-        monkeypatch.setitem(fuzz.hostile.KINDS, kind, lambda case: lambda: act(case))
+        monkeypatch.setitem(fuzz.KINDS, kind, lambda case: lambda: act(case))
     answer = fuzz.run(0, 1, tmp_path, lambda line: None)
     assert [said in each["said"] for each in answer["failures"]] == ([True] if said else [])
     assert answer["refused"] == (not said)
