@@ -116,7 +116,7 @@ def set_up(
         write_whole(config.out / "config.json", written.encode())
     timesteps = len(begun.schedule.alphas_cumprod)
     examples = loop.examples_of(config, begun.pictures, device, begun.dtype, timesteps, team.claim)
-    team.wait("encoding")
+    team.wait()
     if team.first and (speed := getattr(examples.source, "speed", "")):
         share = f" (by the first of {team.size} processes)" if team.size > 1 else ""
         # With the progress bars, on stderr: it is said at a first start only.
@@ -213,7 +213,7 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
             team.check_equal(f"the adapter after step {step}", run.trained)
             checkpoint.save_state(kept)
         if team.stop:
-            team.wait("saving")  # the first to leave has torchrun end the others
+            team.wait()  # the first to leave has torchrun end the others
             return
         began = time.perf_counter()
 
@@ -250,13 +250,11 @@ def train(config: Config, team: faster.Alone) -> int:
     """The run and its picture, unless they are there already. Returns the command's exit code."""
     alone = only_run(config.out) if team.first else contextlib.nullcontext()
     with report.Interrupts() as interrupts, team, alone, faster.deterministic(config.deterministic):
-        with team.first_alone("looking for a finished run"):
-            said = export.finished(config)
+        said = team.first_says(export.finished(config) if team.first else "")
         if said:
             print(said)
         elif exit_code := fit(config, interrupts, team):
             return exit_code
-        team.leave()
         model.free_memory()
         if team.first:
             draw(config)
@@ -285,9 +283,7 @@ def main(argv: list[str] | Config | None = None) -> int:
         team.say(f"error: {error}. What to do: mend that, then the same command")
         return 1
     except KeyboardInterrupt as interrupt:
-        team.say(
-            team.why() or "\ninterrupted: what is saved is whole, and the same command continues"
-        )
+        team.say("\ninterrupted: what is saved is whole, and the same command continues")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
 
 
