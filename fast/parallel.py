@@ -55,7 +55,9 @@ class Team:
 
     def __init__(self, timeout: float):
         self.timeout = timedelta(seconds=timeout)
-        self.store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
+        store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
+        # With --max-restarts the store outlives the processes, and what they have said in it.
+        self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         self.first = self.rank == 0
         self.asked: Callable[[], bool] = lambda: False
         self.how_many_asked = torch.zeros(())  # on the host
@@ -64,7 +66,9 @@ class Team:
         if not self.first:
             sys.stdout = open(os.devnull, "w")  # what is said of the run is said by the first
         with self.answered():  # on the host, also where GPUs compute: for all but the exchange
-            dist.init_process_group("gloo", timeout=self.timeout)
+            dist.init_process_group(
+                *("gloo", None, self.timeout, self.size, self.rank), store=self.store
+            )
         return self
 
     def __exit__(self, kind, error, trace):
