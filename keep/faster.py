@@ -49,7 +49,7 @@ class Alone:
     of several processes.
     """
 
-    rank, size, first = 0, 1, True
+    size, first = 1, True
     asked: Callable[[], bool] = staticmethod(lambda: False)
 
     def __enter__(self):
@@ -84,24 +84,15 @@ class Alone:
         """Whether the work `name` is this process's to do."""
         return True
 
-    def wait(self, what: str) -> None:
+    def wait(self) -> None:
         """Until all processes are here."""
 
-    @contextlib.contextmanager
-    def first_alone(self, what: str):
-        """The first process does the block before the others do."""
-        yield
-
-    def check_equal(self, what: str, tensors: dict, text: str = "") -> None:
-        """Raise Refusal where `tensors` or `text` are not the same everywhere."""
-
-    def first_says(self, key: str, value: str) -> str:
+    def first_says(self, value: str) -> str:
         """The first process's value, for all."""
         return value
 
-    def why(self) -> str:
-        """Which process has died or hangs; empty here."""
-        return ""
+    def check_equal(self, what: str, tensors: dict, text: str = "") -> None:
+        """Raise Refusal where `tensors` or `text` are not the same everywhere."""
 
     def say(self, sentence: str) -> None:
         """An error, said by one process for all."""
@@ -198,7 +189,7 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
     said = []
     if may_fuse(run):
         why = unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
-        unfused = team.first_says("unfused", why)
+        unfused = team.first_says(why)
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
     if run.config.compile:
         compile.compile_resnets(run.unet)

@@ -80,7 +80,7 @@ def set_up(
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
-    team.wait("encoding")
+    team.wait()
     load = model.load_unet
     if config.base_quantization == "nf4":
         load = functools.partial(faster.load_unet_nf4, cache_dir=Path(config.cache_dir))
@@ -164,7 +164,7 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
             team.check_equal(f"the adapter after step {step}", run.trained)
             checkpoint.save_state(kept)
         if team.stop:
-            team.wait("saving")  # the first to leave has torchrun end the others
+            team.wait()  # the first to leave has torchrun end the others
             return
         began = time.perf_counter()
 
@@ -191,13 +191,11 @@ def train(config: Config, team: faster.Alone) -> int:
     """The run and its picture, unless they are there already. Returns the command's exit code."""
     alone = only_run(config.out) if team.first else contextlib.nullcontext()
     with report.Interrupts() as interrupts, team, alone, faster.deterministic(config.deterministic):
-        with team.first_alone("looking for a finished run"):
-            said = export.finished(config)
+        said = team.first_says(export.finished(config) if team.first else "")
         if said:
             print(said)
         elif exit_code := fit(config, interrupts, team):
             return exit_code
-        team.leave()
         model.free_memory()
         if team.first:
             draw(config)
@@ -217,8 +215,7 @@ def main(argv: list[str] | Config | None = None) -> int:
         team = faster.join(config.ddp_timeout)
         return train(config, team)
     except KeyboardInterrupt as interrupt:
-        saved = "\ninterrupted: what is saved is whole, and the same command continues"
-        team.say(team.why() or saved)
+        team.say("\ninterrupted: what is saved is whole, and the same command continues")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except Refusal as refusal:
         found = str(refusal)

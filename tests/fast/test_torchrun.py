@@ -7,6 +7,7 @@ test_parallel.py.
 import fcntl
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -92,12 +93,16 @@ def whole(torchrun, tmp_path) -> bytes:
 
 
 def test_killed_signalled_restarted_and_hung_it_ends_as_uninterrupted(torchrun, tmp_path, whole):
-    # One process is killed: the other saves, says which, and the same command continues.
+    # One process is killed: the other saves and says so once, torchrun's report says who it was,
+    # and the same command continues.
     process = torchrun("killed")
     after_step(tmp_path, "killed", 6)
     os.kill(ranks(process.pid)[1], signal.SIGKILL)
     said, _ = process.communicate(timeout=100)
-    assert process.returncode != 0 and said.count("error: rank 1 has died") == 1
+    assert process.returncode != 0 and said.count("error: the other processes do not") == 1
+    assert re.search(r"Root Cause.*\n.*\n.*\n.*\n  rank +: 1 .*\n  exitcode +: -9", said), said
+    step = max(logged(tmp_path, "killed"))
+    assert (tmp_path / "killed" / "checkpoints" / f"{step:06d}").is_dir()
     process = torchrun("killed")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "continuing after step" in said
@@ -126,14 +131,18 @@ def test_killed_signalled_restarted_and_hung_it_ends_as_uninterrupted(torchrun, 
     assert f"continuing after step {step} of 30" in said
     assert adapter(tmp_path, "stopped") == whole
 
-    # One hangs: the other says which, and torchrun ends it (30 s after asking it to leave).
+    # One hangs: the other saves and says which, and torchrun ends it, 30 s after asking it to.
     process = torchrun("hung", "--ddp-timeout", "5")
     after_step(tmp_path, "hung", 6)
     began = time.monotonic()
     os.kill(ranks(process.pid)[1], signal.SIGSTOP)
     said, _ = process.communicate(timeout=100)
-    assert process.returncode != 0 and said.count("error: rank 1 gives no sign for 5 s") == 1
+    errors = [line for line in said.splitlines() if line.startswith("error: ")]
+    assert process.returncode != 0 and len(errors) == 1 and "Rank 1 failed to pass" in errors[0]
+    assert "an answer from all 2 within 5 s" in errors[0]
     assert time.monotonic() - began < 80
+    step = max(logged(tmp_path, "hung"))
+    assert (tmp_path / "hung" / "checkpoints" / f"{step:06d}").is_dir()
     process = torchrun("hung")
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0, said
