@@ -40,8 +40,8 @@ def run_of(unet):
         config=SimpleNamespace(examples_per_step=2, snr_gamma=0.0),
         unet=unet,
         schedule=SCHEDULE,
-        scaling=(0.13, 0.0),
-        factor=torch.ones(()),
+        latent_scaling=(0.13, 0.0),
+        scale_on_device=torch.ones(()),
         loss_sum=torch.zeros(()),
         loss=loop.diffusion_loss,
     )

@@ -141,11 +141,11 @@ def bare(targets=lora.TARGETS):
     return unet
 
 
-def test_a_layer_with_more_than_sdxls_is_left_alone():
+def test_a_layer_with_more_than_sdxls_is_noticed():
     unet = bare()
     attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attention.residual_connection = True
-    assert fused.wrap(unet).startswith("15 attention layers")
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1 would be" in fused.disagreement(unet)
 
 
 def test_only_layers_that_are_known_are_fused():
