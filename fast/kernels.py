@@ -81,13 +81,6 @@ def loaded(source: str, dtype: torch.dtype, device: torch.device):
         return checked(driver.cuModuleLoadData(code))
 
 
-@functools.cache
-def function(source: str, name: str, dtype: torch.dtype, device: torch.device):
-    from cuda.bindings import driver
-
-    return checked(driver.cuModuleGetFunction(loaded(source, dtype, device), name.encode()))
-
-
 def in_packs(tensors: tuple[Tensor, ...]) -> bool:
     """Whether each is contiguous, begins at a multiple of a pack, and is whole packs long."""
     return all(
@@ -101,11 +94,12 @@ def launch(source: str, name: str, tensors: tuple[Tensor, ...]) -> None:
     """
     from cuda.bindings import driver
 
-    device, packs = tensors[0].device, tensors[0].nbytes // BYTES
-    kernel = function(source, name, tensors[0].dtype, device)
-    values = (*(x.data_ptr() for x in tensors), packs)
+    x, packs = tensors[0], tensors[0].nbytes // BYTES
+    values = (*(each.data_ptr() for each in tensors), packs)
     kinds = (*(ctypes.c_void_p for _ in tensors), ctypes.c_longlong)
-    with torch.cuda.device(device):
+    shape = (-(-packs // THREADS), 1, 1, THREADS, 1, 1)
+    with torch.cuda.device(x.device):
+        module = loaded(source, x.dtype, x.device)
+        kernel = checked(driver.cuModuleGetFunction(module, name.encode()))
         stream = torch.cuda.current_stream().cuda_stream
-        shape = (-(-packs // THREADS), 1, 1, THREADS, 1, 1)
         checked(driver.cuLaunchKernel(kernel, *shape, 0, stream, (values, kinds), 0))

@@ -135,7 +135,7 @@ def join(layers: list[nn.Module]) -> None:
     NF4 weights stay where they are: they are dequantised one by one.
     """
     weights = [layer.base.weight for layer in layers]
-    if all(weight.is_floating_point() for weight in weights) and not follow(tuple(weights)):
+    if all(weight.is_floating_point() for weight in weights):
         together = torch.cat([weight.detach() for weight in weights])
         for layer, part in zip(layers, together.chunk(len(layers)), strict=True):
             layer.base.weight = nn.Parameter(part, requires_grad=False)
@@ -242,11 +242,12 @@ def wrap(unet: nn.Module) -> str:
 
 
 def unwrap(unet: nn.Module) -> None:
-    """Have what wrap() fused compute by its definition again."""
+    """Have what wrap() fused, and what was compiled, compute by its definition again, the forward
+    of its class.
+    """
     for module in unet.modules():
-        if is_gate(module):
-            module.__dict__.pop("forward", None)
-        elif isinstance(getattr(module, "processor", None), Attention):
+        module.__dict__.pop("forward", None)
+        if isinstance(getattr(module, "processor", None), Attention):
             module.set_processor(AttnProcessor2_0())
 
 
@@ -322,10 +323,5 @@ def answer_and_gradients(module: nn.Module) -> list[Tensor]:
     inputs = [torch.randn(2, 7 + i, width, requires_grad=True) for i, width in enumerate(widths)]
     learning = [each for each in module.parameters() if each.requires_grad]
     answer = module(*inputs)
-    toward = torch.randn(answer.shape)
-    return [
-        answer,
-        *torch.autograd.grad(
-            answer, inputs + learning, toward, allow_unused=True, materialize_grads=True
-        ),
-    ]
+    toward, how = torch.randn(answer.shape), {"allow_unused": True, "materialize_grads": True}
+    return [answer, *torch.autograd.grad(answer, inputs + learning, toward, **how)]

@@ -142,7 +142,7 @@ def deterministic(on: bool):
     need("--deterministic", "the same command without it")
     from fast import deterministic
 
-    with deterministic.mode(on):
+    with deterministic.mode():
         yield
 
 
@@ -280,8 +280,7 @@ def by_definition(run) -> None:
     """
     if fast:
         import loop
-        from fast import compile, layers
+        from fast import layers
 
         run.micro_step, run.batches = loop.micro_step, loop.step_batches
         layers.unwrap(run.unet)
-        compile.uncompile(run.unet)
