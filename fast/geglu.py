@@ -48,7 +48,7 @@ extern "C" __global__ void backward(const Pack* values, const Pack* gates, const
 def unavailable(dtype: torch.dtype, device: torch.device) -> str:
     """Why PyTorch's lines compute gates on this device, or "" where a kernel can."""
     try:
-        kernels.loaded(SOURCE, dtype, device)
+        kernels.loaded(SOURCE, "forward", dtype, device)
     except Exception as error:  # no GPU, no cuda-bindings, a compiler that does not know the GPU
         return first_line(error)
     return ""

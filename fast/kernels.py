@@ -51,6 +51,7 @@ def checked(answer: tuple):
     return values[0] if values else None
 
 
+@functools.cache
 def compiled(source: str, dtype: torch.dtype, architecture: str) -> bytes:
     """The machine code of `source`, with T for `dtype`, for an architecture such as sm_75. Raises
     ImportError without cuda-bindings, and RuntimeError with what the compiler says.
@@ -70,15 +71,16 @@ def compiled(source: str, dtype: torch.dtype, architecture: str) -> bytes:
 
 
 @functools.cache
-def loaded(source: str, dtype: torch.dtype, device: torch.device):
-    """The kernels of `source` on a GPU. Raises what compiled() raises."""
+def loaded(source: str, name: str, dtype: torch.dtype, device: torch.device):
+    """The kernel `name` of `source` on a GPU. Raises what compiled() raises."""
     from cuda.bindings import driver
 
     major, minor = torch.cuda.get_device_capability(device)
     code = compiled(source, dtype, f"sm_{major}{minor}")
     with torch.cuda.device(device):
         torch.empty(1, device=device)  # now this device has a context
-        return checked(driver.cuModuleLoadData(code))
+        module = checked(driver.cuModuleLoadData(code))
+        return checked(driver.cuModuleGetFunction(module, name.encode()))
 
 
 def in_packs(tensors: tuple[Tensor, ...]) -> bool:
@@ -98,8 +100,7 @@ def launch(source: str, name: str, tensors: tuple[Tensor, ...]) -> None:
     values = (*(each.data_ptr() for each in tensors), packs)
     kinds = (*(ctypes.c_void_p for _ in tensors), ctypes.c_longlong)
     shape = (-(-packs // THREADS), 1, 1, THREADS, 1, 1)
+    kernel = loaded(source, name, x.dtype, x.device)
     with torch.cuda.device(x.device):
-        module = loaded(source, x.dtype, x.device)
-        kernel = checked(driver.cuModuleGetFunction(module, name.encode()))
         stream = torch.cuda.current_stream().cuda_stream
         checked(driver.cuLaunchKernel(kernel, *shape, 0, stream, (values, kinds), 0))
