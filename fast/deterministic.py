@@ -33,7 +33,7 @@ import torch
 from inputs.files import Refusal, first_line
 from inputs.options import Config
 
-WORKSPACE, WORKSPACES = "CUBLAS_WORKSPACE_CONFIG", (":4096:8", ":16:8")  # that cuBLAS documents
+WORKSPACE = "CUBLAS_WORKSPACE_CONFIG"
 # What changes the order of additions and may otherwise change between two starts of a run.
 ORDER = (
     *("train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing"),
@@ -42,23 +42,11 @@ ORDER = (
 
 
 @contextlib.contextmanager
-def mode(on: bool) -> Iterator[None]:
-    """While the block runs, only deterministic kernels; afterwards all is as before.
-
-    Raises Refusal where CUDA has computed already with another workspace, and for an operation that
-    has no deterministic kernel.
+def mode() -> Iterator[None]:
+    """While the block runs, only deterministic kernels; afterwards all is as before. To be entered
+    before CUDA computes. Raises Refusal for an operation that has no deterministic kernel.
     """
-    if not on:
-        yield
-        return
-    if os.environ.get(WORKSPACE) not in WORKSPACES:
-        if computed():
-            raise Refusal(
-                f"CUDA has computed with {WORKSPACE}={os.environ.get(WORKSPACE, '')}",
-                f"{' or '.join(WORKSPACES)} before it does",
-                f"export {WORKSPACE}={WORKSPACES[0]}, then start Python anew",
-            )
-        os.environ[WORKSPACE] = WORKSPACES[0]
+    os.environ.setdefault(WORKSPACE, ":4096:8")
     cudnn, attention = torch.backends.cudnn, torch.backends.cuda
     before = torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark
     cudnn_attention = attention.cudnn_sdp_enabled()
@@ -81,25 +69,12 @@ def mode(on: bool) -> Iterator[None]:
         attention.enable_cudnn_sdp(cudnn_attention)
 
 
-def computed() -> bool:
-    """Whether this process has used a GPU's memory: cuBLAS has not read its workspace before.
-
-    That CUDA has started says nothing, since bitsandbytes asks it for the GPU's name.
-    """
-    if not torch.cuda.is_initialized():
-        return False
-    counts = map(torch.cuda.memory_stats, range(torch.cuda.device_count()))
-    return any(count.get("allocation.all.allocated", 0) for count in counts)
-
-
 def promise(config: Config, device: torch.device, processes: int = 1) -> dict[str, str]:
-    """What a deterministic run's bits depend on besides what it is, as text; nothing for others.
+    """What a deterministic run's bits depend on besides what it is, as text.
 
     Part of a checkpoint's identity: with --deterministic only a run that had all of it from its
     first step is continued. Without it any run is: the promise may be given up, on another GPU say.
     """
-    if not config.deterministic:
-        return {}
     where = f"{torch.get_num_threads()} CPU threads"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)

@@ -54,12 +54,11 @@ class Flat:
         self.vector = nn.Parameter(torch.zeros(at, dtype=torch.float32, device=device))
         self.vector.grad = torch.zeros_like(self.vector)
         self.shapes = {name: each.shape for name, each in trained.items()}
-        self.views = self.split(self.vector.detach())
-        grads = self.split(self.vector.grad)
+        self.views, grads = self.split(self.vector.detach()), self.split(self.vector.grad)
         self.homes = {}  # name: the module and the attribute that the layer's forward reads
-        for name, parameter in trained.items():
-            self.views[name].copy_(parameter.detach())
-            self.views[name].grad = grads[name]
+        for name, view in self.views.items():
+            view.copy_(trained[name].detach())
+            view.grad = grads[name]
             owner, _, leaf = name.rpartition(".")
             self.homes[name] = (model.get_submodule(owner), leaf)
             delattr(*self.homes[name])
@@ -132,24 +131,19 @@ class FlatMoments:
 
     def write(self, moments: dict[str, dict]) -> None:
         """Put back what read() gave, here or of separate matrices."""
-        kept, device = dict(next(iter(moments.values()))), self.flat.vector.device
-        count = self.flat.vector.numel()
+        vector, kept = self.flat.vector, dict(next(iter(moments.values())))
         for key, first in kept.items():
-            if key in SHARED:
-                kept[key] = first.to(device) if key.startswith("qmap") else first
-                continue
-            whole = torch.zeros(
-                count // QUANT_BLOCK if key.startswith("absmax") else count,
-                dtype=first.dtype,
-                device=device,
-            )
-            if first.dtype == torch.uint8:  # padding is zero, which is not what code 0 stands for
-                whole.fill_(int(kept[f"qmap{key[-1]}"].abs().argmin()))
-            for name, part in self._of_each(key, whole).items():
-                part.copy_(moments[name][key])
-            kept[key] = whole
+            if key.startswith("qmap"):
+                kept[key] = first.to(vector.device)
+            elif key not in SHARED:
+                count = vector.numel() // (QUANT_BLOCK if key.startswith("absmax") else 1)
+                kept[key] = vector.detach().new_zeros(count, dtype=first.dtype)
+                if first.dtype == torch.uint8:  # padding is zero, for which code 0 does not stand
+                    kept[key].fill_(int(kept[f"qmap{key[-1]}"].abs().argmin()))
+                for name, part in self._of_each(key, kept[key]).items():
+                    part.copy_(moments[name][key])
         if kept:
-            self.state[self.flat.vector] = kept
+            self.state[vector] = kept
 
     def _of_each(self, key: str, value) -> dict:
         """For each matrix its part of `value`: all of it, its numbers, or one a block."""

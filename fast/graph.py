@@ -11,10 +11,9 @@ import time
 from collections.abc import Callable
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from inputs.files import Refusal, first_line
+from inputs.files import first_line
 
 Batch = dict[str, Tensor]
 
@@ -57,23 +56,15 @@ class Recorded:
                 self.micro_step(run, inputs)
         torch.cuda.current_stream().wait_stream(side)
         recording = torch.cuda.CUDAGraph()
-        # NCCL's watchdog asks the GPU for news from its own thread, which would spoil a recording
-        # that holds for all threads.
-        mode = {"capture_error_mode": "thread_local"} if dist.is_initialized() else {}
         try:
-            with torch.cuda.graph(recording, pool=self.pool, **mode):
+            # thread_local: NCCL's watchdog asks the GPU for news from a thread of its own, which
+            # would spoil a recording that holds for all threads.
+            with torch.cuda.graph(recording, self.pool, capture_error_mode="thread_local"):
                 self.micro_step(run, inputs)
-        except torch.cuda.OutOfMemoryError:
-            raise
         except RuntimeError as error:  # an operation that no recording can hold
-            if isinstance(error.__context__, torch.cuda.OutOfMemoryError):
-                raise error.__context__ from None  # ending the recording failed in its wake
-            if torch.are_deterministic_algorithms_enabled():  # its bits were promised as recorded
-                raise Refusal(
-                    f"--deterministic, and steps cannot be recorded ({first_line(error)})",
-                    "a step that a CUDA graph can hold",
-                    "--no-cuda-graph with a new --output-dir, or no --deterministic",
-                ) from error
+            for cause in (error, error.__context__):  # ending the recording fails in its wake
+                if isinstance(cause, torch.cuda.OutOfMemoryError):
+                    raise cause from None
             self.eager = True
             self.recordings.clear()
             self.say(f"steps are not recorded in a CUDA graph: {first_line(error)}")

@@ -10,21 +10,20 @@ Letters: `M` rows (batch x tokens), `r` rank, `k` layers that read the same x, `
 feed-forward layer.
 """
 
+import contextlib
 import copy
-import functools
 import itertools
 import types
+from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
+from fast import geglu
 from inputs.files import first_line
 from lora import LoRALinear
-
-# What an attention layer of diffusers may have beyond SDXL's; where one has it, it is left alone.
-EXTRAS = ("group_norm", "spatial_norm", "norm_q", "norm_k", "norm_cross", "residual_connection")
 
 # ---- projections that read the same input --------------------------------------------------------
 
@@ -39,9 +38,11 @@ def dense(base: nn.Module) -> Tensor:
 
 
 def follow(matrices: tuple[Tensor, ...]) -> bool:
-    """Whether each matrix begins in memory where the one before it ends."""
+    """Whether each matrix begins in memory where the one before it ends. A storage is one Python
+    object as long as it lives, which its address, zero on the meta device, would not tell.
+    """
     return all(
-        a.untyped_storage()._cdata == b.untyped_storage()._cdata
+        a.untyped_storage() is b.untyped_storage()
         and a.storage_offset() + a.numel() == b.storage_offset()
         for a, b in itertools.pairwise(matrices)
     )
@@ -60,31 +61,19 @@ def side_by_side(x: Tensor, k: int) -> Tensor:
     return x.unflatten(1, (k, -1)).transpose(0, 1)
 
 
-def frozen_product(x: Tensor, bases: tuple[nn.Module, ...]) -> Tensor:
-    """W_i x + b_i of every layer, side by side: (M, in) -> (M, k out)."""
+def frozen(
+    bases: tuple[nn.Module, ...], y: Tensor
+) -> Iterator[tuple[Tensor, Tensor | None, Tensor]]:
+    """The frozen products in as few parts as can be: (weight, bias or None, its part of y), with y
+    (M, k out) the answers side by side. NF4 weights are dequantised one after another.
+    """
     weights = tuple(base.weight for base in bases)
-    if len(bases) == 1 and bases[0].bias is not None:
-        return torch.addmm(bases[0].bias, x, dense(bases[0]).t())
-    if weights[0].is_floating_point() and follow(weights):
-        y = x @ stacked(weights).t()
+    biased = any(base.bias is not None for base in bases)
+    if weights[0].is_floating_point() and follow(weights) and not biased:
+        yield stacked(weights), None, y
     else:
-        y = x.new_empty(len(x), sum(base.out_features for base in bases))
         for base, part in zip(bases, y.chunk(len(bases), dim=1), strict=True):
-            torch.mm(x, dense(base).t(), out=part)
-    for base, part in zip(bases, y.chunk(len(bases), dim=1), strict=True):
-        if base.bias is not None:
-            part.add_(base.bias)
-    return y
-
-
-def add_frozen_gradient(dx: Tensor, g: Tensor, bases: tuple[nn.Module, ...]) -> Tensor:
-    """dx (M, in) plus the gradient that reaches x through W: g (M, k out)."""
-    weights = tuple(base.weight for base in bases)
-    if weights[0].is_floating_point() and follow(weights):
-        return dx.addmm_(g, stacked(weights))
-    for base, part in zip(bases, g.chunk(len(bases), dim=1), strict=True):
-        dx.addmm_(part, dense(base))
-    return dx
+            yield dense(base), base.bias, part
 
 
 class Project(torch.autograd.Function):
@@ -101,7 +90,12 @@ class Project(torch.autograd.Function):
         B = stacked(matrices[k:]).unflatten(0, (k, -1))  # (k, out, r)
         # beta=0: the first argument is not read; alpha is applied inside the product
         h = torch.addmm(x.new_empty(()), x, A.t(), beta=0, alpha=scale)  # (M, k r)
-        y = frozen_product(x, bases)
+        y = x.new_empty(len(x), sum(base.out_features for base in bases))
+        for weight, bias, part in frozen(bases, y):
+            if bias is None:
+                torch.mm(x, weight.t(), out=part)
+            else:
+                torch.addmm(bias, x, weight.t(), out=part)
         side_by_side(y, k).baddbmm_(side_by_side(h, k), B.mT)  # added inside the product
         ctx.save_for_backward(x, h, A, B)
         ctx.scale, ctx.bases = scale, bases
@@ -118,7 +112,9 @@ class Project(torch.autograd.Function):
         dB = gs.mT @ hs  # (k, out, r); s is in h already
         dA = dh.t() @ x  # (k r, in)
         if ctx.needs_input_grad[0]:
-            dx = add_frozen_gradient(dh @ A, g, ctx.bases)
+            dx = dh @ A
+            for weight, _, part in frozen(ctx.bases, g):
+                dx.addmm_(part, weight)
         return dx, None, None, *dA.chunk(k), *dB.unbind()
 
 
@@ -126,10 +122,10 @@ def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
     if any(layer.strength == 0 or layer.weight_before_merge is not None for layer in layers):
         return tuple(layer(x) for layer in layers)  # where a layer is its base, to the bit
-    As, Bs = [layer.lora_A for layer in layers], [layer.lora_B for layer in layers]
-    matrices = [m.to(x.dtype) for m in (*As, *Bs)]
+    matrices = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
     scale = layers[0].strength * layers[0].scale
-    y = Project.apply(x.flatten(0, -2), scale, tuple(layer.base for layer in layers), *matrices)
+    bases = tuple(layer.base for layer in layers)
+    y = Project.apply(x.flatten(0, -2), scale, bases, *(m.to(x.dtype) for m in matrices))
     return y.unflatten(0, x.shape[:-1]).chunk(len(layers), dim=-1)
 
 
@@ -139,7 +135,7 @@ def join(layers: list[nn.Module]) -> None:
     NF4 weights stay where they are: they are dequantised one by one.
     """
     weights = [layer.base.weight for layer in layers]
-    if all(weight.is_floating_point() for weight in weights) and not follow(tuple(weights)):
+    if all(weight.is_floating_point() for weight in weights):
         together = torch.cat([weight.detach() for weight in weights])
         for layer, part in zip(layers, together.chunk(len(layers)), strict=True):
             layer.base.weight = nn.Parameter(part, requires_grad=False)
@@ -166,36 +162,6 @@ class Attention:
 
 # ---- the gated feed-forward layer ----------------------------------------------------------------
 
-# As one pass each over memory; erff is the exact GELU's (Hendrycks & Gimpel 2016, section 2).
-FORWARD = """template <typename T> T gated(T value, T gate) {
-  float g = gate; return float(value) * 0.5f * g * (1.0f + erff(g * 0.70710678f)); }"""
-BACKWARD = """template <typename T> void gated_back(T value, T gate, T grad, T& dvalue, T& dgate) {
-  float g = gate, d = grad, phi = 0.5f * (1.0f + erff(g * 0.70710678f));
-  dvalue = d * g * phi;
-  dgate = d * float(value) * (phi + g * 0.39894228f * expf(-0.5f * g * g)); }"""
-
-
-@functools.cache
-def kernels():
-    """Both formulas, compiled by the CUDA runtime's compiler when they are first called."""
-    from torch.cuda import jiterator
-
-    return jiterator._create_jit_fn(FORWARD), jiterator._create_multi_output_jit_fn(BACKWARD, 2)
-
-
-def gate_forward(value: Tensor, gate: Tensor) -> Tensor:
-    """value gelu(gate), all (M, F)."""
-    if value.is_cuda:
-        return kernels()[0](value, gate)
-    return F.gelu(gate).mul_(value)
-
-
-def gate_backward(value: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """The gradients that reach value and gate, all (M, F)."""
-    if value.is_cuda:
-        return kernels()[1](value, gate, grad)
-    return F.gelu(gate).mul_(grad), torch.ops.aten.gelu_backward(grad * value, gate)
-
 
 class GatedLinear(torch.autograd.Function):
     """GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): x (M, in) -> (W x + b) gelu(V x + c),
@@ -211,11 +177,11 @@ class GatedLinear(torch.autograd.Function):
         value, gate = (torch.addmm(bias, x, weight.t()) for weight, bias in halves)
         ctx.save_for_backward(value, gate)
         ctx.linear = linear
-        return gate_forward(value, gate)
+        return geglu.forward(value, gate)
 
     @staticmethod
     def backward(ctx, grad):
-        dvalue, dgate = gate_backward(*ctx.saved_tensors, grad.contiguous())
+        dvalue, dgate = geglu.backward(*ctx.saved_tensors, grad.contiguous())
         W, V = dense(ctx.linear).chunk(2)
         return (dvalue @ W).addmm_(dgate, V), None
 
@@ -226,6 +192,10 @@ def gated(module: nn.Module, x: Tensor) -> Tensor:
 
 
 # ---- which layers, and whether they mean the same ------------------------------------------------
+
+
+def is_gate(module: nn.Module) -> bool:
+    return type(module).__name__ == "GEGLU"
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -239,20 +209,18 @@ def fusible(unet: nn.Module) -> dict[str, nn.Module]:
     """
     found = {}
     for name, module in unet.named_modules():
-        kind = type(module).__name__
-        extras = any(getattr(module, extra, None) for extra in EXTRAS)
-        if kind == "Attention" and not extras and module.rescale_output_factor == 1:
+        if type(module).__name__ == "Attention":
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
             if all(type(each) is LoRALinear and is_plain(each.base) for each in needed):
                 found[name] = module
-        elif kind == "GEGLU" and is_plain(module.proj) and module.proj.bias is not None:
+        elif is_gate(module) and is_plain(module.proj):
             found[name] = module
     return found
 
 
 def fuse(module: nn.Module) -> None:
     """Have one of fusible() compute in its other form, in place."""
-    if type(module).__name__ == "GEGLU":
+    if is_gate(module):
         module.forward = types.MethodType(gated, module)
     else:
         module.set_processor(Attention())
@@ -260,22 +228,26 @@ def fuse(module: nn.Module) -> None:
 
 def wrap(unet: nn.Module) -> str:
     """Fuse what is fusible in `unet`, in place, after inject(). Returns how much that is."""
-    found = fusible(unet)
-    for module in found.values():
+    found = fusible(unet).values()
+    for module in found:
         fuse(module)
-        if type(module).__name__ == "Attention":
+        if not is_gate(module):
             projections = [module.to_q, module.to_k, module.to_v]
             join(projections[1:] if module.is_cross_attention else projections)
-    gates = sum(type(module).__name__ == "GEGLU" for module in found.values())
-    return f"{len(found) - gates} attention layers and {gates} feed-forward gates fused"
+    gates = sum(map(is_gate, found))
+    said = f"{len(found) - gates} attention layers and {gates} feed-forward gates fused"
+    if unet.device.type == "cuda" and (why := geglu.unavailable(unet.dtype, unet.device)):
+        said += f", the gates by PyTorch's kernels, which take longer ({why})"
+    return said
 
 
 def unwrap(unet: nn.Module) -> None:
-    """Have what wrap() fused compute by its definition again."""
+    """Have what wrap() fused, and what was compiled, compute by its definition again, the forward
+    of its class.
+    """
     for module in unet.modules():
-        if type(module).__name__ == "GEGLU":
-            module.__dict__.pop("forward", None)
-        elif isinstance(getattr(module, "processor", None), Attention):
+        module.__dict__.pop("forward", None)
+        if isinstance(getattr(module, "processor", None), Attention):
             module.set_processor(AttnProcessor2_0())
 
 
@@ -299,63 +271,57 @@ def disagreement(unet: nn.Module) -> str:
 
 def largest_difference(module: nn.Module) -> float:
     """How far answer and gradients of a fusible module's two forms lie apart, relative."""
-    by_definition, fused = random_copy(module), random_copy(module)
-    fuse(fused)
-    one, other = (answer_and_gradients(each) for each in (by_definition, fused))
-    return max(
-        ((a - b).norm() / a.norm().clamp(min=1e-30)).item() for a, b in zip(one, other, strict=True)
-    )
+    device = next(module.parameters()).device
+    with seeded(device):
+        by_definition = answer_and_gradients(random_copy(module))
+    with seeded(device):
+        fused = random_copy(module)
+        fuse(fused)
+        other = answer_and_gradients(fused)
+    pairs = zip(by_definition, other, strict=True)
+    return max(((a - b).norm() / a.norm().clamp(min=1e-30)).item() for a, b in pairs)
+
+
+@contextlib.contextmanager
+def seeded(device: torch.device) -> Iterator[None]:
+    """Inside, tensors are made on `device`, and random numbers are the same at every call."""
+    gpus = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(gpus), torch.device(device):
+        torch.manual_seed(0)
+        yield
 
 
 def random_copy(module: nn.Module) -> nn.Module:
-    """A copy of `module` in fp32 with random numbers, the same at every call, of such sizes that
-    frozen and trained branches give answers of one length.
+    """A copy of `module` in fp32 with random numbers, of such sizes that frozen and trained
+    branches give answers of about one length.
     """
-    bases = [each for each in module.modules() if is_linear(each)]
-    generator = torch.Generator(bases[0].weight.device).manual_seed(0)
     # deepcopy takes what is in its memo for a copy: so each frozen Linear becomes a fresh one
-    memo = {id(each): fresh(each, generator) for each in bases}
+    memo = {id(each): fresh(each) for each in module.modules() if is_plain(each)}
     copied = copy.deepcopy(module, memo)
     for layer in copied.modules():
         for each in layer.parameters(recurse=False):
             if each.requires_grad:
-                each.data = drawn(each.shape, generator) / getattr(layer, "scale", 1.0) ** 0.5
+                length = (each.shape[-1] * getattr(layer, "scale", 1.0)) ** 0.5
+                each.data = torch.randn(each.shape) / length
     return copied
 
 
-def is_linear(module: nn.Module) -> bool:
-    return hasattr(module, "weight") and hasattr(module, "in_features")
-
-
-def fresh(linear: nn.Module, generator: torch.Generator) -> nn.Linear:
-    made = nn.Linear(linear.in_features, linear.out_features, device="meta")
-    made.weight = nn.Parameter(drawn(made.weight.shape, generator), requires_grad=False)
-    bias = None if linear.bias is None else drawn(made.bias.shape, generator)
-    made.bias = bias if bias is None else nn.Parameter(bias, requires_grad=False)
-    return made
-
-
-def drawn(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Normal numbers, (out, in) divided by sqrt(in): products with them keep a vector's length."""
-    numbers = torch.randn(shape, generator=generator, device=generator.device)
-    return numbers / shape[-1] ** 0.5 if len(shape) > 1 else numbers
+def fresh(linear: nn.Module) -> nn.Linear:
+    """A frozen fp32 Linear of the same sizes as `linear`, whole or in NF4."""
+    bias = linear.bias is not None
+    made = nn.Linear(linear.in_features, linear.out_features, bias, dtype=torch.float32)
+    return made.requires_grad_(False)
 
 
 def answer_and_gradients(module: nn.Module) -> list[Tensor]:
     """What `module` answers to two sequences of random numbers, and the gradients that reach all
     its inputs and trained parameters.
     """
-    linears = [each for each in module.modules() if is_linear(each)]
-    generator = torch.Generator(linears[0].weight.device).manual_seed(1)
-    widths = [module.proj.in_features] if hasattr(module, "proj") else [module.to_q.in_features]
+    widths = [module.proj.in_features] if is_gate(module) else [module.to_q.in_features]
     if getattr(module, "is_cross_attention", False):
         widths.append(module.to_k.in_features)
-    shapes = [torch.Size((2, 7 + i, width)) for i, width in enumerate(widths)]
-    inputs = [torch.randn(s, generator=generator, device=generator.device) for s in shapes]
-    inputs = [each.requires_grad_() for each in inputs]
+    inputs = [torch.randn(2, 7 + i, width, requires_grad=True) for i, width in enumerate(widths)]
     learning = [each for each in module.parameters() if each.requires_grad]
     answer = module(*inputs)
-    toward = torch.randn(answer.shape, generator=generator, device=generator.device)
-    gradients = torch.autograd.grad(answer, inputs + learning, toward, allow_unused=True)
-    known = zip(gradients, inputs + learning, strict=True)
-    return [answer, *(torch.zeros_like(x) if g is None else g for g, x in known)]
+    toward, how = torch.randn(answer.shape), {"allow_unused": True, "materialize_grads": True}
+    return [answer, *torch.autograd.grad(answer, inputs + learning, toward, **how)]

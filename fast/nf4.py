@@ -3,35 +3,33 @@
 QLoRA (Dettmers et al. 2023, https://arxiv.org/abs/2305.14314, section 3) keeps the frozen weights
 as 4-bit indices into 16 quantiles of a normal distribution, with one scale for each 64 of them, the
 scales themselves in 8 bits. A weight is expanded when it is multiplied, forward and again backward,
-and dropped at once. The kernels are bitsandbytes'.
+and dropped at once. The kernels are bitsandbytes', and so is the layout of what is kept.
 
 Neither the GPU nor the host ever holds the unquantised model, and the 4-bit numbers are kept in a
 file, so that only the first start quantises.
 """
 
-import json
-import struct
+import os
 import zlib
-from collections.abc import Iterator
+from collections import defaultdict
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
 from safetensors import SafetensorError
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import model
 from inputs import hub
-from inputs.files import Refusal, digest, open_safetensors, sweep_parts, write_chunks
+from inputs.files import Refusal, digest, open_safetensors, sweep_parts, unwritable
 from inputs.vetting import load_bitsandbytes
 
-# Weights that share a scale, and scales that share a scale of their own.
+# Weights that share a scale, and scales that share a scale of their own, as bitsandbytes has it.
 PER_SCALE, SCALES_PER_SCALE = 64, 256
 # Together 0.3 % of SDXL, and everything that says when and how large passes through them.
 WHOLE = ("time_embedding.", "add_embedding.")
-CODES = ("quant_map", "nested_quant_map")  # what 4 and 8 bits stand for, the same in every layer
-SUMS = "checksums"  # the kept file's last tensor: checksums of the others, in the order of names
-LAYOUT = "1"  # of the kept file; another number when it changes
+LAYOUT = "2"  # of the kept file; another number when it changes
 NEEDED = ("an NF4 base", "--base-quantization none")
 
 
@@ -53,14 +51,15 @@ def load_unet_nf4(
 
     kept = read_kept(path, device)
     tensors = kept or quantise(folder, half, device, dtype, shapes_to_quantise(unet))
-    weights = {key: value for key, value in tensors.items() if ".weight." not in key}
-    codes = [weights.pop(code, None) for code in CODES]
-    for key in [key.removesuffix(".absmax") for key in tensors if key.endswith(".weight.absmax")]:
-        parent, _, child = key.removesuffix(".weight").rpartition(".")
-        linear = getattr(unet.get_submodule(parent), child)
-        layer = linear_4bit(bnb, linear, key, tensors, codes, dtype)
-        setattr(unet.get_submodule(parent), child, layer)
-        weights[key] = layer.weight
+    weights, states = {}, defaultdict(dict)
+    for key, tensor in tensors.items():
+        layer, is_state, part = key.partition(".weight.")
+        (states[layer] if is_state else weights)[part or key] = tensor
+    for layer, state in states.items():
+        parent, _, child = layer.rpartition(".")
+        home, key = unet.get_submodule(parent), f"{layer}.weight"
+        setattr(home, child, linear_4bit(getattr(home, child), weights[key], state, dtype))
+        weights[key] = getattr(home, child).weight
     unet = model.fill_unet(unet, weights, folder)
     if not kept:  # only now are they known to fit
         sweep_parts(cache_dir)
@@ -88,70 +87,39 @@ def quantise(
 ) -> dict[str, Tensor]:
     """The UNet's tensors on `device`, one after another: those in `shapes` as NF4, others in dtype.
 
-    A quantised weight is key (uint8, two numbers a byte) and key.absmax (its scales in 8 bits) with
-    key.nested_absmax and key.nested_offset (fp32). A weight of a shape that is not its layer's is
-    left as it is, for fill_unet() to refuse.
+    A quantised weight is key (uint8, two numbers a byte) and, under key.*, what bitsandbytes says
+    of it. A weight of a shape that is not its layer's is left as it is, for fill_unet() to refuse.
     """
-    F, tensors = load_bitsandbytes(*NEEDED).functional, {}
+    quantize_4bit, tensors = load_bitsandbytes(*NEEDED).functional.quantize_4bit, {}
     for path in hub.weight_files(folder, half):
         with open_safetensors(path, str(device)) as file:
             for key in file.keys():
-                weight = file.get_tensor(key).to(dtype)
-                if shapes.get(key) != weight.shape:
-                    tensors[key] = weight
-                    continue
-                tensors[key], state = F.quantize_4bit(
-                    weight, blocksize=PER_SCALE, compress_statistics=True, quant_type="nf4"
-                )
-                del weight  # before the next is read: one whole weight at a time
-                tensors[f"{key}.absmax"] = state.absmax
-                tensors[f"{key}.nested_absmax"] = state.state2.absmax
-                tensors[f"{key}.nested_offset"] = state.offset
-                codes = zip(CODES, (state.code, state.state2.code), strict=True)
-                tensors |= {code: value for code, value in codes if code not in tensors}
+                tensors[key] = file.get_tensor(key).to(dtype)
+                if shapes.get(key) == tensors[key].shape:
+                    tensors[key], state = quantize_4bit(
+                        tensors[key],
+                        blocksize=PER_SCALE,
+                        compress_statistics=True,
+                        quant_type="nf4",
+                    )
+                    about = state.as_dict(packed=True)
+                    tensors |= {f"{key}.{part}": each for part, each in about.items()}
     return tensors
 
 
 def linear_4bit(
-    bnb,
-    linear: nn.Linear,
-    key: str,
-    tensors: dict[str, Tensor],
-    codes: list[Tensor],
-    dtype: torch.dtype,
+    linear: nn.Linear, weight: Tensor, state: dict[str, Tensor], dtype: torch.dtype
 ) -> nn.Linear:
-    """bitsandbytes' Linear4bit in the place of `linear`, with the stored numbers of `key`.
+    """bitsandbytes' Linear4bit in the place of `linear`, with the numbers that quantise() gave.
 
-    Its backward pass keeps no input and expands the weight again.
+    Its backward pass keeps no input and expands the weight again, to the dtype it came from.
     """
-    part = {p: tensors[f"{key}.{p}"] for p in ("absmax", "nested_absmax", "nested_offset")}
-    state = bnb.functional.QuantState(
-        absmax=part["absmax"],
-        shape=linear.weight.shape,
-        code=codes[0],
-        blocksize=PER_SCALE,
-        quant_type="nf4",
-        dtype=dtype,  # what backward expands to: another than the input's would be a second copy
-        offset=part["nested_offset"],
-        state2=bnb.functional.QuantState(
-            absmax=part["nested_absmax"],
-            code=codes[1],
-            blocksize=SCALES_PER_SCALE,
-            dtype=torch.float32,
-        ),
+    bnb, bias = load_bitsandbytes(*NEEDED), linear.bias is not None
+    widths, how = (linear.in_features, linear.out_features), {"quant_type": "nf4", "device": "meta"}
+    layer = bnb.nn.Linear4bit(*widths, bias, compute_dtype=dtype, **how)
+    layer.weight = bnb.nn.Params4bit.from_prequantized(
+        weight, state, device=weight.device, module=layer
     )
-    layer = bnb.nn.Linear4bit(
-        linear.in_features,
-        linear.out_features,
-        bias=linear.bias is not None,
-        compute_dtype=dtype,
-        quant_type="nf4",
-        device="meta",
-    )
-    layer.weight = bnb.nn.Params4bit(
-        tensors[key], quant_state=state, blocksize=PER_SCALE, quant_type="nf4", bnb_quantized=True
-    )
-    layer.quant_state = state
     # On a CPU with AVX512-BF16 it would repack the weight at the first input without a gradient;
     # the packed kernel has no backward pass, and gradients would end there without a word.
     layer.support_avx512bf16_for_cpu = False
@@ -160,60 +128,42 @@ def linear_4bit(
 
 # ---- the kept numbers ----------------------------------------------------------------------------
 
-DTYPES = {torch.uint8: "U8", torch.float16: "F16", torch.bfloat16: "BF16", torch.float32: "F32"}
 
-
-def as_bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-
-
-def checksum(key: str, tensor: Tensor, content: memoryview) -> int:
-    """CRC-32 of a tensor's key, dtype, shape and bytes: it finds damage, not malice."""
-    label = f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode()
-    return zlib.crc32(content, zlib.crc32(label))
+def checksum(tensors: dict[str, Tensor]) -> str:
+    """CRC-32 of all keys, dtypes, shapes and bytes: it finds damage, not malice."""
+    found = 0
+    for key, tensor in sorted(tensors.items()):
+        found = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
+        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+        found = zlib.crc32(content.numpy(), found)
+    return str(found)
 
 
 def keep(path: Path, tensors: dict[str, Tensor]) -> None:
     """Write `tensors` as one safetensors file, whole or not at all."""
-    order = sorted(tensors, key=lambda key: (-tensors[key].element_size(), key))  # keeps alignment
-    entries, at = {}, 0
-    for key in order:
-        dtype, shape, size = DTYPES[tensors[key].dtype], [*tensors[key].shape], tensors[key].nbytes
-        entries[key] = {"dtype": dtype, "shape": shape, "data_offsets": [at, at + size]}
-        at += size
-    size = 4 * len(order)
-    entries[SUMS] = {"dtype": "U8", "shape": [size], "data_offsets": [at, at + size]}
-    header = json.dumps(entries).encode()
-    header += b" " * (-len(header) % 8)  # the data begins at a multiple of 8 bytes
-    write_chunks(path, kept_chunks(header, tensors, order), 8 + len(header) + at + size)
-
-
-def kept_chunks(header: bytes, tensors: dict[str, Tensor], order: list[str]) -> Iterator[bytes]:
-    """The file's bytes, one tensor on the host at a time: safetensors' own writer may hold all."""
-    yield len(header).to_bytes(8, "little") + header
-    sums = {}
-    for key in order:
-        content = as_bytes(tensors[key])
-        sums[key] = checksum(key, tensors[key], content)
-        yield content
-    yield struct.pack(f"<{len(sums)}I", *(sums[key] for key in sorted(sums)))
+    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        on_host = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(on_host, aside, {"checksum": checksum(on_host)})
+        os.replace(aside, path)
+    except (OSError, SafetensorError) as error:
+        size = sum(tensor.nbytes for tensor in tensors.values())
+        raise unwritable(path, size, OSError(str(error))) from error
+    finally:
+        aside.unlink(missing_ok=True)
 
 
 def read_kept(path: Path, device: torch.device) -> dict[str, Tensor] | None:
     """What keep() wrote, on `device`; None where there is nothing, or where it is damaged."""
     if not path.is_file():
         return None
-    tensors = {}
     try:
         with open_safetensors(path) as file:
-            keys = sorted(key for key in file.keys() if key != SUMS)
-            sums = struct.unpack(f"<{len(keys)}I", as_bytes(file.get_tensor(SUMS)))
-            for key, want in zip(keys, sums, strict=True):
-                tensor = file.get_tensor(key)
-                if checksum(key, tensor, as_bytes(tensor)) != want:
-                    raise ValueError(key)
-                tensors[key] = tensor.to(device)
-    except (Refusal, SafetensorError, ValueError, struct.error):
-        print(f"{path} is damaged and is made anew")
-        return None
-    return tensors
+            tensors = {key: file.get_tensor(key) for key in file.keys()}
+            if checksum(tensors) == (file.metadata() or {}).get("checksum"):
+                return {key: tensor.to(device) for key, tensor in tensors.items()}
+    except (Refusal, SafetensorError):
+        pass
+    print(f"{path} is damaged and is made anew")
+    return None

@@ -122,7 +122,7 @@ def deterministic(on: bool):
     need("--deterministic", "the same command without it")
     from fast import deterministic
 
-    return deterministic.mode(on)
+    return deterministic.mode()
 
 
 def promise(config: Config, device, processes: int) -> dict[str, str]:
@@ -243,8 +243,7 @@ def by_definition(run) -> None:
     """
     if fast:
         import loop
-        from fast import compile, layers
+        from fast import layers
 
         run.micro_step, run.batches = loop.micro_step, loop.step_batches
         layers.unwrap(run.unet)
-        compile.uncompile(run.unet)

@@ -17,7 +17,7 @@ import model
 from fast import deterministic, plan
 from inputs import files
 from inputs import options as configuration
-from keep import checkpoint, identity, training
+from keep import checkpoint, faster, identity, training
 from stress import tiny
 
 CPU = torch.device("cpu")
@@ -77,26 +77,14 @@ def test_the_modes_are_set_while_the_run_lasts_and_as_before_afterwards(train, m
 
 def test_modes_are_as_before_after_a_refusal_too():
     before = modes()
-    with pytest.raises(files.Refusal), deterministic.mode(True):
+    with pytest.raises(files.Refusal), deterministic.mode():
         raise files.Refusal("a", "b", "c")
     assert modes() == before
 
 
-def test_a_workspace_that_comes_too_late_is_refused(monkeypatch):
-    stats = {}
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
-    monkeypatch.setattr(torch.cuda, "memory_stats", lambda device: stats)
-    monkeypatch.setenv(deterministic.WORKSPACE, ":0:0")
-    with deterministic.mode(True):  # asked for its name only, as bitsandbytes does
-        assert os.environ[deterministic.WORKSPACE] == ":4096:8"
-    stats["allocation.all.allocated"] = 1
-    monkeypatch.setenv(deterministic.WORKSPACE, ":0:0")
-    with pytest.raises(files.Refusal, match=f"export {deterministic.WORKSPACE}"):
-        with deterministic.mode(True):
-            pass
+def test_a_workspace_that_was_chosen_stays(monkeypatch):
     monkeypatch.setenv(deterministic.WORKSPACE, ":16:8")
-    with deterministic.mode(True):
+    with deterministic.mode():
         assert os.environ[deterministic.WORKSPACE] == ":16:8"
 
 
@@ -129,7 +117,7 @@ def test_the_promise_may_be_given_up_and_not_taken_up(train, capsys):
 
 def test_it_is_promised_for_one_gpu_and_one_torch_only(monkeypatch):
     on = dataclasses.replace(configuration.RECIPES["pocket"][1], deterministic=True)
-    assert deterministic.promise(configuration.RECIPES["pocket"][1], CPU) == {}
+    assert faster.promise(configuration.RECIPES["pocket"][1], CPU, 1) == {}
     assert f"torch {torch.__version__}" in deterministic.promise(on, CPU)["computed by"]
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "Tesla T4")
     assert "Tesla T4" in deterministic.promise(on, torch.device("cuda"))["computed by"]

@@ -1,6 +1,7 @@
 """The fused layers against the definitions: same answers, same gradients."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ import loop
 import lora
 import model
 from conftest import make_batch, make_unet
-from fast import flat
+from fast import compile, flat
 from fast import layers as fused
 
 SCHEDULE = model.NoiseSchedule(torch.linspace(0.999, 0.005, 1000), "epsilon")
@@ -141,11 +142,11 @@ def bare(targets=lora.TARGETS):
     return unet
 
 
-def test_a_layer_with_more_than_sdxls_is_left_alone():
+def test_a_layer_with_more_than_sdxls_is_noticed():
     unet = bare()
     attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attention.residual_connection = True
-    assert fused.wrap(unet).startswith("15 attention layers")
+    assert "mid_block.attentions.0.transformer_blocks.0.attn1 would be" in fused.disagreement(unet)
 
 
 def test_only_layers_that_are_known_are_fused():
@@ -157,6 +158,25 @@ def test_only_layers_that_are_known_are_fused():
     attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attention.to_k.__class__ = type("Other", (lora.LoRALinear,), {})
     assert fused.wrap(unet).startswith("15 attention layers")
+
+
+def test_compiled_blocks_and_fused_layers_go_back_to_their_definitions(monkeypatch, one_thread):
+    """With the compiler's first half alone: the second takes minutes."""
+    whole = functools.partial(torch.compile, backend="eager")
+    monkeypatch.setattr(
+        torch, "compile", lambda f, **how: called.append(f.__self__) or whole(f, **how)
+    )
+    unet, _, _, _ = adapted(False)
+    batch, called = make_batch(2), []
+    with torch.no_grad():
+        before = model.predict(unet, batch["noise"], batch)
+        fused.wrap(unet)
+        compile.compile_resnets(unet)
+        torch.testing.assert_close(model.predict(unet, batch["noise"], batch), before)
+        assert {type(each).__name__ for each in called} == {"ResnetBlock2D"}
+        fused.unwrap(unet)
+        assert torch.equal(model.predict(unet, batch["noise"], batch), before)
+    assert not any("forward" in vars(each) for each in unet.modules())
 
 
 FORWARDS = {  # of the branch, scaled; the book's own is the first
