@@ -75,7 +75,7 @@ def run_command(case: Case, how: str):
     argv = bad_folders.small_run(case, dataset_name=str(case.folder / "data"), max_train_steps="3")
     if how == "checkpoint":
         newest = max((case.out / "run" / "checkpoints").iterdir())
-        bad_weights.bad_state(case, newest, case.elsewhere / "malice")
+        bad_weights.bad_state(case, newest)
     elif how == "option":
         words = bad_folders.odd_words(case, list(RUN_OPTIONS))
         case.what = " ".join(words)[:300].encode("ascii", "backslashreplace").decode()
