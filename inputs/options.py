@@ -52,10 +52,9 @@ class Within:
     def hold(self, value: float | tuple) -> bool:
         """Whether the number is in here, or all of several are; nan never is."""
         numbers = value if isinstance(value, tuple) else (value,)
-        inside = (
-            self.least <= n <= self.most and not (self.step and n % self.step) for n in numbers
-        )
-        return numbers != () and all(inside)
+        inside = [self.least <= n <= self.most for n in numbers]
+        stepped = [not self.step or n % self.step == 0 for n in numbers]
+        return numbers != () and all(inside + stepped)
 
     def __str__(self) -> str:
         steps = f" in steps of {self.step}" if self.step else ""
