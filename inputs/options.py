@@ -43,11 +43,12 @@ POCKET_PROMPTS = (*QUICK_PROMPTS, "bicycle", "guitar", "mushroom", "snowman")
 
 @dataclass(frozen=True)
 class Within:
-    """The least and the most that a number may be, both allowed, and what it is a multiple of."""
+    """The least and the most that a number may be, both allowed."""
 
     least: float
     most: float
-    step: int = 0  # any
+    # Of which it must be a multiple; 0 is any number.
+    step: int = 0
 
     def hold(self, value: float | tuple) -> bool:
         """Whether the number is in here, or all of several are; nan never is."""
