@@ -33,11 +33,10 @@ class Refusal(Exception):
 def refuse(troubles: Iterable[Iterable[str]]) -> None:
     """Raise one Refusal that names all troubles, each (found, expected, remedy), or nothing."""
     columns = [list(dict.fromkeys(column)) for column in zip(*troubles, strict=True)]
+    for each in columns:
+        each[10:] = [f"{len(each) - 10} more"] if len(each) > 10 else []
     if columns:
-        found, expected, remedies = columns
-        more = [f"{len(found) - 10} more"] if len(found) > 10 else []
-        said = (" and ".join(each) for each in ([*found[:10], *more], expected[:10], remedies[:10]))
-        raise Refusal(*said)
+        raise Refusal(*map(" and ".join, columns))
 
 
 def require(fine: bool, found: str, expected: str, remedy: str) -> None:

@@ -44,19 +44,19 @@ POCKET_PROMPTS = (*QUICK_PROMPTS, "bicycle", "guitar", "mushroom", "snowman")
 
 @dataclass(frozen=True)
 class Within:
-    """The least and the most that a number may be, both allowed, and what it is a multiple of."""
+    """The least and the most that a number may be, both allowed."""
 
     least: float
     most: float
-    step: int = 0  # any
+    # Of which it must be a multiple; 0 is any number.
+    step: int = 0
 
     def hold(self, value: float | tuple) -> bool:
         """Whether the number is in here, or all of several are; nan never is."""
         numbers = value if isinstance(value, tuple) else (value,)
-        inside = (
-            self.least <= n <= self.most and not (self.step and n % self.step) for n in numbers
-        )
-        return numbers != () and all(inside)
+        inside = [self.least <= n <= self.most for n in numbers]
+        stepped = [not self.step or n % self.step == 0 for n in numbers]
+        return numbers != () and all(inside + stepped)
 
     def __str__(self) -> str:
         steps = f" in steps of {self.step}" if self.step else ""
