@@ -21,8 +21,8 @@ A process refuses (a damaged picture, say): its sentence is said once, with its 
 ends the others. torchrun itself killed: its processes go on to the end, unless they still encode.
 
 After each of them the same command continues from the newest checkpoint. The timeout is also for
-what one process does between two meeting points: one that downloads for longer than all others
-would count as hanging.
+what one process does between two meeting points: one that downloads for longer than the others by
+more than that counts as hanging.
 """
 
 from __future__ import annotations
@@ -66,9 +66,7 @@ class Team:
         if not self.first:
             sys.stdout = open(os.devnull, "w")  # what is said of the run is said by the first
         with self.answered():  # on the host, also where GPUs compute: for all but the exchange
-            dist.init_process_group(
-                *("gloo", None, self.timeout, self.size, self.rank), store=self.store
-            )
+            dist.init_process_group("gloo", None, self.timeout, self.size, self.rank, self.store)
         return self
 
     def __exit__(self, kind, error, trace):

@@ -171,9 +171,8 @@ class Config:
     # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
     plan_for: str = ""
 
-    # Seconds without a sign of life after which one of several processes (torchrun) counts as
-    # hanging and ends the others; so many that a slow download is none. One that dies ends them at
-    # once.
+    # Seconds that several processes (torchrun) wait for one of them before the run ends; so many
+    # that a slow download is no reason.
     ddp_timeout: Annotated[float, Within(1, 1e6)] = 1800
 
     # Optimizer steps between checkpoints; what a lost connection costs at most.
