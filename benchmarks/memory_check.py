@@ -1,4 +1,4 @@
-"""fast/plan.py's prediction against the GPU: two optimizer steps of SDXL's UNet with random weights.
+"""plan.py's prediction against the GPU: two optimizer steps of SDXL's UNet with random weights.
 
 `python benchmarks/memory_check.py predict PREDICTED.json` (CPU, minutes) writes what plan.py
 counts for each of CASES; `python benchmarks/memory_check.py measure PREDICTED.json OUT.json` (GPU)
