@@ -1,7 +1,11 @@
 """Which way of computing a run fits a card and is fastest there, and what a recipe needs on it.
 
-memory.py says what a step takes; here is what cards offer, how long a step takes by arithmetic, the
-choice, and `make plan`'s table. Deleting this module leaves every run as it is.
+What a step takes is found out by the real step, run on tensors without numbers: on the meta device
+every operation of the micro-step runs for its shapes alone, and a mode above it follows which
+storages are alive, and counts the work. An operator that is not named here counts by what it makes,
+whoever registered it. What the GPU's libraries take besides (their workspaces) is a stated reserve.
+Then: what cards offer, how long a step takes by arithmetic, the choice, and `make plan`'s table.
+Deleting this module leaves every run as it is.
 
 A step's n examples are cut into passes of one size, a divisor of n. An uneven cut (3 + 1, which is
 the same run) is never the fastest that fits: what a pass costs besides its examples is its
@@ -9,144 +13,316 @@ launches, so only fewer passes are faster, and for the recipes' n = 4 three at o
 as two at once do, for more memory. Only an n without a divisor near would gain: 3 + 3 + 1 on a T4
 takes 8 % less than seven passes of one (7 x 159 ms), where n = 8 in two passes takes 9 % less per
 image by itself.
-
-Letters: `n` examples per optimizer step.
 """
 
-from __future__ import annotations
-
-import contextlib
-import json
-import re
-import sys
+import functools
+import weakref
+from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
-import diffusers
 import torch
 from diffusers import UNet2DConditionModel
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
 import loop
 import lora
 import model
-from fast import flat, layers, memory
-from fast.memory import GIB, Prediction, Rehearsal, Work, plus, quantised
+from fast import layers, nf4
+from fast.flat import Flat
 from inputs import hub
-from inputs.files import Refusal, digest, first_line, write_whole
+from inputs.files import Refusal, first_line
 from inputs.options import RECIPES, Config
-from inputs.vetting import SDXL_UNET
+from inputs.vetting import SDXL_UNET, load_bitsandbytes
+
+GIB = 2**30
+# What the libraries keep besides torch's tensors (matrix products' and convolutions' workspaces),
+# in bytes: fitted on the lightest configuration with a base as it is and the lightest with one in
+# 4 bits of benchmarks/results/memory_check.json.
+RESERVE = int(0.125 * GIB)
+
+# ---- what is alive -------------------------------------------------------------------------------
+
+aten = torch.ops.aten
+PRODUCTS = flop_registry | {aten.addmm_: flop_registry[aten.addmm]}
+NO_KERNEL = ("empty", "detach", "_unsafe_view", "split", "as_strided", "chunk", "unbind")
+
+# What is done, by kind. flop: the arithmetic of matrix products, convolutions and attention; moved:
+# the bytes that all other operators read and write, as if nothing stayed in a cache; launches: how
+# many operators compute.
+Work = Counter
+
+
+@functools.cache
+def computes(func: torch._ops.OpOverload) -> bool:
+    """Whether an operator runs a kernel, as far as its name tells."""
+    return not func.is_view and not any(word in func.name() for word in NO_KERNEL)
+
+
+def tensors(tree) -> list[Tensor]:
+    """All in nested arguments or answers."""
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+def nbytes(tree) -> int:
+    return sum(tensor.nbytes for tensor in tensors(tree))
+
+
+class Live(TorchDispatchMode):
+    """Follows every storage made inside, from the operation that makes it until it is freed.
+
+    bytes: alive now; peak: the most that were alive at once, a convolution's workspace included,
+    which is `workspace` of them; work: what was done so far.
+    """
+
+    def __init__(self):
+        super().__init__()
+        self.bytes, self.known = 0, weakref.WeakSet()
+        self.start()
+
+    def start(self) -> None:
+        """Begin a new peak and a new count of work here."""
+        self.peak, self.workspace, self.work = self.bytes, 0, Work()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        out, operation = func(*args, **kwargs), func.overloadpacket
+        if operation in PRODUCTS:
+            self.work["flop"] += PRODUCTS[operation](*args, **kwargs, out_val=out)
+        elif computes(func):
+            self.work["moved"] += nbytes((args, kwargs, out))
+        self.work["launches"] += computes(func)
+        for tensor in tensors(out):
+            self.follow(tensor.untyped_storage())
+        # cuDNN computes in the order NHWC: tensors in torch's order are copied into it and back.
+        copied = operation in (aten.convolution, aten.convolution_backward)
+        workspace = nbytes((args, out)) if copied else 0
+        if self.bytes + workspace > self.peak:
+            self.peak, self.workspace = self.bytes + workspace, workspace
+        return out
+
+    def follow(self, storage: torch.UntypedStorage) -> None:
+        # The Python object of a storage lives as long as the storage, whoever holds that.
+        if storage not in self.known:
+            self.known.add(storage)
+            self.bytes += storage.nbytes()
+            weakref.finalize(storage, self.freed, storage.nbytes())
+
+    def freed(self, size: int) -> None:
+        self.bytes -= size
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_, **__) -> Tensor:
+    """The fused kernel that a T4 takes."""
+    return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
+
+
+# For tensors without numbers torch would take the definition, which keeps the weight of every pair.
+FUSED = torch.library.Library("aten", "IMPL")
+FUSED.impl("scaled_dot_product_attention", attention, "AutogradMeta")
+
+
+# ---- the recipe's step, on tensors without numbers -----------------------------------------------
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """What one micro-step needs. parts: bytes at its peak, by part; work: of its two passes; again:
+    for each module of model.checkpointable() the work that recomputing it would cost, and under
+    "kept" the bytes that it would save (meant only where nothing is recomputed).
+    """
+
+    parts: dict[str, int]
+    work: Work
+    again: dict[str, Work]
+
+    @property
+    def peak(self) -> int:
+        """Bytes, reserve included."""
+        return sum(self.parts.values())
+
+
+def fake_batch(config: Config, unet: UNet2DConditionModel, tokens: int = 77) -> dict[str, Tensor]:
+    """A batch as data.Examples makes it, without numbers; keys and shapes are the same."""
+    B, side, about = config.train_batch_size, config.resolution // 8, unet.config
+    pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
+    latent = (B, about.in_channels, side, side)
+    return {
+        **{name: torch.empty(latent) for name in ("mean", "std", "eps", "noise")},
+        "t": torch.empty(B, dtype=torch.int64),
+        "context": torch.empty(B, tokens, about.cross_attention_dim),
+        "pooled": torch.empty(B, pooled),
+        "time_ids": torch.empty(B, 6),
+    }
+
+
+def optimizer_bytes(config: Config, count: int) -> int:
+    """AdamW's two moments of `count` numbers: fp32, or 8 bits and an fp32 factor for each 256, with
+    the two tables of 256 values that tell what the bits mean.
+    """
+    return 2 * (count + 4 * count // 256 + 4 * 256) if config.use_8bit_adam else 2 * 4 * count
+
+
+class Rehearsal:
+    """A recipe's UNet with its adapter, made without numbers, and what its micro-step needs.
+
+    One rehearsal serves every size of micro-batch and every choice of blocks to recompute.
+    """
+
+    def __init__(self, config: Config, dtype: torch.dtype, about: dict):
+        self.live = Live()
+        with torch.device("meta"), self.live:
+            unet = UNet2DConditionModel.from_config(about).requires_grad_(False).eval()
+            nn.Module.to(unet, dtype)  # diffusers' own to() warns of numbers that are lost
+            if config.base_quantization != "none":
+                quantise(unet, dtype)
+            adapter = lora.inject(unet, lora.TARGETS, config.lora_rank)
+            self.flat = Flat(unet, lora.trained(unet))
+            if config.fused and config.attention == "sdpa":
+                layers.wrap(unet)
+            parts = (unet, adapter, self.flat.views)
+            schedule = model.NoiseSchedule(torch.empty(1000), "epsilon")
+            sums = torch.empty(()), torch.empty(())
+            # No examples and no optimizer: a micro-step reads neither.
+            self.run = loop.Run(config, *parts, None, schedule, (1.0, 0.0), None, *sums, None)
+        for name, module in model.checkpointable(unet).items():
+            for part in recomputed_parts(module):
+                part.register_forward_pre_hook(self.enter)
+                part.register_forward_hook(functools.partial(self.leave, name))
+
+    def predict(self, config: Config) -> Prediction:
+        """config: this rehearsal's, with another batch size or other blocks to recompute."""
+        unet, live, count = self.run.unet, self.live, self.flat.vector.numel()
+        unet.disable_gradient_checkpointing()
+        if config.gradient_checkpointing:
+            model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
+        self.again, before, vector = defaultdict(Work), live.bytes, 4 * count
+        with torch.device("meta"), live:
+            batch = fake_batch(config, unet)
+            live.start()
+            self.flat.micro_step(loop.micro_step)(replace(self.run, config=config), batch)
+        parts = {
+            "weights": before - 2 * vector,
+            "adapter": vector,
+            "gradients": vector,
+            "activations": live.peak - live.workspace - before,
+            "workspace": live.workspace + RESERVE,
+            "optimizer": optimizer_bytes(config, count),
+        }
+        return Prediction(parts, live.work, self.again)
+
+    def enter(self, *_) -> None:
+        self.began = (self.live.bytes, Work(self.live.work))
+
+    def leave(self, name: str, part, _, answer) -> None:
+        """Add what a part has left alive, its answer aside, and its work."""
+        bytes_before, work_before = self.began
+        kept = self.live.bytes - bytes_before - answer.untyped_storage().nbytes()
+        self.again[name] += self.live.work - work_before + Work(kept=kept)
+
+
+def recomputed_parts(module: nn.Module) -> list[nn.Module]:
+    """What diffusers hands to checkpoint() one by one where `module` has the flag."""
+    if hasattr(module, "transformer_blocks"):
+        return list(module.transformer_blocks)
+    return list(module.resnets)
+
+
+# ---- an NF4 base: the same sizes without the numbers ---------------------------------------------
+
+
+def quantise(unet: nn.Module, dtype: torch.dtype) -> None:
+    """Replace the Linears of `unet` that an NF4 base keeps in 4 bits by bitsandbytes' own."""
+    bnb, codes = load_bitsandbytes(*nf4.NEEDED), [torch.empty(16), torch.empty(256)]
+    for key, shape in nf4.shapes_to_quantise(unet).items():
+        name = key.removesuffix(".weight")
+        linear, scales = unet.get_submodule(name), -(-shape.numel() // nf4.PER_SCALE)
+        numbers = {
+            key: torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8),
+            f"{key}.absmax": torch.empty(scales, dtype=torch.uint8),
+            f"{key}.nested_absmax": torch.empty(-(-scales // nf4.SCALES_PER_SCALE)),
+            f"{key}.nested_offset": torch.empty(()),
+        }
+        layer = nf4.linear_4bit(bnb, linear, key, numbers, codes, dtype)
+        layer.bias = linear.bias
+        unet.set_submodule(name, layer)
+
 
 # ---- cards, and how long a step takes there ------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Card:
-    """name: as torch says it, or a part of it; gib: about what torch reports as its memory; half
-    and single: peak TFLOP/s of fp16 (or bf16) products summed in fp32, which GeForce cards do at
-    half the rate of sums in fp16, and of fp32 products, dense; capability: sm_XY.
+    """name: words of what torch calls it; gib: about what torch reports as its memory; tflops: peak
+    TFLOP/s of fp16 (or bf16) products summed in fp32, which GeForce cards do at half the rate of
+    sums in fp16, and tflops_fp32 of fp32 products, dense; bf16: whether it computes that.
     """
 
     name: str
     gib: float
-    half: float
-    single: float
+    tflops: float
+    tflops_fp32: float
     gb_per_s: int
-    capability: tuple[int, int]
+    bf16: bool = True
 
 
-CARDS = {  # as sold; what of it a run reaches is SHARES' assumption
-    card.name: card
-    for card in (
-        Card("T4", 14.56, 65, 8.1, 300, (7, 5)),
-        Card("P100", 15.89, 18.7, 9.3, 732, (6, 0)),
-        Card("V100", 15.77, 112, 14.0, 900, (7, 0)),
-        Card("RTX 2060", 5.79, 26, 6.5, 336, (7, 5)),
-        Card("RTX 2070", 7.78, 30, 7.5, 448, (7, 5)),
-        Card("RTX 3060", 11.75, 25.5, 12.7, 360, (8, 6)),
-        Card("RTX 3090", 23.68, 71, 35.6, 936, (8, 6)),
-        Card("RTX 4090", 23.64, 165, 82.6, 1008, (8, 9)),
-        Card("L4", 22.03, 121, 30.3, 300, (8, 9)),
-        Card("A10G", 22.06, 70, 31.2, 600, (8, 6)),
-        Card("A100 40GB", 39.4, 312, 19.5, 1555, (8, 0)),
-        Card("A100 80GB", 79.15, 312, 19.5, 2039, (8, 0)),
-        Card("H100", 79.1, 989, 67, 3350, (9, 0)),
-        Card("H200", 139.8, 989, 67, 4800, (9, 0)),
-    )
-}
+CARDS = (  # as sold; what of it a run reaches is SHARES' assumption
+    Card("T4", 14.56, 65, 8.1, 300, bf16=False),
+    Card("RTX 2060", 5.79, 26, 6.5, 336, bf16=False),
+    Card("RTX 2070", 7.78, 30, 7.5, 448, bf16=False),
+    Card("RTX 3060", 11.75, 25.5, 12.7, 360),
+    Card("RTX 3090", 23.68, 71, 35.6, 936),
+    Card("RTX 4090", 23.64, 165, 82.6, 1008),
+    Card("L4", 22.03, 121, 30.3, 300),
+    Card("A100", 39.4, 312, 19.5, 1555),
+    Card("H100", 79.1, 989, 67, 3350),
+)
 # The share of the free memory that a plan may fill. What torch reserves is more than what is
 # allocated at the peak, since blocks of other sizes lie between: 1 to 12 % more in 15 of the 19
 # cases of benchmarks/results/memory_check.json that load a base as it is, 14 to 23 % in four (none
-# was short of memory, where torch gives blocks back). The prediction is 1 % under to 2 % over.
+# was short of memory, where torch gives blocks back).
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
 # s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H100's
 # 0.138, 0.058, 0.261 and 0.174 s of benchmarks/results/bench_ladder.json within a tenth.
 LAUNCH = 3.5e-6
-EAGER = 0.4  # s of host work that a pass takes at least if it is not recorded
-# s that --compile takes before the first step (an H100's host), and the share of a recorded step
-# that it saves there: the rows 4x1 and compile of benchmarks/results/bench_ladder.json.
-COMPILE, COMPILED = 77, 0.04
 
 
-def seconds_per_pass(
-    config: Config, work: Work, weights: int, card: Card, half: bool, share: float
-) -> dict[str, float]:
-    """One forward and backward pass over config.train_batch_size examples, estimated, by what takes
-    the time. work: of that pass, which reads the `weights`, in bytes, at least twice.
+def seconds(work: Work, card: Card, share: float = SHARES[0]) -> float:
+    """Of the recorded kernels that do `work`, estimated."""
+    other = work["moved"] / (1e9 * card.gb_per_s) + LAUNCH * work["launches"]
+    return work["flop"] / (share * 1e12 * card.tflops) + other
+
+
+def step_seconds(config: Config, work: Work, *about) -> float:
+    """seconds() of an optimizer step, each of whose passes over train_batch_size examples has
+    `work` to do, forward and backward.
     """
-    peak, speed = 1e12 * (card.half if half else card.single), 1e9 * card.gb_per_s
-    parts = {
-        "products": max(work["flop"] / (share * peak), 2 * weights / speed),
-        "bytes": work["moved"] / speed,
-        "launches": LAUNCH * work["launches"],
-    }
-    if not config.cuda_graph:
-        parts["launches"] = max(0.0, EAGER - parts["products"] - parts["bytes"])
-    return parts
-
-
-def seconds_per_step(config: Config, *about) -> float:
-    """seconds_per_pass() of as many passes as config's optimizer step has."""
-    passes = config.examples_per_step / config.train_batch_size
-    return passes * sum(seconds_per_pass(config, *about).values())
-
-
-def seconds_again(config: Config, work: Work, card: Card, half: bool) -> float:
-    """What a pass takes longer for `work` that is done again."""
-    parts = seconds_per_pass(config, work, 0, card, half, SHARES[0])
-    return sum(parts.values()) if config.cuda_graph else parts["products"] + parts["bytes"]
-
-
-def compiling(config: Config, seconds: list[float]) -> str:
-    """--compile against the run's length. seconds: estimates of a recorded step's, if known."""
-    said = f"{COMPILE} s more at the start for {COMPILED:.0%} less a step, as measured once (H100, "
-    said += "512 px, fp16, recorded, nothing recomputed)"
-    if seconds:
-        steps = (f"{COMPILE / COMPILED / s:,.0f}" for s in sorted(seconds, reverse=True))
-        said += f": {' to '.join(steps)} steps earn it back"
-    return f"{said}; the run has {config.max_train_steps:,}"
+    return config.examples_per_step / config.train_batch_size * seconds(work, *about)
 
 
 def named_card(name: str) -> Card:
     """The card of CARDS that `name` means. Raises Refusal for none."""
-    for key, card in CARDS.items():
-        if name.replace(" ", "").lower() == key.replace(" ", "").lower():
+    for card in CARDS:
+        if card.name.replace(" ", "").lower() == name.replace(" ", "").lower():
             return card
-    raise Refusal(
-        f"card {name}", f"one of {', '.join(CARDS)}", "make plan CARD=T4, or --plan-for T4"
-    )
+    listed = ", ".join(card.name for card in CARDS)
+    raise Refusal(f"card {name}", f"one of {listed}", "make plan CARD=T4, or --plan-for T4")
 
 
-def this_card(device: torch.device) -> Card:
-    """The card that torch sees, its peak from CARDS, or a middling one's where it is not there."""
-    about = torch.cuda.get_device_properties(device)
-    gib = about.total_memory / GIB
-    alike = [
-        c for c in CARDS.values() if re.search(rf"\b{re.sub(' [48]0GB', '', c.name)}\b", about.name)
-    ]
-    found = min(alike, key=lambda c: abs(c.gib - gib), default=CARDS["A10G"])
-    return replace(found, name=about.name, gib=gib, capability=(about.major, about.minor))
+def this_card() -> Card:
+    """The card of CARDS that torch sees, or a middling one for one that is not there."""
+    words = torch.cuda.get_device_name().replace("-", " ").split()
+    return next((card for card in CARDS if set(card.name.split()) <= set(words)), CARDS[4])
+
+
+def in_dtype(card: Card, dtype: torch.dtype) -> Card:
+    """`card` with the peak of products in `dtype`."""
+    return replace(card, tflops=card.tflops_fp32) if dtype == torch.float32 else card
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -154,51 +330,17 @@ def this_card(device: torch.device) -> Card:
 Predict = Callable[[Config], Prediction]
 
 
-@dataclass
-class Plan:
-    """The fastest way that fits, and the next faster one, which does not, with its bytes (none
-    where the fastest of all fits).
+def predictor(config: Config, dtype: torch.dtype, about: dict) -> Predict:
+    """A function from a Config that differs in batch size and recomputed blocks to a Prediction,
+    some five seconds each.
     """
-
-    config: Config
-    prediction: Prediction
-    faster: tuple[Config, int] | None = None
-
-
-def predictor(config: Config, dtype: torch.dtype, about: dict, folder: Path | None) -> Predict:
-    """A function from a Config that differs in batch size and recomputed blocks to a Prediction.
-
-    It looks in `folder` first and writes there what it had to find out. What is written is named by
-    all that it depends on: the choices, the UNet, the libraries and the modules' own text.
-    """
-    sources = (memory, flat, layers, lora, model, loop)
-    texts = [Path(source.__file__).read_bytes() for source in sources]
-    versions = f"{torch.__version__} {diffusers.__version__} {dtype} {json.dumps(dict(about))}"
-    reads = ("resolution", "train_batch_size", "lora_rank", "fused", "attention", "use_8bit_adam")
-    reads += ("gradient_checkpointing", "checkpointed_blocks", "snr_gamma")
-    known, rehearsals = {}, []
-
-    def predict(asked: Config) -> Prediction:
-        choices = {name: getattr(asked, name) for name in reads} | {"nf4": quantised(asked)}
-        key = digest(versions, json.dumps(choices), *texts)
-        path = folder / "memory" / f"{key}.json" if folder else None
-        if key not in known and path and path.is_file():
-            with contextlib.suppress(ValueError, TypeError):  # damaged: it is found out anew
-                known[key] = Prediction(**json.loads(path.read_text()))
-        if key not in known:
-            if not rehearsals:
-                print("counting what a step takes: some ten seconds, once", file=sys.stderr)
-                rehearsals.append(Rehearsal(config, dtype, about))
-            known[key] = rehearsals[0].predict(asked)
-            if path:
-                write_whole(path, json.dumps(asdict(known[key])).encode())
-        return known[key]
-
-    return predict
+    return functools.cache(Rehearsal(config, dtype, about).predict)
 
 
 def shaped(config: Config, size: int, blocks: tuple[str, ...] | None) -> Config:
-    """config in passes of `size` examples that recompute `blocks`; None recomputes nothing."""
+    """config in passes of `size` examples that recompute `blocks`; None recomputes nothing, and ()
+    everything.
+    """
     return replace(
         config,
         train_batch_size=size,
@@ -210,73 +352,54 @@ def shaped(config: Config, size: int, blocks: tuple[str, ...] | None) -> Config:
 
 def enlarged(work: Work, size: int) -> Work:
     """The work of one example's pass for `size` examples at once: as many launches."""
-    return {kind: amount * (1 if kind == "launches" else size) for kind, amount in work.items()}
+    return Work({kind: n * (1 if kind == "launches" else size) for kind, n in work.items()})
 
 
 def candidates(
-    config: Config, predict: Predict, card: Card, half: bool, most: int
-) -> list[tuple[float, int, Config]]:
-    """Every way to cut the step into passes of at most `most` and to recompute blocks, fastest
-    first: its seconds, its bytes and its Config.
+    config: Config, predict: Predict, card: Card, sizes: list[int]
+) -> list[tuple[int, Config]]:
+    """Every way to cut the step into passes of one of `sizes` and to recompute blocks, fastest
+    first: its bytes and its Config.
 
     Blocks are added in the order of bytes saved per second lost. Bytes and work are scaled up from
-    one example without and one with everything recomputed, which is somewhat too much;
-    choose_plan() looks at the real number before it believes one.
+    one example, which is somewhat too much; choose_plan() looks at the real number before it
+    believes one.
     """
-    plain, all_again = (predict(shaped(config, 1, blocks)) for blocks in (None, ()))
-    useful = [name for name, size in plain.kept.items() if size]
-    fixed = plain.peak - plain.parts["activations"]
-    found, n = [], config.examples_per_step
-    for size in (size for size in range(1, most + 1) if n % size == 0):
-        lowest = fixed + size * all_again.parts["activations"]
-        bytes_, work = fixed + size * plain.parts["activations"], enlarged(plain.work, size)
-        ways, again = [(bytes_, work, None)], {n: enlarged(plain.again[n], size) for n in useful}
-        lost = {n: seconds_again(config, again[n], card, half) for n in useful}
-        order = sorted(useful, key=lambda name: -plain.kept[name] / lost[name])
-        for count, name in enumerate(order, 1):
-            bytes_ -= size * plain.kept[name]
-            work = plus(work, again[name])
-            ways.append((max(bytes_, lowest), work, tuple(order[:count])))
-        for bytes_, work, blocks in ways:
-            way = shaped(config, size, blocks)
-            about = (work, plain.parts["weights"], card, half, SHARES[0])
-            found.append((seconds_per_step(way, *about), work["flop"], bytes_, way))
-    # Where the host or the weights' reading sets the time, less arithmetic goes first.
-    return [(c[0], *c[2:]) for c in sorted(found, key=lambda c: c[:2])]
+    plain, found = predict(shaped(config, 1, None)), []
+    for size in sizes:
+        again = {n: enlarged(work, size) for n, work in plain.again.items() if work["kept"]}
+        order = sorted(again, key=lambda name: -again[name]["kept"] / seconds(again[name], card))
+        for blocks in (tuple(order[:count]) for count in range(len(order) + 1)):
+            work = sum((again[name] for name in blocks), enlarged(plain.work, size))
+            needed = plain.peak + (size - 1) * plain.parts["activations"] - work["kept"]
+            way = shaped(config, size, blocks or None)
+            found.append((step_seconds(way, work, card), needed, way))
+    return [way for _, *way in sorted(found, key=lambda each: each[0])]
 
 
 def choose_plan(
-    config: Config, predict: Predict, card: Card, half: bool, free: int, most: int = 0
-) -> Plan:
+    config: Config, predict: Predict, card: Card, free: int, most: int = 0
+) -> tuple[Config, Prediction]:
     """The fastest way that fits into FILL of `free` bytes, in passes of at most `most` examples (0:
-    of all). Raises Refusal where none does.
+    of all); `config` itself where it is not to be planned. Raises Refusal where none does.
     """
-    most = most or config.examples_per_step
-    faster, off = None, {}  # off: by size of pass, how far its last estimate was from what came out
-    for _, estimate, way in candidates(config, predict, card, half, most):
-        size = way.train_batch_size
-        needed = estimate + off.get(size, 0)
-        if needed <= FILL * free * (1 if size in off else 1.05):  # at first estimates are too high
-            found = predict(way)
-            if found.peak <= FILL * free:
-                return Plan(way, found, faster)
-            needed, off[size] = found.peak, found.peak - estimate
-        faster = (way, needed)
-    least = predict(shaped(config, 1, ())).peak
-    smaller = "" if quantised(config) else "the recipe lowmem (a 4-bit base), or "
+    n, planned = config.examples_per_step, config.memory_plan
+    sizes = [size for size in range(1, (most or n) + 1) if n % size == 0]
+    fastest = shaped(config, sizes[-1], None) if planned else config
+    if (found := predict(fastest)).peak <= FILL * free:  # most cards: nothing else is asked
+        return fastest, found
+    for estimate, way in candidates(config, predict, card, sizes) if planned else ():
+        if estimate <= 1.05 * FILL * free and (found := predict(way)).peak <= FILL * free:
+            return way, found
+    least = shaped(config, 1, ()) if planned else config
+    needed = predict(least).peak / GIB
+    smaller = "the recipe lowmem, " if config.base_quantization == "none" else ""
     raise Refusal(
-        f"one example with everything recomputed needs {least / GIB:.1f} GiB on the GPU, and "
-        f"of {free / GIB:.1f} GiB free {FILL:.0%} may be filled",
-        f"at least {least / FILL / GIB:.1f} GiB free",
-        f"close what else uses this GPU; or take {smaller}a smaller --resolution; "
-        "--no-memory-plan tries it all the same",
+        f"{in_words(least)} needs {needed:.1f} GiB; {free / GIB:.1f} are free, {FILL:.0%} usable",
+        f"at least {needed / FILL:.1f} GiB free",
+        f"close what else uses this GPU; or take {smaller}a smaller --resolution; or "
+        "--no-memory-plan, which tries it all the same",
     )
-
-
-def step_seconds(plan: Plan, card: Card, half: bool) -> list[float]:
-    """Estimates of a step's seconds, by SHARES."""
-    about = (plan.prediction.work, plan.prediction.parts["weights"], card, half)
-    return [seconds_per_step(plan.config, *about, share) for share in SHARES]
 
 
 def in_words(config: Config) -> str:
@@ -286,20 +409,13 @@ def in_words(config: Config) -> str:
     return f"{config.train_batch_size} x {config.gradient_accumulation_steps}, {again} recomputed"
 
 
-def why_not_more(plan: Plan) -> str:
-    if not plan.faster:
-        return "no way that was tried is faster"
-    way, needed = plan.faster
-    return f"the next faster way ({in_words(way)}) needs {needed / GIB:.1f} GiB"
-
-
-def free_bytes(device: torch.device) -> int:
-    """What torch may still allocate on the GPU: what is free, or less where the process is held to
-    a share (torch.cuda.set_per_process_memory_fraction).
+def free_bytes() -> int:
+    """What torch may still allocate on this process's GPU: what is free, or less where it is held
+    to a share (torch.cuda.set_per_process_memory_fraction).
     """
-    free, total = torch.cuda.mem_get_info(device)
-    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)(device)
-    return min(free, int(share * total) - torch.cuda.memory_reserved(device))
+    free, total = torch.cuda.mem_get_info()
+    share = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()
+    return min(free, int(share * total) - torch.cuda.memory_reserved())
 
 
 def choose(
@@ -308,159 +424,63 @@ def choose(
     """`config` cut and recomputed as this GPU allows, and a line that says so. most: the examples
     of a step that this process has; 0 means all.
 
-    The run is the same whatever is chosen.
-    """
-    chosen, line, seconds = chosen_way(config, device, dtype, most)
-    if config.compile:
-        line = f"{line}\n--compile takes {compiling(chosen, seconds)}".lstrip()
-    return chosen, line
-
-
-def chosen_way(
-    config: Config, device: torch.device, dtype: torch.dtype, most: int
-) -> tuple[Config, str, list[float]]:
-    """choose()'s, and estimates of a step's seconds where a plan was made.
-
-    Only where the recipe asks for it and batch size and checkpointing are still the recipe's own:
-    what was asked for is obeyed.
+    The run is the same whatever is chosen. Only where the recipe asks for it and batch size and
+    checkpointing are still the recipe's own: what was asked for is obeyed.
     """
     usual = RECIPES[config.recipe][1]
     names = ("train_batch_size", "gradient_checkpointing", "checkpointed_blocks")
     asked = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if not config.memory_plan or device.type != "cuda":
-        return config, "", []
+        return config, ""
     if config.deterministic:
-        return config, "memory plan: none, since what is free is no function of the options", []
+        return config, "memory plan: none, since what is free is no function of the options"
     if not config.cache:
-        return config, "memory plan: none, since --no-cache keeps the encoders in memory, too", []
+        return config, "memory plan: none, since --no-cache keeps the encoders in memory, too"
     if asked:
-        return config, f"memory plan: none, since {', '.join(asked)} was asked for", []
+        return config, f"memory plan: none, since {', '.join(asked)} was asked for"
     try:
-        if device.index is None:  # CUDA's own calls want a number
-            device = torch.device("cuda", torch.cuda.current_device())
         folder = hub.fetch(config.pretrained_model_name_or_path, "unet", dtype != torch.float32)
-        about = UNet2DConditionModel.load_config(folder)
-        predict = predictor(config, dtype, about, Path(config.cache_dir))
-        free = free_bytes(device)
-        card, half = this_card(device), dtype != torch.float32
-        plan = choose_plan(config, predict, card, half, free, most)
+        predict = predictor(config, dtype, UNet2DConditionModel.load_config(folder))
+        card, free = in_dtype(this_card(), dtype), free_bytes()
+        way, found = choose_plan(config, predict, card, free, most)
     except Refusal:
         raise
     except Exception as error:  # another torch's meta kernels may lack something: train anyway
-        return config, f"memory plan: none, since it failed ({first_line(error)})", []
-    line = (
-        f"memory plan: {in_words(plan.config)}: {plan.prediction.peak / GIB:.1f} GiB predicted, "
-        f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; {why_not_more(plan)}"
+        return config, f"memory plan: none, since it failed ({first_line(error)})"
+    return way, (
+        f"memory plan: {in_words(way)}: {found.peak / GIB:.1f} GiB predicted, "
+        f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled"
     )
-    known = config.cuda_graph and half and not plan.config.gradient_checkpointing
-    return plan.config, line, step_seconds(plan, card, half) if known else []
 
 
 # ---- make plan -----------------------------------------------------------------------------------
 
-# SDXL base's files in GB, fp16 variant and fp32: UNet, second and first text encoder; VAE in fp32.
-DOWNLOAD_GB = {True: 5.14 + 1.39 + 0.25 + 0.33, False: 10.27 + 2.78 + 0.49 + 0.33}
-# GiB of its own that a run's process took at most, and of mapped file pages, which the kernel can
-# drop: benchmarks/results/full_size.json; fp32's, with fp32 files, full_size_eager.json beside it.
-HOST_GIB = {True: (2.1, 5.5), False: (2.8, 10.2)}
-
 
 def table(config: Config) -> str:
     """What a recipe needs on the card that config.plan_for names, without that card."""
-    card = named_card(config.plan_for)
-    dtype = model.DTYPES.get(config.mixed_precision)
-    if dtype is None:
-        dtype = torch.bfloat16 if card.capability >= (8, 0) else torch.float16
-    half, about, free = dtype != torch.float32, SDXL_UNET, int(card.gib * GIB)
-    if Path(config.pretrained_model_name_or_path).is_dir():
-        folder = hub.fetch(config.pretrained_model_name_or_path, "unet", half)
-        about = UNet2DConditionModel.load_config(folder)
-    predict = predictor(config, dtype, about, Path(config.cache_dir))
+    card, name, about = named_card(config.plan_for), config.pretrained_model_name_or_path, SDXL_UNET
+    auto = torch.bfloat16 if card.bf16 else torch.float16
+    dtype, free = model.DTYPES.get(config.mixed_precision, auto), int(card.gib * GIB)
+    if Path(name).is_dir():
+        about = UNet2DConditionModel.load_config(hub.fetch(name, "unet", dtype != torch.float32))
+    card = in_dtype(card, dtype)
+    head = f"recipe {config.recipe} on {card.name}, {config.resolution} px, UNet in {dtype}"
     try:
-        plan = Plan(config, predict(config))
-    except (RuntimeError, AttributeError, TypeError) as error:  # of meta kernels that are missing
-        raise Refusal(
-            f"torch {torch.__version__} cannot run the step without numbers ({first_line(error)})",
-            "a torch whose meta device knows every operation of the step, such as 2.11 or 2.15",
-            "make plan with a newer torch; training itself goes on without a plan",
-        ) from error
-    if config.memory_plan:
-        try:
-            plan = choose_plan(config, predict, card, half, free)
-        except Refusal:  # nothing fits: the smallest is shown
-            plan.config = shaped(config, 1, ())
-            plan.prediction = predict(plan.config)
-    return "\n".join(rows_of(config, plan, card, dtype, free))
-
-
-def rows_of(config: Config, plan: Plan, card: Card, dtype: torch.dtype, free: int) -> list[str]:
-    """The table's lines."""
-    found, way, half = plan.prediction, plan.config, dtype != torch.float32
-    fits = found.peak <= FILL * free
-    own, mapped = HOST_GIB[half]
-    saved = 2 * (found.parts["optimizer"] + 2 * found.parts["gradients"]) / 1e9
-    kept = found.parts["weights"] / 1e9 if quantised(config) else 0.0
-    numbers = f"{kept:.1f} GB of 4-bit numbers, " if kept else ""
-    if Path(config.pretrained_model_name_or_path).is_dir():  # another model may have any size
-        files = [
-            f"{'download':>16}    0.0 GB: {config.pretrained_model_name_or_path} is on this disk",
-            f"{'disk':>16} {saved + kept:6.1f} GB: {numbers}{saved:.1f} GB of checkpoints, and "
-            "the pictures",
-        ]
-    else:
-        files = [
-            f"{'host memory':>16} {own:6.1f} GiB of its own, {mapped:.1f} GiB mapped file pages",
-            f"{'download':>16} {DOWNLOAD_GB[half]:6.1f} GB for SDXL base, once, and the pictures",
-            f"{'disk':>16} {DOWNLOAD_GB[half] + saved + kept:6.1f} GB: that, {numbers}{saved:.1f} "
-            "GB of checkpoints, about 1 MB a picture",
-        ]
+        way, found = choose_plan(config, predictor(config, dtype, about), card, free)
+    except Refusal as refusal:
+        return f"{head}\ndoes NOT fit: {refusal}"
+    work, steps = found.work, way.max_train_steps
+    low, high = (steps * step_seconds(way, work, card, share) / 60 for share in SHARES)
+    launching = steps * step_seconds(way, Work(launches=work["launches"]), card) / 60
     rows = [
-        f"recipe {config.recipe} on {card.name}, {config.resolution} px, UNet in {str(dtype)[6:]}",
-        f"{in_words(way)}, of {config.examples_per_step} images per optimizer step",
+        head,
+        f"{in_words(way)}, of {way.examples_per_step} images per optimizer step",
+        *(f"{'recomputed':>16} {name}" for name in way.checkpointed_blocks),
         *(f"{part:>16} {size / GIB:6.2f} GiB" for part, size in found.parts.items()),
-        f"{'peak':>16} {found.peak / GIB:6.2f} GiB of {card.gib:.2f}, of which {FILL:.0%} may be "
-        f"filled: {'fits' if fits else 'does NOT fit'}",
-        *files,
-        *estimate(way, found, card, half),
+        f"{'peak':>16} {found.peak / GIB:6.2f} GiB of {card.gib}, {FILL:.0%} usable: fits",
+        f"{'time':>16} {low:6.1f} to {high:.1f} minutes for {steps:,} steps, estimated: a pass has "
+        f"{work['flop'] / 1e12:.2f} TFLOP at {SHARES[0]:.0%} or {SHARES[1]:.0%} of "
+        f"{card.tflops:g} TFLOP/s, {work['moved'] / 1e9:.1f} GB at {card.gb_per_s:,} GB/s",
+        f"{'launches':>16} {work['launches']:6,} a pass: {launching:.1f} min of it",
     ]
-    if way.cuda_graph and half and not way.gradient_checkpointing:
-        rows.append(f"{'--compile':>24} {compiling(way, step_seconds(plan, card, half))}")
-    if config.memory_plan and fits:
-        rows.append(f"why not faster: {why_not_more(plan)}")
-    elif not fits:
-        largest = max(found.parts, key=found.parts.get)
-        less = f'RECIPE=lowmem CARD="{card.name}" ARGS="--resolution {config.resolution}"'
-        if quantised(config):
-            less = f'RECIPE={config.recipe} CARD="{card.name}" ARGS="--resolution 512"'
-        rows.append(
-            f"why not: {largest} alone take {found.parts[largest] / GIB:.1f} GiB. What may fit: "
-            f"make plan {less}"
-        )
-    return rows
-
-
-def estimate(way: Config, found: Prediction, card: Card, half: bool) -> list[str]:
-    """The minutes of a run, as a range, with the arithmetic."""
-    fast, slow = (
-        seconds_per_pass(way, found.work, found.parts["weights"], card, half, share)
-        for share in SHARES
-    )
-    passes = way.max_train_steps * way.examples_per_step / way.train_batch_size
-    low, high = (passes * sum(parts.values()) / 60 for parts in (fast, slow))
-    minutes = {name: passes * seconds / 60 for name, seconds in fast.items()}
-    peak = card.half if half else card.single
-    usual = RECIPES[way.recipe][1].resolution
-    size = f" --resolution {way.resolution}" if way.resolution != usual else ""
-    launches = f"{found.work['launches']:,} operators a pass, {LAUNCH * 1e6:.1f} us each"
-    return [
-        f"{'time':>16} {low:6.1f} to {high:.1f} minutes for {way.max_train_steps:,} steps: an "
-        f"estimate, not measured, of {passes:,.0f} passes:",
-        f"{'products':>24} {found.work['flop'] / 1e12:.2f} TFLOP a pass at {SHARES[0]:.0%} or "
-        f"{SHARES[1]:.0%} of {peak:g} TFLOP/s: {minutes['products']:.1f} or "
-        f"{passes * slow['products'] / 60:.1f} min",
-        f"{'other kernels':>24} {found.work['moved'] / 1e9:.1f} GB a pass at {card.gb_per_s:,} "
-        f"GB/s: {minutes['bytes']:.1f} min",
-        f"{'launches':>24} {launches if way.cuda_graph else 'by the host'}: "
-        f"{minutes['launches']:.1f} min",
-        f"{'to check, there':>24} python -m benchmarks.ladder recipe {way.recipe} --steps 20{size}",
-    ]
+    return "\n".join(rows)
