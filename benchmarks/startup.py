@@ -34,7 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 # counted in both; those that a version lacks are left out there.
 IMPORTS = (
     *("torch", "torch._dynamo", "bitsandbytes", "diffusers", "transformers", "peft"),
-    *("inputs.options", "model", "generate", "fast.memory", "torch.utils.tensorboard"),
+    *("inputs.options", "model", "generate", "fast.plan", "torch.utils.tensorboard"),
 )
 FUNCTIONS = {
     "inputs.options": ("parse",),
@@ -44,7 +44,6 @@ FUNCTIONS = {
     "keep.identity": ("identity",),
     "inputs.code": ("digests", "commit"),
     "keep.meaning": ("meaning",),
-    "fast.memory": ("choose",),
     "fast.plan": ("choose",),
     "data": ("fill_cache",),
     "fast.nf4": ("load_unet_nf4",),

@@ -37,7 +37,7 @@ from fast.flat import Flat
 from inputs import hub
 from inputs.files import Refusal, first_line
 from inputs.options import RECIPES, Config
-from inputs.vetting import SDXL_UNET, load_bitsandbytes
+from inputs.vetting import SDXL_UNET
 
 GIB = 2**30
 # What the libraries keep besides torch's tensors (matrix products' and convolutions' workspaces),
@@ -237,17 +237,17 @@ def recomputed_parts(module: nn.Module) -> list[nn.Module]:
 
 def quantise(unet: nn.Module, dtype: torch.dtype) -> None:
     """Replace the Linears of `unet` that an NF4 base keeps in 4 bits by bitsandbytes' own."""
-    bnb, codes = load_bitsandbytes(*nf4.NEEDED), [torch.empty(16), torch.empty(256)]
     for key, shape in nf4.shapes_to_quantise(unet).items():
         name = key.removesuffix(".weight")
         linear, scales = unet.get_submodule(name), -(-shape.numel() // nf4.PER_SCALE)
-        numbers = {
-            key: torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8),
-            f"{key}.absmax": torch.empty(scales, dtype=torch.uint8),
-            f"{key}.nested_absmax": torch.empty(-(-scales // nf4.SCALES_PER_SCALE)),
-            f"{key}.nested_offset": torch.empty(()),
-        }
-        layer = nf4.linear_4bit(bnb, linear, key, numbers, codes, dtype)
+        state = {"quant_type": "nf4", "shape": shape, "dtype": str(dtype).removeprefix("torch.")}
+        state |= {"absmax": torch.empty(scales, dtype=torch.uint8), "blocksize": nf4.PER_SCALE}
+        nested = torch.empty(-(-scales // nf4.SCALES_PER_SCALE))
+        state |= {"nested_absmax": nested, "nested_blocksize": nf4.SCALES_PER_SCALE}
+        state |= {"nested_dtype": "float32", "nested_offset": 0.0}
+        state |= {"quant_map": torch.empty(16), "nested_quant_map": torch.empty(256)}
+        weight = torch.empty((shape.numel() + 1) // 2, 1, dtype=torch.uint8)
+        layer = nf4.linear_4bit(linear, weight, state, dtype)
         layer.bias = linear.bias
         unet.set_submodule(name, layer)
 
