@@ -18,14 +18,7 @@ from torch import Tensor, nn
 
 import model
 from inputs import hub
-from inputs.files import (
-    Refusal,
-    digest,
-    open_safetensors,
-    safetensors_bytes,
-    sweep_parts,
-    write_whole,
-)
+from inputs.files import Refusal, digest, open_safetensors, safetensors_bytes, write_whole
 from inputs.vetting import load_bitsandbytes
 
 # Weights that share a scale, and scales that share a scale of their own, as bitsandbytes has it.
@@ -65,7 +58,6 @@ def load_unet_nf4(
         weights[key] = getattr(home, child).weight
     unet = model.fill_unet(unet, weights, folder)
     if not kept:  # only now are they known to fit
-        sweep_parts(cache_dir)
         write_whole(path, safetensors_bytes(tensors, {}))
         model.free_memory()
     return unet
