@@ -274,7 +274,8 @@ def largest_difference(module: nn.Module) -> float:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         plain = random_copy(module)
-        inputs = [torch.randn(2, 7, width, requires_grad=True) for width in input_widths(module)]
+        widths = enumerate(input_widths(module))
+        inputs = [torch.randn(2, 7 + i, width, requires_grad=True) for i, width in widths]
         fused = copy.deepcopy(plain)
         fuse(fused)
         forms = [answer_and_gradients(form, inputs) for form in (plain, fused)]
@@ -306,7 +307,7 @@ def fresh(linear: nn.Module) -> nn.Linear:
 
 
 def input_widths(module: nn.Module) -> list[int]:
-    """How wide each sequence is that a fusible module takes."""
+    """How wide each of the sequences is that a fusible module takes."""
     if is_gate(module):
         return [module.proj.in_features]
     context = [module.to_k.in_features] if module.is_cross_attention else []
