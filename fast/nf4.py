@@ -52,10 +52,10 @@ def load_unet_nf4(
         layer, is_state, part = key.partition(".weight.")
         (states[layer] if is_state else weights)[part or key] = tensor
     for layer, state in states.items():
-        parent, _, child = layer.rpartition(".")
-        home, key = unet.get_submodule(parent), f"{layer}.weight"
-        setattr(home, child, linear_4bit(getattr(home, child), weights[key], state, dtype))
-        weights[key] = getattr(home, child).weight
+        key = f"{layer}.weight"
+        made = linear_4bit(unet.get_submodule(layer), weights[key], state, dtype)
+        unet.set_submodule(layer, made)
+        weights[key] = made.weight
     unet = model.fill_unet(unet, weights, folder)
     if not kept:  # only now are they known to fit
         write_whole(path, safetensors_bytes(tensors, {}))
