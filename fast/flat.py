@@ -29,15 +29,6 @@ def padded(count: int) -> int:
     return -(-count // QUANT_BLOCK) * QUANT_BLOCK
 
 
-def together(names: list[str]) -> list[str]:
-    """`names` with those of one kind side by side: all A, then all B, then whatever else there is.
-
-    Matrices that share an input then follow one another in memory and can act as one.
-    """
-    kinds = list(dict.fromkeys(name.rpartition(".")[2] for name in names))
-    return sorted(names, key=lambda name: kinds.index(name.rpartition(".")[2]))
-
-
 class Flat:
     """`trained`, the parameters of `model` by name, laid into one vector, in place.
 
@@ -48,7 +39,8 @@ class Flat:
 
     def __init__(self, model: nn.Module, trained: dict[str, nn.Parameter]):
         self.spans, at = {}, 0  # name: where its matrix begins, in the vector's order
-        for name in together(list(trained)):
+        # All A, then all B: those that share an input follow one another and can act as one matrix.
+        for name in sorted(trained, key=lambda name: name.rpartition(".")[2]):
             self.spans[name], at = at, at + padded(trained[name].numel())
         device = next(iter(trained.values())).device
         self.vector = nn.Parameter(torch.zeros(at, dtype=torch.float32, device=device))

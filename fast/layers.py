@@ -10,7 +10,6 @@ Letters: `M` rows (batch x tokens), `r` rank, `k` layers that read the same x, `
 feed-forward layer.
 """
 
-import contextlib
 import copy
 import itertools
 import types
@@ -272,23 +271,17 @@ def disagreement(unet: nn.Module) -> str:
 def largest_difference(module: nn.Module) -> float:
     """How far answer and gradients of a fusible module's two forms lie apart, relative."""
     device = next(module.parameters()).device
-    with seeded(device):
-        by_definition = answer_and_gradients(random_copy(module))
-    with seeded(device):
-        fused = random_copy(module)
-        fuse(fused)
-        other = answer_and_gradients(fused)
-    pairs = zip(by_definition, other, strict=True)
-    return max(((a - b).norm() / a.norm().clamp(min=1e-30)).item() for a, b in pairs)
-
-
-@contextlib.contextmanager
-def seeded(device: torch.device) -> Iterator[None]:
-    """Inside, tensors are made on `device`, and random numbers are the same at every call."""
-    gpus = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(gpus), torch.device(device):
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
-        yield
+        plain = random_copy(module)
+        widths = enumerate(input_widths(module))
+        inputs = [torch.randn(2, 7 + i, width, requires_grad=True) for i, width in widths]
+        fused = copy.deepcopy(plain)
+        fuse(fused)
+        forms = [answer_and_gradients(form, inputs) for form in (plain, fused)]
+    return max(
+        ((a - b).norm() / a.norm().clamp(min=1e-30)).item() for a, b in zip(*forms, strict=True)
+    )
 
 
 def random_copy(module: nn.Module) -> nn.Module:
@@ -313,15 +306,18 @@ def fresh(linear: nn.Module) -> nn.Linear:
     return made.requires_grad_(False)
 
 
-def answer_and_gradients(module: nn.Module) -> list[Tensor]:
-    """What `module` answers to two sequences of random numbers, and the gradients that reach all
-    its inputs and trained parameters.
+def input_widths(module: nn.Module) -> list[int]:
+    """How wide each of the sequences is that a fusible module takes."""
+    if is_gate(module):
+        return [module.proj.in_features]
+    context = [module.to_k.in_features] if module.is_cross_attention else []
+    return [module.to_q.in_features, *context]
+
+
+def answer_and_gradients(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
+    """What `module` answers, and the gradients that its squares send to all its inputs and trained
+    parameters.
     """
-    widths = [module.proj.in_features] if is_gate(module) else [module.to_q.in_features]
-    if getattr(module, "is_cross_attention", False):
-        widths.append(module.to_k.in_features)
-    inputs = [torch.randn(2, 7 + i, width, requires_grad=True) for i, width in enumerate(widths)]
     learning = [each for each in module.parameters() if each.requires_grad]
-    answer = module(*inputs)
-    toward, how = torch.randn(answer.shape), {"allow_unused": True, "materialize_grads": True}
-    return [answer, *torch.autograd.grad(answer, inputs + learning, toward, **how)]
+    answer, how = module(*inputs), {"allow_unused": True, "materialize_grads": True}
+    return [answer, *torch.autograd.grad(answer.square().sum(), inputs + learning, **how)]

@@ -9,20 +9,16 @@ Neither the GPU nor the host ever holds the unquantised model, and the 4-bit num
 file, so that only the first start quantises.
 """
 
-import os
-import zlib
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 from diffusers import UNet2DConditionModel
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import model
 from inputs import hub
-from inputs.files import Refusal, digest, open_safetensors, sweep_parts, unwritable
+from inputs.files import Refusal, digest, open_safetensors, safetensors_bytes, write_whole
 from inputs.vetting import load_bitsandbytes
 
 # Weights that share a scale, and scales that share a scale of their own, as bitsandbytes has it.
@@ -56,16 +52,30 @@ def load_unet_nf4(
         layer, is_state, part = key.partition(".weight.")
         (states[layer] if is_state else weights)[part or key] = tensor
     for layer, state in states.items():
-        parent, _, child = layer.rpartition(".")
-        home, key = unet.get_submodule(parent), f"{layer}.weight"
-        setattr(home, child, linear_4bit(getattr(home, child), weights[key], state, dtype))
-        weights[key] = getattr(home, child).weight
+        key = f"{layer}.weight"
+        made = linear_4bit(unet.get_submodule(layer), weights[key], state, dtype)
+        unet.set_submodule(layer, made)
+        weights[key] = made.weight
     unet = model.fill_unet(unet, weights, folder)
     if not kept:  # only now are they known to fit
-        sweep_parts(cache_dir)
-        keep(path, tensors)
+        write_whole(path, safetensors_bytes(tensors, {}))
         model.free_memory()
     return unet
+
+
+def read_kept(path: Path, device: torch.device) -> dict[str, Tensor] | None:
+    """What an earlier start has kept, on `device`; None where there is nothing, or a part of it.
+
+    Like the model's own files it is held to the length that its header states, and to no checksum.
+    """
+    if not path.is_file():
+        return None
+    try:
+        with open_safetensors(path, str(device)) as file:
+            return {key: file.get_tensor(key) for key in file.keys()}
+    except Refusal:
+        print(f"{path} is damaged and is made anew")
+        return None
 
 
 def shapes_to_quantise(unet: nn.Module) -> dict[str, torch.Size]:
@@ -124,46 +134,3 @@ def linear_4bit(
     # the packed kernel has no backward pass, and gradients would end there without a word.
     layer.support_avx512bf16_for_cpu = False
     return layer
-
-
-# ---- the kept numbers ----------------------------------------------------------------------------
-
-
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """CRC-32 of all keys, dtypes, shapes and bytes: it finds damage, not malice."""
-    found = 0
-    for key, tensor in sorted(tensors.items()):
-        found = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), found)
-        content = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
-        found = zlib.crc32(content.numpy(), found)
-    return str(found)
-
-
-def keep(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write `tensors` as one safetensors file, whole or not at all."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        on_host = {key: tensor.cpu().contiguous() for key, tensor in tensors.items()}
-        save_file(on_host, aside, {"checksum": checksum(on_host)})
-        os.replace(aside, path)
-    except (OSError, SafetensorError) as error:
-        size = sum(tensor.nbytes for tensor in tensors.values())
-        raise unwritable(path, size, OSError(str(error))) from error
-    finally:
-        aside.unlink(missing_ok=True)
-
-
-def read_kept(path: Path, device: torch.device) -> dict[str, Tensor] | None:
-    """What keep() wrote, on `device`; None where there is nothing, or where it is damaged."""
-    if not path.is_file():
-        return None
-    try:
-        with open_safetensors(path) as file:
-            tensors = {key: file.get_tensor(key) for key in file.keys()}
-            if checksum(tensors) == (file.metadata() or {}).get("checksum"):
-                return {key: tensor.to(device) for key, tensor in tensors.items()}
-    except (Refusal, SafetensorError):
-        pass
-    print(f"{path} is damaged and is made anew")
-    return None

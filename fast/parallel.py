@@ -60,7 +60,7 @@ class Team:
         self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         self.first = self.rank == 0
         self.asked: Callable[[], bool] = lambda: False
-        self.how_many_asked = torch.zeros(())  # on the host
+        self.how_many_asked = torch.zeros(())
 
     def __enter__(self):
         if not self.first:
@@ -91,7 +91,6 @@ class Team:
             device = torch.device("cuda", self.rank)
             # Before anything touches a GPU: pinned memory, bitsandbytes and Triton use the current.
             torch.cuda.set_device(device)
-            self.how_many_asked = self.how_many_asked.pin_memory()  # exchange() says why
         backend = "nccl" if device.type == "cuda" else "gloo"
         with self.answered():
             self.group = dist.new_group(backend=backend, timeout=self.timeout)
@@ -136,9 +135,7 @@ class Team:
         asked = torch.full_like(run.loss_sum, bool(self.asked()))
         self.all_reduce(small := torch.stack([run.loss_sum, asked]))  # (2,)
         run.loss_sum.copy_(small[0])
-        # Into pinned memory and without waiting: the number is there once the step has waited for
-        # its loss, which comes later in the same stream.
-        self.how_many_asked.copy_(small[1], non_blocking=True)
+        self.how_many_asked = small[1]  # read when the step has waited for its loss anyway
 
     @property
     def stop(self) -> bool:

@@ -225,11 +225,9 @@ class Rehearsal:
         self.again[name] += self.live.work - work_before + Work(kept=kept)
 
 
-def recomputed_parts(module: nn.Module) -> list[nn.Module]:
+def recomputed_parts(module: nn.Module) -> nn.ModuleList:
     """What diffusers hands to checkpoint() one by one where `module` has the flag."""
-    if hasattr(module, "transformer_blocks"):
-        return list(module.transformer_blocks)
-    return list(module.resnets)
+    return module.transformer_blocks if hasattr(module, "transformer_blocks") else module.resnets
 
 
 # ---- an NF4 base: the same sizes without the numbers ---------------------------------------------
@@ -403,10 +401,17 @@ def choose_plan(
 
 
 def in_words(config: Config) -> str:
-    count = len(config.checkpointed_blocks)
-    again = f"{count} block{'s' * (count > 1)}" if count else "everything"
-    again = again if config.gradient_checkpointing else "nothing"
+    again = "nothing"
+    if config.gradient_checkpointing:
+        count = len(config.checkpointed_blocks)
+        again = f"{count} block{'s' * (count > 1)}" if count else "everything"
     return f"{config.train_batch_size} x {config.gradient_accumulation_steps}, {again} recomputed"
+
+
+def unet_config(config: Config, dtype: torch.dtype) -> dict:
+    """What the folder of the recipe's model says of its UNet."""
+    folder = hub.fetch(config.pretrained_model_name_or_path, "unet", dtype != torch.float32)
+    return UNet2DConditionModel.load_config(folder)
 
 
 def free_bytes() -> int:
@@ -427,20 +432,18 @@ def choose(
     The run is the same whatever is chosen. Only where the recipe asks for it and batch size and
     checkpointing are still the recipe's own: what was asked for is obeyed.
     """
-    usual = RECIPES[config.recipe][1]
-    names = ("train_batch_size", "gradient_checkpointing", "checkpointed_blocks")
-    asked = [name for name in names if getattr(config, name) != getattr(usual, name)]
     if not config.memory_plan or device.type != "cuda":
         return config, ""
     if config.deterministic:
         return config, "memory plan: none, since what is free is no function of the options"
     if not config.cache:
         return config, "memory plan: none, since --no-cache keeps the encoders in memory, too"
-    if asked:
+    usual = RECIPES[config.recipe][1]
+    names = ("train_batch_size", "gradient_checkpointing", "checkpointed_blocks")
+    if asked := [name for name in names if getattr(config, name) != getattr(usual, name)]:
         return config, f"memory plan: none, since {', '.join(asked)} was asked for"
     try:
-        folder = hub.fetch(config.pretrained_model_name_or_path, "unet", dtype != torch.float32)
-        predict = predictor(config, dtype, UNet2DConditionModel.load_config(folder))
+        predict = predictor(config, dtype, unet_config(config, dtype))
         card, free = in_dtype(this_card(), dtype), free_bytes()
         way, found = choose_plan(config, predict, card, free, most)
     except Refusal:
@@ -458,11 +461,10 @@ def choose(
 
 def table(config: Config) -> str:
     """What a recipe needs on the card that config.plan_for names, without that card."""
-    card, name, about = named_card(config.plan_for), config.pretrained_model_name_or_path, SDXL_UNET
+    card, local = named_card(config.plan_for), Path(config.pretrained_model_name_or_path).is_dir()
     auto = torch.bfloat16 if card.bf16 else torch.float16
     dtype, free = model.DTYPES.get(config.mixed_precision, auto), int(card.gib * GIB)
-    if Path(name).is_dir():
-        about = UNet2DConditionModel.load_config(hub.fetch(name, "unet", dtype != torch.float32))
+    about = unet_config(config, dtype) if local else SDXL_UNET  # which needs no download
     card = in_dtype(card, dtype)
     head = f"recipe {config.recipe} on {card.name}, {config.resolution} px, UNet in {dtype}"
     try:

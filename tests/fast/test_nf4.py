@@ -13,7 +13,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError
 
 import lora
 import model
@@ -149,52 +148,18 @@ def test_another_dtype_or_base_has_a_file_of_its_own(tiny, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-def cut(content: bytes) -> bytes:
-    return content[:-1000]
-
-
-def flip(content: bytes) -> bytes:
-    at = len(content) // 2
-    return content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
-
-
-def other_sum(content: bytes) -> bytes:
-    return content.replace(b'"checksum":"', b'"checksum":"1', 1)
-
-
-def other_shape(content: bytes) -> bytes:
-    return content.replace(b'"shape":[32,4,3,3]', b'"shape":[4,32,3,3]', 1)
-
-
-def no_sums(content: bytes) -> bytes:
-    return content.replace(b"checksum", b"x" * 8, 1)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "damage",
-    [cut, flip, other_sum, other_shape, no_sums, lambda c: b"", lambda c: c[:8] + b"{" * 100],
+    "damage", [lambda c: c[:-1000], lambda c: b"", lambda c: c[:8] + b"{" * 100]
 )
 def test_a_damaged_file_is_noticed_and_made_anew(tiny, tmp_path, capsys, damage):
     whole = stored(load(tiny, tmp_path))
     path = only_file(tmp_path)
     content = path.read_bytes()
-    assert damage(content) != content
     path.write_bytes(damage(content))
     assert_equal(stored(load(tiny, tmp_path)), whole)
     assert f"{path} is damaged and is made anew" in capsys.readouterr().out
     assert only_file(tmp_path).read_bytes() == content
-
-
-def test_a_write_that_fails_is_refused_and_leaves_nothing_half_written(tiny, tmp_path, monkeypatch):
-    def full(tensors, path, about):
-        path.write_bytes(b"half of it")
-        raise SafetensorError("I/O error: No space left on device (os error 28)")
-
-    monkeypatch.setattr(nf4, "save_file", full)
-    with pytest.raises(Refusal, match=r"No space left on device.*MB free"):
-        load(tiny, tmp_path)
-    assert not list(tmp_path.iterdir())
 
 
 def test_weights_that_do_not_fit_are_refused_and_not_kept(tiny, tmp_path):

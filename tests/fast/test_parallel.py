@@ -423,7 +423,6 @@ def test_each_process_takes_the_gpu_of_its_number(second, monkeypatch):
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(current=device))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: calls.update(connected=device))
     monkeypatch.setattr(dist, "new_group", lambda **how: calls.update(how))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda numbers: numbers)
     monkeypatch.setattr(torch, "zeros", lambda _, device: calls.update(summed=device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
     monkeypatch.setattr(second, "all_reduce", lambda numbers: None)
