@@ -31,7 +31,9 @@ class Refusal(Exception):
 
 
 def refuse(troubles: Iterable[Iterable[str]]) -> None:
-    """Raise one Refusal that names all troubles, each (found, expected, remedy), or nothing."""
+    """Raise one Refusal that names all troubles, each (found, expected, remedy); none raises
+    nothing.
+    """
     columns = [list(dict.fromkeys(column)) for column in zip(*troubles, strict=True)]
     for each in columns:
         each[10:] = [f"{len(each) - 10} more"] if len(each) > 10 else []
@@ -125,10 +127,8 @@ def only_run(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        found, remedy = (
-            f"another run is at work in {folder}",
-            "wait for it, or another --output-dir",
-        )
+        found = f"another run is at work in {folder}"
+        remedy = "wait for it, or name another --output-dir"
         raise Refusal(found, "one run for each output folder", remedy) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):

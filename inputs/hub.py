@@ -57,8 +57,9 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     lacking = [file for file in needed if not (root / file).is_file()]
     kind = "" if lacking else str(read_config(root / "model_index.json").get("_class_name"))
     if "StableDiffusionXL" not in kind:
+        found = f"no {lacking[0]}" if lacking else f"a model_index.json of {kind}"
         raise Refusal(
-            f"{name} has {f'no {lacking[0]}' if lacking else f'a model_index.json of {kind}'}",
+            f"{name} has {found}",
             "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and "
             f"the folders {', '.join(PARTS)}",
             f"correct {OPTION}; a one-file checkpoint is converted with diffusers' "
@@ -140,9 +141,9 @@ def weight_files(folder: Path, half: bool) -> list[Path]:
     """The safetensors files of `folder`, all of one variant. Raises Refusal for none."""
     names = pick_weights(sorted(path.name for path in folder.glob("*")), half)
     if not names:
-        found, remedy = f"{folder} has no .safetensors file", "pipe.save_pretrained(folder)"
         expected = "the weights of an SDXL model in diffusers' layout"
-        raise Refusal(found, expected, f"download the model again, or write it with {remedy}")
+        remedy = "download the model again, or write it with pipe.save_pretrained(folder)"
+        raise Refusal(f"{folder} has no .safetensors file", expected, remedy)
     return [folder / name for name in names]
 
 

@@ -121,9 +121,9 @@ def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[P
     texts = dict(captions)
 
     def picture(item: tuple[str, Path]) -> Picture:
-        read = functools.partial(content_of, item[1], "picture")
-        name = item[1].relative_to(folder).as_posix()
-        return Picture(name, texts[item[0]], digest(read()), read)
+        key, path = item
+        read = functools.partial(content_of, path, "picture")
+        return Picture(path.relative_to(folder).as_posix(), texts[key], digest(read()), read)
 
     return for_all(picture, sorted(pictures, key=lambda item: item[1]))
 
