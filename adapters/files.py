@@ -49,9 +49,7 @@ def kohya_file(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) ->
         else:
             alphas[module] = tensor.flatten().tolist()
     modules = {name.rpartition(".")[0] for name in matrices}
-    expected = (
-        "a matrix A, a matrix B and at most one alpha, all of finite numbers, for each module"
-    )
+    expected = "a matrix A, a matrix B and at most one alpha of finite numbers for each module"
     refuse(
         (f"{path}: lora_unet_{module}.alpha holds {numbers[:3]}", expected, WHOLE)
         for module, numbers in alphas.items()

@@ -82,12 +82,9 @@ def alpha_of_header(path: Path, about: dict[str, str], rank: int) -> float:
     others = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
     more = {name: said[f"unet.{name}"] for name in others if said.get(f"unet.{name}")}
     if more or said.get("unet.r", rank) != rank:
-        found = (
-            f"{path} says r {said.get('unet.r')!r:.50} and {more}, its matrices have rank {rank}"
-        )
-        raise Refusal(
-            found, "plain LoRA with one rank and one alpha", "use an adapter without more"
-        )
+        found = f"{path} says r {said.get('unet.r')!r:.50}, {more}; its matrices have rank {rank}"
+        expected = "plain LoRA with one rank and one alpha"
+        raise Refusal(found, expected, "use an adapter without more")
     return check_alpha(path, said.get("unet.lora_alpha", said.get("unet.r")))
 
 
