@@ -3,6 +3,7 @@ PEFT's, which lora.py reads and writes. Both hold the same numbers.
 """
 
 import hashlib
+import math
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,8 @@ import torch
 from torch import Tensor
 
 import lora
-from inputs.adapter_file import WHOLE, check_alpha, check_keys, check_matrices
-from inputs.files import data_section, read_tensors, require, safetensors_bytes, write_whole
+from inputs.adapter_file import UNIFORM, WHOLE, check_alpha, check_keys, check_matrices
+from inputs.files import Refusal, data_section, read_tensors, refuse, safetensors_bytes, write_whole
 
 KOHYA_KEY = r"lora_unet_(.+)\.(lora_down\.weight|lora_up\.weight|alpha)"
 KINDS = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}
@@ -46,22 +47,19 @@ def kohya_file(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) ->
         if end in KINDS:
             matrices[f"{module}.{KINDS[end]}"] = tensor
         else:
-            numbers = tensor.flatten().tolist()
-            found, expected = f"{path}: {key} holds {numbers[:3]}", "finite numbers, one alpha each"
-            require(len(numbers) == 1 and bool(tensor.isfinite()), found, expected, WHOLE)
-            alphas[module] = float(numbers[0])
-    rank = check_matrices(path, matrices)
+            alphas[module] = tensor.flatten().tolist()
     modules = {name.rpartition(".")[0] for name in matrices}
-    lonely = sorted(alphas.keys() - modules)
-    found = f"{path}: {lonely[:1]} has an alpha and no matrix"
-    require(not lonely, found, "a matrix A and a matrix B for each module", WHOLE)
-    different = {alphas.get(module, float(rank)) for module in modules}
-    require(
-        len(different) == 1,
-        f"{path} has ranks {[rank]} and alphas {sorted(different)}",
-        "one rank and one alpha for all modules",
-        "use an adapter of uniform rank: diffusers reads others wrongly, too",
+    expected = "a matrix A, a matrix B and at most one alpha of finite numbers for each module"
+    refuse(
+        (f"{path}: lora_unet_{module}.alpha holds {numbers[:3]}", expected, WHOLE)
+        for module, numbers in alphas.items()
+        if module not in modules or len(numbers) != 1 or not math.isfinite(numbers[0])
     )
+    rank = check_matrices(path, matrices)
+    different = {alphas.get(module, [float(rank)])[0] for module in modules}
+    if len(different) != 1:
+        found = f"{path} has ranks {[rank]} and alphas {sorted(different)}"
+        raise Refusal(found, "one rank and one alpha for all modules", UNIFORM)
     return lora.AdapterFile(path, matrices, rank, check_alpha(path, different.pop()), about)
 
 

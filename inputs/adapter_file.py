@@ -10,12 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inputs.files import Refusal, first_line, read_tensors, require
+from inputs.files import Refusal, read_tensors, refuse, refusing
 
 # SDXL's narrowest adapted layer: a higher rank can say nothing more.
 MAX_RANK = 640
 NUMBERS = (torch.float32, torch.float16, torch.bfloat16)
 PEFT_KEY = r"unet\.(.+\.lora_[AB])\.weight"
+UNIFORM = "use an adapter of uniform rank: diffusers reads others wrongly, too"
 WHOLE = "use a whole adapter file that is not quantised"
 
 
@@ -33,41 +34,40 @@ def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str
 def check_keys(path: Path, keys: Iterable[str], pattern: str) -> None:
     """Raise Refusal, naming the first, for keys that are not of the file's layout."""
     for key in keys:
-        require(
-            bool(re.fullmatch(pattern, key)),
-            f"{path} has the key {key}",
-            "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or lora_unet_<module>"
-            ".lora_down.weight, .lora_up.weight and .alpha (kohya), of plain LoRA on Linears",
-            "draw without --plain, which reads PEFT's keys only, or convert the adapter; "
-            "text-encoder, DoRA, LoHa and LoKr keys are not read",
-        )
+        if not re.fullmatch(pattern, key):
+            raise Refusal(
+                f"{path} has the key {key}",
+                "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or lora_unet_<module>"
+                ".lora_down.weight, .lora_up.weight and .alpha (kohya), of plain LoRA on Linears",
+                "draw without --plain, which reads PEFT's keys only, or convert the adapter; "
+                "text-encoder, DoRA, LoHa and LoKr keys are not read",
+            )
 
 
 def check_matrices(path: Path, matrices: dict[str, Tensor]) -> int:
     """The one rank of <module>.lora_A (r, in) and <module>.lora_B (out, r). Raises Refusal where
     one stands alone, for numbers that are not finite or not fp32, fp16 or bf16, and other ranks.
     """
-    ranks = set()
-    for name, tensor in matrices.items():
-        twin = name[:-1] + ("B" if name.endswith("A") else "A")
-        if twin not in matrices:
-            trouble = f"stands alone, without {twin}"
-        elif tensor.ndim != 2:
-            trouble = f"is {[*tensor.shape]}"
-        elif tensor.dtype not in NUMBERS:
-            trouble = f"holds {str(tensor.dtype)[6:]}"
-        else:
-            trouble = "" if tensor.float().isfinite().all() else "holds NaN or Inf"
-        expected = "a matrix A and a matrix B of finite numbers (fp32, fp16, bf16) for each module"
-        require(not trouble, f"{path}: {name} {trouble}", expected, WHOLE)
-        ranks.add(tensor.shape[0 if name.endswith("A") else 1])
-    require(
-        len(ranks) == 1 and 1 <= max(ranks) <= MAX_RANK,
-        f"{path} has ranks {sorted(ranks)}",
-        f"one rank for all modules, 1 to {MAX_RANK}",
-        "use an adapter of uniform rank: diffusers reads others wrongly, too",
-    )
+    expected = "a matrix A and a matrix B of finite numbers (fp32, fp16, bf16) for each module"
+    wrong = {name: what_is_wrong(name, matrices) for name in matrices}
+    refuse((f"{path}: {name} {what}", expected, WHOLE) for name, what in wrong.items() if what)
+    ranks = {tensor.shape[0 if name.endswith("A") else 1] for name, tensor in matrices.items()}
+    if len(ranks) != 1 or not 1 <= max(ranks) <= MAX_RANK:
+        expected = f"one rank for all modules, 1 to {MAX_RANK}"
+        raise Refusal(f"{path} has ranks {sorted(ranks)}", expected, UNIFORM)
     return ranks.pop()
+
+
+def what_is_wrong(name: str, matrices: dict[str, Tensor]) -> str:
+    """In words, "" where the matrix is well."""
+    matrix, twin = matrices[name], name[:-1] + ("B" if name.endswith("A") else "A")
+    if twin not in matrices:
+        return f"stands alone, without {twin}"
+    if matrix.ndim != 2:
+        return f"is {[*matrix.shape]}"
+    if matrix.dtype not in NUMBERS:
+        return f"holds {str(matrix.dtype)[6:]}"
+    return "" if matrix.float().isfinite().all() else "holds NaN or Inf"
 
 
 def alpha_of_header(path: Path, about: dict[str, str], rank: int) -> float:
@@ -76,33 +76,23 @@ def alpha_of_header(path: Path, about: dict[str, str], rank: int) -> float:
     """
     if "lora_adapter_metadata" not in about:
         return float(rank)
-    try:
+    found = f"{path} has an unreadable lora_adapter_metadata"
+    with refusing(found, 'JSON with "unet.r" and "unet.lora_alpha"', WHOLE):
         said = dict(json.loads(about["lora_adapter_metadata"]))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise Refusal(
-            f"{path} has an unreadable lora_adapter_metadata ({first_line(error)})",
-            'JSON with "unet.r" and "unet.lora_alpha"',
-            WHOLE,
-        ) from error
     others = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
     more = {name: said[f"unet.{name}"] for name in others if said.get(f"unet.{name}")}
-    require(
-        not more and said.get("unet.r", rank) == rank,
-        f"{path} says r {said.get('unet.r')!r:.50} and {more}, and its matrices have rank {rank}",
-        "plain LoRA with one rank and one alpha",
-        "use an adapter without more",
-    )
+    if more or said.get("unet.r", rank) != rank:
+        found = f"{path} says r {said.get('unet.r')!r:.50}, {more}; its matrices have rank {rank}"
+        expected = "plain LoRA with one rank and one alpha"
+        raise Refusal(found, expected, "use an adapter without more")
     return check_alpha(path, said.get("unet.lora_alpha", said.get("unet.r")))
 
 
 def check_alpha(path: Path, alpha) -> float:
     """alpha as a number. Raises Refusal for one that is no scale."""
-    require(
-        type(alpha) in (int, float) and 0 < alpha <= 1e6,  # False for nan, too
-        f"{path} has alpha {alpha!r:.50}",
-        "an alpha above 0, at most 1e6",
-        "use another adapter file",
-    )
+    if type(alpha) not in (int, float) or not 0 < alpha <= 1e6:  # nan, too, is not
+        expected = "an alpha above 0, at most 1e6"
+        raise Refusal(f"{path} has alpha {alpha!r:.50}", expected, "use another adapter file")
     return float(alpha)
 
 
@@ -110,13 +100,15 @@ def check_fits(path: Path, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -
     """Raise Refusal where a file's matrices are not, name by name and shape by shape, those of the
     model that they are to go into.
     """
+    expected = f"exactly this model's {len(mine)} matrices"
     remedy = "use an adapter that was trained on this architecture with these targets"
-    for kind, names in (
-        ("lacks", mine.keys() - theirs.keys()),
-        ("has, unused,", theirs.keys() - mine.keys()),
-    ):
-        found = f"{path} {kind} {len(names)} such as {min(names, default='')}"
-        require(not names, found, f"exactly this model's {len(mine)} matrices", remedy)
-    for name, matrix in mine.items():
-        got, want = tuple(theirs[name].shape), tuple(matrix.shape)
-        require(got == want, f"{path}: {name} is {got}", f"{want}", remedy)
+    lacking, unused = mine.keys() - theirs.keys(), theirs.keys() - mine.keys()
+    refuse(
+        (f"{path} {kind} {len(names)} such as {min(names)}", expected, remedy)
+        for kind, names in (("lacks", lacking), ("has, unused,", unused))
+        if names
+    )
+    shapes = [(name, tuple(theirs[name].shape), tuple(mine[name].shape)) for name in mine]
+    refuse(
+        (f"{path}: {name} is {got}", f"{want}", remedy) for name, got, want in shapes if got != want
+    )

@@ -31,11 +31,12 @@ def digests(further: Iterable[tuple[str, str]] = (), root: Path = ROOT) -> dict[
 
     further: (module, name) of what an option plugs in that makes it another run.
     """
-    found = {}
-    for module, others in MODULES.items():
-        for name in sorted(named(root, module).keys() - set(others.split())):
-            found[f"{module}.{name}"] = of_one(root, module, name)
-    return found | {f"{module}.{name}": of_one(root, module, name) for module, name in further}
+    own = [
+        (module, name)
+        for module, others in MODULES.items()
+        for name in sorted(named(root, module).keys() - set(others.split()))
+    ]
+    return {f"{module}.{name}": of_one(root, module, name) for module, name in [*own, *further]}
 
 
 def together(*names: str) -> str:

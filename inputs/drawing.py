@@ -9,8 +9,8 @@ from typing import Annotated, Literal
 import tyro
 
 from inputs import options as configuration
-from inputs.files import Refusal, refuse
-from inputs.hub import unet_fingerprint
+from inputs.files import Refusal
+from inputs.hub import OPTION, SDXL, unet_fingerprint
 from inputs.options import RECIPES, Within
 
 
@@ -63,12 +63,11 @@ def parse(argv: list[str] | None = None) -> Options:
     """
     options = tyro.cli(Options, args=argv, prog="generate.py")
     plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
-    against = [  # whether it is so, what was found, what is expected, what to do
+    against = [
         (plain and options.compare, "--plain with --compare", "single pictures", "leave one out"),
         (plain and not options.adapter, "--plain without an adapter", "a file or a run", remedy),
     ]
-    wrong = configuration.wrong_values(options, Options())
-    refuse([*wrong, *(words for so, *words in against if so)])
+    configuration.refuse_wrong(options, Options(), against)
     return options
 
 
@@ -116,15 +115,14 @@ def check_base(options: Options, path: Path, about: dict[str, str], half: bool) 
     """Raise Refusal where no base is named, or where it is not the one that the header of the
     adapter file `path` tells of. half: whether the fp16 variant is meant.
     """
-    name, option = options.pretrained_model_name_or_path, "--pretrained-model-name-or-path"
+    name = options.pretrained_model_name_or_path
     if not name:
         found = f"{path} does not say which base it was trained on"
-        sdxl = "stabilityai/stable-diffusion-xl-base-1.0"
-        raise Refusal(found, "an SDXL model to put it on", f"{option} {sdxl}")
+        raise Refusal(found, "an SDXL model to put it on", f"{OPTION} {SDXL}")
     trained_on, here = about.get("base_fingerprint"), unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
         raise Refusal(
             f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is {here}",
             "the base that the adapter was trained on",
-            f"{option} BASE, or --any-base to draw all the same",
+            f"{OPTION} BASE, or --any-base to draw all the same",
         )

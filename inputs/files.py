@@ -12,10 +12,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 
 class Refusal(Exception):
@@ -31,7 +31,9 @@ class Refusal(Exception):
 
 
 def refuse(troubles: Iterable[Iterable[str]]) -> None:
-    """Raise one Refusal that names all troubles, each (found, expected, remedy), or nothing."""
+    """Raise one Refusal that names all troubles, each (found, expected, remedy); none raises
+    nothing.
+    """
     columns = [list(dict.fromkeys(column)) for column in zip(*troubles, strict=True)]
     for each in columns:
         each[10:] = [f"{len(each) - 10} more"] if len(each) > 10 else []
@@ -39,10 +41,18 @@ def refuse(troubles: Iterable[Iterable[str]]) -> None:
         raise Refusal(*map(" and ".join, columns))
 
 
-def require(fine: bool, found: str, expected: str, remedy: str) -> None:
-    """Raise Refusal(found, expected, remedy) where something is not `fine`."""
-    if not fine:
-        raise Refusal(found, expected, remedy)
+@contextlib.contextmanager
+def refusing(found: str, expected: str, remedy: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a Refusal that ends `found` with the reason: libraries
+    raise nearly every class for a damaged file or an absent network.
+    """
+    try:
+        yield
+    except Refusal:
+        raise
+    except Exception as error:
+        kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
+        raise Refusal(f"{found} ({kind}{first_line(error)})", expected, remedy) from error
 
 
 def sayable(text: str, longest: int = 1200) -> str:
@@ -71,13 +81,7 @@ def digest(*parts: bytes | str) -> str:
 
 
 def write_whole(path: Path, data: bytes) -> None:
-    """Write `data` so that `path` holds all of it or is untouched. Raises as write_chunks()."""
-    write_chunks(path, [data], len(data))
-
-
-def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> None:
-    """Write `size` bytes so that `path` holds all of them or is untouched: write aside, fsync,
-    rename, fsync the folder. Only one chunk at a time need be in memory.
+    """Write `data` so that `path` holds all of it or is untouched: write aside, fsync, rename.
 
     Raises Refusal where the folder cannot be written or the disk is full; the part file is removed
     then, and on Ctrl-C.
@@ -86,13 +90,12 @@ def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with open(aside, "wb") as file:
-            file.writelines(chunks)
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         os.replace(aside, path)
-        sync_folder(path.parent)
     except OSError as error:
-        raise unwritable(path, size, error) from error
+        raise unwritable(path, len(data), error) from error
     finally:  # gone already where it was renamed
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
@@ -100,27 +103,13 @@ def write_chunks(path: Path, chunks: Iterable[bytes], size: int) -> None:
 
 def unwritable(path: Path, size: int, error: OSError) -> Refusal:
     """The refusal for a path that an OSError kept from being written; `size` in bytes."""
+    room = f" with {size / 1e6:.1f} MB free" if size else ""
     return Refusal(
         f"{path} could not be written ({error.strerror or error})",
-        "a folder that this user may write to"
-        + (f" with {size / 1e6:.1f} MB free" if size else ""),
+        f"a folder that this user may write to{room}",
         "free some space or name another folder with --output-dir or --cache-dir, then give the "
         "same command again",
     )
-
-
-def sync_folder(folder: Path) -> None:
-    """Make renames inside `folder` durable: else a power cut may bring the old name back.
-
-    Some file systems (network mounts, Drive) cannot sync a folder; the rename has happened all the
-    same.
-    """
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 @contextlib.contextmanager
@@ -138,11 +127,9 @@ def only_run(folder: Path):
         folder.mkdir(parents=True, exist_ok=True)
         lock.acquire()
     except Timeout:
-        raise Refusal(
-            f"another run is at work in {folder}",
-            "one run for each output folder",
-            "wait for it, or name another --output-dir",
-        ) from None
+        found = f"another run is at work in {folder}"
+        remedy = "wait for it, or name another --output-dir"
+        raise Refusal(found, "one run for each output folder", remedy) from None
     except OSError as error:
         if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
             raise unwritable(folder, 0, error) from error
@@ -201,17 +188,13 @@ def data_section(blob: bytes) -> bytes:
 
 def open_safetensors(path: Path, device: str = "cpu"):
     """`safe_open(path)` whose failures are Refusals that name the file."""
-    try:
+    size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
+    found = f"{path} is not a whole safetensors file ({size})"
+    remedy = "copy or download it again, or delete it if this project wrote it (it is made anew)"
+    with refusing(found, "a file as its writer left it", remedy):
         if not path.is_file():  # opening a pipe would wait for ever
             raise OSError("not a file")
         return safe_open(path, framework="pt", device=device)
-    except (SafetensorError, OSError, ValueError) as error:
-        size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
-        raise Refusal(
-            f"{path} is not a whole safetensors file ({size}: {error})",
-            "a file as its writer left it",
-            "copy or download it again, or delete it if this project wrote it (it is made anew)",
-        ) from error
 
 
 def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:

@@ -8,13 +8,14 @@ import hashlib
 import json
 from pathlib import Path
 
-from inputs.files import Refusal, first_line, open_safetensors, require
+from inputs.files import Refusal, open_safetensors, refuse, refusing
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
     **dict.fromkeys(("tokenizer", "tokenizer_2"), "tokenizer_config.json"),
     "scheduler": "scheduler_config.json",
 }
+SDXL, OPTION = "stabilityai/stable-diffusion-xl-base-1.0", "--pretrained-model-name-or-path"
 AGAIN = (
     "download the model again, or choose another SDXL model (no inpainting or refiner model), or "
     "pip install --upgrade diffusers transformers"
@@ -48,26 +49,22 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     """
     root = Path(name).expanduser()
     if not root.is_dir():
-        require(
-            name.count("/") == 1 and not name.startswith((".", "/", "~")),
-            f"there is no folder {name}",
-            "a Hub name such as stabilityai/stable-diffusion-xl-base-1.0, or a folder in "
-            "diffusers' layout",
-            "correct --pretrained-model-name-or-path",
-        )
+        if name.count("/") != 1 or name.startswith((".", "/", "~")):
+            expected = f"a Hub name such as {SDXL}, or a folder in diffusers' layout"
+            raise Refusal(f"there is no folder {name}", expected, f"correct {OPTION}")
         root = fetch_from_hub(name, part, half)
     needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
     lacking = [file for file in needed if not (root / file).is_file()]
     kind = "" if lacking else str(read_config(root / "model_index.json").get("_class_name"))
-    require(
-        "StableDiffusionXL" in kind,
-        f"{name} has {f'no {lacking[0]}' if lacking else f'a model_index.json of {kind}'}",
-        "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and the "
-        f"folders {', '.join(PARTS)}",
-        "correct --pretrained-model-name-or-path; a one-file checkpoint is converted with "
-        "diffusers' "
-        "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
-    )
+    if "StableDiffusionXL" not in kind:
+        found = f"no {lacking[0]}" if lacking else f"a model_index.json of {kind}"
+        raise Refusal(
+            f"{name} has {found}",
+            "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and "
+            f"the folders {', '.join(PARTS)}",
+            f"correct {OPTION}; a one-file checkpoint is converted with diffusers' "
+            "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
+        )
     return root / part
 
 
@@ -76,21 +73,12 @@ def read_config(path: Path, **usual) -> dict:
     is none, naming all entries that cannot be: what it describes is built before its weights are
     compared with it, and would take all memory, or all time.
     """
-    try:
+    found = f"{path} is no configuration of an SDXL model"
+    with refusing(found, "a JSON object as diffusers wrote it", AGAIN):
         config = usual | json.loads(path.read_text())
         wrong = {key: value for key, value in config.items() if not may_be(key, value)}
-    except (OSError, ValueError, TypeError, RecursionError) as error:
-        raise Refusal(
-            f"{path} is no configuration of an SDXL model ({first_line(error)})",
-            "a JSON object as diffusers wrote it",
-            AGAIN,
-        ) from error
-    require(
-        not wrong,
-        f"{path} has " + " and ".join(f"{key} {value!r:.50}" for key, value in wrong.items()),
-        " and ".join(ENTRIES.get(key, ["numbers of an SDXL model"])[0] for key in wrong),
-        AGAIN,
-    )
+    words = {key: ENTRIES.get(key, ["numbers of an SDXL model"])[0] for key in wrong}
+    refuse((f"{path} has {key} {wrong[key]!r:.50}", words[key], AGAIN) for key in wrong)
     return config
 
 
@@ -110,64 +98,53 @@ def zeros_for_empty_prompt(name: str) -> bool:
     return read_config(index, force_zeros_for_empty_prompt=True)["force_zeros_for_empty_prompt"]
 
 
-@functools.cache
-def hub_files(name: str) -> tuple[str, ...]:
-    from huggingface_hub import HfApi
-
-    return tuple(HfApi().list_repo_files(name))
-
-
 @functools.cache  # a run asks for the same parts many times
 def fetch_from_hub(name: str, part: str, half: bool) -> Path:
     """The snapshot's folder with `part` in it; an earlier download serves where the Hub is away."""
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import HfApi, snapshot_download
 
-    try:
+    found = f"{name} ({part or 'model_index.json'}) is not on this disk, nor did the Hub give it"
+    remedy = (
+        "check the name and the network (hf auth login for gated models), or copy the model here "
+        f"and pass {OPTION} FOLDER"
+    )
+    with refusing(found, "a reachable Hub, or the model on this disk", remedy):
         try:
-            files = [f for f in hub_files(name) if part and f.rpartition("/")[0] == part]
-            weights = pick_weights([f for f in files if f.endswith(".safetensors")], half)
-            small = [f for f in files if f.endswith((".json", ".txt"))]
-            wanted = ["model_index.json", *small, *weights]
+            files = HfApi().list_repo_files(name)
+            files = [f for f in files if part and f.rpartition("/")[0] == part]
+            small = [f"{part}/*.json", f"{part}/*.txt"]
+            wanted = ["model_index.json", *small, *pick_weights(files, half)]
             return Path(snapshot_download(name, allow_patterns=wanted))
         except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
             folder = Path(snapshot_download(name, local_files_only=True))
-            weights = pick_weights([p.name for p in (folder / part).glob("*.safetensors")], half)
             main = PARTS.get(part, "model_index.json")
+            weights = pick_weights([p.name for p in (folder / part).glob("*")], half)
             fit = bool(weights) and (half or ".fp16" not in weights[0])
             if not (folder / part / main).is_file() or (main == "config.json" and not fit):
                 raise  # what lies here is not what is needed: the first error is the one to tell
             return folder
-    except Exception as error:
-        raise Refusal(
-            f"{name} ({part or 'model_index.json'}) is not on this disk, and the Hub did not give "
-            f"it ({first_line(error)})",
-            "a reachable Hub, or the model on this disk",
-            "check the name and the network (hf auth login for gated models), or copy the model "
-            "here and pass --pretrained-model-name-or-path FOLDER",
-        ) from error
 
 
 def pick_weights(files: list[str], half: bool) -> list[str]:
-    """Of a part's weight files, one file or shards, the variant to read: fp16 first where `half`.
+    """Of a part's files those that hold the weights, one file or shards, in the variant to read:
+    fp16 first where `half`.
 
     Names are diffusers': model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ...
     """
-    variant = [f for f in files if ".fp16" in f]
-    plain = [f for f in files if ".fp16" not in f and not f.endswith("non_ema.safetensors")]
-    return next((group for group in ((variant, plain) if half else (plain, variant)) if group), [])
+    weights = [f for f in files if f.endswith(".safetensors")]
+    variant = [f for f in weights if ".fp16" in f]
+    plain = [f for f in weights if ".fp16" not in f and not f.endswith("non_ema.safetensors")]
+    return (variant or plain) if half else (plain or variant)
 
 
 def weight_files(folder: Path, half: bool) -> list[Path]:
     """The safetensors files of `folder`, all of one variant. Raises Refusal for none."""
-    names = sorted(p.name for p in folder.glob("*.safetensors"))
-    files = [folder / name for name in pick_weights(names, half)]
-    require(
-        bool(files),
-        f"{folder} has no .safetensors file",
-        "the weights of an SDXL model in diffusers' layout",
-        "download the model again, or write it with pipe.save_pretrained(folder)",
-    )
-    return files
+    names = pick_weights(sorted(path.name for path in folder.glob("*")), half)
+    if not names:
+        expected = "the weights of an SDXL model in diffusers' layout"
+        remedy = "download the model again, or write it with pipe.save_pretrained(folder)"
+        raise Refusal(f"{folder} has no .safetensors file", expected, remedy)
+    return [folder / name for name in names]
 
 
 def fingerprint(name: str, part: str, half: bool = False) -> str:

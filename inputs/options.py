@@ -9,7 +9,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -271,8 +271,6 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
             time.sleep(10)  # torchrun ends all with the first that leaves
             raise
     config = or_leave(parse, argv)
-    if not config.plain and not (Path(__file__).parent.parent / "keep").is_dir():
-        sys.exit("error: there is no folder keep/ beside loop.py: only --plain trains without it")
     what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
     announce(f"recipe {config.recipe}, {what}")
     return config
@@ -285,21 +283,27 @@ def announce(what: str) -> None:
     print(f"{what}; importing torch and diffusers takes some seconds", file=sys.stderr, flush=True)
 
 
-def wrong_values(options: Any, usual: Any) -> Iterator[tuple[str, str, str]]:
-    """(found, expected, what to type) for each option out of its bounds. usual: options within."""
+def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
+    """Raise one Refusal for each option out of its bounds and for what does not go together.
+
+    usual: options within their bounds; against: whether it is so, what was found, what is expected,
+    what to do.
+    """
+    troubles = [words for so, *words in against if so]
     for field in fields(options):
         value, good = getattr(options, field.name), getattr(usual, field.name)
         remedy = f"--{field.name.replace('_', '-')} {str(good).strip('(,)')}"
         for bounds in getattr(field.type, "__metadata__", ()):
             if isinstance(bounds, Within) and not bounds.hold(value):
-                yield f"{field.name} is {value}", str(bounds), remedy
+                troubles.append((f"{field.name} is {value}", str(bounds), remedy))
+    refuse(troubles)
 
 
 def check(config: Config) -> Config:
     """`config` itself. Raises Refusal, naming all of it, for what cannot be or go together."""
     too_long = config.quick and config.recipe not in QUICK
     in_any_order = config.deterministic and config.attention == "xformers"
-    against = [  # whether it is so, what was found, what is expected, what to do
+    against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
     ]
@@ -319,6 +323,5 @@ def check(config: Config) -> Config:
         ]
     elif not (Path(__file__).parent.parent / "keep").is_dir():
         against.append((True, "no folder keep/ here", "it, or the book's lines alone", "--plain"))
-    wrong = wrong_values(config, RECIPES[config.recipe][1])
-    refuse([*wrong, *(words for so, *words in against if so)])
+    refuse_wrong(config, RECIPES[config.recipe][1], against)
     return config

@@ -14,9 +14,8 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from inputs.ahead import work_ahead
-from inputs.files import Refusal, refuse
-from inputs.sources import Picture
+from inputs.files import Refusal
+from inputs.sources import Picture, for_all
 
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
 # decode() raises instead. Here, since a filter set and taken back in one thread unsettles others.
@@ -77,16 +76,8 @@ def check_pictures(pictures: list[Picture]) -> None:
     Refusal.
     """
 
-    def trouble(picture: Picture) -> tuple[str, ...]:
-        try:
-            decode(picture)
-            return ()
-        except Refusal as refusal:
-            return refusal.parts
-
-    with work_ahead(trouble, pictures, depth=16) as troubles:
-        bar = tqdm(troubles, "checking pictures", len(pictures), leave=False, mininterval=1)
-        refuse(filter(None, bar))
+    bar = tqdm(pictures, "checking pictures", leave=False, mininterval=1)
+    for_all(lambda picture: decode(picture).close(), bar)
 
 
 @contextlib.contextmanager

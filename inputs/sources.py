@@ -13,7 +13,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from inputs.files import Refusal, digest, first_line, refuse
+from inputs.files import Refusal, digest, refuse, refusing
 
 ENDINGS = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".jfif")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
@@ -83,13 +83,10 @@ def from_metadata(folder: Path, columns: tuple[str, ...]) -> list[Picture]:
 
 def row_of(line: str, where: str, columns: tuple[str, ...]) -> tuple[str, str]:
     """The name of the picture and the caption in a line of metadata.jsonl. Raises Refusal."""
-    try:
+    expected = '{"file_name": "a.png", "text": "a caption"}'
+    with refusing(f"{where} is not a row", expected, "correct the line"):
         row = json.loads(line)
         name = Path(row["file_name"]).as_posix()
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
-        found = f"{where} is not a row ({type(error).__name__}: {first_line(error)})"
-        expected = '{"file_name": "a.png", "text": "a caption"}'
-        raise Refusal(found, expected, "correct the line") from error
     return name, caption_of(row[find_column(list(row), columns, where)], where)
 
 
@@ -111,25 +108,22 @@ def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[P
     captions: (key, text). Raises Refusal where a key does not stand once in both.
     """
     here, told = (collections.Counter(key for key, _ in each) for each in (pictures, captions))
-    odd = {
-        "pictures without a caption": [path.name for key, path in pictures if key not in told],
-        "captions without a picture": [key for key in told if key not in here],
-        "pictures that share a caption": [path.name for key, path in pictures if here[key] > 1],
-        "pictures with two captions": [key for key, count in told.items() if count > 1],
-    }
+    pictureless = [key for key in told if told[key] > here[key]]
+    captionless = [path.name for key, path in pictures if here[key] > told[key]]
+    odd = {"pictures without a caption": captionless, "captions without a picture": pictureless}
     expected = f"one caption for each picture ({', '.join(ENDINGS)})"
     remedy = "add, rename or remove what is odd"
     refuse(
-        (f"{len(names)} {wrong} in {folder}, such as {min(names)!r}", expected, remedy)
+        (f"{len(names)} {wrong} of their own in {folder}, such as {min(names)!r}", expected, remedy)
         for wrong, names in odd.items()
         if names
     )
     texts = dict(captions)
 
     def picture(item: tuple[str, Path]) -> Picture:
-        read = functools.partial(content_of, item[1], "picture")
-        name = item[1].relative_to(folder).as_posix()
-        return Picture(name, texts[item[0]], digest(read()), read)
+        key, path = item
+        read = functools.partial(content_of, path, "picture")
+        return Picture(path.relative_to(folder).as_posix(), texts[key], digest(read()), read)
 
     return for_all(picture, sorted(pictures, key=lambda item: item[1]))
 
@@ -152,7 +146,9 @@ def content_of(path: Path, kind: str) -> bytes | str:
     mark. Raises Refusal for what cannot be read, is no file (opening a pipe would wait for ever),
     is too large to be one of its kind or is text in another encoding than UTF-8.
     """
-    try:
+    what = "a file" if kind == "picture" else "text in UTF-8"
+    expected = f"{what} of at most {LARGEST[kind] / 1e6:.0f} MB"
+    with refusing(f"{path} cannot be read as a {kind}", expected, "replace or remove it"):
         size = path.stat().st_size
         if not path.is_file():
             raise OSError("no file")
@@ -160,12 +156,6 @@ def content_of(path: Path, kind: str) -> bytes | str:
             raise OSError(f"{size / 1e6:.1f} MB")
         content = path.read_bytes()
         return content if kind == "picture" else content.decode("utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        problem = getattr(error, "strerror", None) or first_line(error)
-        found = f"{path} cannot be read as a {kind} ({problem})"
-        what = "a file" if kind == "picture" else "text in UTF-8"
-        expected = f"{what} of at most {LARGEST[kind] / 1e6:.0f} MB"
-        raise Refusal(found, expected, "replace or remove it") from error
 
 
 def caption_of(value: Any, where: str) -> str:
@@ -187,14 +177,11 @@ def from_hub(name: str, image_column: str, columns: tuple[str, ...]) -> list[Pic
 
     if not Path(name).is_dir():  # a mistyped folder is looked for half a minute
         print(f"{name} is no folder here: asking the Hub for a data set", file=sys.stderr)
-    try:
+    found = f"the data set {name} is no folder here and could not be loaded"
+    expected = "a folder of pictures with captions, or a reachable Hub data set with a train split"
+    remedy = "check the name and the network, or pass --dataset-name FOLDER"
+    with refusing(found, expected, remedy):
         table = datasets.load_dataset(name, split="train")
-    except Exception as error:  # offline, gated, misspelt: many classes, one meaning
-        raise Refusal(
-            f"the data set {name} is no folder here and could not be loaded ({first_line(error)})",
-            "a folder of pictures with captions, or a reachable Hub data set with a train split",
-            "check the name and the network, or pass --dataset-name FOLDER",
-        ) from error
     where = f"{name} (columns {', '.join(table.column_names)})"
     images = [c for c, feature in table.features.items() if isinstance(feature, datasets.Image)]
     image_column = find_column(images, (image_column,) if image_column else images[:1], where)

@@ -2,35 +2,25 @@
 needs. What the model's files may say, hub.py looks at; here is what shows only once they are built.
 """
 
-import contextlib
+import functools
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from inputs.files import Refusal, first_line, require
+from inputs.files import Refusal, refusing
 from inputs.hub import AGAIN, fetch, read_config, weight_files
 
 # SDXL base's UNet, so that a plan needs no download.
 SDXL_UNET = json.loads((Path(__file__).parent / "sdxl_unet.json").read_text())
 
 
-@contextlib.contextmanager
-def refused(found: str) -> Iterator[None]:
-    """Whatever is raised inside becomes a Refusal that begins with `found`: libraries raise nearly
-    every class for a damaged model.
-    """
-    try:
-        yield
-    except Refusal:
-        raise
-    except Exception as error:
-        why = f"{type(error).__name__}: {first_line(error)}"
-        raise Refusal(f"{found} ({why})", "an SDXL model's own files", AGAIN) from error
+# Whatever is raised inside becomes a Refusal that begins with what it is given.
+refused = functools.partial(refusing, expected="an SDXL model's own files", remedy=AGAIN)
 
 
 def widths(unet: torch.nn.Module) -> tuple[int, int]:
@@ -59,12 +49,10 @@ def check_widths(unet: torch.nn.Module, context: Tensor, pooled: Tensor) -> None
     not of the widths that `unet` was made for: parts of two models, or a wrong config.json.
     """
     want, got = widths(unet), (context.shape[-1], pooled.shape[-1])
-    require(
-        want == got,
-        f"the text encoders give embeddings of width {got[0]} and {got[1]}",
-        f"{want[0]} and {want[1]}, as the UNet's config.json has it",
-        AGAIN,
-    )
+    if want != got:
+        found = f"the text encoders give embeddings of width {got[0]} and {got[1]}"
+        expected = f"{want[0]} and {want[1]}, as the UNet's config.json has it"
+        raise Refusal(found, expected, AGAIN)
 
 
 @torch.no_grad()
@@ -102,13 +90,13 @@ def check_tokenizer(name: str, tokenizer, encoder: torch.nn.Module) -> None:
     """Raise Refusal where a tokenizer gives more tokens, or others, than its encoder has."""
     places, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
     longest = tokenizer.model_max_length
-    require(
-        type(longest) is int and 1 < longest <= places and len(tokenizer) <= words,
-        f"{name}'s tokenizer has a model_max_length of {longest!r:.50} and {len(tokenizer)} words, "
-        f"and its text encoder {places} places and {words} words",
-        "a tokenizer and a text encoder of one model",
-        AGAIN,
-    )
+    if type(longest) is not int or not 1 < longest <= places or len(tokenizer) > words:
+        raise Refusal(
+            f"{name}'s tokenizer has a model_max_length of {longest!r:.50} and {len(tokenizer)} "
+            f"words, and its text encoder {places} places and {words} words",
+            "a tokenizer and a text encoder of one model",
+            AGAIN,
+        )
 
 
 def load_sampler(name: str):
@@ -127,27 +115,20 @@ def check_finite(found: str, names: Iterable[str], *answers: Tensor) -> None:
     """Raise Refusal, with `found` and the first name, for NaN or Inf in an encoder's `answers`
     (B, ...) to the B things called `names`.
     """
+    remedy = "look at it; with an encoder of your own, check that its fp32 weights are finite"
     for name, *numbers in zip(names, *answers, strict=True):
-        require(
-            all(bool(part.isfinite().all()) for part in numbers),
-            f"{found} {name}",
-            "finite numbers",
-            "look at it; with an encoder of your own, check that its fp32 weights are finite",
-        )
+        if not all(bool(part.isfinite().all()) for part in numbers):
+            raise Refusal(f"{found} {name}", "finite numbers", remedy)
 
 
 def load_bitsandbytes(needed_for: str, way_out: str) -> ModuleType:
     """bitsandbytes. Raises Refusal where it does not load, with the option that does without it."""
-    try:
+    expected = f"bitsandbytes 0.50 or newer for {needed_for}"
+    remedy = f"pip install --upgrade bitsandbytes, or {way_out}"
+    with refusing("bitsandbytes does not load here", expected, remedy):  # absent, or of other CUDA
         import bitsandbytes
 
         return bitsandbytes
-    except Exception as error:  # not installed, or built for another CUDA
-        raise Refusal(
-            f"bitsandbytes does not load here ({first_line(error)})",
-            f"bitsandbytes 0.50 or newer for {needed_for}",
-            f"pip install --upgrade bitsandbytes, or {way_out}",
-        ) from error
 
 
 def check_device(name: str) -> torch.device:
@@ -157,9 +138,9 @@ def check_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    known = bool(re.fullmatch(r"cpu|cuda(:\d+)?", name))
-    require(known, f"device {name}", "auto, cpu, cuda or cuda:1", "leave --device out")
-    seen = name == "cpu" or torch.cuda.is_available()
-    found = f"device {name}, and torch sees no GPU"
-    require(seen, found, "a CUDA GPU and its driver", "--device cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise Refusal(f"device {name}", "auto, cpu, cuda or cuda:1", "leave --device out")
+    if name != "cpu" and not torch.cuda.is_available():
+        found = f"device {name}, and torch sees no GPU"
+        raise Refusal(found, "a CUDA GPU and its driver", "--device cpu")
     return torch.device(name)

@@ -19,7 +19,7 @@ from torch import Tensor
 import lora
 import model
 from inputs import code
-from inputs.files import Refusal, sync_folder, write_whole
+from inputs.files import Refusal, write_whole
 from keep import faults
 from keep.identity import about
 
@@ -84,7 +84,6 @@ def save_state(kept) -> None:
         raise
     shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
     os.replace(aside, folder)
-    sync_folder(folder.parent)
     remove_old(folder.parent, run.step, config.checkpoints_total_limit)
 
 

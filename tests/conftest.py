@@ -102,7 +102,6 @@ def hub_asked_anew():
     yield
     from inputs import hub
 
-    hub.hub_files.cache_clear()
     hub.fetch_from_hub.cache_clear()
 
 

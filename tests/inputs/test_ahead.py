@@ -59,4 +59,5 @@ def test_ahead_waits_for_nothing_when_it_is_left():
     release.set()
     for thread in set(threading.enumerate()) - before:
         thread.join(5)
-    assert sorted(begun) == [0, 1] and set(threading.enumerate()) == before
+    # No new thread is left; one of an earlier test may end meanwhile.
+    assert sorted(begun) == [0, 1] and not set(threading.enumerate()) - before

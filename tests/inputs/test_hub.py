@@ -122,9 +122,9 @@ HUB_NAME = "someone/sdxl"
 
 @pytest.fixture
 def no_memory_of_the_hub():
-    hub.hub_files.cache_clear()
+    hub.fetch_from_hub.cache_clear()
     yield
-    hub.hub_files.cache_clear()
+    hub.fetch_from_hub.cache_clear()
 
 
 def downloads(monkeypatch, files: list[str], part: str, half: bool) -> set[str]:
@@ -138,7 +138,7 @@ def downloads(monkeypatch, files: list[str], part: str, half: bool) -> set[str]:
 
     monkeypatch.setattr(HfApi, "list_repo_files", lambda *_, **__: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
-    hub.hub_files.cache_clear()
+    hub.fetch_from_hub.cache_clear()
     assert hub.fetch(HUB_NAME, part, half) == POCKET / part
     assert len(asked) == 1 and asked[0] is not None  # None would bring everything
     return {f for f in files if any(fnmatch.fnmatch(f, pattern) for pattern in asked[0])}
