@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import io
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -79,11 +78,10 @@ def save_state(kept) -> None:
     try:
         for name, content in files.items():
             write_whole(aside / name, content)
-    except (Refusal, KeyboardInterrupt):
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
-        raise
-    shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
-    os.replace(aside, folder)
+        shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
+        os.replace(aside, folder)
+    finally:  # gone already where it was renamed; a full disk needs the room
+        shutil.rmtree(aside, ignore_errors=True)
     sync_folder(folder.parent)
     remove_old(folder.parent, run.step, config.checkpoints_total_limit)
 
@@ -141,7 +139,7 @@ def checkpoints(root: Path) -> list[Path]:
     """The folders of checkpoints under `root`, whole or not, by their steps: 1000000 after 999999,
     which their names do not say.
     """
-    found = [p for p in root.glob("*") if re.fullmatch(r"[0-9]{6,9}", p.name) and p.is_dir()]
+    found = [p for p in root.glob("*") if p.name.isdecimal() and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name))
 
 
