@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -139,7 +140,7 @@ def checkpoints(root: Path) -> list[Path]:
     """The folders of checkpoints under `root`, whole or not, by their steps: 1000000 after 999999,
     which their names do not say.
     """
-    found = [p for p in root.glob("*") if p.name.isdecimal() and p.is_dir()]
+    found = [p for p in root.glob("*") if re.fullmatch(r"[0-9]{6,9}", p.name) and p.is_dir()]
     return sorted(found, key=lambda p: int(p.name))
 
 

@@ -29,22 +29,21 @@ from keep import checkpoint, drawing, export, faster, faults, identity, meaning,
 class Kept:
     """A run with what makes it survive.
 
-    identity: what makes it this run and no other, and code: a digest of each function that makes
-    its numbers; code_changes: which functions were changed under it, with leave; notes: how its
-    files will mean something else than it trains; moments: reads and writes the optimizer's state
-    by matrix; unfused: why its layers are computed by the book's lines, where fused ones were asked
-    for; half_done: whether the optimizer is at work, or has failed at it: its numbers must not be
-    saved.
+    moments: reads and writes the optimizer's state by matrix; unfused: why its layers are computed
+    by the book's lines, where fused ones were asked for; identity: what makes it this run and no
+    other, and code: a digest of each function that makes its numbers; code_changes: which functions
+    were changed under it, with leave; notes: how its files will mean something else than it trains;
+    half_done: whether the optimizer is at work, or has failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
     team: faster.Alone
+    moments: checkpoint.PlainMoments
+    unfused: str
     identity: dict[str, str]
     code: dict[str, str]
     code_changes: str
     notes: list[str]
-    moments: checkpoint.PlainMoments | None = None
-    unfused: str = ""
     half_done: bool = False
 
 
@@ -80,23 +79,16 @@ def set_up(
     attention = model.use_attention(unet, config.attention, device, dtype)
     run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
     notes = meaning.meaning(run)
-    kept = Kept(run, team, same, digests, changes, notes)
-    how = [reason, attention, plug_in(kept, state)]
-    team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
-    lines = [report.describe(kept, pictures, "; ".join(filter(None, how))), planned, changes]
-    return kept, "\n".join(filter(None, [*lines, *notes]))
-
-
-def plug_in(kept: Kept, state: dict | None) -> str:
-    """Make a run fresh from loop.assemble() faster, and put it where its checkpoint was. Returns
-    what was done, in words.
-    """
-    run, unfused = kept.run, (state or {}).get("unfused", "")
-    kept.moments, said, kept.unfused = faster.faster(run, kept.team, tqdm.write, unfused)
+    unfused = (state or {}).get("unfused", "")
+    moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, notes)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
-    return said
+    team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
+    how = "; ".join(filter(None, (reason, attention, faster_by)))
+    lines = [report.describe(kept, pictures, how), planned, changes, *notes]
+    return kept, "\n".join(filter(None, lines))
 
 
 # ---- the run -------------------------------------------------------------------------------------
