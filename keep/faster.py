@@ -14,10 +14,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import loop
 import model
 from inputs import code
 from inputs.files import Refusal
 from inputs.options import Config
+from keep.checkpoint import PlainMoments
 
 # Its modules are imported below, each where it is used. Without an origin, what is left of the
 # folder are files that Python compiled.
@@ -132,10 +134,11 @@ def plan(config: Config, device, dtype, processes: int) -> tuple[Config, str]:
     """`config` cut and recomputed as this GPU allows, and a line that says so."""
     if not fast:
         return config, "no memory plan: there is no folder fast/" if config.memory_plan else ""
+    from fast import plan
+
     fuses = config.fused and not edited("lora.LoRALinear")  # else more is kept in memory
     most = math.ceil(config.examples_per_step / processes)  # the largest share of a step
-    choose = part("plan", "a memory plan").choose
-    chosen, line = choose(replace(config, fused=fuses), device, dtype, most)
+    chosen, line = plan.choose(replace(config, fused=fuses), device, dtype, most)
     return replace(chosen, fused=config.fused), line
 
 
@@ -167,9 +170,6 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
     layers by the book's lines, or "". Returns what reads and writes the optimizer's state by
     matrix, what was done in words, and `unfused` for the next start.
     """
-    import loop
-    from keep.checkpoint import PlainMoments
-
     moments, sums = PlainMoments(run.optimizer, run.trained), [m.grad for m in run.trained.values()]
     if not fast:
         return moments, "by the book's lines: no folder fast/", unfused
@@ -231,7 +231,6 @@ def by_definition(run) -> None:
     memory of a whole step.
     """
     if fast:
-        import loop
         from fast import layers
 
         run.micro_step, run.batches = loop.micro_step, loop.step_batches
