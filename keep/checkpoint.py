@@ -79,11 +79,10 @@ def save_state(kept) -> None:
     try:
         for name, content in files.items():
             write_whole(aside / name, content)
-    except (Refusal, KeyboardInterrupt):
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk needs the room
-        raise
-    shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
-    os.replace(aside, folder)
+        shutil.rmtree(folder, ignore_errors=True)  # one that was cut short, and passed over
+        os.replace(aside, folder)
+    finally:  # gone already where it was renamed; a full disk needs the room
+        shutil.rmtree(aside, ignore_errors=True)
     remove_old(folder.parent, run.step, config.checkpoints_total_limit)
 
 

@@ -1,7 +1,6 @@
 """The two commands, told apart before anything heavy is imported, and what may end the imports."""
 
 import contextlib
-import os
 import signal
 import sys
 import traceback
@@ -33,19 +32,17 @@ def importing() -> Iterator[None]:
     """Inside, torch and diffusers are imported, for seconds. Ctrl-C, or a library that does not
     load, ends the process with one sentence.
     """
-
-    def leave(*_) -> None:  # at once: a library may catch the exception that Ctrl-C raises
-        if SPEAKS:
-            print("\ninterrupted: nothing had begun", file=sys.stderr, flush=True)
-        os._exit(128 + signal.SIGINT)
-
-    before = signal.signal(signal.SIGINT, leave)
     try:
         yield
+    except KeyboardInterrupt:
+        said, exit_code = "\ninterrupted: nothing had begun", 128 + signal.SIGINT
     except Exception as error:  # built for another torch, half installed: any class
-        sys.exit(f"error: {not_loaded(error)}" if SPEAKS else 1)
-    finally:
-        signal.signal(signal.SIGINT, before)
+        said, exit_code = f"error: {not_loaded(error)}", 1
+    else:
+        return
+    if SPEAKS:
+        print(said, file=sys.stderr)
+    sys.exit(exit_code)
 
 
 def not_loaded(error: BaseException) -> Refusal:

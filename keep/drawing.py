@@ -3,7 +3,6 @@ with the bare model. The drawing itself is generate.py's.
 """
 
 import contextlib
-import functools
 import sys
 from pathlib import Path
 
@@ -36,13 +35,6 @@ def find_adapter(path: str) -> Path:
     return files[-1]
 
 
-def find_base(options: Options, file: lora.AdapterFile, half: bool) -> str:
-    """The name of the base model to draw with. Raises Refusal where it is not the adapter's own."""
-    options = drawing.complete(options, file.path, file.about)
-    drawing.check_base(options, file.path, file.about, half)
-    return options.pretrained_model_name_or_path
-
-
 def decode(
     vae: diffusers.AutoencoderKL, latents: list[Tensor], scaling: tuple[float, float]
 ) -> list[Image.Image]:
@@ -65,10 +57,7 @@ def run(options: Options) -> None:
     file = adapter_files.read(find_adapter(options.adapter))
     options = drawing.complete(options, file.path, file.about)
     rows = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
-    load_unet = model.load_unet
-    if options.base_quantization == "nf4":
-        load_unet = functools.partial(faster.load_unet_nf4, cache_dir=Path(options.cache_dir))
-    plugged_in = (load_unet, adapter_files.load, decode)
+    plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
     pictures = generate.draw_at([*rows.values()], options, file, *plugged_in)
     folder = Path(options.output_dir or file.path.parent / "pictures")
     if options.compare:

@@ -29,20 +29,19 @@ def export(kept) -> list[Path]:
     rounded numbers, the answer within 2e-3 of its own length.
     """
     run, config = kept.run, kept.run.config
-    if not moved(kept):
+    if not any(layer.lora_B.any() for layer in run.adapter.layers.values()):
         raise Refusal(
-            "the adapter did not move: it equals its start",
+            "the adapter did not move: every B is zero, as at its start",
             "a trained adapter",
             "a higher --learning-rate or more --max-train-steps"
             + f" ({run.loss_scale.skipped} steps were skipped)",
         )
     batch, dtype = run.examples.batch(range(1), run.unet.device), model.DTYPES[config.save_dtype]
-    paths = {"peft": config.out / lora.FILE_NAME, "kohya": kohya_path(config)}
     run.unet.eval()  # what an edited layer does in training only, such as dropout, is in no file
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
     trained = {name: matrix.clone() for name, matrix in matrices.items()}
     answer = model.predict(run.unet, batch["noise"], batch)
-    for layout, path in paths.items():
+    for layout, path in files_of(config).items():
         files.save(run.adapter, path, layout, dtype, about(kept))
         for matrix in matrices.values():
             matrix.zero_()  # or a file that holds nothing would seem to hold everything
@@ -59,23 +58,18 @@ def export(kept) -> list[Path]:
                 "the trained one",
                 f"{why}; the training is safe under checkpoints/",
             )
-    return list(paths.values())
+    return list(files_of(config).values())
 
 
-def moved(kept) -> bool:
-    """Whether training has changed anything, and the adapter does anything at all."""
-    start, run = kept.untrained, kept.run
-    differs = any(not torch.equal(m.detach().cpu(), start[n]) for n, m in run.trained.items())
-    return differs and any(layer.lora_B.any() for layer in run.adapter.layers.values())
-
-
-def kohya_path(config: Config) -> Path:
-    return config.out / "kohya" / f"{config.out.resolve().name}.safetensors"
+def files_of(config: Config) -> dict[str, Path]:
+    """Where the adapter is, or will be, in each layout."""
+    kohya = config.out / "kohya" / f"{config.out.resolve().name}.safetensors"
+    return {"peft": config.out / lora.FILE_NAME, "kohya": kohya}
 
 
 def exported_sums(config: Config) -> dict[str, str]:
     """The exported files, by their names in config.out, and their SHA-256."""
-    paths = (config.out / lora.FILE_NAME, kohya_path(config))
+    paths = files_of(config).values()
     return {path.relative_to(config.out).as_posix(): sum_of(path.read_bytes()) for path in paths}
 
 
@@ -117,7 +111,7 @@ def finished(config: Config) -> str:
     enough = note["steps"] >= config.max_train_steps
     if not whole or not enough or note["save_dtype"] != config.save_dtype:
         return ""
-    names = code.changed(code.digests(faster.code_of(config)), note.get("code", {}))
+    names = code.changed(faster.digests(config), note.get("code", {}))
     other = f", by other code ({', '.join(names)})" if names else ""
     return (
         f"{config.out} is finished{other}: {note['steps']} steps on {config.dataset_name}. To go "

@@ -7,15 +7,19 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.util
+import math
 import os
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import loop
+import model
 from inputs import code
 from inputs.files import Refusal
 from inputs.options import Config
+from keep.checkpoint import PlainMoments
 
 # Its modules are imported below, each where it is used. Without an origin, what is left of the
 # folder are files that Python compiled.
@@ -74,9 +78,6 @@ class Alone:
         """This process's part of a step's examples."""
         return numbers
 
-    def largest_share(self, n: int) -> int:
-        return n
-
     def exchange(self, run) -> None:
         """Of one process the gradient and the loss are whole already."""
 
@@ -99,76 +100,67 @@ class Alone:
         print(sentence, file=sys.stderr, flush=True)
 
 
-def need(what: str, remedy: str) -> None:
-    """Raise Refusal where `what` is asked for and fast/ is not here."""
+def part(name: str, asked: str, remedy: str = "the same command without it"):
+    """The module `name` of fast/. Raises Refusal where what is `asked` for needs it and fast/ is
+    not here.
+    """
     if not fast:
-        raise Refusal(f"{what}, and there is no folder fast/", "that folder beside loop.py", remedy)
+        found = f"{asked}, and there is no folder fast/"
+        raise Refusal(found, "that folder beside loop.py", remedy)
+    return importlib.import_module(f"fast.{name}")
 
 
 def join(timeout: float):
     """The processes that torchrun started, this one among them; Alone without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Alone()
-    need("several processes", "python loop.py RECIPE, which is one process")
-    from fast import parallel
-
-    return parallel.join(timeout)
+    remedy = "python loop.py RECIPE, which is one process"
+    return part("parallel", "several processes", remedy).join(timeout)
 
 
 def deterministic(on: bool):
     """A context with only kernels that add in one order, if asked for."""
-    if not on:
-        return contextlib.nullcontext()
-    need("--deterministic", "the same command without it")
-    from fast import deterministic
-
-    return deterministic.mode()
+    return part("deterministic", "--deterministic").mode() if on else contextlib.nullcontext()
 
 
 def promise(config: Config, device, processes: int) -> dict[str, str]:
     """What a deterministic run's bits depend on besides what it is; nothing for others."""
     if not config.deterministic:
         return {}
-    from fast import deterministic
-
-    return deterministic.promise(config, device, processes)
+    return part("deterministic", "--deterministic").promise(config, device, processes)
 
 
-def plan(config: Config, device, dtype, most: int) -> tuple[Config, str]:
-    """`config` cut and recomputed as this GPU allows, and a line that says so. most: the examples
-    of a step that this process has at most.
-    """
+def plan(config: Config, device, dtype, processes: int) -> tuple[Config, str]:
+    """`config` cut and recomputed as this GPU allows, and a line that says so."""
     if not fast:
         return config, "no memory plan: there is no folder fast/" if config.memory_plan else ""
     from fast import plan
 
     fuses = config.fused and not edited("lora.LoRALinear")  # else more is kept in memory
+    most = math.ceil(config.examples_per_step / processes)  # the largest share of a step
     chosen, line = plan.choose(replace(config, fused=fuses), device, dtype, most)
     return replace(chosen, fused=config.fused), line
 
 
-def plan_table(config: Config) -> str:
-    """What `make plan` prints."""
-    need(f"--plan-for {config.plan_for}", "the same command without it")
-    from fast import plan
-
-    return plan.table(config)
+def nf4():
+    """What makes and loads a base in 4 bits."""
+    remedy = "--base-quantization none, or --plain, on the whole base"
+    return part("nf4", "a base in NF4", remedy)
 
 
-def load_unet_nf4(name: str, device, dtype, cache_dir: Path):
-    """SDXL's UNet with its Linear weights in 4 bits."""
-    need("a base in NF4", "--base-quantization none, or --plain, on the whole base")
-    from fast import nf4
+def unet_loader(asked) -> Callable:
+    """What loads the UNet that the options `asked` for, of a run or of a drawing."""
+    if asked.base_quantization != "nf4":
+        return model.load_unet
+    return functools.partial(nf4().load_unet_nf4, cache_dir=Path(asked.cache_dir))
 
-    return nf4.load_unet_nf4(name, device, dtype, cache_dir)
 
-
-def code_of(config: Config) -> list[tuple[str, str]]:
-    """(module, name) of the functions in fast/ that make another run of this one."""
+def digests(config: Config) -> dict[str, str]:
+    """Those of all code that makes this run's numbers, in fast/, too, if it makes another run."""
     if config.base_quantization != "nf4":
-        return []
-    need("a base in NF4", "--base-quantization none, or --plain, on the whole base")
-    return [("fast.nf4", name) for name in ("quantise", "linear_4bit", "shapes_to_quantise")]
+        return code.digests()
+    module, names = nf4().__name__, ("quantise", "linear_4bit", "shapes_to_quantise")
+    return code.digests([(module, name) for name in names])
 
 
 def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
@@ -178,9 +170,6 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
     layers by the book's lines, or "". Returns what reads and writes the optimizer's state by
     matrix, what was done in words, and `unfused` for the next start.
     """
-    import loop
-    from keep.checkpoint import PlainMoments
-
     moments, sums = PlainMoments(run.optimizer, run.trained), [m.grad for m in run.trained.values()]
     if not fast:
         return moments, "by the book's lines: no folder fast/", unfused
@@ -242,7 +231,6 @@ def by_definition(run) -> None:
     memory of a whole step.
     """
     if fast:
-        import loop
         from fast import layers
 
         run.micro_step, run.batches = loop.micro_step, loop.step_batches

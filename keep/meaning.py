@@ -7,7 +7,6 @@ Letters as in lora.py.
 
 import copy
 import functools
-import math
 
 import torch
 import torch.nn.functional as F
@@ -27,11 +26,10 @@ def meaning(run) -> list[str]:
     for name, layer in adapter.layers.items():
         try:
             off = distance(layer, adapter.alpha / adapter.rank, generator)
-            how = f"off by {off:.1e}"
+            if not off <= 1e-4:  # nan is wrong, too
+                wrong[name] = f"off by {off:.1e}"
         except Exception as error:  # an edited layer may need what a plain fp32 base has not
-            off, how = math.inf, first_line(error)
-        if not off <= 1e-4:  # nan is wrong, too
-            wrong[name] = how
+            wrong[name] = first_line(error)
     if wrong:
         name, how = next(iter(wrong.items()))
         lines.append(

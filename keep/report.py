@@ -17,7 +17,6 @@ from tqdm import tqdm
 
 import model
 from inputs.files import write_whole
-from inputs.hub import fetch
 from inputs.options import Config
 from inputs.sources import Picture
 from loop import Run
@@ -43,8 +42,11 @@ class Log:
         path = out / "log.jsonl"
         old = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # Steps that a killed run did after its last checkpoint are done again, not said twice.
-        kept = [line for line in old if step_of(line) <= start]
-        write_whole(path, "".join(line + "\n" for line in kept).encode())
+        kept = ""
+        for line in old:
+            with contextlib.suppress(ValueError):  # where a killed run cut it short
+                kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
+        write_whole(path, kept.encode())
         self.file = open(path, "a")
         self.bar = tqdm(total=config.max_train_steps, initial=start, desc="training", mininterval=1)
         if config.tensorboard:
@@ -92,19 +94,10 @@ class Log:
         if device.type == "cuda":
             for warning in self.watch.after(run.step, seconds, device):
                 tqdm.write(warning)
-        said = [f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step"]
-        said += [f"{peak:.1f} GiB"] if peak else []
-        said += [f"{scale.skipped} skipped"] if scale.skipped else []
-        self.bar.set_postfix_str(", ".join(said))
+        said = f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step"
+        said += f", {peak:.1f} GiB, {scale.skipped} skipped"
+        self.bar.set_postfix_str(said)
         self.bar.update()
-
-
-def step_of(line: str) -> float:
-    """The step that a line of log.jsonl tells of; inf where a killed run cut it short."""
-    try:
-        return json.loads(line)["step"]
-    except ValueError:
-        return math.inf
 
 
 class Watch:
@@ -199,11 +192,6 @@ def count_cut(prompts: list[str], name: str) -> int:
     """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
     end.
     """
-    with contextlib.suppress(OSError, ValueError, TypeError, KeyError):
-        # A token has a byte at least, and two mark the ends: most need not be counted.
-        about = json.loads((fetch(name, "tokenizer") / "tokenizer_config.json").read_text())
-        short = about["model_max_length"] - 2
-        prompts = [p for p in prompts if not p.isascii() or len(p) > short]
     if not prompts:
         return 0
     tokenizer = model.load_tokenizers(name)[0]  # both cut at one length

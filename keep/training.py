@@ -6,15 +6,12 @@ same numbers, and lost with the first closed lid.
 
 import contextlib
 import dataclasses
-import functools
 import json
 import signal
 import time
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
 import loop
@@ -32,23 +29,21 @@ from keep import checkpoint, drawing, export, faster, faults, identity, meaning,
 class Kept:
     """A run with what makes it survive.
 
-    identity: what makes it this run and no other, and code: a digest of each function that makes
-    its numbers; code_changes: which functions were changed under it, with leave; notes: how its
-    files will mean something else than it trains; untrained: every matrix at its start, on the CPU;
     moments: reads and writes the optimizer's state by matrix; unfused: why its layers are computed
-    by the book's lines, where fused ones were asked for; half_done: whether the optimizer is at
-    work, or has failed at it: its numbers must not be saved.
+    by the book's lines, where fused ones were asked for; identity: what makes it this run and no
+    other, and code: a digest of each function that makes its numbers; code_changes: which functions
+    were changed under it, with leave; notes: how its files will mean something else than it trains;
+    half_done: whether the optimizer is at work, or has failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
     team: faster.Alone
+    moments: checkpoint.PlainMoments
+    unfused: str
     identity: dict[str, str]
     code: dict[str, str]
     code_changes: str
     notes: list[str]
-    untrained: dict[str, Tensor] = field(default_factory=dict)
-    moments: checkpoint.PlainMoments | None = None
-    unfused: str = ""
     half_done: bool = False
 
 
@@ -69,43 +64,31 @@ def set_up(
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
-    digests = code.digests(faster.code_of(config))
+    digests = faster.digests(config)
     state = checkpoint.newest_state(config.out / "checkpoints")
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
-    most = team.largest_share(config.examples_per_step)
-    config, planned = faster.plan(config, device, dtype, most)
+    config, planned = faster.plan(config, device, dtype, team.size)
     if team.first:
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()
-    load = model.load_unet
-    if config.base_quantization == "nf4":
-        load = functools.partial(faster.load_unet_nf4, cache_dir=Path(config.cache_dir))
-    unet = load(name, device, dtype)
+    unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
     run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
     notes = meaning.meaning(run)
-    kept = Kept(run, team, same, digests, changes, notes)
-    how = [reason, attention, plug_in(kept, state)]
-    team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
-    lines = [report.describe(kept, pictures, "; ".join(filter(None, how))), planned, changes]
-    return kept, "\n".join(filter(None, [*lines, *notes]))
-
-
-def plug_in(kept: Kept, state: dict | None) -> str:
-    """Make a run fresh from loop.assemble() faster, and put it where its checkpoint was. Returns
-    what was done, in words.
-    """
-    run, unfused = kept.run, (state or {}).get("unfused", "")
-    kept.moments, said, kept.unfused = faster.faster(run, kept.team, tqdm.write, unfused)
-    kept.untrained = {name: each.detach().cpu().clone() for name, each in run.trained.items()}
+    unfused = (state or {}).get("unfused", "")
+    moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, notes)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
-    return said
+    team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
+    how = "; ".join(filter(None, (reason, attention, faster_by)))
+    lines = [report.describe(kept, pictures, how), planned, changes, *notes]
+    return kept, "\n".join(filter(None, lines))
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -173,9 +156,8 @@ def draw(config: Config) -> None:
     """The before/after picture, drawn from the exported file as anyone would draw with it."""
     if not config.validation_prompts or (config.out / "pictures" / "before-after.png").is_file():
         return
-    same = ("num_inference_steps", "guidance_scale", "pretrained_model_name_or_path", "device")
-    same += ("mixed_precision", "base_quantization", "cache_dir")
-    given = {name: getattr(config, name) for name in same}
+    same = ("num_inference_steps", "guidance_scale", "device", "mixed_precision")
+    given = {name: getattr(config, name) for name in same}  # the rest says config.json
     given |= {"prompts": config.validation_prompts, "seeds": (config.seed,), "compare": True}
     try:
         drawing.run(Options(str(config.out), **given))
@@ -210,7 +192,7 @@ def main(argv: list[str] | Config | None = None) -> int:
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
         if config.plan_for:
-            print(faster.plan_table(config))
+            print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
             return 0
         team = faster.join(config.ddp_timeout)
         return train(config, team)

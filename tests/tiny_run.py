@@ -55,7 +55,6 @@ def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:
         kept.moments = FlatMoments(flat, run.optimizer)
     else:
         kept.moments = checkpoint.PlainMoments(run.optimizer, run.trained)
-    kept.untrained = {name: each.detach().clone() for name, each in run.trained.items()}
     return kept
 
 

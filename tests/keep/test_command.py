@@ -77,13 +77,6 @@ def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
     assert process.returncode == 128 + signal.SIGINT
 
 
-def test_outside_the_imports_ctrl_c_is_handled_as_before():
-    before = signal.getsignal(signal.SIGINT)
-    with command.importing():
-        assert signal.getsignal(signal.SIGINT) is not before
-    assert signal.getsignal(signal.SIGINT) is before
-
-
 @pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py"]])
 def test_a_library_that_does_not_load_is_said_in_a_sentence(words, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open')")

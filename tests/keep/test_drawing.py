@@ -146,9 +146,6 @@ def test_an_adapter_of_another_base_is_refused_unless_told_so(run, tmp_path, cap
     for adapter in (run, kohya):
         refused(draw(capsys, str(adapter), *base), "was trained on", "--any-base", *prints)
         assert draw(capsys, str(adapter), *base, "--any-base") == (0, "")
-    options = options_of_drawing.parse([str(run), *base])
-    with pytest.raises(Refusal, match="was trained on"):
-        drawing.find_base(options, adapter_files.read(run), half=False)
 
 
 def test_an_adapter_that_names_no_base_asks_for_one(tmp_path, capsys):
