@@ -25,7 +25,10 @@ def driver() -> str:
     if not shutil.which("nvidia-smi"):
         return ""
     ask = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    said = subprocess.run(ask, capture_output=True, text=True).stdout
+    try:
+        said = subprocess.run(ask, capture_output=True, text=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):  # a broken one, or a GPU that does not answer
+        return ""
     found = re.match(r"\d+[\d.]*", said)
     return found.group() if found else ""
 

@@ -9,13 +9,15 @@ Who dies or hangs is noticed by torchrun and by torch.distributed. What that loo
 
 A process dies: torchrun asks the others to end, kills them 30 s later, and names the dead one's
 rank and signal in its report, under "Root Cause". On a CPU the others fail at once in the step's
-exchange, save the last whole step and say one sentence. On a GPU they wait within NCCL and hear
-nothing: the steps since the newest checkpoint are lost.
+exchange and say one sentence; rank 0, if it is one of them, saves the last whole step. On a GPU
+they wait within NCCL and hear nothing. What is not saved then is lost: the steps since the newest
+checkpoint.
 
-A process hangs: --ddp-timeout seconds later the exchange fails. On a CPU the last whole step is
-saved and one sentence names the rank; torchrun kills the one that hangs 30 s after that. On a GPU
-NCCL's watchdog ends all that wait, with a page of its own that names none, and the steps since the
-newest checkpoint are lost.
+A process hangs: --ddp-timeout seconds later the exchange fails. On a CPU one sentence names the
+rank, rank 0 saves the last whole step, unless it is the one, and torchrun kills the one that hangs
+30 s after that; its "Root Cause" is then the first that noticed. On a GPU NCCL's watchdog ends all
+that wait, with a page of its own that names none, and the steps since the newest checkpoint are
+lost.
 
 A process refuses (a damaged picture, say): its sentence is said once, with its rank, and torchrun
 ends the others. torchrun itself killed: its processes go on to the end, unless they still encode.
@@ -211,7 +213,7 @@ class Team:
             raise Refusal(
                 f"the other processes do not answer ({first_line(error)})",
                 f"an answer from all {self.size} within {self.timeout.total_seconds():g} s",
-                f"{AGAIN}; torchrun's report below says who died",
+                f"{AGAIN}; who died is in torchrun's report below, who hangs is named here only",
             ) from error
 
 

@@ -6,7 +6,6 @@ nothing but its input.
 """
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
@@ -122,17 +121,21 @@ def only_run(folder: Path):
     """
     from filelock import FileLock, Timeout  # here: a wrong option is answered before such imports
 
-    lock = FileLock(folder / ".lock", timeout=0)
+    # No soft lock, a file that counts as a lock while it is there: it would outlive a lost machine.
+    lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / ".lock").touch()
+    except OSError as error:
+        raise unwritable(folder, 0, error) from error
+    try:
         lock.acquire()
     except Timeout:
         found = f"another run is at work in {folder}"
         remedy = "wait for it, or name another --output-dir"
         raise Refusal(found, "one run for each output folder", remedy) from None
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP):
-            raise unwritable(folder, 0, error) from error
+    except (OSError, NotImplementedError):
+        pass  # a file system without locks
     try:
         yield
     finally:

@@ -148,7 +148,7 @@ def content_of(path: Path, kind: str) -> bytes | str:
     """
     what = "a file" if kind == "picture" else "text in UTF-8"
     expected = f"{what} of at most {LARGEST[kind] / 1e6:.0f} MB"
-    with refusing(f"{path} cannot be read as a {kind}", expected, "replace or remove it"):
+    with refusing(f"{path} ({kind}) cannot be read", expected, "replace or remove it"):
         size = path.stat().st_size
         if not path.is_file():
             raise OSError("no file")

@@ -98,18 +98,23 @@ def finished(config: Config) -> str:
     from, base model or pictures, holds something else by now.
     """
     sweep_parts(config.out)
+    steps = config.max_train_steps
     try:
         note = json.loads((config.out / "finished.json").read_text())
-        whole = note["files"] == exported_sums(config)
-    except (OSError, ValueError):  # it has not ended yet, or a file of it is gone or damaged
+        whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
+        half, enough = note["identity"]["dtype"] != "torch.float32", note["steps"] >= steps
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+    ):  # not ended yet, or damaged
         return ""
-    half = note["identity"]["dtype"] != "torch.float32"
     mine = fixed_options(config) | local_identity(config, half)
     if config.deterministic:  # a promise about how it was computed, from the first step on
         mine["deterministic"] = "True"
     check_same(config, mine, note)
-    enough = note["steps"] >= config.max_train_steps
-    if not whole or not enough or note["save_dtype"] != config.save_dtype:
+    if not whole or not enough:
         return ""
     names = code.changed(faster.digests(config), note.get("code", {}))
     other = f", by other code ({', '.join(names)})" if names else ""

@@ -44,7 +44,7 @@ class Log:
         # Steps that a killed run did after its last checkpoint are done again, not said twice.
         kept = ""
         for line in old:
-            with contextlib.suppress(ValueError):  # where a killed run cut it short
+            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or not ours
                 kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
         write_whole(path, kept.encode())
         self.file = open(path, "a")

@@ -108,15 +108,15 @@ def test_endless_nesting_is_refused(folder):
 def test_pipes_folders_links_to_nothing_and_terabytes_are_refused_by_name(folder):
     os.mkfifo(folder / "b.txt")
     shutil.copy(folder / "a.png", folder / "b.png")
-    refused(lambda: read(folder), "b.txt cannot be read as a caption (no file)")
+    refused(lambda: read(folder), "b.txt (caption) cannot be read (no file)")
     (folder / "b.txt").unlink()
     (folder / "b.txt").write_text("b")
     with open(folder / "b.png", "wb") as file:
         file.truncate(2**40)
-    refused(lambda: read(folder), "b.png cannot be read as a picture (1099511.6 MB)")
+    refused(lambda: read(folder), "b.png (picture) cannot be read (1099511.6 MB)")
     (folder / "b.png").unlink()
     (folder / "b.png").symlink_to(folder / "gone.png")
-    refused(lambda: read(folder), "b.png cannot be read", "No such file")
+    refused(lambda: read(folder), "b.png (picture) cannot be read", "No such file")
 
 
 # ---- the cache -----------------------------------------------------------------------------------

@@ -10,6 +10,7 @@ import lora
 from adapters import files
 from inputs import code
 from inputs.files import Refusal
+from inputs.options import RECIPES
 from keep import export, identity
 from tiny_run import assembled, keep, step
 
@@ -101,3 +102,11 @@ def test_a_finished_run_says_so_and_names_other_code_but_not_for_changed_files(
         export.finished(dataclasses.replace(enough, seed=7))
     path.write_bytes(b"cut")
     assert export.finished(enough) == ""
+
+
+@pytest.mark.parametrize("note", ["[]", "{}", "5", "null", '{"files": {}}', "{"])
+def test_a_finished_json_that_is_not_ours_is_as_none(tmp_path, note):
+    (tmp_path / "finished.json").write_text(note)
+    assert (
+        export.finished(dataclasses.replace(RECIPES["pocket"][1], output_dir=str(tmp_path))) == ""
+    )

@@ -62,7 +62,7 @@ def test_a_step_is_in_the_log_though_the_run_was_killed_while_saving_or_logging_
 
 def test_a_damaged_log_loses_its_damaged_lines_only(tmp_path):
     lines = ['{"step": 1}', '{"st', "", "\0" * 512, '{"step": 2}', '{"step": 9}']
-    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe{}\n")
+    (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe{}\n{}\n[]\n5\n")
     with report.Log(tmp_path, 2, replace(RECIPES["pocket"][1], tensorboard=False)):
         pass
     assert (tmp_path / "log.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}']
