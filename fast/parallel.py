@@ -17,7 +17,8 @@ A process hangs: --ddp-timeout seconds later the exchange fails. On a CPU one se
 rank, rank 0 saves the last whole step, unless it is the one, and torchrun kills the one that hangs
 30 s after that; its "Root Cause" is then the first that noticed. On a GPU NCCL's watchdog ends all
 that wait, with a page of its own that names none, and the steps since the newest checkpoint are
-lost.
+lost (two H200s, a timeout of 20 s: ended 80 s after the other had stopped, which torchrun killed 30
+s later).
 
 A process refuses (a damaged picture, say): its sentence is said once, with its rank, and torchrun
 ends the others. torchrun itself killed: its processes go on to the end, unless they still encode.
