@@ -30,6 +30,7 @@ ENTRIES = {
     "num_train_timesteps": ("2 to 100,000", lambda v: type(v) is int and 1 < v <= 10**5),
     "scaling_factor": ("a number such as 0.13025", lambda v: is_number(v) and 0 < v < 1e3),
     "shift_factor": ("null or a number", lambda v: v is None or (is_number(v) and abs(v) < 1e3)),
+    "num_hidden_layers": ("1 to 256", lambda v: type(v) is int and 0 < v <= 256),
     "latent_channels": ("4", lambda v: v == 4),
     "sample_size": ("a size such as 128", lambda v: type(v) is int and 0 < v <= 4096),
     "force_zeros_for_empty_prompt": ("true or false", lambda v: type(v) is bool),

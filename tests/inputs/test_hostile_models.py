@@ -27,6 +27,7 @@ from sentences import refused
         *(("unet/config.json", "sample_size", size) for size in (None, [64, 64], 0, 10**6, 64.0)),
         ("vae/config.json", "latent_channels", 16),
         ("text_encoder/config.json", "num_hidden_layers", 10**9),
+        ("text_encoder_2/config.json", "num_hidden_layers", 0),
         ("text_encoder_2/config.json", "num_attention_heads", -1),
         ("tokenizer/tokenizer_config.json", "model_max_length", 10**30),
         ("vae/config.json", "scaling_factor", None),

@@ -193,8 +193,8 @@ def test_a_begun_run_goes_on_with_reworded_code_and_not_with_other_code(train, t
         [
             (
                 "loop.py",
-                "    (factor, shift), t, noise =",
-                "    # reworded\n    (factor, shift), t, noise =",
+                "    (scaling_factor, shift_factor), t, noise =",
+                "    # reworded\n    (scaling_factor, shift_factor), t, noise =",
             ),
             ("loop.py", '"""One step over n examples.', '"""A step over n examples.'),
             (
