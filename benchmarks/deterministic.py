@@ -252,7 +252,7 @@ def others(some, differentiated, B: int, side: int) -> dict:
     import torch.nn.functional as F
     from bitsandbytes.functional import dequantize_4bit, quantize_4bit
 
-    from fast import layers
+    from fast import geglu
 
     rows = B * side * side // 4
     gate = [some(rows, 2560, grad=False) for _ in range(3)]
@@ -264,7 +264,7 @@ def others(some, differentiated, B: int, side: int) -> dict:
         "A's and B's gradients": differentiated(
             lambda x, A, B: x @ A.t() @ B.t(), some(rows, 640), some(16, 640), some(640, 16)
         ),
-        "gate": lambda: [layers.gate_forward(*gate[:2]), *layers.gate_backward(*gate)],
+        "gate": lambda: [geglu.forward(*gate[:2]), *geglu.backward(*gate)],
         "NF4": lambda: [dequantize_4bit(packed, state)],
     }
 
