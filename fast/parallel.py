@@ -122,9 +122,6 @@ class Team:
         n = len(numbers)
         return numbers[self.rank * n // self.size : (self.rank + 1) * n // self.size]
 
-    def largest_share(self, n: int) -> int:
-        return -(-n // self.size)
-
     def exchange(self, run) -> None:
         """The step's socket: the gradient, run.loss_sum and how many processes were asked to stop
         become their sums over all processes, the same bits in each.

@@ -88,6 +88,14 @@ class Live(TorchDispatchMode):
         """Begin a new peak and a new count of work here."""
         self.peak, self.workspace, self.work = self.bytes, 0, Work()
 
+    def __enter__(self):
+        self.fused = fused_attention()
+        return super().__enter__()
+
+    def __exit__(self, *error):
+        del self.fused
+        return super().__exit__(*error)
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out, operation = func(*args, **kwargs), func.overloadpacket
@@ -121,9 +129,13 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
     return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
 
 
-# For tensors without numbers torch would take the definition, which keeps the weight of every pair.
-FUSED = torch.library.Library("aten", "IMPL")
-FUSED.impl("scaled_dot_product_attention", attention, "AutogradMeta")
+def fused_attention() -> torch.library.Library:
+    """Has attention() compute for tensors without numbers, as long as the answer is kept: torch
+    would take the definition, which keeps the weight of every pair.
+    """
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("scaled_dot_product_attention", attention, "AutogradMeta")
+    return library
 
 
 # ---- the recipe's step, on tensors without numbers -----------------------------------------------

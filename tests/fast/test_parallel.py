@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import gc
 import json
+import math
 import multiprocessing
 import os
 import shutil
@@ -131,7 +132,7 @@ def test_shares_cover_each_example_once_and_differ_by_one_at_most(n, size):
         assert all(1 <= len(part) <= 2 for part in cut)
     assert [i for part in parts for i in part] == list(numbers)
     sizes = [len(part) for part in parts]
-    assert max(sizes) - min(sizes) <= 1 and max(sizes) == team.largest_share(n)
+    assert max(sizes) - min(sizes) <= 1 and max(sizes) == math.ceil(n / team.size)
 
 
 # ---- the step ------------------------------------------------------------------------------------

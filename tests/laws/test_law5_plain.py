@@ -111,6 +111,20 @@ def plain_run(config) -> loop.Run:
     return loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
 
 
+def said_in(tree, words: list[str]) -> str:
+    """What a command says in a copy of this project's tree, once it has ended well."""
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=tree,
+        env=os.environ | {"PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 @pytest.mark.slow
 def test_in_a_tree_whose_fast_was_deleted_the_command_goes_on_to_the_same_bytes(train, tmp_path):
     """Five steps with it, five without. A folder that is gone but for what Python compiled in it is
@@ -125,16 +139,7 @@ def test_in_a_tree_whose_fast_was_deleted_the_command_goes_on_to_the_same_bytes(
 
     def start(name: str, steps: int) -> str:
         argv = train.argv(name, "--no-fused", "--max-train-steps", str(steps))
-        done = subprocess.run(
-            [sys.executable, "loop.py", *argv],
-            cwd=tree,
-            env=os.environ | {"PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        return done.stdout
+        return said_in(tree, ["loop.py", *argv])
 
     start("whole", 10)
     start("halves", 5)
@@ -170,15 +175,6 @@ def test_the_book_trains_in_a_tree_without_fast_and_keep(few, cache, tmp_path):
         ["loop.py", *argv],
         ["generate.py", str(out), "--plain", "--prompts", "cat", "--num-inference-steps", "2"],
     ):
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=tree,
-            env=os.environ | {"PYTHONPATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=300,
-        )
-        assert done.returncode == 0, done.stderr
-        said.append(done.stdout)
+        said.append(said_in(tree, words))
     assert "step 2: loss" in said[0] and lora.read(out).rank == 16
     assert len(list((out / "pictures").glob("*.png"))) == 1
