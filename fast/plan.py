@@ -37,7 +37,7 @@ from fast.flat import Flat
 from inputs import hub
 from inputs.files import Refusal, first_line
 from inputs.options import RECIPES, Config
-from inputs.vetting import SDXL_UNET
+from inputs.vetting import SDXL_UNET, widths
 
 GIB = 2**30
 # What the libraries keep besides torch's tensors (matrix products' and convolutions' workspaces),
@@ -89,7 +89,10 @@ class Live(TorchDispatchMode):
         self.peak, self.workspace, self.work = self.bytes, 0, Work()
 
     def __enter__(self):
-        self.fused = fused_attention()
+        # While this is kept, attention without numbers is the fused kernel: torch would take the
+        # definition, which keeps the weight of every pair.
+        self.fused = torch.library.Library("aten", "IMPL")
+        self.fused.impl("scaled_dot_product_attention", attention, "AutogradMeta")
         return super().__enter__()
 
     def __exit__(self, *error):
@@ -129,15 +132,6 @@ def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, 
     return aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True)[0]
 
 
-def fused_attention() -> torch.library.Library:
-    """Has attention() compute for tensors without numbers, as long as the answer is kept: torch
-    would take the definition, which keeps the weight of every pair.
-    """
-    library = torch.library.Library("aten", "IMPL")
-    library.impl("scaled_dot_product_attention", attention, "AutogradMeta")
-    return library
-
-
 # ---- the recipe's step, on tensors without numbers -----------------------------------------------
 
 
@@ -160,13 +154,12 @@ class Prediction:
 
 def fake_batch(config: Config, unet: UNet2DConditionModel, tokens: int = 77) -> dict[str, Tensor]:
     """A batch as data.Examples makes it, without numbers; keys and shapes are the same."""
-    B, side, about = config.train_batch_size, config.resolution // 8, unet.config
-    pooled = about.projection_class_embeddings_input_dim - 6 * about.addition_time_embed_dim
-    latent = (B, about.in_channels, side, side)
+    B, side, (context, pooled) = config.train_batch_size, config.resolution // 8, widths(unet)
+    latent = (B, unet.config.in_channels, side, side)
     return {
         **{name: torch.empty(latent) for name in ("mean", "std", "eps", "noise")},
         "t": torch.empty(B, dtype=torch.int64),
-        "context": torch.empty(B, tokens, about.cross_attention_dim),
+        "context": torch.empty(B, tokens, context),
         "pooled": torch.empty(B, pooled),
         "time_ids": torch.empty(B, 6),
     }
@@ -196,11 +189,10 @@ class Rehearsal:
             self.flat = Flat(unet, lora.trained(unet))
             if config.fused and config.attention == "sdpa":
                 layers.wrap(unet)
-            parts = (unet, adapter, self.flat.views)
-            schedule = model.NoiseSchedule(torch.empty(1000), "epsilon")
-            sums = torch.empty(()), torch.empty(())
             # No examples and no optimizer: a micro-step reads neither.
-            self.run = loop.Run(config, *parts, None, schedule, (1.0, 0.0), None, *sums, None)
+            more = ((1.0, 0.0), None, *torch.empty(2), None)
+            schedule = model.NoiseSchedule(torch.empty(1000), "epsilon")
+            self.run = loop.Run(config, unet, adapter, self.flat.views, None, schedule, *more)
         for name, module in model.checkpointable(unet).items():
             for part in recomputed_parts(module):
                 part.register_forward_pre_hook(self.enter)
