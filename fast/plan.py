@@ -274,6 +274,7 @@ class Card:
 
 CARDS = (  # as sold; what of it a run reaches is SHARES' assumption
     Card("T4", 14.56, 65, 8.1, 300, bf16=False),
+    Card("P100", 15.89, 18.7, 9.3, 732, bf16=False),
     Card("RTX 2060", 5.79, 26, 6.5, 336, bf16=False),
     Card("RTX 2070", 7.78, 30, 7.5, 448, bf16=False),
     Card("RTX 3060", 11.75, 25.5, 12.7, 360),
@@ -282,6 +283,7 @@ CARDS = (  # as sold; what of it a run reaches is SHARES' assumption
     Card("L4", 22.03, 121, 30.3, 300),
     Card("A100", 39.4, 312, 19.5, 1555),
     Card("H100", 79.1, 989, 67, 3350),
+    Card("H200", 139.8, 989, 67, 4800),
 )
 # The share of the free memory that a plan may fill. What torch reserves is more than what is
 # allocated at the peak, since blocks of other sizes lie between: 1 to 12 % more in 15 of the 19
@@ -317,9 +319,12 @@ def named_card(name: str) -> Card:
 
 
 def this_card() -> Card:
-    """The card of CARDS that torch sees, or a middling one for one that is not there."""
+    """The card of CARDS that torch sees, or a middling one for one that is not there: the plan's
+    line says which.
+    """
     words = torch.cuda.get_device_name().replace("-", " ").split()
-    return next((card for card in CARDS if set(card.name.split()) <= set(words)), CARDS[4])
+    known = (card for card in CARDS if set(card.name.split()) <= set(words))
+    return next(known, named_card("RTX 3090"))
 
 
 def in_dtype(card: Card, dtype: torch.dtype) -> Card:
@@ -456,7 +461,8 @@ def choose(
         return config, f"memory plan: none, since it failed ({first_line(error)})"
     return way, (
         f"memory plan: {in_words(way)}: {found.peak / GIB:.1f} GiB predicted, "
-        f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled"
+        f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; speed counted as "
+        f"{card.name}'s"
     )
 
 

@@ -171,6 +171,7 @@ def test_a_gpu_gets_its_plan(monkeypatch):
     planned, line = plan.choose(config, gpu, dtype)
     assert (planned.train_batch_size, planned.gradient_accumulation_steps) == (4, 1)
     assert "4 x 1, nothing recomputed" in line and "10.0 GiB free" in line
+    assert f"counted as {CARD.name}'s" in line
 
     def never(*_):
         raise RuntimeError("no meta kernel")
@@ -185,10 +186,8 @@ def test_the_cards_are_told_by_the_names_that_torch_gives(monkeypatch):
         ("Tesla T4", 65),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA GeForce RTX 3060", 25.5),
-        (
-            "NVIDIA L40S",
-            plan.named_card("RTX 3090").tflops,
-        ),  # not an L4: unknown, so a middling one
+        ("NVIDIA H200", 989),
+        ("NVIDIA L40S", 71),  # not an L4: unknown, so a middling one
     ):
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda name=name: name)
         assert plan.this_card().tflops == tflops
