@@ -14,6 +14,7 @@ import io
 import re
 import sys
 from collections.abc import Callable, Sequence
+from inspect import signature
 from pathlib import Path
 
 from inputs.drawing import Options, check_base, complete, parse_or_leave
@@ -37,40 +38,24 @@ import model
 from inputs import vetting
 
 
-def load_pipeline(
-    name: str, unet: torch.nn.Module, device: torch.device
-) -> diffusers.StableDiffusionXLPipeline:
-    """diffusers' SDXL pipeline around `unet`, with an fp32 VAE and the model's own sampler.
-
-    It has no text encoders: prompts are encoded before, so that they and the UNet never share
-    the memory. Raises Refusal where the model's files describe no sampler.
-    """
-    return diffusers.StableDiffusionXLPipeline(
-        vae=model.load_vae(name, device),
-        unet=unet,
-        scheduler=vetting.load_sampler(name),
-        add_watermarker=False,
-        **dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2")),
-    )
-
-
 @torch.no_grad()
 def encode(
-    name: str, prompts: Sequence[str], device: torch.device, half: bool
+    name: str, prompts: Sequence[str], negative_prompt: str, device: torch.device, half: bool
 ) -> list[dict[str, Tensor]]:
-    """For each prompt the pipeline's four embedding arguments, the prompt's own and those that
-    guidance leads away from: contexts (1, T, D), pooled (1, P), on the CPU. The encoders are freed.
+    """For each prompt its "context" (2, T, D) and "pooled" (2, P), on the CPU: first what guidance
+    leads away from, then the prompt's own. The encoders are freed, so that they and the UNet never
+    share the memory.
+
+    negative_prompt: what to lead away from; empty is the model's own unconditional embedding.
     """
     text = model.load_text_encoders(name, device, half)
-    nothing = model.encode_unconditional(text)
+    away = model.encode_prompts([negative_prompt], text) if negative_prompt else None
+    away = away or model.encode_unconditional(text)
     embeddings = []
     for prompt in prompts:
-        pairs = {"": model.encode_prompts([prompt], text), "negative_": nothing}
-        for_pipe = {}
-        for begin, (context, pooled) in pairs.items():
-            for_pipe[f"{begin}prompt_embeds"] = context.cpu()
-            for_pipe[f"{begin}pooled_prompt_embeds"] = pooled.cpu()
-        embeddings.append(for_pipe)
+        pairs = zip(away, model.encode_prompts([prompt], text), strict=True)
+        context, pooled = (torch.cat(pair).cpu() for pair in pairs)
+        embeddings.append({"context": context, "pooled": pooled})
     del text
     model.free_memory()
     return embeddings
@@ -78,39 +63,39 @@ def encode(
 
 @torch.no_grad()
 def sample(
-    pipe: diffusers.StableDiffusionXLPipeline,
-    adapter: lora.Adapter,
-    embeddings: list[dict[str, Tensor]],
-    seeds: Sequence[int],
-    strength: float,
-    how: dict[str, float],
-) -> list[Tensor]:
-    """One latent (1, C, H, W), fp32 on the CPU, for each prompt and its seed, drawn with the
-    adapter at `strength`, which is 1 again afterwards.
+    unet: torch.nn.Module,
+    sampler: diffusers.SchedulerMixin,
+    embedding: dict[str, Tensor],
+    seed: int,
+    size: tuple[int, int],
+    steps: int,
+    guidance_scale: float,
+) -> Tensor:
+    """One latent (1, C, H, W), fp32: the noise that `seed` gives, denoised in `steps` steps under
+    one of encode()'s embeddings, as StableDiffusionXLPipeline does.
 
-    how: the pipeline's height and width in pixels, num_inference_steps and guidance_scale.
+    size: (H, W). guidance_scale: w of classifier-free guidance (Ho & Salimans 2022,
+    https://arxiv.org/abs/2207.12598, eq. 6 with 1 + w for w); up to 1 there is none.
     """
-    pipe.set_progress_bar_config(disable=True)  # one bar for all pictures instead
-    shape = [1, pipe.unet.config.in_channels]
-    shape += [how["height"] // pipe.vae_scale_factor, how["width"] // pipe.vae_scale_factor]
-    device, dtype = pipe.unet.device, pipe.unet.dtype
-    lora.set_strength(adapter, strength)
-    pairs, latents = list(zip(embeddings, seeds, strict=True)), []
-    bar = tqdm(pairs, f"drawing at strength {strength:g}", mininterval=1, leave=False)
-    for embedding, seed in bar:
-        # The noise comes from the CPU in fp32, so that a seed means the same picture on every
-        # device and dtype.
-        noise = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
-        drawn = pipe(
-            **{key: value.to(device, dtype) for key, value in embedding.items()},
-            latents=noise.to(device, dtype),
-            generator=torch.Generator().manual_seed(seed),  # for samplers that add noise as they go
-            output_type="latent",
-            **how,
-        )
-        latents.append(drawn.images.float().cpu())
-    lora.set_strength(adapter, 1.0)
-    return latents
+    device, guided = unet.device, guidance_scale > 1
+    # One for the first noise and for what a sampler adds as it goes; on the CPU and in fp32, so
+    # that a seed means the same picture on every device and in every dtype.
+    generator = torch.Generator().manual_seed(seed)
+    more = {"generator": generator} if "generator" in signature(sampler.step).parameters else {}
+    pixels = (8 * size[0], 8 * size[1])
+    batch = embedding | {"time_ids": model.add_time_ids(pixels, (0, 0), pixels).expand(2, 6)}
+    batch = {key: value[0 if guided else 1 :].to(device) for key, value in batch.items()}
+    sampler.set_timesteps(steps, device=device)
+    x = torch.randn(1, unet.config.in_channels, *size, generator=generator).to(device)
+    x = x * sampler.init_noise_sigma
+    for t in sampler.timesteps:
+        x_t = sampler.scale_model_input(torch.cat([x] * (1 + guided)), t)  # (2 or 1, C, H, W)
+        answer = model.predict(unet, x_t, batch | {"t": t.expand(len(x_t))})
+        if guided:
+            away, towards = answer.chunk(2)
+            answer = away + guidance_scale * (towards - away)
+        x = sampler.step(answer, t, x, **more).prev_sample
+    return x
 
 
 @torch.no_grad()
@@ -121,7 +106,7 @@ def decode(
     whole one takes 5 GiB at 1024 px. Raises Refusal for a picture that is not finite.
     """
     factor, shift = scaling
-    if latents[0].shape[-1] > 128:
+    if max(latents[0].shape) > 128:
         vae.enable_tiling()
     pictures = []
     for latent in latents:
@@ -136,11 +121,6 @@ def decode(
         pixels = (pixels * 255).round().byte()
         pictures.append(Image.fromarray(pixels.cpu().numpy()))
     return pictures
-
-
-def own_resolution(pipe: diffusers.StableDiffusionXLPipeline) -> int:
-    """The picture size the model was made for, in pixels: 1024 for SDXL base."""
-    return pipe.unet.config.sample_size * pipe.vae_scale_factor
 
 
 def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
@@ -181,22 +161,27 @@ def draw_at(
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half, name = dtype != torch.float32, options.pretrained_model_name_or_path
     check_base(options, file.path, file.about, half)
+    sampler = vetting.load_sampler(name, options.scheduler)
     prompts, seeds = zip(*options.pictures, strict=True)
-    embeddings = encode(name, prompts, device, half)
+    embeddings = encode(name, prompts, options.negative_prompt, device, half)
     unet = load_unet(name, device, dtype)
-    vetting.check_widths(unet, *list(embeddings[0].values())[:2])
+    vetting.check_widths(unet, *embeddings[0].values())
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     load_adapter(adapter, file)
     unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn
-    pipe = load_pipeline(name, unet, device)
-    side = options.resolution or own_resolution(pipe)
-    how = {"num_inference_steps": options.num_inference_steps, "height": side, "width": side}
-    how["guidance_scale"] = options.guidance_scale
-    latents = [sample(pipe, adapter, embeddings, seeds, each, how) for each in strengths]
-    vae = pipe.vae
-    del unet, adapter, pipe  # their memory goes to the decoder, which needs about as much
+    side = options.resolution // 8 or unet.config.sample_size  # the size the model was made for
+    size = (options.height // 8 or side, options.width // 8 or side)
+    how = (size, options.num_inference_steps, options.guidance_scale)
+    drawn = []
+    for strength in strengths:
+        lora.set_strength(adapter, strength)
+        pairs = list(zip(embeddings, seeds, strict=True))
+        bar = tqdm(pairs, f"drawing at strength {strength:g}", mininterval=1, leave=False)
+        drawn.append([sample(unet, sampler, *pair, *how).cpu() for pair in bar])
+    del unet, adapter  # their memory goes to the decoder, which needs about as much
     model.free_memory()
-    return [decode(vae, each, model.latent_scaling(name)) for each in latents]
+    vae = model.load_vae(name, device)
+    return [decode(vae, latents, model.latent_scaling(name)) for latents in drawn]
 
 
 def draw_plain(options: Options) -> None:

@@ -32,6 +32,15 @@ class Options:
     output_dir: str = ""
     # Side in pixels, a multiple of 8; 0 is the model's own size.
     resolution: Annotated[int, Within(0, 4096, step=8)] = 0
+    # Width in pixels where it is not the side.
+    width: Annotated[int, Within(0, 4096, step=8)] = 0
+    # Height likewise.
+    height: Annotated[int, Within(0, 4096, step=8)] = 0
+    # What pictures should not show; acts where the guidance scale is above 1.
+    negative_prompt: str = ""
+    # diffusers' class that takes the denoising steps, such as DPMSolverMultistepScheduler; empty
+    # takes the model's own.
+    scheduler: str = ""
     # Denoising steps.
     num_inference_steps: Annotated[int, Within(1, 1000)] = 30
     # How strongly pictures follow their prompt; negative takes the recipe's.

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -80,7 +81,9 @@ def load_encoder(
             raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
         encoder = encoder.to(device).float().requires_grad_(False).eval()
         if part == "vae":
-            encoder.encode(torch.zeros(1, 3, 16, 16, device=device))
+            latent = encoder.encode(torch.zeros(1, 3, 16, 16, device=device)).latent_dist.mean
+            if latent.shape[-1] != 2:
+                raise ValueError("its latents are not an eighth of a picture's side")
         else:
             encoder(torch.zeros(1, 2, dtype=torch.long, device=device))
     return encoder
@@ -99,15 +102,28 @@ def check_tokenizer(name: str, tokenizer, encoder: torch.nn.Module) -> None:
         )
 
 
-def load_sampler(name: str):
-    """The sampler that the model's model_index.json names: one of diffusers', and nothing else."""
+def load_sampler(name: str, wanted: str = ""):
+    """The sampler that the model's model_index.json names, or the one that `wanted` names, with
+    the model's settings. Raises Refusal for one that does not draw with SDXL here.
+    """
     import diffusers
+    from diffusers import EulerDiscreteScheduler as Euler
 
     folder = fetch(name, "scheduler")
     with refused(f"{folder.parent} describes no sampler"):
-        kind = getattr(diffusers, read_config(folder.parent / "model_index.json")["scheduler"][1])
-        if not issubclass(kind, diffusers.SchedulerMixin):
-            raise TypeError(f"{kind.__name__} is no sampler")
+        own = read_config(folder.parent / "model_index.json")["scheduler"][1]
+        usable = {own: getattr(diffusers, own)} | {k.__name__: k for k in Euler._get_compatibles()}
+        # Without a package that it needs, diffusers has a stand-in that is no SchedulerMixin. One
+        # made for another kind of model (EDM, flow matching) does not take DDPM's betas.
+        usable = {
+            name: kind
+            for name, kind in usable.items()
+            if issubclass(kind, diffusers.SchedulerMixin)
+            and "beta_start" in signature(kind).parameters
+        }
+        if (kind := usable.get(wanted or own)) is None:
+            remedy = f"--scheduler {Euler.__name__}"
+            raise Refusal(f"the sampler {wanted or own}", ", ".join(sorted(usable)), remedy)
         return kind.from_pretrained(folder)
 
 

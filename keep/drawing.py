@@ -47,7 +47,7 @@ def decode(
     print("a whole picture does not fit this GPU's memory: decoding in tiles", flush=True)
     model.free_memory()
     scale = vae.tile_sample_min_size // vae.tile_latent_min_size
-    vae.use_tiling, vae.tile_latent_min_size = True, latents[0].shape[-1] // 2
+    vae.use_tiling, vae.tile_latent_min_size = True, max(latents[0].shape) // 2
     vae.tile_sample_min_size = scale * vae.tile_latent_min_size
     return generate.decode(vae, latents, scaling)
 

@@ -5,26 +5,43 @@ row.
 from PIL import Image, ImageDraw, ImageFont
 
 
+COLUMNS = 6  # more are hard to see on a screen
+
+
 def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
-    """One picture of many. rows: {label: its pictures, one for each title}, all of one size."""
-    side = max(next(iter(rows.values()))[0].size)
-    size = max(11, side // 22)  # the letters grow with the pictures
+    """One picture of many. rows: {label: its pictures, one for each title}, all of one size; where
+    there are more than COLUMNS, blocks of rows below each other.
+    """
+    blocks = -(-len(titles) // COLUMNS)
+    wide = -(-len(titles) // blocks)
+    cuts = [slice(x, x + wide) for x in range(0, len(titles), wide)]
+    made = [block({k: row[cut] for k, row in rows.items()}, titles[cut]) for cut in cuts]
+    sheet = Image.new("RGB", (made[0].width, sum(each.height for each in made)), "white")
+    for y, each in enumerate(made):
+        sheet.paste(each, (0, sum(above.height for above in made[:y])))
+    return sheet
+
+
+def block(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
+    """A title above each column, a label before each row."""
+    across, down = next(iter(rows.values()))[0].size
+    size = max(11, max(across, down) // 22)  # the letters grow with the pictures
     font = ImageFont.load_default(size)
-    words = [wrap(title, font, side - size) for title in titles]
+    words = [wrap(title, font, across - size) for title in titles]
     head = int(size * 1.3) * max(len(lines) for lines in words) + size // 2
     margin = int(size * 1.5)
     left = margin + int(max(font.getlength(label) for label in rows))
-    width, height = left + side * len(titles) + margin // 2, head + side * len(rows)
+    width, height = left + across * len(titles) + margin // 2, head + down * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for x, lines in enumerate(words):
-        place = (left + side * x + size // 2, 2)
+        place = (left + across * x + size // 2, 2)
         pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
     for y, (label, pictures) in enumerate(rows.items()):
-        place = (margin // 3, head + side * y + side // 2)
+        place = (margin // 3, head + down * y + down // 2)
         pen.text(place, label, fill="black", font=font, anchor="lm")
         for x, picture in enumerate(pictures):
-            sheet.paste(picture, (left + side * x, head + side * y))
+            sheet.paste(picture, (left + across * x, head + down * y))
     return sheet
 
 

@@ -2,11 +2,13 @@
 model, and what the plain lines do not read is refused by a sentence.
 """
 
+import functools
 import os
 import subprocess
 import sys
 from types import SimpleNamespace
 
+import diffusers
 import numpy as np
 import pytest
 import torch
@@ -17,15 +19,34 @@ import lora
 import model
 from adapter_tools import drawable
 from conftest import POCKET, ROOT
-from inputs import drawing
+from inputs import drawing, vetting
 from inputs.files import Refusal
 
 CPU = torch.device("cpu")
+SAMPLERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "EulerDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+)
 
 
 @pytest.fixture
 def run(tmp_path):
     return drawable(tmp_path / "out")
+
+
+@functools.cache
+def encoded(prompt: str, negative: str = "") -> dict[str, torch.Tensor]:
+    return generate.encode(str(POCKET), [prompt], negative, CPU, False)[0]
 
 
 def draw(folder, *words: str) -> dict[str, np.ndarray]:
@@ -47,19 +68,68 @@ def test_a_picture_is_a_function_of_prompt_and_seed_whatever_is_drawn_beside_it(
 
 def test_strength_0_is_the_bare_model_and_1_is_not(run):
     unet = model.load_unet(str(POCKET), CPU, torch.float32)
-    pipe = generate.load_pipeline(str(POCKET), unet, CPU)
-    embeddings = generate.encode(str(POCKET), ["red apple"], CPU, False)
-    how = {"height": 64, "width": 64, "num_inference_steps": 2, "guidance_scale": 4.0}
-    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(5))
-    (bare,) = pipe(**embeddings[0], latents=noise, output_type="latent", **how).images[None]
-    file = lora.read(run)
+    embedding, sampler = encoded("red apple"), vetting.load_sampler(str(POCKET))
+
+    def drawn() -> torch.Tensor:
+        return generate.sample(unet, sampler, embedding, 5, (8, 8), 2, 4.0)
+
+    bare, file = drawn(), lora.read(run)
     adapter = lora.inject(unet, generate.targets_of(file), file.rank, file.alpha)
     lora.load(adapter, file)
-    (off,) = generate.sample(pipe, adapter, embeddings, [5], 0.0, how)
-    (on,) = generate.sample(pipe, adapter, embeddings, [5], 1.0, how)
-    assert torch.equal(off, bare)
+    on = drawn()
+    lora.set_strength(adapter, 0.0)
+    assert torch.equal(drawn(), bare)
     assert ((on - bare).norm() / bare.norm()).item() > 0.01
-    assert {layer.strength for layer in adapter.layers.values()} == {1.0}
+
+
+@pytest.fixture(scope="module")
+def parts():
+    """The bare pocket model, for our lines and for diffusers' pipeline."""
+    pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(POCKET, local_files_only=True)
+    pipe.set_progress_bar_config(disable=True)
+    return model.load_unet(str(POCKET), CPU, torch.float32), model.load_vae(str(POCKET), CPU), pipe
+
+
+@pytest.mark.parametrize("kind", SAMPLERS)
+def test_a_picture_is_the_pipelines_to_the_bit(parts, kind):
+    """With guidance, a negative prompt, another shape, and without guidance."""
+    unet, vae, pipe = parts
+    sampler = vetting.load_sampler(str(POCKET), kind)
+    pipe.scheduler = getattr(diffusers, kind).from_config(pipe.scheduler.config)
+    for negative, height, width, guidance in (
+        ("", 64, 64, 5.0),
+        ("red", 96, 64, 3.0),
+        ("", 64, 64, 1.0),
+    ):
+        size, embedding = (height // 8, width // 8), encoded("rocket", negative)
+        latent = generate.sample(unet, sampler, embedding, 7, size, 4, guidance)
+        (ours,) = generate.decode(vae, [latent], model.latent_scaling(str(POCKET)))
+        theirs = pipe(
+            "rocket", negative_prompt=negative or None, height=height, width=width,
+            guidance_scale=guidance, num_inference_steps=4,
+            generator=torch.Generator().manual_seed(7),
+        ).images[0]  # fmt: skip
+        assert ours.tobytes() == theirs.tobytes() and ours.size == (width, height)
+
+
+def test_every_sampler_that_goes_with_eulers_is_drawn_with_or_needs_what_is_not_here():
+    for kind in diffusers.EulerDiscreteScheduler._get_compatibles():
+        name = kind.__name__
+        if name in SAMPLERS:
+            assert type(vetting.load_sampler(str(POCKET), name)) is kind
+        else:  # two need scipy and torchsde; EDM's is made for another kind of model
+            assert name in {"LMSDiscreteScheduler", "DPMSolverSDEScheduler", "EDMEulerScheduler"}
+            with pytest.raises(Refusal, match=f"the sampler {name}; expected DDIMScheduler, "):
+                vetting.load_sampler(str(POCKET), name)
+
+
+def test_the_command_line_sets_shape_sampler_and_what_to_avoid(run, tmp_path):
+    words = (str(run), "--prompts", "red apple", "--width", "96", "--resolution", "64")
+    (plain,) = draw(tmp_path / "plain", *words).values()
+    assert plain.shape == (64, 96, 3)
+    for i, more in enumerate((("--negative-prompt", "red"), ("--scheduler", "DDIMScheduler"))):
+        (other,) = draw(tmp_path / str(i), *words, *more).values()
+        assert other.shape == plain.shape and np.abs(other - plain).mean() > 1
 
 
 def test_a_latent_comes_back_as_its_picture():
@@ -79,12 +149,9 @@ def test_a_picture_that_is_not_finite_is_refused():
         generate.decode(vae, [torch.full((1, 4, 8, 8), float("nan"))], (1.0, 0.0))
 
 
-def test_the_models_own_size():
-    def pipe(size):
-        unet = SimpleNamespace(config=SimpleNamespace(sample_size=size))
-        return SimpleNamespace(unet=unet, vae_scale_factor=8)
-
-    assert generate.own_resolution(pipe(128)) == 1024
+def test_the_size_is_the_models_own_where_none_is_asked_for(run, tmp_path):
+    (picture,) = draw(tmp_path / "drawn", str(run), "--prompts", "red apple").values()
+    assert picture.shape == (128, 128, 3)
 
 
 def test_the_targets_of_a_file_in_either_layouts_names():

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 
-import generate
 import model
 from conftest import POCKET, make_unet
 from inputs import hub, vetting
@@ -48,8 +47,9 @@ def test_a_model_whose_files_say_what_cannot_be_is_refused_before_it_is_built(
         "scheduler": lambda: model.load_noise_schedule(name, cpu),
         "unet": lambda: model.load_unet(name, cpu, torch.float32),
         "vae": lambda: (model.latent_scaling(name), model.load_vae(name, cpu)),
-        "model_index.json": lambda: generate.load_pipeline(
-            name, model.load_text_encoders(name, cpu), cpu
+        "model_index.json": lambda: (
+            model.load_text_encoders(name, cpu),
+            vetting.load_sampler(name),
         ),
     }
     refused(acts.get(part.split("/")[0], lambda: model.load_text_encoders(name, cpu)))

@@ -22,6 +22,19 @@ def test_a_grid_holds_every_picture_in_its_row_and_column():
     assert (drawn[: tops[0]] < 128).any() and (drawn[:, : lefts[0]] < 128).any()  # words
 
 
+def test_many_columns_go_below_each_other_and_none_is_lost():
+    picture = Image.new("RGB", (40, 64), "red")
+    for count, want in ((1, (1, 1)), (6, (6, 1)), (7, (4, 2)), (13, (5, 3)), (30, (6, 5))):
+        drawn = np.asarray(sheet.grid({"a": [picture] * count}, ["x"] * count))
+        red = (drawn == (255, 0, 0)).all(-1)
+        assert red.sum() == count * 40 * 64  # none is cut, whatever its shape
+        runs = [
+            int((np.diff(np.concatenate([[0], line])) == 1).sum())
+            for line in (red.any(0), red.any(1))
+        ]
+        assert tuple(runs) in (want, (1, want[1])), runs  # neighbours in a row touch
+
+
 def test_titles_are_cut_after_three_lines_and_none_is_wider_than_its_column():
     font = ImageFont.load_default(11)
     assert sheet.wrap("a fox", font, 100) == ["a fox"]

@@ -12,8 +12,6 @@ import pytest
 import torch
 from PIL import Image
 
-import generate
-import model
 from conftest import POCKET, ROOT
 from inputs import drawing as draw_options
 from inputs import options as config
@@ -318,7 +316,7 @@ def draw(run: Path, strength: float, folder: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-def test_quick_training_moves_held_out_pictures_towards_the_style(quick_run, tmp_path):
+def test_quick_training_moves_held_out_pictures_towards_the_style(quick_run, pipe, tmp_path):
     ink = pictures_of(STYLES["ink"])
     drawn = {s: draw(quick_run, s, tmp_path / str(s)) for s in (0.0, 0.5, 1.0)}
     far, half, near = (measure.style_distance(pictures, ink) for pictures in drawn.values())
@@ -326,7 +324,7 @@ def test_quick_training_moves_held_out_pictures_towards_the_style(quick_run, tmp
     assert near < half < far
     saturations = [np.mean([measure.saturation(p) for p in some]) for some in drawn.values()]
     assert saturations[2] < 0.35 * saturations[0]  # found: 0.22; 0.19 and 0.22
-    for ours, bare in zip(drawn[0.0], bare_pictures(), strict=True):
+    for ours, bare in zip(drawn[0.0], bare_pictures(pipe), strict=True):
         assert np.array_equal(ours, bare)
 
 
@@ -345,26 +343,13 @@ def test_it_is_the_pictures_that_decide(quick_run, cache, tmp_path):
         assert own < 0.3 * foreign, (name, found)
 
 
-def bare_pictures() -> list[np.ndarray]:
+def bare_pictures(pipe) -> list[np.ndarray]:
     """The same prompts and seed with no adapter anywhere, in the file order of `draw`."""
-    name, device = str(POCKET), torch.device("cpu")
-    pipe = generate.load_pipeline(name, model.load_unet(name, device, torch.float32), device)
-    pipe.set_progress_bar_config(disable=True)
-    latents = []
-    for embedding in generate.encode(name, list(config.POCKET_PROMPTS), device, False):
-        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(5))
-        answer = pipe(
-            **embedding,
-            latents=noise,
-            height=128,
-            width=128,
-            num_inference_steps=15,
-            guidance_scale=config.RECIPES["pocket"][1].guidance_scale,
-            output_type="latent",
-        )
-        latents.append(answer.images)
-    pictures = generate.decode(pipe.vae, latents, model.latent_scaling(name))
-    return [np.asarray(picture) for picture in pictures]
+    how = {"guidance_scale": config.RECIPES["pocket"][1].guidance_scale, "num_inference_steps": 15}
+    return [
+        np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(5), **how).images[0])
+        for prompt in config.POCKET_PROMPTS
+    ]
 
 
 @pytest.fixture(scope="module")

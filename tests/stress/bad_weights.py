@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-import generate
 import lora
 import model
 from adapters import files
-from inputs import hub
+from inputs import hub, vetting
 from inputs.files import Refusal
 from keep import drawing, report, training
 from stress import bad_folders, bad_pictures
@@ -213,8 +212,8 @@ def walk_model(name: str) -> None:
     vae = model.load_vae(name, CPU)
     mean, std = model.encode_images(torch.zeros(1, 3, 64, 64), vae)
     assert mean.shape == std.shape == (1, 4, 8, 8)
-    unet = model.load_unet(name, CPU, torch.float32)
-    generate.own_resolution(generate.load_pipeline(name, unet, CPU))
+    model.load_unet(name, CPU, torch.float32)
+    vetting.load_sampler(name)
 
 
 def model_(case: Case):
