@@ -36,8 +36,12 @@ code. `python loop.py t4 --help` and `python generate.py --help` say the same.
 
 ## Training: `python loop.py RECIPE`
 
-A recipe is a set of values. A line shows what an option takes, its default, and the recipes that
-have another value. An option that takes several values gets them one after the other:
+A recipe is a set of values:
+
+RECIPES
+
+A line below shows what an option takes, its default, and the recipes that have another value. An
+option that takes several values gets them one after the other:
 `--validation-prompts "a fox" "a house"`. With make: `make train RECIPE=t4 ARGS="--seed 1"`.
 
 **fixed** means: the value is part of what the run is. With another one, a begun run is refused.
@@ -106,7 +110,9 @@ def page() -> str:
     """The whole page."""
     short = {f"{name}{SHORT}": config for name, (_, config) in QUICK.items()}
     recipes = {name: config for name, (_, config) in RECIPES.items()} | short
-    parts = [TRAINING, *entries(options.Config, options, HEADINGS, recipes)]
+    told = "\n".join(f"- **{name}**: {what}" for name, (what, _) in RECIPES.items())
+    parts = [TRAINING.replace("RECIPES", told)]
+    parts += entries(options.Config, options, HEADINGS, recipes)
     parts += [DRAWING, *entries(drawing.Options, drawing, {}, {})]
     return "\n".join(parts) + "\n"
 
