@@ -1,0 +1,122 @@
+"""Write docs/options.md from the options themselves: python docs/make_options.py
+
+The reason for an option is the comment above its field, as in --help.
+"""
+
+import re
+import sys
+import textwrap
+from dataclasses import fields
+from pathlib import Path
+from typing import Literal, get_args, get_origin
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from inputs import drawing, options  # noqa: E402
+from inputs.options import QUICK, RECIPES, Within  # noqa: E402
+from keep.identity import MAY_CHANGE  # noqa: E402
+
+SHORT = " with --quick"
+PAGE = ROOT / "docs" / "options.md"
+HEADINGS = {  # the first option of each group of Config
+    "pretrained_model_name_or_path": "The model, the pictures, the folders",
+    "resolution": "What is shown of a picture",
+    "lora_rank": "The adapter",
+    "train_batch_size": "The steps",
+    "device": "How it is computed",
+    "ddp_timeout": "Several processes",
+    "checkpointing_steps": "What is kept and written",
+    "validation_prompts": "The picture at the end",
+}
+TRAINING = """# Every option
+
+This page is made from the code: `python docs/make_options.py` writes it, and a test holds it to the
+code. `python loop.py t4 --help` and `python generate.py --help` say the same.
+
+## Training: `python loop.py RECIPE`
+
+A recipe is a set of values:
+
+RECIPES
+
+A line below shows what an option takes, its default, and the recipes that have another value. An
+option that takes several values gets them one after the other:
+`--validation-prompts "a fox" "a house"`. With make: `make train RECIPE=t4 ARGS="--seed 1"`.
+
+**fixed** means: the value is part of what the run is. With another one, a begun run is refused.
+The others may change between two starts of one run, with four limits:
+
+- `--train-batch-size` times `--gradient-accumulation-steps` must stay.
+- Base model, pictures and captions may be named in another way, but their content must stay.
+- So must the precision that the UNet ends up in.
+- `--deterministic` may be given up later, but not taken up. While it is on, what changes the order
+  of additions must stay, too."""
+DRAWING = "\n## Drawing: `python generate.py ADAPTER`\n"
+
+
+def shown(value) -> str:
+    """A value as one types it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{each}`" for each in value) or "none"
+    return f"`{value}`" if value != "" else "empty"
+
+
+def takes(kind, name: str) -> str:
+    """What an option's type allows, in words."""
+    if bounds := [str(each) for each in getattr(kind, "__metadata__", ()) if type(each) is Within]:
+        number = get_args(kind)[0]
+        several = "each " if get_origin(number) is tuple else ""
+        whole = "" if number is float else "whole, "
+        return f"{several}{whole}{bounds[0]}"
+    if get_origin(kind) is Literal:
+        return " or ".join(f"`{each}`" for each in get_args(kind))
+    if kind is bool:
+        return f"or `--no-{name}`"
+    return "texts" if get_origin(kind) is tuple else "text"
+
+
+def usual(recipe: str, values: dict, field):
+    """The value that a recipe need not say: the default, and with --quick the recipe's own."""
+    return values[recipe.removesuffix(SHORT)] if recipe.endswith(SHORT) else field.default
+
+
+def entries(cls: type, module, headings: dict, recipes: dict) -> list[str]:
+    """A paragraph for each option of a dataclass, with the headings before them."""
+    text, parts = Path(module.__file__).read_text().partition(f"class {cls.__name__}:")[2], []
+    for field in fields(cls):
+        found = re.search(rf"((?:    # .*\n)+)    {field.name}: (.*)", text)
+        if not found or field.name == "recipe":
+            continue
+        if field.name in headings:
+            parts.append(f"\n### {headings[field.name]}\n")
+        name = field.name.replace("_", "-")
+        called = f"`{name.upper()}`" if "Positional" in found[2] else f"`--{name}`"
+        line = f"**{called}** · {takes(field.type, name)} · default {shown(field.default)}"
+        values = {recipe: getattr(config, field.name) for recipe, config in recipes.items()}
+        other = [f"{r} {shown(v)}" for r, v in values.items() if v != usual(r, values, field)]
+        line += f" ({'; '.join(other)})" if other else ""
+        line += " · **fixed**" if recipes and field.name not in MAY_CHANGE else ""
+        reason = re.sub(r"\s*# ", " ", found[1]).strip()
+        hang = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+        parts.append(textwrap.fill(f"- {line}", 100, **hang) + "  ")
+        parts.append(textwrap.fill(f"  {reason}", 100, **hang))
+    return parts
+
+
+def page() -> str:
+    """The whole page."""
+    short = {f"{name}{SHORT}": config for name, (_, config) in QUICK.items()}
+    recipes = {name: config for name, (_, config) in RECIPES.items()} | short
+    told = "\n".join(f"- **{name}**: {what}" for name, (what, _) in RECIPES.items())
+    parts = [TRAINING.replace("RECIPES", told)]
+    parts += entries(options.Config, options, HEADINGS, recipes)
+    parts += [DRAWING, *entries(drawing.Options, drawing, {}, {})]
+    return "\n".join(parts) + "\n"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page())
+    print(PAGE.relative_to(ROOT))

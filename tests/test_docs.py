@@ -1,0 +1,88 @@
+"""The pages for people, held to the code: docs/*.md and README.md."""
+
+import ast
+import re
+import runpy
+from dataclasses import fields
+
+import pytest
+
+from conftest import ROOT
+from inputs import drawing, options
+
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+# Options that pages name and that are not ours, by the command that has them.
+OTHERS = {
+    "torchrun": {"--nproc-per-node", "--max-restarts"},
+    "pip": {"--index-url"},
+    "python -m": {"--help", "--steps", "--cap-gib", "--smoke"},  # benchmarks, pocket.build
+}
+COMING = {"../benchmarks/results/peers.json"}  # to be struck when the file is there
+CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
+
+
+def words(page) -> str:
+    """All that a page has in code marks: what may be typed."""
+    return "\n".join(CODE.findall(page.read_text()))
+
+
+def parser_knows() -> set[str]:
+    known = set()
+    for cls in (options.Config, drawing.Options):
+        for field in fields(cls):
+            name = field.name.replace("_", "-")
+            known |= {f"--{name}", f"--no-{name}"} if field.type is bool else {f"--{name}"}
+    return known
+
+
+def test_the_page_of_options_is_what_the_options_say():
+    page = runpy.run_path(str(ROOT / "docs" / "make_options.py"))
+    told = page["PAGE"].read_text()
+    assert told == page["page"](), "python docs/make_options.py writes it anew"
+    for field in (*fields(options.Config)[1:], *fields(drawing.Options)):
+        name = field.name.replace("_", "-")
+        assert f"**`--{name}`**" in told or f"**`{name.upper()}`**" in told, name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_local_link_leads_somewhere(page):
+    links = re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+    lost = {each for each in links if "://" not in each and not (page.parent / each).exists()}
+    assert lost <= COMING
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_make_target_exists(page):
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+    named = set(re.findall(r"\bmake ([a-z][a-z-]*)", words(page)))
+    assert named <= targets
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_option_exists(page):
+    named = set(re.findall(r"(?<![\w-])--[a-z0-9][a-z0-9-]*", page.read_text()))
+    assert named <= parser_knows() | set.union(*OTHERS.values())
+
+
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda page: page.name)
+def test_lines_fit_a_window_but_in_tables(page):
+    lines = page.read_text().splitlines()
+    assert not [line for line in lines if len(line) > 110 and not line.startswith("|")]
+
+
+def sentences() -> str:
+    """All that the commands can say: the texts in their code, without what they fill in."""
+    rooms = ("*.py", "inputs/*.py", "adapters/*.py", "fast/*.py", "keep/*.py", ".ci/*.py")
+    nodes = (ast.walk(ast.parse(p.read_text())) for room in rooms for p in ROOT.glob(room))
+    texts = (n.value for each in nodes for n in each if isinstance(n, ast.Constant))
+    return "\n".join(text for text in texts if isinstance(text, str))
+
+
+def test_every_sentence_quoted_is_one_that_the_commands_say():
+    """Lines that begin with >, with … for what changes."""
+    said, quoted = sentences(), []
+    for page in PAGES[1:]:
+        quoted += re.findall(r"^> (.+)$", page.read_text(), flags=re.MULTILINE)
+    assert len(quoted) > 20
+    pieces = [piece.strip() for each in quoted for piece in each.split("…")]
+    assert not [piece for piece in pieces if piece not in said]
