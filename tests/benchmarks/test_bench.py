@@ -3,6 +3,7 @@ failing row costs no other.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 
@@ -285,6 +286,22 @@ def test_int8_is_near_what_it_stands_for_forward_and_back():
     gradients = [torch.autograd.grad(y, x, grad)[0] for y in (want, found)]
     for one, other in ((want, found), gradients):
         assert 0 < (one - other).norm() < 0.03 * one.norm()
+
+
+# ---- other trainers ------------------------------------------------------------------------------
+
+
+def test_the_file_of_other_trainers_gives_the_factors_that_are_claimed():
+    """Each peer at its best setting, one pass of 4 without recomputation, over ours."""
+    file = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())
+    for row in file["peers"].values():
+        assert len(row["times"]) == row["timed"] < row["steps"]
+        assert row["med_s"] == pytest.approx(statistics.median(row["times"]), abs=1e-4)
+        assert (row["min_s"], row["max_s"]) == (min(row["times"]), max(row["times"]))
+    for side, low, high in (("512", 9, 14), ("1024", 4, 5)):
+        ours = file["ours"][f"ours_4x1_{side}"]["s_per_step"]
+        best = [file["peers"][f"{peer}_4x1_{side}"]["med_s"] / ours for peer in "dko"]
+        assert (round(min(best)), round(max(best))) == (low, high)
 
 
 # ---- several GPUs --------------------------------------------------------------------------------
