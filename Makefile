@@ -46,7 +46,7 @@ xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencie
 generate: $(SETUP)  ## before/after picture of the newest run; ARGS="runs/t4 --prompts 'a fox'"
 	$(PYTHON) generate.py $(if $(ARGS),$(ARGS),--compare)
 
-bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; ARGS="recipe t4 --cap-gib 14.5"
+bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; ARGS=card: this card in five minutes, one file to share
 	$(PYTHON) -m benchmarks.ladder $(if $(ARGS),$(ARGS),ladder)
 
 test: $(SETUP)  ## the mathematics, the laws and the whole job on a small model; CPU, no network

@@ -5,9 +5,10 @@ numbers in the place of the cache: nothing is downloaded or read. What is timed 
 optimizer_step(), with the examples that the host prepares for it.
 
 ladder: one technique after the other. recipe: a recipe as the command runs it, with its memory
-plan, under --cap-gib. against: the ladder's file beside other trainers' numbers. Where a step's
-time goes says `python -m benchmarks.step_profile`, how exact it is `benchmarks.exactness`, and what
-another card needs `make plan`.
+plan, under --cap-gib. card: what this card does with this project, in about five minutes and one
+file that is worth sharing. Where a step's time goes says `python -m benchmarks.step_profile`, how
+exact it is `benchmarks.exactness`, and what another card needs `make plan`. Other trainers' seconds
+lie in results/peers.json.
 """
 
 from inputs import (
@@ -15,11 +16,14 @@ from inputs import (
 )
 
 # isort: split
+import contextlib
 import dataclasses
 import functools
 import json
+import os
 import platform
 import re
+import runpy
 import statistics
 import sys
 import time
@@ -36,8 +40,9 @@ import tyro
 
 import loop
 import model
-from benchmarks import synthetic
+from benchmarks import BEGAN, synthetic
 from fast import plan
+from inputs import code
 from inputs.files import Refusal, first_line, write_whole
 from inputs.vetting import check_device
 
@@ -65,15 +70,9 @@ ONE_BY_FOUR = {
     "use_8bit_adam": True,
     "lora_rank": 16,
 }
-PEERS = {  # (seconds per optimizer step, peak GiB allocated) by resolution
-    "diffusers' script, fp16, checkpointing": {512: (4.63, 7.77), 1024: (4.83, 10.03)},
-    "kohya sd-scripts, fp16, checkpointing, all cached": {512: (3.06, 5.58), 1024: (3.19, 6.13)},
-    "kohya sd-scripts, fp8 base, checkpointing, all cached": {512: (3.12, 3.22)},
-}
-PEERS_SOURCE = (
-    "The peers' numbers were measured once, not by this script: on an H100 with torch 2.11, "
-    "full-size SDXL with random weights, rank 16, AdamW8bit, 4 images per optimizer step."
-)
+CARD = ("t4", "native")  # what `card` measures, unless recipes are named
+# The columns of its table; the JSON holds more.
+SHORT = "px way s_per_step s_lowest s_highest gib_allocated gib_reserved gib_predicted s_start"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,15 +116,13 @@ class Options(Common):
     """Seconds and GiB per technique, on random weights and random pictures."""
 
     # What to measure; see the top of ladder.py.
-    command: tyro.conf.Positional[Literal["ladder", "recipe", "against"]]
-    # The recipes of "recipe"; none means all of the full size.
+    command: tyro.conf.Positional[Literal["ladder", "recipe", "card"]]
+    # The recipes of "recipe" and "card"; none means all of the full size, and t4 and native.
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
-    # Steps that are timed; 0 means 10, eager ones 3 and those of "recipe" 50.
+    # Steps that are timed; 0 means 10, eager ones 3, those of "recipe" 50 and of "card" 20.
     steps: int = 0
     # Leave this much of the GPU's memory to the process; 0 is all of it. 14.5 is a T4's.
     cap_gib: float = 0.0
-    # The ladder's file, which "against" reads.
-    ladder: str = "benchmarks/results/bench_ladder.json"
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -153,19 +150,25 @@ def matrix_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def time_row(options: Options, config: configuration.Config, nf4: bool, steps: int) -> Row:
-    """Seconds and GiB of optimizer_step() under `config`."""
+    """Seconds and GiB of optimizer_step() under `config`. s_start: from before the weights are
+    drawn to the end of the first step.
+    """
     device = options.on
     dtype, _ = model.choose_dtype(config.mixed_precision, device)
     peak, cuda = matrix_peak(device, dtype), device.type == "cuda"
     if cuda:
         torch._C._cuda_clearCublasWorkspaces()  # of the rows before: each stream keeps its own
     model.free_memory()
-    row: Row = {"gib_before": gib(torch.cuda.memory_allocated()) if cuda else 0.0}
+    opened = time.perf_counter()
+    row: Row = {"px": config.resolution, "dtype": str(dtype).removeprefix("torch.")}
+    row |= {"way": plan.in_words(config)}
+    row |= {"gib_before": gib(torch.cuda.memory_allocated()) if cuda else 0.0}
     run, said = synthetic.assemble(config, device, options.folder, nf4=nf4)
     model.free_memory()
     if cuda:  # a base quantised in place was whole for a moment; one that nf4.py loads never is
         torch.cuda.reset_peak_memory_stats()
     seconds, losses, began = [], [], wait(device)
+    ready = began - opened
     try:
         for _ in range(options.warm_up + steps):
             # As the loop runs: a step ends when its loss is known, while the GPU still updates.
@@ -181,6 +184,7 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
         row |= {"s_per_step": round(middle, 4), "s_lowest": round(min(timed), 4)}
         row |= {"s_highest": round(max(timed), 4), "images_per_s": round(n / middle, 2)}
         row |= {"mfu": round(useful / peak, 3), "s_first_step": round(seconds[0], 2)}
+        row["s_start"] = round(ready + seconds[0], 1)
         row |= {"loss": round(losses[-1], 4), "skipped": run.loss_scale.skipped, "steps": steps}
         row["losses"] = [round(loss, 4) for loss in losses]
     if cuda:
@@ -238,34 +242,38 @@ def recipe_row(options: Options, name: str, side: int) -> Row:
     )
     model.free_memory()
     dtype, _ = model.choose_dtype(config.mixed_precision, options.on)
+    began = time.perf_counter()
     config, why = plan.choose(config, options.on, dtype)
-    row: Row = {"px": config.resolution, "dtype": config.mixed_precision}
-    row["way"] = plan.in_words(config)
-    row |= time_row(options, config, config.base_quantization == "nf4", options.steps or 50)
+    took = time.perf_counter() - began
+    row = time_row(options, config, config.base_quantization == "nf4", options.steps or 50)
+    if "s_start" in row:
+        row["s_start"] = round(row["s_start"] + took, 1)
+    if predicted := re.search(r"([\d.]+) GiB predicted", why):
+        row["gib_predicted"] = float(predicted[1])
     return row | {"said": f"{why}; {row['said']}" if why else row["said"]}
 
 
-def against(options: Options) -> Rows:
-    """The peers' rows, then the ladder's: seconds and GiB. All peers' rows are with checkpointing,
-    so they are compared with our row that is, too.
+def card(options: Options) -> Rows:
+    """What this card does with this project: recipes as their command runs them, then by the
+    definitions, one image a pass and each kernel launched by the host.
     """
-    file = Path(options.ladder)
-    if not file.is_file():
-        raise Refusal(f"no {file}", "the ladder's JSON", "python -m benchmarks.ladder ladder first")
-    ours = {k: r for k, r in json.loads(file.read_text())["rows"].items() if "s_per_step" in r}
-    for side in options.resolution or (512, 1024):
-        mine = {k: r for k, r in ours.items() if k.startswith(f"{side} px,")}
-        same = [r["s_per_step"] for k, r in mine.items() if k.endswith(", checkpointing")]
-        for name, numbers in PEERS.items():
-            if side in numbers:
-                seconds, memory = numbers[side]
-                row = {"s_per_step": seconds, "gib_allocated": memory}
-                if same:
-                    row["ours_with_checkpointing_is_times_faster"] = round(seconds / same[0], 1)
-                yield f"{side} px, {name}", functools.partial(dict, row | {"source": PEERS_SOURCE})
-        for name, row in mine.items():
-            keep = {k: row[k] for k in ("s_per_step", "gib_allocated", "mfu") if k in row}
-            yield f"{name} (ours)", functools.partial(dict, keep | {"source": row["on"]})
+    before = time.perf_counter() - BEGAN  # imports, and what the driver needs to begin
+    asked = dataclasses.replace(options, recipes=options.recipes or CARD, steps=options.steps or 20)
+    config = changed(options, options.sides[0], "eager", options.mixed_precision or "auto")
+    plain = functools.partial(time_row, options, config, False, options.steps or 3)
+    for name, row in (*recipe(asked), ("eager", plain)):
+        yield name, functools.partial(as_a_command, row, before)
+
+
+def as_a_command(measure: Callable[[], Row], before: float) -> Row:
+    """A row whose s_start is that of a command of its own, which took `before` until it could
+    begin.
+    """
+    row = measure()
+    row.pop("losses", None)
+    if "s_start" in row:
+        row["s_start"] = round(row["s_start"] + before, 1)
+    return row
 
 
 # ---- the command ---------------------------------------------------------------------------------
@@ -275,9 +283,10 @@ def attempt(measure: Callable[[], Row]) -> Row:
     """The row, or what went wrong: one failing row must not cost the others."""
     try:
         return measure()
+    except Refusal as refusal:
+        return {"error": str(refusal)}
     except Exception as error:  # any class: it is the row's result
-        if not isinstance(error, Refusal):
-            traceback.print_exc()
+        traceback.print_exc()
         full = isinstance(error, torch.cuda.OutOfMemoryError)
         return {
             "error": f"{'out of memory' if full else type(error).__name__}: {first_line(error)}"
@@ -290,17 +299,56 @@ def machine(device: torch.device) -> str:
     return f"{card or device.type}, {versions}, bitsandbytes {bitsandbytes.__version__}"
 
 
+def about_this_machine(device: torch.device, typed: str) -> dict:
+    """The head of the file of `card`, before it has rows."""
+    about = {"command": typed, "card": device.type, "driver": ""}
+    if device.type == "cuda":
+        about |= {"card": torch.cuda.get_device_name(device)}
+        about |= {"card_gib": gib(torch.cuda.get_device_properties(device).total_memory)}
+        about |= {"driver": runpy.run_path(str(ROOT / ".ci" / "machine.py"))["driver"]()}
+    about |= {"torch": torch.__version__, "diffusers": diffusers.__version__}
+    about |= {"bitsandbytes": bitsandbytes.__version__, "cpu": cpu_name()}
+    about |= {"cores": len(os.sched_getaffinity(0)), "commit": code.commit()}
+    about["s_start"] = (
+        "from the command to the end of the first step: imports, memory plan, weights drawn, the "
+        "step recorded; a real run reads a model and encodes pictures besides"
+    )
+    return about | {"rows": {}}
+
+
+def cpu_name() -> str:
+    """The processor as Linux calls it."""
+    with contextlib.suppress(OSError):
+        if named := re.search(r"model name\s*: (.+)", Path("/proc/cpuinfo").read_text()):
+            return named[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def default_file(options: Options) -> Path:
+    """Under runs/bench; a whole card's own, which are to be shared, under benchmarks/results."""
+    whole = options.on.type == "cuda" and not (options.tiny or options.cap_gib)
+    if options.command == "card" and whole:
+        name = re.sub("[^a-z0-9]+", "_", torch.cuda.get_device_name(options.on).lower())
+        return ROOT / "benchmarks" / "results" / f"card_{name.strip('_')}.json"
+    return ROOT / "runs" / "bench" / f"bench_{options.command}.json"
+
+
 def store(path: Path, name: str, row: Row) -> None:
     """Add the row to the file's, in place of one of its name: several calls make one table."""
-    rows = json.loads(path.read_text())["rows"] if path.is_file() else {}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(path, (json.dumps({"rows": rows | {name: row}}, indent=1) + "\n").encode())
+    content = json.loads(path.read_text()) if path.is_file() else {"rows": {}}
+    content["rows"][name] = row
+    write(path, content)
 
 
-def table(rows: dict[str, Row]) -> str:
-    """Rows as Markdown; sentences and lists stay in the JSON."""
-    hidden = ("said", "longest", "losses", "on", "command", "gib_before", "source")
+def write(path: Path, content: dict) -> None:
+    write_whole(path, (json.dumps(content, indent=1) + "\n").encode())
+
+
+def table(rows: dict[str, Row], only: str = "") -> str:
+    """Rows as Markdown; sentences and lists stay in the JSON. only: the columns, if not all."""
+    hidden = ("said", "longest", "losses", "on", "command", "gib_before")
     keys = list(dict.fromkeys(k for row in rows.values() for k in row if k not in hidden))
+    keys = [key for key in keys if key in [*only.split(), "error"]] if only else keys
     lines = ["| | " + " | ".join(keys) + " |", "|" + "---|" * (len(keys) + 1)]
     for name, row in rows.items():
         cells = [str(row.get(key, "")).replace("|", "/") for key in keys]
@@ -308,47 +356,59 @@ def table(rows: dict[str, Row]) -> str:
     return "\n".join(lines)
 
 
-def measure(rows: Rows, path: Path, typed: str, on: str) -> dict[str, Row]:
-    """Every row, stored and printed as soon as it is there."""
-    # without paths of this machine, which tell nobody much
-    typed = re.sub(r" --(out|ladder)[ =]\S+", "", typed)
-    found = {}
+def measure(rows: Rows, path: Path, typed: str, on: str, only: str = "") -> dict[str, Row]:
+    """Every row, stored and printed as soon as it is there. typed: empty where the file's head has
+    it; only: the columns of the table.
+    """
+    typed, found = shareable(typed), {}
     for name, row in rows:
         result = attempt(row)
         model.free_memory()
-        found[name] = result | {"on": on, "command": typed}
+        found[name] = result | ({"on": on, "command": typed} if typed else {})
         store(path, name, found[name])
-        shown = {k: v for k, v in result.items() if k not in ("longest", "source")}
+        shown = {k: v for k, v in result.items() if k != "longest"}
         print(f"{name}: {json.dumps(shown)}", flush=True)
-    print(f"\n{on}\n\n{table(found)}\n\nwritten to {path}")
+    print(f"\n{on}\n\n{table(found, only)}\n\nwritten to {path}")
     return found
 
 
+def shareable(typed: str) -> str:
+    """A command without paths of this machine, which tell nobody much."""
+    return re.sub(r" --out[ =]\S+", "", typed)
+
+
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns 0, or 1 where a row failed or the options cannot be."""
+    """The command. Returns 0, or 1 where a row failed (of a card: all) or the options cannot be."""
     options = tyro.cli(Options, args=argv, prog="ladder")
-    rows = {f.__name__: f for f in (ladder, recipe, against)}[options.command](options)
-    path = Path(options.out or ROOT / "runs" / "bench" / f"bench_{options.command}.json")
+    of_card = options.command == "card"
+    rows = {f.__name__: f for f in (ladder, recipe, card)}[options.command](options)
     typed = " ".join(["python -m benchmarks.ladder", *(sys.argv[1:] if argv is None else argv)])
     try:
-        here = options.command != "against" and options.device == "auto" and not options.tiny
-        if here and options.on.type == "cpu":
+        if options.device == "auto" and not options.tiny and options.on.type == "cpu":
+            remedy = "add --tiny for the small model's shape, or --device cpu"
             raise Refusal(
                 "no GPU is seen, and full-size SDXL takes minutes a step on a CPU",
                 "a CUDA GPU",
-                "add --tiny for the small model's shape, or --device cpu",
+                "take one, such as Colab's T4 (notebooks/train.ipynb)" if of_card else remedy,
             )
-        on = "" if options.command == "against" else machine(options.on)  # of several machines
+        path = Path(options.out) if options.out else default_file(options)
         if options.cap_gib and options.on.type == "cuda":
             whole = torch.cuda.get_device_properties(options.on).total_memory
             torch.cuda.set_per_process_memory_fraction(options.cap_gib * 2**30 / whole)
-        found = measure(rows, path, typed, on)
+        if of_card:  # its file begins anew: rows of another machine may lie there
+            print("about five minutes on a T4; nothing is downloaded", flush=True)
+            write(path, about_this_machine(options.on, shareable(typed)))
+            typed = ""
+        found = measure(rows, path, typed, machine(options.on), SHORT if of_card else "")
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         return 1
-    if options.command == "against":
-        print(PEERS_SOURCE)
-    return int(any("error" in row for row in found.values()))
+    failed = ["error" in row for row in found.values()]
+    if of_card and all(failed):
+        print("Nothing was measured. On a smaller card: make bench ARGS='card lowmem'")
+    elif of_card and not options.tiny:
+        print("Adding this file to the repository is welcome: CONTRIBUTING.md says how.")
+    return int(all(failed) if of_card else any(failed))
 
 
 if __name__ == "__main__":

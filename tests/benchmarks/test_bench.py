@@ -3,6 +3,7 @@ failing row costs no other.
 """
 
 import json
+import statistics
 import subprocess
 import sys
 
@@ -41,7 +42,7 @@ def test_the_ladder_times_the_same_work_in_every_row(run):
 
 
 @pytest.mark.slow
-def test_several_calls_make_one_file_and_against_reads_it(run, tmp_path, capsys):
+def test_several_calls_make_one_file(run, tmp_path):
     run("ladder", "--rows", "graph")
     code, rows = run("ladder", "--rows", "checkpointing")
     assert code == 0 and len(rows) == 2
@@ -50,11 +51,6 @@ def test_several_calls_make_one_file_and_against_reads_it(run, tmp_path, capsys)
         for row in rows.values()
     )
     assert not any(str(tmp_path) in row["command"] for row in rows.values())
-    ladder = tmp_path / "bench.json"
-    assert bench.main(["against", "--ladder", str(ladder), "--out", str(tmp_path / "a.json")]) == 0
-    said = capsys.readouterr().out
-    assert "kohya sd-scripts, fp8 base" in said and bench.PEERS_SOURCE in said
-    assert bench.main(["against", "--ladder", "nowhere.json", "--out", str(tmp_path / "a")]) == 1
 
 
 @pytest.mark.slow
@@ -188,9 +184,79 @@ def test_a_recipe_is_measured_as_the_plan_has_it(monkeypatch):
     )
     options = bench.Options(command="recipe", device="cpu", tiny=True)
     row = bench.recipe_row(options, "t4", 64)
-    assert row["way"] == "2 x 2, 1 block recomputed" and row["said"].startswith("memory plan: so")
+    assert row["said"].startswith("memory plan: so")
+    assert bench.plan.in_words(timed[0]) == "2 x 2, 1 block recomputed"
     assert timed[0].train_batch_size == 2 and asked[0].train_batch_size == 1
     assert (bench.plan.hub.fetch(asked[0].pretrained_model_name_or_path, "unet")).is_dir()
+
+
+# ---- a card's own file ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def planned(monkeypatch):
+    """planned(gib): a GPU's plan on this CPU. Only what a GPU would say of itself is put in: which
+    card it is and how much of its memory is free; the plan itself is the real one.
+    """
+
+    def free(gib: float) -> None:
+        real, gpu = bench.plan.choose, torch.device("cuda")
+        monkeypatch.setattr(bench.plan, "choose", lambda c, _, dtype: real(c, gpu, dtype))
+        monkeypatch.setattr(bench.plan, "this_card", lambda: bench.plan.named_card("T4"))
+        monkeypatch.setattr(bench.plan, "free_bytes", lambda: int(gib * 2**30))
+
+    return free
+
+
+def test_a_card_gets_one_file_with_what_was_planned_and_what_it_took(run, planned, tmp_path):
+    planned(14)
+    (tmp_path / "bench.json").write_text('{"rows": {"of another machine": {}}}')
+    code, rows = run("card")
+    about = json.loads((tmp_path / "bench.json").read_text())
+    assert code == 0 and list(rows) == ["t4 at 64 px", "native at 64 px", "eager"]
+    assert about["torch"] == torch.__version__ and about["cpu"] and about["cores"] >= 1
+    assert about["command"].startswith("python -m benchmarks.ladder card")
+    assert str(tmp_path) not in json.dumps(about)
+    t4, _, eager = rows.values()
+    assert t4["way"] == "4 x 1, nothing recomputed" and eager["way"].startswith("1 x 4")
+    assert 0 < t4["gib_predicted"] < 14 and "gib_predicted" not in eager
+    for row in rows.values():
+        assert 0 < row["s_lowest"] <= row["s_per_step"] <= row["s_highest"] < row["s_start"]
+        assert "losses" not in row and "on" not in row  # once, in the head
+    assert t4["loss"] == pytest.approx(eager["loss"], abs=2e-4)
+
+
+def test_what_does_not_fit_a_small_card_is_said_and_the_rest_is_measured(run, planned, capsys):
+    planned(0.1)
+    code, rows = run("card", "t4")
+    t4, eager = rows.values()
+    assert code == 0 and "GiB; 0.1 are free" in t4["error"] and eager["s_per_step"] > 0
+    assert "GiB; 0.1 are free" in capsys.readouterr().out
+
+
+def test_a_card_on_which_nothing_fits_is_told_what_may(run, monkeypatch, capsys):
+    def full(run):
+        raise torch.cuda.OutOfMemoryError("Tried to allocate 20.00 GiB")
+
+    monkeypatch.setattr(bench.loop, "optimizer_step", full)
+    code, rows = run("card")
+    assert code == 1 and len(rows) == 3
+    assert all(row["error"].startswith("out of memory in step 1: Tried") for row in rows.values())
+    assert "make bench ARGS='card lowmem'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "name, file",
+    [("Tesla T4", "card_tesla_t4"), ("NVIDIA A100-SXM4-40GB", "card_nvidia_a100_sxm4_40gb")],
+)
+def test_a_cards_file_has_its_name_and_lies_with_the_results(monkeypatch, name, file):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    whole = bench.default_file(bench.Options(command="card"))
+    assert whole == ROOT / "benchmarks" / "results" / f"{file}.json"
+    for part in ({"cap_gib": 14.5}, {"tiny": True}, {"command": "recipe"}):
+        other = bench.default_file(bench.Options(**{"command": "card"} | part))
+        assert other.parent == ROOT / "runs" / "bench"
 
 
 @pytest.mark.slow
@@ -220,6 +286,22 @@ def test_int8_is_near_what_it_stands_for_forward_and_back():
     gradients = [torch.autograd.grad(y, x, grad)[0] for y in (want, found)]
     for one, other in ((want, found), gradients):
         assert 0 < (one - other).norm() < 0.03 * one.norm()
+
+
+# ---- other trainers ------------------------------------------------------------------------------
+
+
+def test_the_file_of_other_trainers_gives_the_factors_that_are_claimed():
+    """Each peer at its best setting, one pass of 4 without recomputation, over ours."""
+    file = json.loads((ROOT / "benchmarks" / "results" / "peers.json").read_text())
+    for row in file["peers"].values():
+        assert len(row["times"]) == row["timed"] < row["steps"]
+        assert row["med_s"] == pytest.approx(statistics.median(row["times"]), abs=1e-4)
+        assert (row["min_s"], row["max_s"]) == (min(row["times"]), max(row["times"]))
+    for side, low, high in (("512", 9, 14), ("1024", 4, 5)):
+        ours = file["ours"][f"ours_4x1_{side}"]["s_per_step"]
+        best = [file["peers"][f"{peer}_4x1_{side}"]["med_s"] / ours for peer in "dko"]
+        assert (round(min(best)), round(max(best))) == (low, high)
 
 
 # ---- several GPUs --------------------------------------------------------------------------------
@@ -280,5 +362,9 @@ def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monk
     assert bench.main(["ladder", "--out", str(tmp_path / "a.json")]) == 1
     said = capsys.readouterr().err
     assert "no GPU is seen" in said and "--device cpu" in said and not list(tmp_path.iterdir())
+    assert bench.main(["card", "--out", str(tmp_path / "a.json")]) == 1
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("error: no GPU is seen") and "Colab" in said
+    assert not list(tmp_path.iterdir())
     monkeypatch.setattr(bench, "measure", lambda rows, *_: {})  # the small model's is
     assert bench.main(["ladder", "--tiny", "--out", str(tmp_path / "a.json")]) == 0

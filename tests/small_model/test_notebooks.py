@@ -78,3 +78,49 @@ def test_a_run_begun_on_colab_gets_back_the_code_that_it_began_with(
     (out / "config.json").write_text(json.dumps({"commit": commit}))
     exec(source, names)
     assert Path("code").read_text() == content
+
+
+def first_cell() -> str:
+    cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", 4).cells
+    (source,) = (cell.source for cell in cells if "REPOSITORY = " in cell.source)
+    return source
+
+
+@pytest.mark.parametrize("address, why", [("nowhere", "'nowhere' does not exist"), ("other", "")])
+def test_a_wrong_repository_gets_one_sentence(tmp_path, monkeypatch, address, why):
+    """No such repository, and one that is another project's."""
+    monkeypatch.setenv("LC_ALL", "C")
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "--quiet", "other"], check=True)
+    source = first_cell().replace('REPOSITORY = ""', f'REPOSITORY = "{address}"')
+    for _ in range(2):  # a second try meets what the first has left
+        with pytest.raises(SystemExit) as left:
+            exec(source, {})
+        said = str(left.value)
+        assert said.startswith(f"REPOSITORY is '{address}', from which git clone brings no loop.py")
+        assert "\n" not in said and "; expected " in said and ". What to do: set " in said
+        assert f"delete {tmp_path / 'sdxl-lora'}" in said
+        assert why in said and Path.cwd() == tmp_path
+
+
+def test_a_notebook_that_came_alone_asks_for_the_repository(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="needs its repository"):
+        exec(first_cell(), {})
+
+
+@pytest.mark.slow
+def test_the_cell_that_measures_this_card_is_off_and_needs_the_first_cell_alone(
+    monkeypatch, capsys
+):
+    cells = nbformat.read(ROOT / "notebooks" / "train.ipynb", 4).cells
+    (source,) = (cell.source for cell in cells if "MEASURE_THIS_CARD = False" in cell.source)
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(first_cell(), names)
+    capsys.readouterr()
+    exec(source, names)
+    assert capsys.readouterr().out == ""
+    exec(source.replace("MEASURE_THIS_CARD = False", "MEASURE_THIS_CARD = True"), names)
+    (said,) = capsys.readouterr().out.splitlines()  # no test sees a GPU
+    assert said.startswith("error: no GPU is seen")
