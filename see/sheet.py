@@ -4,7 +4,6 @@ row.
 
 from PIL import Image, ImageDraw, ImageFont
 
-
 COLUMNS = 6  # more are hard to see on a screen
 
 

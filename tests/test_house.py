@@ -164,28 +164,6 @@ def test_every_option_has_its_reason():
                 assert lines[i - 1].strip().startswith("# "), lines[i]
 
 
-# ---- the README ----------------------------------------------------------------------------------
-
-
-def test_the_readme_tells_the_true_size_of_every_module_of_the_book_and_of_every_wing():
-    readme = (ROOT / "README.md").read_text()
-    rows = dict(
-        re.findall(r"^\| `(\w+(?:\.py|/))` \|.*\| ([\d,]+) \|$", readme, flags=re.MULTILINE)
-    )
-    told = {name: int(count.replace(",", "")) for name, count in rows.items()}
-    book = {f"{name}.py": code_lines(ROOT / f"{name}.py") for name in BOOK}
-    assert told == book | {f"{w}/": sum(map(code_lines, files(w))) for w in WINGS}
-
-
-def test_every_make_target_and_local_link_in_the_readme_exists():
-    readme = (ROOT / "README.md").read_text()
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    named = set(re.findall(r"make ([a-z][a-z-]+)", readme))
-    assert named and named <= targets
-    links = [link for link in re.findall(r"\]\(([^)#]+)\)", readme) if "://" not in link]
-    assert links and all((ROOT / link).exists() for link in links)
-
-
 def test_the_last_stress_run_was_whole_and_nothing_failed():
     told = json.loads((ROOT / "benchmarks" / "results" / "stress.json").read_text())
     assert told["kills"]["runs"] >= 200 and told["fuzz"]["inputs"] >= 1000 and told["failed"] == 0
