@@ -51,3 +51,9 @@ def test_the_peers_rows_are_those_of_the_file():
         for side, text in zip((512, 1024), told, strict=True):
             row = rows[f"{tag}_4x1_{side}"]
             assert text.strip() == f"{row['med_s']:.3f} · {row['steady_alloc']:.1f}"
+    ours = json.loads((RESULTS / "peers.json").read_text())["ours"]
+    (told,) = re.findall(r"^\| ours \|([^|]*)\|([^|]*)\|$", README, flags=re.MULTILINE)
+    for side, text in zip((512, 1024), told, strict=True):
+        row = ours[f"ours_4x1_{side}"]
+        said = f"{row['s_per_step']:.3f} · {row['gib_allocated']:.1f}"
+        assert text.strip().replace("*", "") == said
