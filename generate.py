@@ -74,8 +74,8 @@ def sample(
     """One latent (1, C, H, W), fp32: the noise that `seed` gives, denoised in `steps` steps under
     one of encode()'s embeddings, as StableDiffusionXLPipeline does.
 
-    size: (H, W). guidance_scale: w of classifier-free guidance (Ho & Salimans 2022,
-    https://arxiv.org/abs/2207.12598, eq. 6 with 1 + w for w); up to 1 there is none.
+    size: (H, W). guidance_scale: 1 + w of classifier-free guidance (Ho & Salimans 2022,
+    https://arxiv.org/abs/2207.12598, eq. 6); up to 1 there is none.
     """
     device, guided = unet.device, guidance_scale > 1
     # One for the first noise and for what a sampler adds as it goes; on the CPU and in fp32, so

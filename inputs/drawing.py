@@ -34,7 +34,7 @@ class Options:
     resolution: Annotated[int, Within(0, 4096, step=8)] = 0
     # Width in pixels where it is not the side.
     width: Annotated[int, Within(0, 4096, step=8)] = 0
-    # Height likewise.
+    # Height in pixels where it is not the side.
     height: Annotated[int, Within(0, 4096, step=8)] = 0
     # What pictures should not show; acts where the guidance scale is above 1.
     negative_prompt: str = ""

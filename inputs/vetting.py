@@ -6,7 +6,6 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -102,29 +101,37 @@ def check_tokenizer(name: str, tokenizer, encoder: torch.nn.Module) -> None:
         )
 
 
+# diffusers' samplers for DDPM's noise that need no further package; each gives the pipeline's
+# pictures to the bit (tests/book/test_generate.py). The last is SDXL's own.
+SAMPLERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DEISMultistepScheduler",
+    "DPMSolverMultistepScheduler",
+    "DPMSolverSinglestepScheduler",
+    "EulerAncestralDiscreteScheduler",
+    "HeunDiscreteScheduler",
+    "KDPM2AncestralDiscreteScheduler",
+    "KDPM2DiscreteScheduler",
+    "LCMScheduler",
+    "PNDMScheduler",
+    "UniPCMultistepScheduler",
+    "EulerDiscreteScheduler",
+)
+
+
 def load_sampler(name: str, wanted: str = ""):
-    """The sampler that the model's model_index.json names, or the one that `wanted` names, with
-    the model's settings. Raises Refusal for one that does not draw with SDXL here.
+    """The sampler that the model's model_index.json names, or the one of SAMPLERS that `wanted`
+    names, with the model's settings. Raises Refusal for another.
     """
     import diffusers
-    from diffusers import EulerDiscreteScheduler as Euler
 
     folder = fetch(name, "scheduler")
     with refused(f"{folder.parent} describes no sampler"):
-        own = read_config(folder.parent / "model_index.json")["scheduler"][1]
-        usable = {own: getattr(diffusers, own)} | {k.__name__: k for k in Euler._get_compatibles()}
-        # Without a package that it needs, diffusers has a stand-in that is no SchedulerMixin. One
-        # made for another kind of model (EDM, flow matching) does not take DDPM's betas.
-        usable = {
-            name: kind
-            for name, kind in usable.items()
-            if issubclass(kind, diffusers.SchedulerMixin)
-            and "beta_start" in signature(kind).parameters
-        }
-        if (kind := usable.get(wanted or own)) is None:
-            remedy = f"--scheduler {Euler.__name__}"
-            raise Refusal(f"the sampler {wanted or own}", ", ".join(sorted(usable)), remedy)
-        return kind.from_pretrained(folder)
+        kind = wanted or read_config(folder.parent / "model_index.json")["scheduler"][1]
+        if kind not in SAMPLERS:
+            raise Refusal(f"the sampler {kind}", ", ".join(SAMPLERS), f"--scheduler {SAMPLERS[-1]}")
+        return getattr(diffusers, kind).from_pretrained(folder)
 
 
 def check_finite(found: str, names: Iterable[str], *answers: Tensor) -> None:

@@ -39,7 +39,7 @@ def decode(
     vae: diffusers.AutoencoderKL, latents: list[Tensor], scaling: tuple[float, float]
 ) -> list[Image.Image]:
     """generate.decode(), in overlapping tiles of half the side where a whole picture does not fit
-    the GPU: a quarter of the memory.
+    the GPU: at most a quarter of the memory.
     """
     with contextlib.suppress(torch.cuda.OutOfMemoryError):
         return generate.decode(vae, latents, scaling)
