@@ -42,11 +42,10 @@ from inputs import vetting
 def encode(
     name: str, prompts: Sequence[str], negative_prompt: str, device: torch.device, half: bool
 ) -> list[dict[str, Tensor]]:
-    """For each prompt its "context" (2, T, D) and "pooled" (2, P), on the CPU: first what guidance
-    leads away from, then the prompt's own. The encoders are freed, so that they and the UNet never
-    share the memory.
-
-    negative_prompt: what to lead away from; empty is the model's own unconditional embedding.
+    """For each prompt its "context" (2, T, D) and "pooled" (2, P), on the CPU. Row 0 is what
+    guidance leads away from, the negative prompt or, if that is empty, the model's own
+    unconditional embedding; row 1 is the prompt's. The encoders are freed, so that they and the
+    UNet never share the memory.
     """
     text = model.load_text_encoders(name, device, half)
     away = model.encode_prompts([negative_prompt], text) if negative_prompt else None
@@ -71,30 +70,31 @@ def sample(
     steps: int,
     guidance_scale: float,
 ) -> Tensor:
-    """One latent (1, C, H, W), fp32: the noise that `seed` gives, denoised in `steps` steps under
-    one of encode()'s embeddings, as StableDiffusionXLPipeline does.
+    """One latent (1, C, H, W), fp32: the noise of `seed`, denoised in `steps` steps under one of
+    encode()'s embeddings, as StableDiffusionXLPipeline does. sampler: diffusers calls it scheduler.
 
     size: (H, W). guidance_scale: 1 + w of classifier-free guidance (Ho & Salimans 2022,
-    https://arxiv.org/abs/2207.12598, eq. 6); up to 1 there is none.
+    https://arxiv.org/abs/2207.12598, eq. 6); at 1 or less there is none.
     """
     device, guided = unet.device, guidance_scale > 1
-    # One for the first noise and for what a sampler adds as it goes; on the CPU and in fp32, so
-    # that a seed means the same picture on every device and in every dtype.
+    # One generator for the first noise and for noise that a sampler adds later; on the CPU and in
+    # fp32, so that a seed means the same noise on every device and in every dtype.
     generator = torch.Generator().manual_seed(seed)
     more = {"generator": generator} if "generator" in signature(sampler.step).parameters else {}
-    pixels = (8 * size[0], 8 * size[1])
+    pixels = (8 * size[0], 8 * size[1])  # asked for: a picture that was never larger, nor cropped
     batch = embedding | {"time_ids": model.add_time_ids(pixels, (0, 0), pixels).expand(2, 6)}
     batch = {key: value[0 if guided else 1 :].to(device) for key, value in batch.items()}
     sampler.set_timesteps(steps, device=device)
     x = torch.randn(1, unet.config.in_channels, *size, generator=generator).to(device)
-    x = x * sampler.init_noise_sigma
+    x = x * sampler.init_noise_sigma  # where it counts in sigma, Euler's starts at 14.6, not at 1
     for t in sampler.timesteps:
+        # The same x for both rows, as large as the UNet was trained on: Euler's x / sqrt(s^2 + 1).
         x_t = sampler.scale_model_input(torch.cat([x] * (1 + guided)), t)  # (2 or 1, C, H, W)
         answer = model.predict(unet, x_t, batch | {"t": t.expand(len(x_t))})
         if guided:
             away, towards = answer.chunk(2)
-            answer = away + guidance_scale * (towards - away)
-        x = sampler.step(answer, t, x, **more).prev_sample
+            answer = away + guidance_scale * (towards - away)  # beyond the prompt's own answer
+        x = sampler.step(answer, t, x, **more).prev_sample  # to the next lower noise
     return x
 
 
@@ -124,7 +124,7 @@ def decode(
 
 
 def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
-    """Which of the usual targets the file adapts; its modules have dots or, in kohya's, none."""
+    """Which of the usual targets the file adapts. Modules have dots or, in kohya's, underscores."""
     modules = [name.rpartition(".")[0].replace("_", ".") for name in file.matrices]
     return tuple(t for t in lora.TARGETS if any(m.endswith(t.replace("_", ".")) for m in modules))
 
@@ -138,7 +138,7 @@ def save_picture(picture: Image.Image, path: Path) -> None:
 
 
 def save_pictures(options: Options, pictures: list[Image.Image], folder: Path) -> None:
-    """Write each under its number, else prompts without letters from a to z would share a file."""
+    """Write each under its number: prompts without letters from a to z would share a file."""
     for i, ((prompt, seed), picture) in enumerate(zip(options.pictures, pictures, strict=True)):
         slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
         save_picture(picture, folder / f"{i:02d}-{slug}-{seed}-{options.strength:g}.png")
@@ -154,7 +154,7 @@ def draw_at(
 ) -> list[list[Image.Image]]:
     """For each strength a picture of every prompt and seed. options: as complete() gives them.
 
-    Text encoders, UNet and VAE decoder are in memory one after the other. The last three arguments
+    Text encoders, UNet and VAE are in memory one after another. The last three arguments
     are what the command plugs in, to read more bases and files and to decode in less memory.
     """
     device = vetting.check_device(options.device)

@@ -222,7 +222,8 @@ class Run:
     loss_scale: LossScale
     scale_on_device: Tensor
     loss_sum: Tensor
-    # The six sockets: plain functions kept in fields, so each gets the run as an argument.
+    # The six sockets. Functions in fields are not bound: batches, micro_step and exchange are
+    # handed the run.
     optimizer: torch.optim.Optimizer
     batches: Callable[["Run", int], Iterator[dict[str, Tensor]]] = step_batches
     timesteps: Callable[[list[data.Example]], Tensor] = data.drawn_timesteps

@@ -24,7 +24,7 @@ class Options:
     prompts: tuple[str, ...] = ()
     # One picture of every prompt for each seed.
     seeds: Annotated[tuple[int, ...], Within(0, 2**63 - 1)] = (0,)
-    # How much of the adapter acts, 0 to 1.
+    # How much of the adapter acts: 0 nothing, 1 as trained, more is allowed.
     strength: Annotated[float, Within(-10, 10)] = 1.0
     # One picture that shows every prompt with the adapter off (above) and on (below).
     compare: bool = False
