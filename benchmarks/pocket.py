@@ -14,7 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -61,12 +63,23 @@ def draw(adapter: Path, model: str, prompts: list[str], folder: Path, strength: 
     return [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
 
 
+def true_ink(work: Path) -> np.ndarray:
+    """(N, H, W, 3) uint8: the true ink drawings, as drawings.read_subjects() has them."""
+    ink = np.load(work / "ink.npz")["ink"][..., None] / 255.0
+    ground, pen = (np.array(colour, float) for colour in drawings.STYLES["ink"])
+    return (ground * (1 - ink) + pen * ink).round().astype(np.uint8)
+
+
+def seed_l1(drawn: Sequence[np.ndarray]) -> float:
+    """Mean pixel L1 between the seeds of a prompt; `drawn` has four of one, four of the next."""
+    fours = [drawn[i : i + 4] for i in range(0, len(drawn), 4)]
+    return np.mean([measure.pixel_l1(*pair) for four in fours for pair in combinations(four, 2)])
+
+
 def figures(pictures: list[np.ndarray], names: list[str], work: Path) -> dict:
     """Mean measures of `pictures` against the true ink drawings of `names`."""
     place = {subject.name: i for i, subject in enumerate(drawings.read_subjects(work))}
-    ink = np.load(work / "ink.npz")["ink"][..., None] / 255.0
-    ground, pen = (np.array(colour, float) for colour in drawings.STYLES["ink"])
-    true = (ground * (1 - ink) + pen * ink).round().astype(np.uint8)
+    true = true_ink(work)
     own = [place[name] for name in names]
     ranks = [measure.rank(p, i, true) for p, i in zip(pictures, own, strict=True)]
     pairs = [(p, true[i]) for p, i in zip(pictures, own, strict=True)]
@@ -86,13 +99,7 @@ def base_figures(adapter: Path, model: str, heldout: dict, folder: Path) -> dict
     new = draw(adapter, model, prompts, folder / "new", 0.0, [0])
     right = [measure.shows(picture, row) for picture, row in zip(new, rows, strict=True)]
     drawn = draw(adapter, model, heldout["seeds"], folder / "seeds", 0.0, range(4))
-    apart = [
-        measure.pixel_l1(drawn[i + a], drawn[i + b])
-        for i in range(0, len(drawn), 4)
-        for a in range(4)
-        for b in range(a)
-    ]
-    return {"combinations_of_10": sum(right), "seed_l1": np.mean(apart)}
+    return {"combinations_of_10": sum(right), "seed_l1": seed_l1(drawn)}
 
 
 def main() -> None:

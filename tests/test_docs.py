@@ -1,6 +1,7 @@
 """The pages for people, held to the code: docs/*.md and README.md."""
 
 import ast
+import json
 import re
 import runpy
 from dataclasses import fields
@@ -86,3 +87,33 @@ def test_every_sentence_quoted_is_one_that_the_commands_say():
     assert len(quoted) > 20
     pieces = [piece.strip() for each in quoted for piece in each.split("…")]
     assert not [piece for piece in pieces if piece not in said]
+
+
+@pytest.mark.parametrize(
+    ("page", "row", "measures"),
+    [
+        (
+            ROOT / "docs" / "pocket.md",
+            r"^\| ([\d,]+) \| (?:50 / 150 / 450 / 1,350|the same) \| (.+) \| (.+) \| (.+) \|$",
+            ("heldout palette_distance", "heldout pixel_l1", "trained pixel_l1"),
+        ),
+        (
+            ROOT / "README.md",
+            r"^\| ([\d,]+) \| [\d,]+ \| (.+) · (.+) \|$",
+            ("heldout palette_distance", "heldout pixel_l1"),
+        ),
+    ],
+    ids=["pocket.md", "README.md"],
+)
+def test_the_advice_by_number_of_pictures_is_what_was_measured(page, row, measures):
+    """Means of three seeds after 50, 150, 450 and 1,350 steps at the recipe's rate and rank."""
+    file = json.loads((ROOT / "benchmarks" / "results" / "advice.json").read_text())
+    usual = {"learning_rate": 4e-3, "lora_rank": 16}.items()
+    means = [m for m in file["mean, lowest and highest over the seeds"] if m.items() >= usual]
+    means = {(m["pictures"], m["max_train_steps"]): m for m in means}
+    expected = []
+    for count in (20, 100, 1000):
+        four = [means[count, steps] for steps in (50, 150, 450, 1350)]
+        cells = [[f"{m[k][0]:.{2 if 'palette' in k else 0}f}" for m in four] for k in measures]
+        expected.append((f"{count:,}", *map(" / ".join, cells)))
+    assert re.findall(row, page.read_text(), flags=re.MULTILINE) == expected
