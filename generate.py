@@ -48,6 +48,10 @@ def encode(
     UNet never share the memory.
     """
     text = model.load_text_encoders(name, device, half)
+    tokens, most = text.tokenizers[0], text.tokenizers[0].model_max_length
+    told = dict.fromkeys([*prompts, negative_prompt])
+    if cut := [each for each in told if len(tokens(each, verbose=False).input_ids) > most]:
+        print(f"{len(cut)} prompts lose their end, beyond {most} tokens, such as {cut[0][:60]!r}")
     away = model.encode_prompts([negative_prompt], text) if negative_prompt else None
     away = away or model.encode_unconditional(text)
     embeddings = []
@@ -161,7 +165,7 @@ def draw_at(
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half, name = dtype != torch.float32, options.pretrained_model_name_or_path
     check_base(options, file.path, file.about, half)
-    sampler = vetting.load_sampler(name, options.scheduler)
+    sampler = vetting.load_sampler(name, options.scheduler, options.num_inference_steps)
     prompts, seeds = zip(*options.pictures, strict=True)
     embeddings = encode(name, prompts, options.negative_prompt, device, half)
     unet = load_unet(name, device, dtype)
@@ -191,12 +195,16 @@ def draw_plain(options: Options) -> None:
     if options.base_quantization == "nf4":
         found, expected = "--plain with a base in 4 bits", "a base whose weights are whole"
         raise Refusal(found, expected, "--base-quantization none, or leave --plain out")
+    folder = Path(options.output_dir or file.path.parent / "pictures")
+    folder.mkdir(
+        parents=True, exist_ok=True
+    )  # before drawing: what cannot be written costs nothing
     (pictures,) = draw_at([options.strength], options, file)
-    save_pictures(options, pictures, Path(options.output_dir or file.path.parent / "pictures"))
+    save_pictures(options, pictures, folder)
 
 
 if __name__ == "__main__":
     try:
         draw_plain(options)
-    except Refusal as refusal:
-        sys.exit(f"error: {refusal}")
+    except (Refusal, OSError) as error:
+        sys.exit(f"error: {error}")

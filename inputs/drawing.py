@@ -72,9 +72,12 @@ def parse(argv: list[str] | None = None) -> Options:
     """
     options = tyro.cli(Options, args=argv, prog="generate.py")
     plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
+    typed = " ".join([*options.prompts, options.negative_prompt])
+    text = typed.encode(errors="ignore").decode() == typed  # a shell passes any bytes on
     against = [
         (plain and options.compare, "--plain with --compare", "single pictures", "leave one out"),
         (plain and not options.adapter, "--plain without an adapter", "a file or a run", remedy),
+        (not text, "a prompt that is no UTF-8", "text", "type it in a UTF-8 terminal"),
     ]
     configuration.refuse_wrong(options, Options(), against)
     return options

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
+from inspect import signature
 from pathlib import Path
 from types import ModuleType
 
@@ -120,18 +121,31 @@ SAMPLERS = (
 )
 
 
-def load_sampler(name: str, wanted: str = ""):
+def load_sampler(name: str, wanted: str = "", steps: int = 30):
     """The sampler that the model's model_index.json names, or the one of SAMPLERS that `wanted`
-    names, with the model's settings. Raises Refusal for another.
+    names, with the model's settings. Raises Refusal for another, and for one that does not come
+    through `steps` steps, as a try without a UNet shows.
     """
     import diffusers
 
     folder = fetch(name, "scheduler")
-    with refused(f"{folder.parent} describes no sampler"):
-        kind = wanted or read_config(folder.parent / "model_index.json")["scheduler"][1]
-        if kind not in SAMPLERS:
-            raise Refusal(f"the sampler {kind}", ", ".join(SAMPLERS), f"--scheduler {SAMPLERS[-1]}")
-        return getattr(diffusers, kind).from_pretrained(folder)
+    # Where nothing is said, some clip x0 to -1 ... 1, as pixels are; SDXL's latents go beyond.
+    settings = {"clip_sample": False} | read_config(folder / "scheduler_config.json")
+    kind = wanted or read_config(folder.parent / "model_index.json").get("scheduler", [""])[-1]
+    if kind not in SAMPLERS:
+        raise Refusal(f"the sampler {kind}", ", ".join(SAMPLERS), f"--scheduler {SAMPLERS[-1]}")
+    make = getattr(diffusers, kind)
+    settings = {key: settings[key] for key in signature(make).parameters if key in settings}
+    failed = f"{kind} with the settings of {folder} does not come through {steps} steps"
+    remedy = f"--num-inference-steps 30, or --scheduler {SAMPLERS[-1]}, or mend that file"
+    with refusing(failed, "one that ends on numbers", remedy):
+        sampler, x = make(**settings), torch.ones(1, 4, 1, 1)
+        sampler.set_timesteps(steps)
+        for t in sampler.timesteps:
+            x = sampler.step(sampler.scale_model_input(x, t), t, x).prev_sample
+        if not x.isfinite().all() or max(sampler.timesteps) >= sampler.config.num_train_timesteps:
+            raise ValueError("NaN, Inf or a timestep beyond the last")
+    return make(**settings)
 
 
 def check_finite(found: str, names: Iterable[str], *answers: Tensor) -> None:

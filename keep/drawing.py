@@ -57,9 +57,12 @@ def run(options: Options) -> None:
     file = adapter_files.read(find_adapter(options.adapter))
     options = drawing.complete(options, file.path, file.about)
     rows = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
+    folder = Path(options.output_dir or file.path.parent / "pictures")
+    folder.mkdir(
+        parents=True, exist_ok=True
+    )  # before drawing: what cannot be written costs nothing
     plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
     pictures = generate.draw_at([*rows.values()], options, file, *plugged_in)
-    folder = Path(options.output_dir or file.path.parent / "pictures")
     if options.compare:
         titles = [prompt for prompt, _ in options.pictures]
         picture = sheet.grid(dict(zip(rows, pictures, strict=True)), titles)

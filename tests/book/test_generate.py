@@ -3,7 +3,9 @@ model, and what the plain lines do not read is refused by a sentence.
 """
 
 import functools
+import json
 import os
+import shutil
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -121,11 +123,66 @@ def test_every_sampler_that_goes_with_eulers_is_drawn_with_or_refused_by_name():
             vetting.load_sampler(str(POCKET), kind)
 
 
+@pytest.mark.parametrize(
+    "kind, steps, settings",
+    [
+        ("PNDMScheduler", 2, {}),  # its first steps are four in one
+        ("DDIMScheduler", 1000, {}),  # "leading" with an offset: a timestep 1000 of 0 to 999
+        ("DPMSolverMultistepScheduler", 999, {}),  # NaN
+        ("EulerDiscreteScheduler", 4, {"timestep_spacing": "foo"}),
+        ("EulerDiscreteScheduler", 4, {"sigma_min": "a", "use_karras_sigmas": True}),
+    ],
+)
+def test_a_sampler_that_does_not_come_through_is_refused_before_anything_is_drawn(
+    tmp_path, kind, steps, settings
+):
+    shutil.copytree(POCKET, tmp_path / "m")
+    path = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+    with pytest.raises(Refusal, match=f"{kind} .* does not come through {steps} steps"):
+        vetting.load_sampler(str(tmp_path / "m"), kind, steps)
+
+
+def test_latents_are_not_clipped_to_a_pixels_range_where_the_model_does_not_say_so(tmp_path):
+    shutil.copytree(POCKET, tmp_path / "m")
+    path = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    for said, clips in (({}, False), ({"clip_sample": True}, True)):
+        settings = json.loads(path.read_text())
+        settings.pop("clip_sample", None)
+        path.write_text(json.dumps(settings | said))
+        assert (
+            vetting.load_sampler(str(tmp_path / "m"), "DDIMScheduler").config.clip_sample is clips
+        )
+
+
+def test_prompts_that_are_cut_are_counted(run, tmp_path, capsys):
+    draw(
+        tmp_path / "drawn", str(run), "--prompts", "a red fox " * 60, "rocket", "--seeds", "1", "2"
+    )
+    assert (
+        "1 prompts lose their end, beyond 32 tokens, such as 'a red fox" in capsys.readouterr().out
+    )
+
+
+def test_what_cannot_be_written_is_met_before_drawing(run, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(generate, "draw_at", None)
+    with pytest.raises(OSError, match="file"):
+        draw(tmp_path / "file", str(run), "--prompts", "rocket")
+
+
+def test_bytes_that_are_no_text_are_refused():
+    with pytest.raises(Refusal, match="no UTF-8"):
+        drawing.parse(["--prompts", "a \udcff"])
+
+
 def test_the_command_line_sets_shape_sampler_and_what_to_avoid(run, tmp_path):
     words = (str(run), "--prompts", "red apple", "--width", "96", "--resolution", "64")
     (plain,) = draw(tmp_path / "plain", *words).values()
     assert plain.shape == (64, 96, 3)
-    for i, more in enumerate((("--negative-prompt", "red"), ("--scheduler", "DDIMScheduler"))):
+    for i, more in enumerate(
+        (("--negative-prompt", "red"), ("--scheduler", "EulerAncestralDiscreteScheduler"))
+    ):
         (other,) = draw(tmp_path / str(i), *words, *more).values()
         assert other.shape == plain.shape and np.abs(other - plain).mean() > 1
 
