@@ -604,10 +604,11 @@ def export(options: Options, sizes: Sizes) -> dict:
         text_encoder_2=encoders[1],
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        scheduler=EulerDiscreteScheduler(
-            beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
-            timestep_spacing="leading", steps_offset=1,
-        ),
+        scheduler=EulerDiscreteScheduler.from_config({
+            "beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear",
+            "timestep_spacing": "leading", "steps_offset": 1,
+            "clip_sample": False,  # DDIM and DDPM, made from these settings, would clip latents
+        }),
         force_zeros_for_empty_prompt=True,
     )  # fmt: skip
     folder = options.out / "model"
