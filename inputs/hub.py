@@ -21,7 +21,15 @@ AGAIN = (
     "pip install --upgrade diffusers transformers"
 )
 # What an entry may be that would else be met late, or never: in words, and as a test.
+# EDM and flow matching are other objectives, and latents with a mean of their own another scale:
+# both would train to the end, and draw nonsense.
 ENTRIES = {
+    "_class_name": (
+        "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is",
+        lambda v: not str(v).startswith(("EDM", "FlowMatch")),
+    ),
+    "use_flow_sigmas": ("false", lambda v: not v),
+    **dict.fromkeys(("latents_mean", "latents_std"), ("null", lambda v: v is None)),
     "prediction_type": ("epsilon or v_prediction", lambda v: v in ("epsilon", "v_prediction")),
     "beta_schedule": ("linear or scaled_linear", lambda v: v in ("linear", "scaled_linear")),
     "trained_betas": ("null", lambda v: not v),

@@ -17,6 +17,11 @@ from sentences import refused
     [
         ("scheduler/scheduler_config.json", "num_train_timesteps", 10**9),
         ("scheduler/scheduler_config.json", "num_train_timesteps", -1),
+        ("scheduler/scheduler_config.json", "_class_name", "EDMEulerScheduler"),
+        ("scheduler/scheduler_config.json", "_class_name", "FlowMatchEulerDiscreteScheduler"),
+        ("scheduler/scheduler_config.json", "use_flow_sigmas", True),
+        ("vae/config.json", "latents_mean", [0.1, 0.2, 0.3, 0.4]),
+        ("vae/config.json", "latents_std", [1.0, 1.0, 1.0, 2.0]),
         ("scheduler/scheduler_config.json", "beta_start", float("nan")),
         ("scheduler/scheduler_config.json", "beta_end", "0.012"),
         ("unet/config.json", "layers_per_block", 10**9),
