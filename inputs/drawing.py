@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -67,9 +68,8 @@ class Options:
 
 
 def parse(argv: list[str] | None = None) -> Options:
-    """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be;
-    leaves with exit code 2 and a sentence for an unknown option.
-    """
+    """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
+    configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     options = tyro.cli(Options, args=argv, prog="generate.py")
     plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
     typed = " ".join([*options.prompts, options.negative_prompt])

@@ -3,6 +3,7 @@ says its first line, and answers a wrong option, before torch and diffusers are 
 takes some ten seconds.
 """
 
+import difflib
 import io
 import logging
 import math
@@ -243,11 +244,48 @@ QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
-    option or recipe.
+    recipe.
     """
     words = sys.argv[1:] if argv is None else argv
+    refuse_unknown(words, Config)
     recipes = RECIPES | QUICK if "--quick" in words else RECIPES
     return check(tyro.extras.overridable_config_cli(recipes, args=words, prog="loop.py"))
+
+
+STEPS = "--max-train-steps, which is epochs x pictures / 4 in t4"
+ELSEWHERE = {  # other trainers' names: ours
+    "network-dim": "--lora-rank",
+    "rank": "--lora-rank",
+    "network-alpha": "--lora-alpha",
+    "lr": "--learning-rate",
+    "unet-lr": "--learning-rate",
+    "train-data-dir": "--dataset-name FOLDER",
+    "instance-data-dir": "--dataset-name FOLDER",
+    "num-train-epochs": STEPS,
+    "max-train-epochs": STEPS,
+    "output-name": "--output-dir",
+    "save-every-n-steps": "--checkpointing-steps",
+    "optimizer-type": "--use-8bit-adam",
+    "min-snr-gamma": "--snr-gamma",
+    "xformers": "--attention xformers",
+    "validation-prompt": "--validation-prompts",
+}
+
+
+def refuse_unknown(words: list[str], options: type) -> None:
+    """Raise one Refusal for every option among the `words` that the dataclass lacks, each with the
+    one that is likely meant.
+    """
+    names = [field.name.replace("_", "-") for field in fields(options)]
+    known = {"help", *names, *(f"no-{name}" for name in names)}
+    typed = [word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"]
+    troubles = []
+    for name in (name for name in typed if name not in known):
+        near = [f"--{each}" for each in difflib.get_close_matches(name, known, 1)]
+        meant = ELSEWHERE.get(name) or "".join(near) or "nothing alike"
+        found = f"the option --{name} (here: {meant})"
+        troubles.append((found, "options that docs/options.md lists", "correct that"))
+    refuse(troubles)
 
 
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:

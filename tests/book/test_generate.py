@@ -269,7 +269,7 @@ def test_the_script_draws_plainly_without_any_wing(run, tmp_path):
     [
         (["--plain", "--compare"], 1, "error: --plain with --compare"),
         (["--seeds", "-1"], 1, "error: seeds is (-1,)"),
-        (["--sedes", "1"], 2, "sedes"),
+        (["--sedes", "1"], 1, "error: the option --sedes (here: --seeds)"),
     ],
 )
 def test_a_wrong_option_is_answered_before_torch_is_imported(words, code, said):

@@ -1,6 +1,7 @@
 """Options that cannot go together are refused at once, with what to type."""
 
 import os
+from dataclasses import fields
 
 import pytest
 
@@ -62,6 +63,37 @@ def test_all_values_that_cannot_be_are_said_at_once():
     for word in ("lora_rank is 0", "learning_rate is nan", "--quick with t4"):
         assert word in said
     assert "--lora-rank 16 and --learning-rate 5e-05" in said
+
+
+def test_options_of_other_trainers_and_slips_are_answered_with_ours_all_at_once():
+    words = [
+        "t4",
+        "--lr=1e-3",
+        "--network_dim",
+        "8",
+        "--train-batch-sise",
+        "2",
+        "--zzz",
+        "--seed",
+        "1",
+    ]
+    with pytest.raises(Refusal) as refusal:
+        options.parse(words)
+    said = str(refusal.value)
+    for typed, ours in (
+        ("lr", "--learning-rate"),
+        ("network-dim", "--lora-rank"),
+        ("train-batch-sise", "--train-batch-size"),
+        ("zzz", "nothing alike"),
+    ):
+        assert f"the option --{typed} (here: {ours})" in said
+    assert "--seed " not in said
+    named = {each.split()[0].rstrip(",")[2:] for each in options.ELSEWHERE.values()}
+    assert named <= {field.name.replace("_", "-") for field in fields(options.Config)}
+
+
+def test_underscores_are_read_as_dashes():
+    assert options.parse(["t4", "--lora_rank", "8", "--no_fused"]).lora_rank == 8
 
 
 def test_the_values_of_every_recipe_can_be():
