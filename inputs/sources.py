@@ -20,7 +20,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from inputs.files import Refusal, digest, folder_of, refuse, refusing
+from inputs.files import Refusal, digest, folder_of, refuse, refusing, sayable
 
 # Media that Pillow's own list of endings does not know without a plug-in, or at all.
 MEDIA = set(
@@ -72,10 +72,8 @@ def read_dataset(name: str, image_column: str = "", caption_column: str = "") ->
     without a picture, a column that is not there, no caption at all, and an empty set.
     """
     expected = "metadata.jsonl and its pictures, name.txt beside name.jpg, or a Hub data set"
-    folder, columns = (
-        folder_of(name, "--dataset-name", expected),
-        (caption_column,) if caption_column else CAPTIONS,
-    )
+    folder = folder_of(name, "--dataset-name", expected)
+    columns = (caption_column,) if caption_column else CAPTIONS
     table = folder and next((folder / t for t in TABLES if (folder / t).is_file()), None)
     if not folder or (not table and any(p.suffix == ".parquet" for p in files_in(folder)[0])):
         pictures = Pictures(from_hub(str(folder or name), image_column, columns))
@@ -148,7 +146,7 @@ def normal(name: str) -> str:
 
 def named(names: list[str]) -> str:
     """How many, and the first of them."""
-    return f"{len(names)} (the first: {names[0]})"
+    return f"{len(names)} (the first: {sayable(names[0])})"
 
 
 def rows_of(table: Path) -> list[tuple[str, str]]:
