@@ -26,7 +26,7 @@ from inputs.ahead import work_ahead
 from inputs.blocks import ROWS_PER_FILE, cut, every_block, fill
 from inputs.code import together
 from inputs.files import digest, open_safetensors
-from inputs.pictures import all_damaged_named, decode
+from inputs.pictures import DECODING, all_damaged_named, decode
 from inputs.sources import Picture
 from inputs.vetting import check_finite
 
@@ -238,7 +238,7 @@ def fill_cache(
     prompt_keys = [digest(caption, fingerprints["text"], str(dtype), by) for caption in captions]
     resolution, random_crop, seed = encoder.crop
     crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
-    by = together("data.Encoder", "data.views", "model.encode_images", "inputs.pictures.decode")
+    by = together("data.Encoder", "data.views", "model.encode_images", *DECODING)
     latent_keys = [digest(p.digest, fingerprints["vae"], crop, by) for p in encoder.pictures]
     prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")

@@ -306,7 +306,7 @@ def train_plain(config: Config) -> None:
     examples = examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
     how = model.use_attention(unet, config.attention, device, dtype)
-    print(f"{len(pictures)} pictures; UNet in {str(dtype)[6:]} ({reason}; {how})", flush=True)
+    print(f"{pictures}; UNet in {str(dtype)[6:]} ({reason}; {how})", flush=True)
     run = assemble(config, unet, examples, schedule, model.latent_scaling(name))
     for step, loss, norm in fit(run):
         print(f"step {step}: loss {loss:.4f}, gradient norm {norm:.4f}", flush=True)

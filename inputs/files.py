@@ -40,6 +40,32 @@ def refuse(troubles: Iterable[Iterable[str]]) -> None:
         raise Refusal(*map(" and ".join, columns))
 
 
+def place(name: str) -> Path:
+    """The path that a person means by `name`; the repository's own pocket/model and pocket/ink are
+    found from every working directory.
+    """
+    own = Path(__file__).parent.parent / name
+    path = Path(os.path.expanduser(name))  # Path's own raises for a user who is not there
+    return own if name.startswith("pocket/") and not path.exists() and own.is_dir() else path
+
+
+def folder_of(name: str, option: str, expected: str) -> Path | None:
+    """The folder called `name`; None where there is none and the Hub may be meant. Raises Refusal
+    for a file, saying of what kind, and for a path that leads nowhere.
+    """
+    path = place(name)
+    if path.is_dir():
+        return path
+    if path.is_file():
+        packed = path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
+        remedy = "unpack it" if packed else "name the folder that it lies in"
+        kind = f"a {path.suffix} file" if path.suffix else "a file"
+        raise Refusal(f"{name} is {kind}, no folder", expected, f"{remedy}: {option} FOLDER")
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
+        raise Refusal(f"there is no folder {name}", expected, f"correct {option} FOLDER")
+    return None
+
+
 @contextlib.contextmanager
 def refusing(found: str, expected: str, remedy: str) -> Iterator[None]:
     """Whatever is raised inside becomes a Refusal that ends `found` with the reason: libraries

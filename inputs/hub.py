@@ -8,7 +8,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from inputs.files import Refusal, open_safetensors, refuse, refusing
+from inputs.files import Refusal, folder_of, open_safetensors, refuse, refusing
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
@@ -16,6 +16,10 @@ PARTS = {  # and the file without which each is nothing
     "scheduler": "scheduler_config.json",
 }
 SDXL, OPTION = "stabilityai/stable-diffusion-xl-base-1.0", "--pretrained-model-name-or-path"
+CONVERT = (
+    "a one-file checkpoint is converted with diffusers' "
+    "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)"
+)
 AGAIN = (
     "download the model again, or choose another SDXL model (no inpainting or refiner model), or "
     "pip install --upgrade diffusers transformers"
@@ -56,10 +60,10 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     top; half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL
     model.
     """
-    root = Path(name).expanduser()
-    if not root.is_dir():
-        if name.count("/") != 1 or name.startswith((".", "/", "~")):
-            expected = f"a Hub name such as {SDXL}, or a folder in diffusers' layout"
+    expected = f"a Hub name such as {SDXL}, or a folder in diffusers' layout ({CONVERT})"
+    root = folder_of(name, OPTION, expected)
+    if root is None:
+        if name.count("/") != 1:
             raise Refusal(f"there is no folder {name}", expected, f"correct {OPTION}")
         root = fetch_from_hub(name, part, half)
     needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
@@ -71,8 +75,7 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
             f"{name} has {found}",
             "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and "
             f"the folders {', '.join(PARTS)}",
-            f"correct {OPTION}; a one-file checkpoint is converted with diffusers' "
-            "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)",
+            f"correct {OPTION}; {CONVERT}",
         )
     return root / part
 

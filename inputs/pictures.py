@@ -8,34 +8,40 @@ than what a person sees, and none may stop a run without its name.
 import contextlib
 import functools
 import io
+import re
 import warnings
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageCms, ImageOps
 from tqdm import tqdm
 
 from inputs.files import Refusal
-from inputs.sources import Picture, for_all
+from inputs.sources import Picture, for_all, named, picture_formats
 
+# What makes a picture's numbers, and so is part of the name under which it is kept encoded.
+MAKERS = ("decode", "to_srgb", "colours_of", "transform_to_srgb", "from_16_bits")
+DECODING = tuple(f"inputs.pictures.{each}" for each in MAKERS)
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
 # decode() raises instead. Here, since a filter set and taken back in one thread unsettles others.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode(picture: Picture) -> Image.Image:
-    """The picture upright (EXIF) and in RGB, transparency onto white. Raises Refusal, naming it, if
-    it is damaged.
+    """The picture upright (EXIF) and in sRGB, transparency onto white. Raises Refusal, naming it,
+    if it is damaged.
     """
     try:
         image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
         if image.width * image.height > Image.MAX_IMAGE_PIXELS:  # Pillow refuses twice as many
             raise Image.DecompressionBombError(f"{image.width} x {image.height} pixels")
         image.load()
+        profile = image.info.get("icc_profile")
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # 16 bits: Pillow's convert would clip at 255
             image = Image.fromarray(from_16_bits(np.asarray(image)))
         if image.mode == "F":
             raise ValueError("numbers with a point do not say which of them is white")
+        image = to_srgb(image, profile) if profile else image
         if image.has_transparency_data:
             image = image.convert("RGBA")
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -55,13 +61,33 @@ def decode(picture: Picture) -> Image.Image:
         ) from error
 
 
-@functools.cache
-def picture_formats() -> list[str]:
-    """All that Pillow reads but PostScript, for which it would start Ghostscript: a program that
-    the picture writes.
+def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
+    """`image`, whose numbers mean what its ICC profile says, as sRGB: what the VAE was trained on.
+    As it is where the profile is damaged or another mode's, which viewers pass over, too.
     """
-    Image.init()
-    return sorted(set(Image.ID) - {"EPS"})
+    seen = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+    plain = image.convert(colours_of(image.mode))
+    if not (transform := transform_to_srgb(profile, plain.mode)):
+        return image
+    image = transform.apply(plain)
+    if seen:
+        image.putalpha(seen)
+    return image
+
+
+def colours_of(mode: str) -> str:
+    """The mode in which a picture of `mode` has no transparency, no palette and 8 bits."""
+    return "L" if mode[0] in "1IL" and mode != "LAB" else mode if mode == "CMYK" else "RGB"
+
+
+@functools.lru_cache(maxsize=16)  # most data sets have one or two
+def transform_to_srgb(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform | None:
+    """From `mode` under an ICC profile to sRGB; None where they do not fit."""
+    try:
+        opened = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.buildTransform(opened, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError, ValueError):
+        return None
 
 
 def from_16_bits(pixels: np.ndarray) -> np.ndarray:
@@ -88,3 +114,28 @@ def all_damaged_named(pictures: list[Picture]):
     except Refusal:
         check_pictures(pictures)
         raise  # no picture is damaged: it is another trouble
+
+
+def strong_changes(pictures: list[Picture], resolution: int) -> str:
+    """Which pictures train as something else than a person sees, in words, by their headers."""
+    found: dict[str, list[str]] = {}
+    for picture in tqdm(pictures, "looking at pictures", leave=False, mininterval=1, delay=2):
+        with contextlib.suppress(Exception):  # a damaged one is refused by name when it is encoded
+            image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
+            short, long = sorted(image.size)
+            profile = image.info.get("icc_profile")
+            # A phone's MPO has a preview behind the picture, a PSD its layers.
+            frames = image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
+            deep = image.mode[0] == "I" or re.search(r";16[BLN]", str(getattr(image, "tile", "")))
+            for change, so in {
+                "lose over 30 % to the square crop": short < 0.7 * long,
+                "are enlarged over 1.5 times": resolution > 1.5 * short,
+                "have several frames, of which the first is used": frames,
+                "have 16 bits, reduced to 8": deep,
+                "have a colour profile that does not fit, read as sRGB": profile
+                and not transform_to_srgb(profile, colours_of(image.mode)),
+            }.items():
+                if so:
+                    found.setdefault(change, []).append(picture.name)
+    said = "; ".join(f"{named(names)} {change}" for change, names in found.items())
+    return f"strongly changed: {said}" if said else ""

@@ -1,13 +1,12 @@
 """What makes two starts one run: the options, files and pictures that must be the same, as text."""
 
 import dataclasses
-from pathlib import Path
 
 import torch
 
 from inputs import hub
 from inputs.code import changed
-from inputs.files import Refusal, digest
+from inputs.files import Refusal, digest, place
 from inputs.options import Config
 from inputs.sources import Picture, read_dataset
 from model import NoiseSchedule
@@ -63,8 +62,8 @@ def local_identity(config: Config, half: bool) -> dict[str, str]:
     at without a download.
     """
     name, data = config.pretrained_model_name_or_path, config.dataset_name
-    found = of_base(name, half) if Path(name).expanduser().is_dir() else {}
-    if Path(data).expanduser().is_dir():
+    found = of_base(name, half) if place(name).is_dir() else {}
+    if place(data).is_dir():
         pictures = read_dataset(data, config.image_column, config.caption_column)
         found["data"] = of_data(pictures)
     return found
@@ -131,5 +130,5 @@ def about(kept) -> dict[str, str]:
 
 def public_name(name: str) -> str:
     """A Hub name as it is; of a folder its last part, since where it lies is nobody's business."""
-    folder = Path(name).expanduser()
+    folder = place(name)
     return folder.resolve().name if folder.exists() else name

@@ -18,7 +18,8 @@ from tqdm import tqdm
 import model
 from inputs.files import write_whole
 from inputs.options import Config
-from inputs.sources import Picture
+from inputs.pictures import strong_changes
+from inputs.sources import Pictures
 from loop import Run
 
 SPILL = (
@@ -162,7 +163,7 @@ class Interrupts:
             raise KeyboardInterrupt(number)
 
 
-def describe(kept, pictures: list[Picture], how: str) -> str:
+def describe(kept, pictures: Pictures, how: str) -> str:
     """The lines a run begins with; every number is computed."""
     run, config, size = kept.run, kept.run.config, kept.team.size
     n, device = config.examples_per_step, run.unet.device
@@ -181,11 +182,13 @@ def describe(kept, pictures: list[Picture], how: str) -> str:
         f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
         f"{len(pictures)} pictures at {config.resolution} px; captions: {len(bare)} missing or "
         f"empty{first}, {cut} cut at the tokenizer's length",
+        "; ".join(pictures.notes),
+        strong_changes(pictures, config.resolution),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{several}",
         f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
     )
-    return "\n".join(lines)
+    return "\n".join(filter(None, lines))
 
 
 def count_cut(prompts: list[str], name: str) -> int:

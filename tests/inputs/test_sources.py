@@ -2,15 +2,23 @@
 
 import json
 import random
+import subprocess
+import sys
+import unicodedata
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import pytest
+from PIL import Image, PngImagePlugin
 
-from conftest import INK
+from conftest import INK, ROOT
+from inputs import hub, sources
 from inputs import pictures as decoding
 from inputs.files import Refusal, digest
+from inputs.options import RECIPES
 from inputs.sources import Picture, read_dataset
+from keep import identity
 from made import BLUE, RED, encoded, noisy, write_folder
 
 
@@ -157,10 +165,24 @@ def test_blank_lines_in_metadata_are_nothing(tmp_path):
     assert len(read_dataset(str(write_folder(tmp_path, files)))) == 1
 
 
-def test_a_picture_without_a_metadata_line_is_refused(tmp_path):
+def test_of_some_pictures_without_a_caption_each_gets_an_empty_one(tmp_path):
     files = {"metadata.jsonl": [GOOD], "a.png": RED, "sub/b.png": BLUE}
-    with pytest.raises(Refusal, match=r"1 pictures without a caption .*such as 'b\.png'"):
+    read = read_dataset(str(write_folder(tmp_path / "m", files)))
+    assert [(p.name, p.caption) for p in read] == [("a.png", "a"), ("sub/b.png", "")]
+    files = {"a.png": RED, "a.txt": "a", "b.png": BLUE}
+    read = read_dataset(str(write_folder(tmp_path / "t", files)))
+    assert [(p.name, p.caption) for p in read] == [("a.png", "a"), ("b.png", "")]
+
+
+@pytest.mark.parametrize("more", [{}, {"metadata.jsonl": ""}])
+def test_pictures_without_any_caption_are_refused_with_a_way_out(tmp_path, more):
+    files = {f"x/{i:02}.png": RED for i in range(12)} | more
+    with pytest.raises(Refusal) as refusal:
         read_dataset(str(write_folder(tmp_path, files)))
+    said = str(refusal.value)
+    assert "12 pictures without a caption of their own" in said and "'x/00.png', 'x/01" in said
+    assert "'x/09.png' and 2 more" in said and "x/10.png" not in said
+    assert 'for f in *.png; do echo "a photo of sks dog" > "${f%.*}.txt"; done' in said
 
 
 def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_path):
@@ -177,15 +199,14 @@ def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_pa
 @pytest.mark.parametrize(
     ("files", "said"),
     [
-        ({"a.png": RED, "a.txt": "a", "b.png": BLUE}, r"1 pictures without a caption .*b\.png"),
         ({"a.png": RED, "a.txt": "a", "b.txt": "b"}, r"1 captions without a picture .*b\.txt"),
         (
             {"x/a.png": RED, "y/a.txt": "a"},
-            r"1 pictures without .*a\.png.* and 1 captions without .*a\.txt",
+            r"1 pictures without .*'x/a\.png'.* and 1 captions without .*'y/a\.txt'",
         ),
     ],
 )
-def test_a_picture_or_a_caption_file_alone_is_refused(tmp_path, files, said):
+def test_a_caption_file_alone_is_refused(tmp_path, files, said):
     with pytest.raises(Refusal, match=said):
         read_dataset(str(write_folder(tmp_path, files)))
 
@@ -206,6 +227,225 @@ def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     assert read_dataset(str(write_folder(tmp_path / "t", files)))[0].caption == "a red square"
     files = {"a.png": RED, "metadata.jsonl": bom + json.dumps(GOOD).encode()}
     assert read_dataset(str(write_folder(tmp_path / "m", files)))[0].caption == "a"
+
+
+@pytest.mark.parametrize(
+    ("table", "text"),
+    [
+        ("metadata.csv", 'file_name,text\r\na.png,"red, round"\r\nsub/b.png,blue\r\n'),
+        ("train/metadata.csv", '\ufefffile_name,text\na.png,"red, round"\nsub/b.png,blue'),
+        (
+            "train/metadata.jsonl",
+            [
+                {"file_name": "a.png", "text": "red, round"},
+                {"file_name": "sub/b.png", "text": "blue"},
+            ],
+        ),
+    ],
+)
+def test_captions_of_a_table_and_of_train_are_read(tmp_path, table, text):
+    top = "train/" if "/" in table else ""
+    files = {table: text, f"{top}a.png": RED, f"{top}sub/b.png": BLUE}
+    files |= {"test/c.png": BLUE} if top else {}
+    read = read_dataset(str(write_folder(tmp_path, files)))
+    captions = [(p.name, p.caption) for p in read]
+    assert captions == [(f"{top}a.png", "red, round"), (f"{top}sub/b.png", "blue")]
+    assert ("1 (the first: test/c.png) left out, since they lie outside train/" in str(read)) == (
+        top != ""
+    )
+
+
+@pytest.mark.parametrize("row", ["a.png,red, round", 'a.png,"red'])
+def test_a_comma_without_quotes_never_cuts_a_caption(tmp_path, row):
+    files = {"metadata.csv": f"file_name,text\n{row}", "a.png": RED}
+    with pytest.raises(Refusal, match=r"metadata\.csv is no table .*quotes around a caption"):
+        read_dataset(str(write_folder(tmp_path, files)))
+
+
+def test_other_endings_of_caption_files_are_read(tmp_path):
+    files = {"a.png": RED, "a.TXT": "red", "b.png": BLUE, "b.caption": "blue"}
+    read = read_dataset(str(write_folder(tmp_path, files)))
+    assert [p.caption for p in read] == ["red", "blue"]
+
+
+@pytest.mark.parametrize("kind", ["metadata", "txt"])
+@pytest.mark.parametrize(("on_disk", "told"), [("NFD", "NFC"), ("NFC", "NFD")])
+def test_names_match_though_their_accents_are_written_in_two_ways(tmp_path, kind, on_disk, told):
+    on_disk, told = (unicodedata.normalize(form, "caf\u00e9") for form in (on_disk, told))
+    rows = [{"file_name": f"{told}.png", "text": "red"}]
+    captions = {"metadata.jsonl": rows} if kind == "metadata" else {f"{told}.txt": "red"}
+    files = {f"{on_disk}.png": RED} | captions
+    assert read_dataset(str(write_folder(tmp_path, files)))[0].caption == "red"
+    both = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
+    twice = {f"{name}.png": RED for name in both} | {f"{name}.txt": name for name in both}
+    with pytest.raises(Refusal, match=r"2 pictures without .* and 2 captions without"):
+        read_dataset(str(write_folder(tmp_path / "twice", twice)))
+
+
+@pytest.mark.parametrize(
+    ("near", "content"),
+    [("meta_cap.json", "{}"), ("metadata.json1", "{}"), ("a.png.txt", "red"), ("captions.csv", "")],
+)
+def test_what_is_nearly_captions_is_named(tmp_path, near, content):
+    folder = write_folder(tmp_path, {"a.png": RED, near: content})
+    with pytest.raises(Refusal, match=rf"Not read as captions, by its name: '{near}'"):
+        read_dataset(str(folder))
+
+
+# ---- left out, and said --------------------------------------------------------------------------
+
+
+def test_hidden_names_and_other_programs_copies_are_left_out_and_counted(tmp_path):
+    ours = {"a.png": RED, "a.txt": "a"}
+    names = ("._a", ".ipynb_checkpoints/a-checkpoint", ".Trash-0/b", ".thumbnails/c")
+    names += ("__MACOSX/a", "x/@eaDir/a", "x/.hidden/d/e")
+    others = {f"{name}.{ending}": BLUE for name in names for ending in ("png", "txt")}
+    folder = write_folder(tmp_path / ".inside", ours | others | {"Thumbs.db": b"", ".x": b""})
+    (folder / ".linked").symlink_to(folder)
+    read = read_dataset(str(folder))
+    assert contents(read) == [("a.png", "a", digest(RED))]
+    assert str(read) == (
+        "1 pictures; 7 (the first: .Trash-0/b.png) left out, since they are hidden or another "
+        "program's own"
+    )
+    rows = [{"file_name": name, "text": "x"} for name in ("a.png", "._a.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert [p.caption for p in read_dataset(str(folder))] == ["x"]
+
+
+@pytest.mark.parametrize(
+    "ending", ["jfif", "avif", "jpe", "jp2", "apng", "tga", "PPM", "qoi", "dib"]
+)
+def test_every_ending_that_pillow_opens_is_a_picture(tmp_path, ending):
+    content = encoded(
+        Image.new("RGB", (8, 8), "red"), Image.registered_extensions()[f".{ending.lower()}"]
+    )
+    (read,) = read_dataset(str(write_folder(tmp_path, {f"a.{ending}": content, "a.txt": "a"})))
+    pixels = decoding.decode(read).getpixel((4, 4))
+    assert all(abs(x - y) < 5 for x, y in zip(pixels, (255, 0, 0), strict=True))
+
+
+def test_media_that_cannot_be_read_are_counted_with_what_to_do(tmp_path):
+    ours = {"z.png": RED, "z.txt": "z"}
+    names = ("a.heic", "b.JXL", "c.mp4", "d.mov", "e.svg", "f.pdf", "g.eps", "h.mpg")
+    captions = {f"{name[0]}.txt": "x" for name in names}  # theirs, so not odd
+    read = read_dataset(str(write_folder(tmp_path, ours | captions | dict.fromkeys(names, b"x"))))
+    assert len(read) == 1 and "8 (the first: a.heic) left out" in str(read)
+    assert "pip install pillow-heif" in str(read) and "pillow-jxl-plugin" in str(read)
+    only = write_folder(tmp_path / "only", {"a.heic": b"x"})
+    with pytest.raises(Refusal, match=r"holds no pictures; 1 \(the first: a.heic\) left out"):
+        read_dataset(str(only))
+
+
+def test_plug_ins_are_used_where_they_are_installed(tmp_path, monkeypatch):
+    """A stand-in for pillow-heif: it registers its format when it is told to."""
+    for name in ("OPEN", "EXTENSION"):
+        monkeypatch.setattr(Image, name, dict(getattr(Image, name)))
+    monkeypatch.setattr(Image, "ID", list(Image.ID))
+
+    def register():
+        Image.register_open("HEIF", PngImagePlugin.PngImageFile, lambda prefix: True)
+        Image.register_extension("HEIF", ".heic")
+
+    monkeypatch.setitem(sys.modules, "pillow_heif", SimpleNamespace(register_heif_opener=register))
+    sources.picture_formats.cache_clear()
+    try:
+        (read,) = read_dataset(str(write_folder(tmp_path, {"a.heic": RED, "a.txt": "a"})))
+        assert decoding.decode(read).getpixel((4, 4)) == (255, 0, 0) and not read_notes(tmp_path)
+    finally:
+        sources.picture_formats.cache_clear()
+
+
+def read_notes(folder: Path) -> list[str]:
+    return list(read_dataset(str(folder)).notes)
+
+
+def test_that_kohyas_repeats_are_no_repeats_is_said(tmp_path):
+    files = {"10_style/a.png": RED, "10_style/a.txt": "a", "2024/b.png": BLUE, "2024/b.txt": "b"}
+    (note,) = read_notes(write_folder(tmp_path, files))
+    assert note.startswith("1 (the first: 10_style/a.png) in folders like 10_style")
+
+
+# ---- text in another encoding, and control characters --------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("encoding", "command"),
+    [
+        ("utf-16", "iconv -f UTF-16 -t UTF-8 FILE > FILE.new && mv FILE.new FILE"),
+        ("cp1252", "iconv -f WINDOWS-1252 -t UTF-8 FILE > FILE.new && mv FILE.new FILE"),
+    ],
+)
+def test_all_texts_in_another_encoding_are_named_with_the_command_that_mends(
+    tmp_path, encoding, command
+):
+    files = {f"{name}.png": RED for name in "abc"} | {"c.txt": "good"}
+    files |= {f"{name}.txt": "café".encode(encoding) for name in "ab"}
+    folder = write_folder(tmp_path, files)
+    with pytest.raises(Refusal, match=r"a\.txt .*b\.txt ") as refusal:
+        read_dataset(str(folder))
+    assert command in str(refusal.value) and "c.txt" not in str(refusal.value)
+    for name in "ab":
+        typed = command.replace("FILE", str(folder / f"{name}.txt"))
+        subprocess.run(typed, shell=True, check=True)
+    assert [p.caption for p in read_dataset(str(folder))] == ["café", "café", "good"]
+
+
+def test_control_characters_are_refused_with_the_command_that_mends(tmp_path):
+    files = {"a.png": RED, "a.txt": "a\x00 fox", "b.png": BLUE, "b.txt": "\x1b[31mred\x7f\tb"}
+    folder = write_folder(tmp_path / "t", files)
+    with pytest.raises(Refusal, match=r"a\.txt .*control.*'\\x00'.*b\.txt .*'\\x1b'") as refusal:
+        read_dataset(str(folder))
+    command = str(refusal.value).partition("FILE: ")[2]
+    for name in "ab":
+        typed = command.replace("FILE", str(folder / f"{name}.txt"))
+        subprocess.run(typed, shell=True, check=True)
+    assert [p.caption for p in read_dataset(str(folder))] == ["a fox", "[31mred\tb"]
+    rows = [{"file_name": "a.png", "text": "a\x07"}, {"file_name": "b.png", "text": "b\x08"}]
+    folder = write_folder(tmp_path / "m", {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE})
+    with pytest.raises(Refusal, match=r"line 1 has .* line 2 has .*without control characters"):
+        read_dataset(str(folder))
+
+
+# ---- a path that is no folder --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
+def test_a_file_where_a_folder_is_meant_is_said_as_what_it_is(tmp_path, monkeypatch, take):
+    monkeypatch.setattr(sources, "from_hub", None)
+    monkeypatch.setattr(hub, "fetch_from_hub", None)
+    monkeypatch.chdir(tmp_path)
+    names = ("x.zip", "x.png", "x.safetensors", "sub/x.jsonl")
+    write_folder(tmp_path, dict.fromkeys(names, b"x"))
+    for name in names:
+        with pytest.raises(Refusal, match=rf"{name} is a \.\w+ file, no folder") as refusal:
+            take(name)
+        assert ("unpack it" if name == "x.zip" else "name the folder") in str(refusal.value)
+
+
+@pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
+@pytest.mark.parametrize(
+    "name", ["/no/where", "./nowhere", "~/no/where", "~nobody-here/x", "a/b/c"]
+)
+def test_a_path_that_leads_nowhere_is_not_asked_of_the_hub(monkeypatch, take, name):
+    monkeypatch.setattr(sources, "from_hub", None)
+    monkeypatch.setattr(hub, "fetch_from_hub", None)
+    with pytest.raises(Refusal, match=f"there is no folder {name}"):
+        take(name)
+
+
+def test_the_repositorys_own_folders_are_found_from_everywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert len(read_dataset("pocket/ink")) == 160
+    assert (hub.fetch("pocket/model", "unet") / "config.json").is_file()
+    config = RECIPES["pocket"][1]
+    here = identity.local_identity(config, False)
+    assert identity.public_name("pocket/model") == "model"
+    monkeypatch.chdir(ROOT)
+    assert identity.local_identity(config, False) == here and len(here) == 3
+    write_folder(tmp_path / "pocket" / "ink", {"a.png": RED, "a.txt": "mine"})
+    monkeypatch.chdir(tmp_path)  # what lies here comes first
+    assert [p.caption for p in read_dataset("pocket/ink")] == ["mine"]
 
 
 @pytest.mark.parametrize("files", [{}, {"metadata.jsonl": ""}, {"notes.md": "nothing here"}])

@@ -29,14 +29,12 @@ TEXTS = (  # captions that are text
         "   \n\t ",
         "x" * 100_000,
         "a fox " * 17_000,
-        "\x00",
-        "a\x00b",
-        "\x1b[31mred",
     ),
-    *("".join(map(chr, range(32))), "ثعلب أحمر", "\u202efox", "🦊" * 500, "e\u0301" * 900),
+    *("ثعلب أحمر", "\u202efox", "🦊" * 500, "e\u0301" * 900),
     *('{"a": 1}', "../../etc/passwd", "<|endoftext|>" * 40, "\n" * 5000, "\u2028a"),
 )
 BYTES = (  # and captions that are not, or in another encoding
+    *(b"\x00", b"a\x00b", b"\x1b[31mred", bytes(range(32))),
     *(b"\xff", b"\xff\xfea\0 \0f\0o\0x\0", b"\xed\xa0\x80", b"caf\xe9", b"\xc0\x80", b"\x80" * 999),
     *("fox".encode("utf-16"), "fox".encode("utf-32"), b"fox\xf0\x9f", b"\xef\xbb\xbf\xff"),
 )
@@ -158,7 +156,7 @@ def odd_things(case: Case) -> dict:
     }
 
 
-NAMES = ("a", "ä", "狐", "🦊", "a b", ".hidden", "x" * 200, "a\nb", "a\x1b[31m", "a;b'c", "-rf")
+NAMES = ("a", "ä", "狐", "🦊", "a b", "h.idden", "x" * 200, "a\nb", "a\x1b[31m", "a;b'c", "-rf")
 
 
 def caption(case: Case):
@@ -175,7 +173,8 @@ def caption(case: Case):
         shutil.copy(PICTURES[i], f"{stem}.png")
         Path(f"{stem}.txt").write_bytes(content)
         with contextlib.suppress(UnicodeDecodeError):
-            want[f"{stem}.png"] = content.decode("utf-8-sig").strip()
+            if not sources.CONTROL.search(told := content.decode("utf-8-sig")):
+                want[f"{stem}.png"] = told.strip()
         case.what += f"{content[:20]!r}, "
     things, total = odd_things(case), i + 1
     odd = sorted(things)[case.turn % len(things)] if case.turn % 2 else "nothing odd"
@@ -226,7 +225,7 @@ def metadata_lines(case: Case) -> dict[str, list]:
         "no rows": [],
         "CSV": [b"file_name,text", b"a.png,fox"],
         "two on a line": [json.dumps(good[0]).encode() + json.dumps(good[1]).encode(), good[2]],
-        "one missing": good[:2],
+        "good: one missing": good[:2],
         "one twice": [*good, good[0]],
         "a key twice": [b'{"file_name": "a.png", "file_name": "b.png", "text": "x"}', *good[1:]],
         "another column": [{"file_name": "a.png", "label": "x"}, *good[1:]],
