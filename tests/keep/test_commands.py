@@ -112,7 +112,7 @@ def test_options_that_are_read_already_are_run(train, few, tmp_path, capsys):
     config = configuration.parse(["pocket", "--dataset-name", str(few / "none")])
     config = configuration.replace(config, output_dir=str(tmp_path / "out"))
     assert training.main(config) == 1
-    assert "no folder here" in capsys.readouterr().err
+    assert "there is no folder" in capsys.readouterr().err
 
 
 # ---- data ----------------------------------------------------------------------------------------
@@ -133,14 +133,20 @@ def test_a_damaged_picture_is_named(command, pictures, monkeypatch, damage):
     refused(command("--no-cache"), victim.name)
 
 
-def test_a_picture_without_caption_file_and_the_reverse_are_named(command, pictures):
-    lonely = sorted(pictures.glob("*.txt"))[0]
-    text = lonely.read_text()
-    lonely.unlink()
-    refused(command(), lonely.with_suffix(".png").name)
-    lonely.write_text(text)
+def test_a_caption_without_picture_is_refused_and_so_are_pictures_without_any(command, pictures):
     (pictures / "ghost.txt").write_text("no picture")
     refused(command(), "ghost.txt")
+    for path in pictures.glob("*.txt"):  # then they were forgotten
+        path.unlink()
+    refused(command(), "3 pictures without a caption", "sks dog")
+
+
+def test_one_picture_without_caption_is_trained_and_counted(train, pictures, capsys):
+    lonely = min(pictures.glob("*.txt"))
+    lonely.unlink()
+    short = ("--train-batch-size", "1", "--gradient-accumulation-steps", "1")
+    assert train("out", "--dataset-name", str(pictures), "--max-train-steps", "1", *short) == 0
+    assert "1 missing or empty (the first: american-football.png" in capsys.readouterr().out
 
 
 def test_an_empty_data_set_and_one_that_is_not_there_are_refused(command, tmp_path):
