@@ -1,91 +1,131 @@
-"""Adapter files in the keys of other programs: kohya's, which ComfyUI, A1111 and Forge read, beside
-PEFT's, which lora.py reads and writes. Both hold the same numbers.
+"""Adapter files in the keys of other programs, beside PEFT's, which lora.py reads and writes. All
+hold the same numbers. Kohya's, which ComfyUI, A1111 and Forge read, are written here as well.
 """
 
 import hashlib
-import math
 import re
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 import lora
-from inputs.adapter_file import UNIFORM, WHOLE, check_alpha, check_keys, check_matrices
-from inputs.files import Refusal, data_section, read_tensors, refuse, safetensors_bytes, write_whole
+from inputs.adapter_file import WHOLE, alpha_of_header, alpha_of_tensors, check_keys, check_matrices
+from inputs.files import (
+    Refusal,
+    data_section,
+    read_tensors,
+    refusing,
+    safetensors_bytes,
+    write_whole,
+)
 
-KOHYA_KEY = r"lora_unet_(.+)\.(lora_down\.weight|lora_up\.weight|alpha)"
-KINDS = {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}
+# What a module's name follows in the keys of kohya, diffusers, ComfyUI, peft, and of a bare UNet.
+BEFORE = r"lora_unet_|unet\.|diffusion_model\.|base_model\.model\.|"
+KINDS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # PEFT's
+KINDS |= {"lora.down.weight": "lora_A", "lora.up.weight": "lora_B"}  # diffusers' training scripts'
+KINDS |= {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}  # kohya's
+BLOCK = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)"
+
+
+def find(path: Path) -> Path:
+    """The adapter file that `path` names: itself, or in a folder a run's, else the only one."""
+    if not path.is_dir() or (path / lora.FILE_NAME).exists():
+        return path / lora.FILE_NAME if path.is_dir() else path
+    inside = sorted(path.glob("[!.]*.safetensors"))
+    if len(inside) > 1:
+        found = f"{path} has {len(inside)} files that may be adapters"
+        raise Refusal(found, "a folder with one", f"name the file, such as {inside[0]}")
+    return inside[0] if inside else path / lora.FILE_NAME
 
 
 def read(path: Path | str) -> lora.AdapterFile:
-    """Read a PEFT- or kohya-keyed file, or the folder that a run wrote. The modules of a kohya file
-    have underscores for dots; load() puts them right.
+    """Read a file in the keys of any of these programs, or the one in a folder. Its modules may
+    have SGM's names, or underscores for dots; load() puts them right. alpha is what the file's
+    .alpha tensors, its header or peft's adapter_config.json say, else the rank, as it is to every
+    reader of such files.
 
     Raises Refusal, naming what is wrong, for keys that are not of plain LoRA on Linear layers in
-    one of the two layouts, for mixed ranks, differing alphas, and numbers that are not finite or
-    not fp32, fp16 or bf16.
+    one layout, for mixed ranks, differing alphas, and numbers that are not finite or not fp32, fp16
+    or bf16.
     """
-    path = Path(path)
-    path = path / lora.FILE_NAME if path.is_dir() else path
+    path = find(Path(path))
     tensors, about = read_tensors(path)
-    kohya = [key for key in tensors if key.startswith("lora_unet_")]
-    if not kohya or any(key.startswith("unet.") for key in tensors):
-        return lora.read(path)
-    return kohya_file(path, tensors, about)
-
-
-def kohya_file(path: Path, tensors: dict[str, Tensor], about: dict[str, str]) -> lora.AdapterFile:
-    """The adapter in a kohya-keyed file's tensors. A module without .alpha has alpha = rank, as it
-    does to every reader of such files.
-    """
-    check_keys(path, tensors, KOHYA_KEY)
+    before = Counter(re.match(BEFORE, key)[0] for key in tensors).most_common(1)
+    before = before[0][0] if before else ""
+    ends = "|".join(map(re.escape, [*KINDS, "alpha"]))
+    key_like = rf"{re.escape(before)}((?!{BEFORE[:-1]}).+)\.({ends})"
+    check_keys(path, tensors, key_like)
     matrices, alphas = {}, {}
     for key, tensor in tensors.items():
-        module, end = re.fullmatch(KOHYA_KEY, key).groups()
-        if end in KINDS:
-            matrices[f"{module}.{KINDS[end]}"] = tensor
-        else:
+        module, end = re.fullmatch(key_like, key).groups()
+        if end == "alpha":
             alphas[module] = tensor.flatten().tolist()
-    modules = {name.rpartition(".")[0] for name in matrices}
-    expected = "a matrix A, a matrix B and at most one alpha of finite numbers for each module"
-    refuse(
-        (f"{path}: lora_unet_{module}.alpha holds {numbers[:3]}", expected, WHOLE)
-        for module, numbers in alphas.items()
-        if module not in modules or len(numbers) != 1 or not math.isfinite(numbers[0])
-    )
+        else:
+            matrices[f"{module}.{KINDS[end]}"] = tensor
     rank = check_matrices(path, matrices)
-    different = {alphas.get(module, [float(rank)])[0] for module in modules}
-    if len(different) != 1:
-        found = f"{path} has ranks {[rank]} and alphas {sorted(different)}"
-        raise Refusal(found, "one rank and one alpha for all modules", UNIFORM)
-    return lora.AdapterFile(path, matrices, rank, check_alpha(path, different.pop()), about)
+    said = about.get("lora_adapter_metadata")
+    if before == "base_model.model.":
+        found = f"{path} has peft's own keys and no adapter_config.json beside it"
+        with refusing(found, "both files of one folder", WHOLE):
+            said = (path.parent / "adapter_config.json").read_text()
+    alpha = alpha_of_header(path, said, rank)
+    if alphas:
+        modules = {name.rpartition(".")[0] for name in matrices}
+        alpha = alpha_of_tensors(path, before, alphas, modules, rank)
+    if len(matrices) + len(alphas) < len(tensors) or (alphas and said):
+        found = f"{path} says the same twice, in two layouts"
+        raise Refusal(found, "one kind of keys, and alpha in one place", WHOLE)
+    return lora.AdapterFile(path, matrices, rank, alpha, about)
 
 
 def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:
-    """Copy the numbers of a file in either layout into `adapter`, as strictly as lora.load()."""
-    mine, matrices = adapter.matrices(), file.matrices
-    if not matrices.keys() & mine.keys():
+    """Copy the numbers of a file that read() gave into `adapter`, as strictly as lora.load()."""
+    sgm, spelt, matrices = sgm_names(adapter.layers), {}, {}
+    for name in adapter.layers:
         # Which of kohya's underscores was a dot only the model knows: to_q has one of its own.
-        dotted = {kohya_name(name): name for name in mine}
-        matrices = {dotted.get(name, name): matrix for name, matrix in matrices.items()}
+        spelt |= {each.replace(".", "_"): name for each in (name, sgm.get(name, name))}
+    for name, matrix in file.matrices.items():
+        module, _, kind = name.rpartition(".")
+        matrices[f"{spelt.get(module.replace('.', '_'), module)}.{kind}"] = matrix
+    if len(matrices) < len(file.matrices):
+        found = f"{file.path} has some modules twice, under SGM's names and under diffusers'"
+        raise Refusal(found, "every module once", WHOLE)
     lora.load(adapter, replace(file, matrices=matrices))
 
 
-def kohya_name(name: str) -> str:
-    """a.to_q.lora_A as a kohya file has it: a_to_q.lora_A."""
-    module, _, kind = name.rpartition(".")
-    return f"{module.replace('.', '_')}.{kind}"
+def sgm_names(modules: Iterable[str]) -> dict[str, str]:
+    """The modules' names in Stability's own UNet, which numbers its blocks through all levels:
+    down_blocks.1.attentions.0.x is input_blocks.4.1.x. Empty unless every module lies in a block
+    with attention: to diffusers a file has one spelling or the other.
+    """
+    parts = {name: re.fullmatch(BLOCK, name) for name in modules}
+    if not all(parts.values()):
+        return {}
+    # A level's blocks: two layers, and one that halves the size on the way down; three on the way
+    # up. (The very first block is conv_in.)
+    found = [part.groups() for part in parts.values() if part[2]]
+    level = max((int(layer) + 1 + (way == "down") for way, _, layer, _ in found), default=0)
+    names = {"mid": "middle_block.1.{1}"}
+    names |= {"down": "input_blocks.{0}.1.{1}", "up": "output_blocks.{0}.1.{1}"}
+    return {
+        name: names[part[1]].format(
+            level * int(part[2] or 0) + int(part[3]) + (part[1] == "down"), part[4]
+        )
+        for name, part in parts.items()
+    }
 
 
 def kohya_bytes(adapter: lora.Adapter, dtype: torch.dtype, about: dict[str, str]) -> bytes:
     """A safetensors file: lora_unet_<module>.lora_down.weight (r, in), .lora_up.weight (out, r) and
-    .alpha (). about: what the header says besides, as for lora.peft_bytes().
+    .alpha (), under SGM's names, which kohya's own programs need and all others read as well.
+    about: what the header says besides, as for lora.peft_bytes().
     """
-    tensors = {}
+    tensors, sgm = {}, sgm_names(adapter.layers)
     for name, layer in adapter.layers.items():
-        key = "lora_unet_" + name.replace(".", "_")
+        key = "lora_unet_" + sgm.get(name, name).replace(".", "_")
         tensors[f"{key}.lora_down.weight"] = layer.lora_A.to(dtype)
         tensors[f"{key}.lora_up.weight"] = layer.lora_B.to(dtype)
         tensors[f"{key}.alpha"] = torch.tensor(float(adapter.alpha))  # fp32: fp16 ends at 65504

@@ -3,8 +3,9 @@ memory, one NaN every picture, and a scale told by a word not understood would c
 """
 
 import json
+import math
 import re
-from collections.abc import Iterable
+from collections import Counter
 from pathlib import Path
 
 import torch
@@ -18,6 +19,20 @@ NUMBERS = (torch.float32, torch.float16, torch.bfloat16)
 PEFT_KEY = r"unet\.(.+\.lora_[AB])\.weight"
 UNIFORM = "use an adapter of uniform rank: diffusers reads others wrongly, too"
 WHOLE = "use a whole adapter file that is not quantised"
+# What other models' keys, with their shapes, have and SDXL's never.
+FAMILIES = {
+    "Flux": r"(single|double)_blocks|single_transformer_blocks",
+    "Stable Diffusion 3": r"joint_blocks|\btransformer_blocks\.\d+\.attn\.",
+    "a transformer, such as Wan or Z-Image": r"^transformer\.|^diffusion_model\.(blocks|layers)\.",
+    "Stable Diffusion 1": r"(up_blocks[._]3|output_blocks[._]9).*attn2[._]to_k.* \(\d+, 768\)",
+    "Stable Diffusion 2": r"(up_blocks[._]3|output_blocks[._]9).*attn2[._]to_k.* \(\d+, 1024\)",
+}
+# Fields of PEFT's config that do not touch the numbers, and what others say when they do not.
+SILENT = {"r", "lora_alpha", "task_type", "auto_mapping", "peft_version", "revision"}
+SILENT |= {"base_model_name_or_path", "inference_mode", "target_modules", "exclude_modules"}
+SILENT |= {"lora_dropout", "megatron_core", "qalora_group_size"}
+NEUTRAL = {"peft_type": ("LORA",), "bias": ("none",)}
+NEUTRAL |= {"init_lora_weights": (True, "gaussian", "orthogonal")}  # others change the base
 
 
 def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str]]:
@@ -28,12 +43,17 @@ def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str
     check_keys(path, tensors, PEFT_KEY)
     matrices = {re.fullmatch(PEFT_KEY, key)[1]: tensor for key, tensor in tensors.items()}
     rank = check_matrices(path, matrices)
-    return matrices, rank, alpha_of_header(path, about, rank), about
+    return matrices, rank, alpha_of_header(path, about.get("lora_adapter_metadata"), rank), about
 
 
-def check_keys(path: Path, keys: Iterable[str], pattern: str) -> None:
-    """Raise Refusal, naming the first, for keys that are not of the file's layout."""
-    for key in keys:
+def check_keys(path: Path, tensors: dict[str, Tensor], pattern: str) -> None:
+    """Raise Refusal, naming the first, for keys of another model or not of the file's layout."""
+    keys = {f"{key} {tuple(tensor.shape)}": key for key, tensor in tensors.items()}
+    for family, mark in FAMILIES.items():
+        if theirs := [key for shaped, key in keys.items() if re.search(mark, shaped)]:
+            found = f"{path} is a LoRA of {family}, since it has the key {theirs[0]}"
+            raise Refusal(found, "one of SDXL's UNet", "use an adapter that was trained on SDXL")
+    for key in tensors:
         if not re.fullmatch(pattern, key):
             raise Refusal(
                 f"{path} has the key {key}",
@@ -70,22 +90,40 @@ def what_is_wrong(name: str, matrices: dict[str, Tensor]) -> str:
     return "" if matrix.float().isfinite().all() else "holds NaN or Inf"
 
 
-def alpha_of_header(path: Path, about: dict[str, str], rank: int) -> float:
-    """lora_alpha of a PEFT file's header; without one alpha = rank, as it is to diffusers. Raises
-    Refusal for what would change the scale unseen.
+def alpha_of_header(path: Path, config: str | None, rank: int) -> float:
+    """lora_alpha of a PEFT config, as a file's header or peft's adapter_config.json has it; without
+    one alpha = rank, as it is to diffusers. Raises Refusal for what would change the numbers or the
+    base unseen: every field is one that is understood, or says no.
     """
-    if "lora_adapter_metadata" not in about:
+    if config is None:
         return float(rank)
-    found = f"{path} has an unreadable lora_adapter_metadata"
-    with refusing(found, 'JSON with "unet.r" and "unet.lora_alpha"', WHOLE):
-        said = dict(json.loads(about["lora_adapter_metadata"]))
-    others = ("alpha_pattern", "rank_pattern", "use_rslora", "use_dora")
-    more = {name: said[f"unet.{name}"] for name in others if said.get(f"unet.{name}")}
-    if more or said.get("unet.r", rank) != rank:
-        found = f"{path} says r {said.get('unet.r')!r:.50}, {more}; its matrices have rank {rank}"
-        expected = "plain LoRA with one rank and one alpha"
-        raise Refusal(found, expected, "use an adapter without more")
-    return check_alpha(path, said.get("unet.lora_alpha", said.get("unet.r")))
+    found = f"{path} has an unreadable PEFT config (lora_adapter_metadata or adapter_config.json)"
+    with refusing(found, 'JSON with "r" and "lora_alpha"', WHOLE):
+        said = {key.removeprefix("unet."): v for key, v in dict(json.loads(config)).items()}
+    more = {key: value for key, value in said.items() if value and key not in SILENT}
+    more = {key: value for key, value in more.items() if value not in NEUTRAL.get(key, ())}
+    if more or said.get("r", rank) != rank:
+        found = f"{path} says r {said.get('r')!r:.50}, {more}; its matrices have rank {rank}"
+        expected = "plain LoRA with one rank and one alpha, beside the base as it is"
+        raise Refusal(found, expected, "use an adapter without these")
+    return check_alpha(path, said.get("lora_alpha"))
+
+
+def alpha_of_tensors(
+    path: Path, before: str, alphas: dict[str, list[float]], modules: set[str], rank: int
+) -> float:
+    """The one alpha of all modules. A module without .alpha has alpha = rank."""
+    expected = "a matrix A, a matrix B and at most one alpha of finite numbers for each module"
+    refuse(
+        (f"{path}: {before}{module}.alpha holds {numbers[:3]}", expected, WHOLE)
+        for module, numbers in alphas.items()
+        if module not in modules or len(numbers) != 1 or not math.isfinite(numbers[0])
+    )
+    different = {alphas.get(module, [float(rank)])[0] for module in modules}
+    if len(different) != 1:
+        found = f"{path} has ranks {[rank]} and alphas {sorted(different)}"
+        raise Refusal(found, "one rank and one alpha for all modules", UNIFORM)
+    return check_alpha(path, different.pop())
 
 
 def check_alpha(path: Path, alpha) -> float:
@@ -103,6 +141,16 @@ def check_fits(path: Path, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -
     expected = f"exactly this model's {len(mine)} matrices"
     remedy = "use an adapter that was trained on this architecture with these targets"
     lacking, unused = mine.keys() - theirs.keys(), theirs.keys() - mine.keys()
+    if unused and not lacking:
+        modules = [name[:-7] for name in unused if name.endswith("A")]  # without .lora_A
+        kinds = Counter(re.sub(r".*(blocks?|attentions)[._](\d+[._])*", "", m) for m in modules)
+        more = ", ".join(f"{count} {kind}" for kind, count in sorted(kinds.items()))
+        raise Refusal(
+            f"{path} has, unused, {len(unused)} such as {min(unused)}: it adapts "
+            f"{len(theirs) // 2} modules, of them {more} besides attention's {len(mine) // 2}",
+            expected,
+            "use an adapter that was trained on attention alone",
+        )
     refuse(
         (f"{path} {kind} {len(names)} such as {min(names)}", expected, remedy)
         for kind, names in (("lacks", lacking), ("has, unused,", unused))

@@ -112,12 +112,16 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     recipe = RECIPES.get(about.get("recipe"), RECIPES["t4"])[1]
     guidance, weights = options.guidance_scale, options.base_quantization
     base = options.pretrained_model_name_or_path or of_run(path, "pretrained_model_name_or_path")
+    named = about.get("base_model", "")
+    if not base and named and "/" not in named and not Path(named).exists():
+        found = f"{path} says that its base is a folder called {named}, and not where that lies"
+        raise Refusal(found, "the model that it was trained on", f"{OPTION} WHERE/IT/IS/{named}")
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
         prompts=tuple(prompts or recipe.validation_prompts),
         guidance_scale=guidance if guidance >= 0 else recipe.guidance_scale,
-        pretrained_model_name_or_path=base or about.get("base_model", ""),
+        pretrained_model_name_or_path=base or named,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
         cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )

@@ -25,7 +25,7 @@ from see import sheet
 def find_adapter(path: str) -> Path:
     """The adapter file that `path` names, or the newest run's."""
     if path:
-        files = [Path(path) / lora.FILE_NAME if Path(path).is_dir() else Path(path)]
+        files = [adapter_files.find(Path(path))]
         found, remedy = f"{files[0]}: no such file", "the command that began a run finishes it"
     else:
         files = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)

@@ -61,7 +61,7 @@ def pipeline(unet: nn.Module) -> StableDiffusionXLPipeline:
 
 
 PEFT_MODULE = "mid_block.attentions.0.transformer_blocks.1.attn2.to_k"
-KOHYA_MODULE = "mid_block_attentions_0_transformer_blocks_1_attn2_to_k"
+KOHYA_MODULE = "middle_block_1_transformer_blocks_1_attn2_to_k"
 PEFT_A, PEFT_B = (f"unet.{PEFT_MODULE}.lora_{kind}.weight" for kind in "AB")
 KOHYA_A, KOHYA_B, KOHYA_ALPHA = (
     f"lora_unet_{KOHYA_MODULE}.{end}" for end in ("lora_down.weight", "lora_up.weight", "alpha")

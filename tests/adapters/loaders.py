@@ -42,9 +42,23 @@ def by_pattern(stem: str) -> str:
     return f"middle_block_1_{found[1]}" if found else own_names(stem)
 
 
+def by_table_back(stem: str) -> str:
+    """The same table, read from SGM's spelling to diffusers'."""
+    name = own_names(stem)
+    block = next((block for block, sgm in SGM.items() if name.startswith(f"{sgm}_")), "")
+    return block + name.removeprefix(SGM.get(block, ""))
+
+
 def by_words(stem: str) -> str:
-    """Underscores become dots, then words get theirs back. PEFT's stems name the module itself."""
-    name = own_names(stem).replace("_", ".")
+    """SGM's block numbers are divided by three. Underscores become dots, then words get theirs
+    back. PEFT's stems name the module itself.
+    """
+    name = own_names(stem)
+    if found := re.match(r"(input|output)_blocks_(\d+)_1_(.+)", name):
+        number = int(found[2]) - (found[1] == "input")
+        way = "down" if found[1] == "input" else "up"
+        name = f"{way}_blocks_{number // 3}_attentions_{number % 3}_{found[3]}"
+    name = name.replace("middle_block_1_", "mid_block_attentions_0_").replace("_", ".")
     for word in "down_blocks mid_block up_blocks transformer_blocks to_q to_k to_v to_out".split():
         name = name.replace(word.replace("_", "."), word)
     return stem.removeprefix("unet.") if stem.startswith("unet.") else name
@@ -63,7 +77,8 @@ class Loader:
     ends: dict[str, str] = field(default_factory=lambda: KOHYA)
     header: dict[str, str] = field(default_factory=dict)  # how a value must begin; "": no such key
     without_alpha: float | None = 1  # the scale then; None: it fails
-    kohya: int = 560  # how many modules of our two files it reads
+    old: int = 560  # how many modules it reads of our file under diffusers' names, of 560
+    kohya: int = 560  # of our kohya file, which has SGM's
     peft: int = 0
 
 
@@ -108,16 +123,16 @@ LOADERS = (
         invokeai/backend/patches/layer_patcher.py#L334-L373
         invokeai/backend/patches/layers/lora_layer_base.py#L49-L53
         invokeai/backend/model_manager/util/model_util.py#L86-L162""",
-        "diffusers", own_names, "warns, stops", header={"ot_branch": ""}),
-    Loader("diffusers", DIFFUSERS, """src/diffusers/loaders/lora_conversion_utils.py#L158-L333
+        "diffusers", by_table_back, "warns, stops", header={"ot_branch": ""}),
+    Loader("diffusers", DIFFUSERS, """src/diffusers/loaders/lora_conversion_utils.py#L30-L333
         src/diffusers/loaders/lora_pipeline.py#L745-L766 src/diffusers/loaders/peft.py#L189-L251
         src/diffusers/utils/state_dict_utils.py#L45-L57 src/diffusers/utils/peft_utils.py#L153-L208
         """, "diffusers", by_words, "warns, stops", BOTH, {"lora_adapter_metadata": ""}, peft=560),
-    # Parts of these programs that know SGM names only, so nothing of our files.
+    # Parts of these programs that know SGM names only.
     Loader("sd-scripts: --network_weights", SD_SCRIPTS, """train_network.py#L711-L714
-        networks/lora.py#L1071-L1080""", "sgm", own_names, "prints, trains a new LoRA", kohya=0),
+        networks/lora.py#L1071-L1080""", "sgm", own_names, "prints, trains a new LoRA", old=0),
     Loader("sd-scripts: sdxl_merge_lora.py", SD_SCRIPTS, "networks/sdxl_merge_lora.py#L92-L133",
-        "sgm", own_names, "logs each", kohya=0),
+        "sgm", own_names, "logs each", old=0),
     Loader("LyCORIS in sd-scripts", LYCORIS, "lycoris/kohya.py#L166-L217",
-        "sgm", own_names, "ignores them", without_alpha=None, kohya=0),
+        "sgm", own_names, "ignores them", without_alpha=None, old=0),
 )  # fmt: skip

@@ -7,17 +7,17 @@ from types import SimpleNamespace
 import pytest
 import safetensors.torch
 import torch
-from diffusers import UNet2DConditionModel
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
-from loaders import LOADERS, Loader, by_table
+from diffusers.utils import convert_unet_state_dict_to_peft
+from loaders import LOADERS, Loader
 
 import lora
 from adapters import files
 from inputs.vetting import SDXL_UNET
 
 RANK, ALPHA = 2, 3  # alpha != rank: who forgets alpha is off by half
-READERS = [pytest.param(loader, id=loader.name) for loader in LOADERS if loader.kohya]
-OTHERS = [pytest.param(loader, id=loader.name) for loader in LOADERS if not loader.kohya]
+READERS = [pytest.param(loader, id=loader.name) for loader in LOADERS]
 
 
 @pytest.fixture(scope="module")
@@ -84,13 +84,14 @@ def test_every_module_of_the_kohya_file_is_read(sdxl, loader):
     check(loader, sdxl.kohya, sdxl, ALPHA / RANK)
     bare = {key: tensor for key, tensor in sdxl.kohya.items() if not key.endswith(".alpha")}
     check(loader, bare, sdxl, None if loader.name.startswith("LyCORIS") else 1)
+    assert loader.kohya == 560
     for key, beginning in loader.header.items():
         assert sdxl.said[key].startswith(beginning) if beginning else key not in sdxl.said
     context = [key for key in sdxl.kohya if re.search(r"_attn2_to_[kv]\.lora_down", key)]
     assert {sdxl.kohya[key].shape[1] for key in context} == {2048}  # how InvokeAI knows SDXL
 
 
-@pytest.mark.parametrize("loader", READERS + OTHERS)
+@pytest.mark.parametrize("loader", READERS)
 def test_who_reads_the_peft_file(sdxl, loader):
     tensors, said = opened(lora.peft_bytes(sdxl.adapter, torch.float32, {}))
     if loader.peft:
@@ -101,18 +102,35 @@ def test_who_reads_the_peft_file(sdxl, loader):
         assert read(loader, tensors, sdxl.names) == ({}, [*tensors])
 
 
-@pytest.mark.parametrize("loader", OTHERS)
-def test_who_reads_nothing_of_the_kohya_file(sdxl, loader):
-    """Only the names stand in the way: under SGM's the same numbers are read."""
-    assert read(loader, sdxl.kohya, sdxl.names) == ({}, [*sdxl.kohya])
-    parts = [(*key.split(".", 1), tensor) for key, tensor in sdxl.kohya.items()]
-    sgm = {f"lora_unet_{by_table(stem)}.{end}": tensor for stem, end, tensor in parts}
-    check(loader, sgm, sdxl, ALPHA / RANK)
+@pytest.mark.parametrize("loader", READERS)
+def test_who_reads_the_same_numbers_under_diffusers_names(sdxl, loader):
+    """Three parts of them do not: this is why the file has SGM's."""
+    sgm = {sdxl.names["sgm"][name].replace(".", "_"): name for name in sdxl.names["sgm"]}
+    old = {}
+    for key, tensor in sdxl.kohya.items():
+        stem, _, end = key.removeprefix("lora_unet_").partition(".")
+        old[f"lora_unet_{sgm[stem].replace('.', '_')}.{end}"] = tensor
+    if loader.old:
+        check(loader, old, sdxl, ALPHA / RANK)
+    else:
+        assert read(loader, old, sdxl.names) == ({}, [*old])
 
 
-KEY = "lora_unet_up_blocks_1_attentions_0_transformer_blocks_1_attn1_to_k.lora_down.weight"
-WRONG = ["to_k to_kk", "up_blocks_1 up_blocks_3", "attentions_0 attentions_1", "attn1 attn2"]
-WRONG += ["lora_unet lora_net", "_down _dwn", ".lora_ _lora.", "_blocks_1_attn _blocks_2_attn"]
+def test_diffusers_itself_puts_the_kohya_files_560_modules_where_they_belong(sdxl):
+    """Its own conversion, with SDXL's configuration; by_words() says the same of the key rules."""
+    config = SimpleNamespace(**SDXL_UNET)
+    tensors = dict(sdxl.kohya)
+    got, alphas = StableDiffusionXLPipeline.lora_state_dict(tensors, unet_config=config)
+    got = convert_unet_state_dict_to_peft(got)
+    assert len(got) == 1120 and set(alphas.values()) == {ALPHA}
+    for name, layer in sdxl.adapter.layers.items():
+        assert torch.equal(got[f"unet.{name}.lora_A.weight"], layer.lora_A)
+        assert torch.equal(got[f"unet.{name}.lora_B.weight"], layer.lora_B)
+
+
+KEY = "lora_unet_output_blocks_3_1_transformer_blocks_1_attn1_to_k.lora_down.weight"
+WRONG = ["to_k to_kk", "_3_1 _9_1", "_3_1 _4_1", "_3_1 _3_0", "attn1 attn2", "lora_unet lora_net"]
+WRONG += ["_down _dwn", ".lora_ _lora.", "_blocks_1_attn _blocks_2_attn"]
 
 
 @pytest.mark.parametrize("loader", READERS)

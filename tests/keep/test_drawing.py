@@ -155,6 +155,18 @@ def test_an_adapter_that_names_no_base_asks_for_one(tmp_path, capsys):
     assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
 
 
+def test_a_file_given_away_alone_says_that_the_bases_name_is_its_own(run, tmp_path, capsys):
+    """Its header keeps the last part of the folder; nobody has typed an option."""
+    path = tmp_path / "alone" / "a.safetensors"
+    adapter_files.save(loud(), path, "peft", torch.float32, {"base_model": "my-model"})
+    said = f"{path} says that its base is a folder called my-model"
+    type_this = "--pretrained-model-name-or-path WHERE/IT/IS/my-model"
+    refused(draw(capsys, str(path)), said, type_this)
+    assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
+    # A folder with one adapter in it is that file.
+    assert draw(capsys, str(path.parent), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
+
+
 def test_an_adapter_of_another_architecture_rank_or_format_is_refused(run, tmp_path, capsys):
     file = run / lora.FILE_NAME
     tensors = {
