@@ -1,5 +1,5 @@
-"""Captioned pictures from a folder or the Hub. What does not fit is refused by name, never left
-out.
+"""Captioned pictures from a folder or the Hub. What does not fit is refused by name, or left out,
+counted and said.
 """
 
 import collections

@@ -58,9 +58,7 @@ def run(options: Options) -> None:
     options = drawing.complete(options, file.path, file.about)
     rows = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
     folder = Path(options.output_dir or file.path.parent / "pictures")
-    folder.mkdir(
-        parents=True, exist_ok=True
-    )  # before drawing: what cannot be written costs nothing
+    folder.mkdir(parents=True, exist_ok=True)  # before drawing, so that no picture is lost by it
     plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
     pictures = generate.draw_at([*rows.values()], options, file, *plugged_in)
     if options.compare:
