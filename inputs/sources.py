@@ -37,9 +37,10 @@ BESIDE = (".txt", ".caption")  # how a caption's own file ends
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all of ASCII's but tab and line ends
 DELETE = r"tr -d '\000-\010\013\014\016-\037\177' <"
-# At a name's end, after a blank, or all of it.
+# A number after a blank at a name's end, one in brackets, and one that is all of the name.
 NUMBERING = re.compile(r"^\d+$|[\s-]+\d+$|\s*\(\d+\)$")
-WAYS_OUT = '--caption "a photo of sks dog", --caption-from-name, or --caption "" (the empty prompt)'
+WAYS_OUT = '--caption "a photo of sks dog", --caption "" (the empty prompt) or, in a folder of '
+WAYS_OUT += "picture files, --caption-from-name"
 USUAL = Config()
 MEND = "in {}, for each file named, FILE: {} FILE > FILE.new && mv FILE.new FILE"
 # Bytes. Files are read whole; decode() takes no picture over 89 megapixels, 0.7 GB in 16 bits.
@@ -97,20 +98,21 @@ def with_captions(pictures: Pictures, name: str, options: Config) -> Pictures:
     Refusal where none has one, unless it is said that this is meant.
     """
 
-    def other(picture: Picture) -> Picture:
+    def called(picture: Picture) -> Picture:
         words = name_in_words(picture.name) if options.caption_from_name else options.caption
-        own = picture.caption.strip()
-        return picture if own else replace(picture, caption=caption_of(words, picture.name))
+        if picture.caption.strip() or not words:
+            return picture
+        return replace(picture, caption=caption_of(words, picture.name))
 
-    found = Pictures(for_all(other, pictures))
+    found = Pictures(for_all(called, pictures))
     found.notes = list(pictures.notes)
-    bare = [new for new, old in zip(found, pictures, strict=True) if not old.caption.strip()]
-    names = [picture.name for picture in bare]
-    if any(picture.caption for picture in bare):
-        note = f"{named(names)} without a caption of their own, called {bare[0].caption!r}"
-        found.notes.append(note + " and so on, by their names" * options.caption_from_name)
-    if options.caption is None and not any(picture.caption.strip() for picture in found):
-        said = f"none of the {len(names)} pictures of {name} has a caption, such as {ten(names)}"
+    if new := [now for now, was in zip(found, pictures, strict=True) if now is not was]:
+        note = f"{named([p.name for p in new])} without a caption of their own, called "
+        note += repr(new[0].caption) + " and so on, by their names" * options.caption_from_name
+        found.notes.append(note)
+    bare = [picture.name for picture in found if not picture.caption.strip()]
+    if options.caption is None and len(bare) == len(found):
+        said = f"none of the {len(bare)} pictures of {name} has a caption, such as {ten(bare)}"
         expected = "captions: metadata.jsonl, metadata.csv, a.txt beside a.jpg, a data set's column"
         raise Refusal("; ".join([said, *found.notes]), expected, f"write some, or {WAYS_OUT}")
     return found
@@ -189,12 +191,13 @@ def from_folder(folder: Path, table: Path | None, options: Config) -> Pictures:
     unused = {key(path) for each in left_out.values() for path in each}
     captions = [each for each in captions if each[0] not in unused - set(map(key, pictures))]
     alike = [p for p in look_alikes(paths) if p != table and top in p.parents]
-    meant = [] if has_caption(options) else alike
-    found = Pictures(paired(folder, [(key(p), p) for p in pictures], captions, meant))
-    stems, unread = {p.with_suffix("") for p in pictures}, "are no captions that are read here ("
-    left_out[unread + ("one table" if table else "a.txt beside a.jpg") + ")"] = [
-        p for p in paths if p in alike or (table and p in beside and p.with_suffix("") in stems)
-    ]
+    keyed = [(key(p), p) for p in pictures]
+    found = Pictures(paired(folder, keyed, captions, alike, has_caption(options)))
+    stems, why = {p.with_suffix("") for p in pictures}, "are not named as captions are"
+    if table:
+        why = f"stand beside {named_in(table)}, which has the captions"
+        alike += [p for p in beside if p.with_suffix("") in stems and p not in alike]
+    left_out[why] = alike
     found.notes = [
         f"{named(list(map(named_in, left)))} left out, since they {why}"
         for why, left in left_out.items()
@@ -245,16 +248,17 @@ def row_of(line: str, where: str, options: Config, folder: Path) -> tuple[str, s
 
 
 def paired(
-    folder: Path, pictures: list[tuple], captions: list[tuple], alike: list[Path]
+    folder: Path, pictures: list[tuple], captions: list[tuple], alike: list[Path], given: bool
 ) -> list[Picture]:
     """The pictures of a folder, sorted by name, each with its caption, empty where it has none.
-    pictures: (key, path); captions: (key, name, text); alike: what may have been meant as captions.
-    Raises Refusal where a key stands twice, where captions lack their picture, and where something
-    may be the captions of pictures that have none.
+    pictures: (key, path); captions: (key, name, text); alike: what may have been meant as captions;
+    given: whether an option has a caption for those without. Raises Refusal where a key stands
+    twice, where captions lack their picture, and where something may be the captions of pictures
+    that have none.
     """
     here = collections.Counter(key for key, _ in pictures)
     told = collections.Counter(key for key, *_ in captions)
-    none = alike or (captions and not here.keys() & told.keys())
+    none = (alike and not given) or (captions and not here.keys() & told.keys())
     odd = {
         "pictures without a caption": [
             path.relative_to(folder).as_posix()
@@ -401,8 +405,7 @@ def from_hub(name: str, options: Config) -> Pictures:
     with refusing(found, expected, remedy):
         table = datasets.load_dataset(name, name=config, split=split)
     taken = image_column(table, name, options)
-    where = f"{name} (columns {', '.join(table.column_names)})"
-    column = caption_column(table.column_names, options, where)
+    column = caption_column(table.column_names, options, name)
     captions = table[column] if column else [None] * len(table)
     table = table.cast_column(taken, datasets.Image(decode=False))  # bytes and structs, too
 
@@ -431,9 +434,8 @@ def image_column(table: Any, name: str, options: Config) -> str:
     kinds = {column: kind_of(feature) for column, feature in table.features.items()}
     asked, kinds_read = options.image_column, ("pictures", "binary", "large_binary")
     readable = [c for kind in kinds_read for c in kinds if kinds[c] == kind]
-    for column in [asked] if asked else ["image", *readable]:
-        if column in readable:
-            return column
+    if taken := [c for c in ([asked] if asked else ["image", *readable]) if c in readable]:
+        return taken[0]
     for column in (c for c in kinds if "string" in kinds[c]):
         kinds[column] += f" such as {table[:1][column]!r:.60}"
     raise Refusal(
@@ -472,11 +474,9 @@ def caption_column(columns: list[str], options: Config, where: str) -> str:
     """The column that holds the captions; "" where there is none and the options give one. Raises
     Refusal.
     """
-    asked = options.caption_column
-    for name in (asked,) if asked else CAPTIONS:
-        if name in columns:
-            return name
-    if not asked and has_caption(options):
-        return ""
-    found = f"{where} has the columns {', '.join(columns)}"
-    raise Refusal(found, asked or " or ".join(CAPTIONS), f"--caption-column NAME, or {WAYS_OUT}")
+    names = (options.caption_column,) if options.caption_column else CAPTIONS
+    there = [name for name in names if name in columns]
+    if there or (names == CAPTIONS and has_caption(options)):
+        return there[0] if there else ""
+    found, remedy = f"{where} has the columns {', '.join(columns)}", "--caption-column NAME, or "
+    raise Refusal(found, " or ".join(names), remedy + WAYS_OUT)
