@@ -34,6 +34,8 @@ NO_PICTURES = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}
 NOT_MADE_BY_PEOPLE = {"__MACOSX", "@eaDir", "Thumbs.db"}  # and what begins with a dot
 TABLES = ("metadata.jsonl", "metadata.csv")
 BESIDE = (".txt", ".caption")  # how a caption's own file ends
+# What may hold captions by its name: metadata.json1, kohya's meta_cap.json, train.csv, a.tags.
+ALIKE = re.compile(r"(?i)(meta|caption).*\.|.*\.(jsonl?|csv|tsv|tags)$")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all of ASCII's but tab and line ends
 DELETE = r"tr -d '\000-\010\013\014\016-\037\177' <"
@@ -113,7 +115,8 @@ def with_captions(pictures: Pictures, name: str, options: Config) -> Pictures:
     bare = [picture.name for picture in found if not picture.caption.strip()]
     if options.caption is None and len(bare) == len(found):
         said = f"none of the {len(bare)} pictures of {name} has a caption, such as {ten(bare)}"
-        expected = "captions: metadata.jsonl, metadata.csv, a.txt beside a.jpg, a data set's column"
+        expected = "captions: metadata.jsonl (of other JSON make one line a picture) or .csv at "
+        expected += "the top or in train/, a.txt beside a.jpg (not a.jpg.txt), a data set's column"
         raise Refusal("; ".join([said, *found.notes]), expected, f"write some, or {WAYS_OUT}")
     return found
 
@@ -190,25 +193,19 @@ def from_folder(folder: Path, table: Path | None, options: Config) -> Pictures:
     pictures = [p for p in pictures if top in p.parents]
     unused = {key(path) for each in left_out.values() for path in each}
     captions = [each for each in captions if each[0] not in unused - set(map(key, pictures))]
-    alike = [p for p in look_alikes(paths) if p != table and top in p.parents]
-    keyed = [(key(p), p) for p in pictures]
-    found = Pictures(paired(folder, keyed, captions, alike, has_caption(options)))
-    stems, why = {p.with_suffix("") for p in pictures}, "are not named as captions are"
+    known = {table, *pictures, *beside}
+    alike = [p for p in paths if ALIKE.match(p.name) and p.is_file() and top in p.parents]
+    alike, why = [p for p in alike if p not in known], "are not named as captions are"
     if table:
-        why = f"stand beside {named_in(table)}, which has the captions"
-        alike += [p for p in beside if p.with_suffix("") in stems and p not in alike]
+        why, stems = f"are captions beside {named_in(table)}", {p.with_suffix("") for p in pictures}
+        alike += [p for p in beside if p.with_suffix("") in stems]
     left_out[why] = alike
-    found.notes = [
-        f"{named(list(map(named_in, left)))} left out, since they {why}"
-        for why, left in left_out.items()
-        if left
-    ]
-    if table and not captions:
-        found.notes.append(f"{named_in(table)} has no rows")
-    kohya = [p.name for p in found if re.match(r"\d+_", Path(p.name).parent.name)]
-    if kohya:
-        note = f"{named(kohya)} in folders like 10_style: each counts once, the number is no repeat"
-        found.notes.append(note)
+    found = Pictures(paired(folder, [(key(p), p) for p in pictures], captions))
+    said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
+    kohya = "in folders like 10_style: each counts once, the number is no repeat"
+    said[kohya] = [p.name for p in found if re.match(r"\d+_", Path(p.name).parent.name)]
+    found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
+    found.notes += [f"{named_in(table)} has no rows"] if table and not captions else []
     return found
 
 
@@ -247,18 +244,14 @@ def row_of(line: str, where: str, options: Config, folder: Path) -> tuple[str, s
     return name, caption_of(row.get(caption_column(list(row), options, where)), where)
 
 
-def paired(
-    folder: Path, pictures: list[tuple], captions: list[tuple], alike: list[Path], given: bool
-) -> list[Picture]:
+def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[Picture]:
     """The pictures of a folder, sorted by name, each with its caption, empty where it has none.
-    pictures: (key, path); captions: (key, name, text); alike: what may have been meant as captions;
-    given: whether an option has a caption for those without. Raises Refusal where a key stands
-    twice, where captions lack their picture, and where something may be the captions of pictures
-    that have none.
+    pictures: (key, path); captions: (key, name, text). Raises Refusal where a key
+    stands twice and where captions lack their picture.
     """
     here = collections.Counter(key for key, _ in pictures)
     told = collections.Counter(key for key, *_ in captions)
-    none = (alike and not given) or (captions and not here.keys() & told.keys())
+    none = captions and not here.keys() & told.keys()
     odd = {
         "pictures without a caption": [
             path.relative_to(folder).as_posix()
@@ -269,13 +262,8 @@ def paired(
             name for key, name, _ in captions if told[key] > here[key] or told[key] > 1
         ],
     }
-    expected = "one caption for each picture: metadata.jsonl, metadata.csv or a.txt beside a.jpg"
+    expected = "one caption for each picture: metadata.jsonl, metadata.csv or a.txt (not a.jpg.txt)"
     remedy = "add, rename or remove what is odd"
-    if any(odd.values()) and alike:
-        looks = ten([path.relative_to(folder).as_posix() for path in alike])
-        remedy += f". Not read as captions, by name or place: {looks} (write a.txt, not "
-        remedy += "a.jpg.txt; kohya's JSON as one line a picture into metadata.jsonl; one table at "
-        remedy += f"the top or in train/), or {WAYS_OUT}"
     refuse(
         (f"{len(names)} {wrong} of their own in {folder}, such as {ten(names)}", expected, remedy)
         for wrong, names in odd.items()
@@ -295,12 +283,6 @@ def paired(
 def ten(names: list[str]) -> str:
     more = f" and {len(names) - 10} more" if len(names) > 10 else ""
     return ", ".join(map(repr, sorted(names)[:10])) + more
-
-
-def look_alikes(paths: list[Path]) -> list[Path]:
-    """Tables, and what is nearly one or a caption: metadata.json1, meta_cap.json, a.png.txt."""
-    double = [p for p in paths if p.suffix.lower() in BESIDE and is_picture(Path(p.stem))]
-    return [p for p in paths if re.match(r"(?i)meta.*\.|captions?\.", p.name)] + double
 
 
 def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
@@ -368,7 +350,10 @@ def content_of(folder: Path, name: str, kind: str) -> bytes | str:
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # Windows' "Unicode"
     mend = MEND.format(folder, f"iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8")
     with refusing(found, expected, mend + " (or what else it was written in)" * (not wide)):
-        text = content.decode("utf-8-sig")
+        try:
+            text = content.decode("utf-8-sig")
+        except UnicodeDecodeError as error:  # its own words are so long that ten are cut
+            raise OSError(f"no UTF-8 at byte {error.start + 1}") from None
     with refusing(found, f"{what} without control characters", MEND.format(folder, DELETE)):
         if control := CONTROL.search(text):
             raise OSError(f"it holds the control character {control[0]!r}")

@@ -260,8 +260,7 @@ def test_captions_beside_a_table_are_said_to_be_unread(tmp_path):
     found = read(write_folder(tmp_path, files))
     assert [p.caption for p in found] == ["a", ""]
     assert found.notes == [
-        "1 (the first: b.txt) left out, since they stand beside metadata.jsonl, which has the "
-        "captions"
+        "1 (the first: b.txt) left out, since they are captions beside metadata.jsonl"
     ]
 
 
@@ -274,12 +273,6 @@ def test_of_two_tables_none_is_taken_in_silence(tmp_path, tables):
     files = {name: text[name.rpartition(".")[2]] for name in tables}
     folder = write_folder(tmp_path, {"a.png": RED, "train/a.png": BLUE} | files)
     with pytest.raises(Refusal, match=rf"holds {tables[0]} and {tables[1]}; expected one table"):
-        read(folder)
-
-
-def test_a_table_elsewhere_in_the_folder_is_named(tmp_path):
-    folder = write_folder(tmp_path, {"cats/a.png": RED, "cats/metadata.jsonl": [GOOD]})
-    with pytest.raises(Refusal, match=r"by name or place: 'cats/metadata\.jsonl' "):
         read(folder)
 
 
@@ -406,12 +399,32 @@ def test_names_match_though_their_accents_are_written_in_two_ways(tmp_path, kind
 
 @pytest.mark.parametrize(
     ("near", "content"),
-    [("meta_cap.json", "{}"), ("metadata.json1", "{}"), ("a.png.txt", "red"), ("captions.csv", "")],
+    [
+        *(("meta_cap.json", "{}"), ("metadata.json1", "{}"), ("captions.csv", "")),
+        *(("Metadata.JSONL", "{}"), ("train.csv", "x"), ("a.json", "{}"), ("a.tags", "x")),
+        ("cats/metadata.jsonl", "{}"),
+    ],
 )
 def test_what_is_nearly_captions_is_named(tmp_path, near, content):
     folder = write_folder(tmp_path, {"a.png": RED, near: content})
-    with pytest.raises(Refusal, match=rf"Not read as captions, by name or place: '{near}'"):
+    with pytest.raises(Refusal, match=rf"1 \(the first: {near}\) left out, since they are not nam"):
         read_dataset(str(folder))
+    (folder / "a.txt").write_text("own")
+    assert f"1 (the first: {near}) left out" in str(read_dataset(str(folder)))
+
+
+def test_a_caption_behind_the_whole_name_is_refused_with_both(tmp_path):
+    folder = write_folder(tmp_path, {"a.png": RED, "a.png.txt": "red"})
+    with pytest.raises(Refusal, match=r"'a\.png' and .*'a\.png\.txt';.*\(not a\.jpg\.txt\)"):
+        read_dataset(str(folder))
+
+
+def test_pictures_whose_names_begin_as_a_tables_are_pictures(tmp_path):
+    names = ("metal plate.png", "caption.png", "meta.jpg")
+    files = dict.fromkeys(names, RED) | {"metal plate.txt": "grey", "captions.v1/b.png": BLUE}
+    found = read_dataset(str(write_folder(tmp_path, files)))
+    assert {p.name: p.caption for p in found}["metal plate.png"] == "grey"
+    assert len(found) == 4 and not found.notes
 
 
 # ---- left out, and said --------------------------------------------------------------------------
@@ -507,10 +520,29 @@ def test_all_texts_in_another_encoding_are_named_with_the_command_that_mends(
     with pytest.raises(Refusal, match=r"a\.txt .*b\.txt ") as refusal:
         read_dataset(str(folder))
     assert command in str(refusal.value) and "c.txt" not in str(refusal.value)
+    assert f"What to do: in {folder}, for each file named" in str(refusal.value)
     for name in "ab":
         typed = command.replace("FILE", str(folder / f"{name}.txt"))
         subprocess.run(typed, shell=True, check=True)
     assert [p.caption for p in read_dataset(str(folder))] == ["café", "café", "good"]
+
+
+def test_of_many_unreadable_files_ten_are_named_and_the_rest_counted(tmp_path):
+    names = [f"a-picture-of-a-house-{i:02}" for i in range(12)]
+    files = {f"x/{n}.png": RED for n in names} | {f"x/{n}.txt": b"caf\xe9" for n in names}
+    folder = write_folder(tmp_path / "texts", files)
+    with pytest.raises(Refusal) as refusal:
+        read_dataset(str(folder))
+    told = str(refusal.value)
+    assert all(
+        f"x/{n}.txt (caption) cannot be read (no UTF-8 at byte 4)" in told for n in names[:10]
+    )
+    assert "2 more; expected" in told and names[10] not in told
+    folder = write_folder(tmp_path / "pictures", {f"x/{n}.png": b"junk" for n in names})
+    with pytest.raises(Refusal) as refusal:
+        decoding.check_pictures(read(folder, caption="x"))
+    told = str(refusal.value)
+    assert all(f"x/{n}.png" in told for n in names[:10]) and "2 more" in told and "0x" not in told
 
 
 def test_control_characters_are_refused_with_the_command_that_mends(tmp_path):
