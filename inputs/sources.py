@@ -401,7 +401,7 @@ def from_hub(name: str, options: Config) -> Pictures:
         return cell.get("bytes") or b""  # decode() then names the row
 
     def picture(i: int) -> Picture:
-        row = f"{name} row {i}"
+        row = f"row {i}"  # without the data set's name, under which it may be gone tomorrow
         caption = caption_of(captions[i], row)
         return Picture(row, caption, digest(read(i)), functools.partial(read, i))
 
