@@ -89,6 +89,10 @@ def read_dataset(name: str, options: Config = USUAL) -> Pictures:
         raise Refusal(found, "files with names", '--caption-column NAME or --caption "TEXT"')
     else:
         pictures = from_hub(str(folder or name), options)
+        beside = files_in(folder)[0] if folder else []
+        loose = [p.relative_to(folder).as_posix() for p in beside if is_picture(p)]
+        if loose:
+            pictures.notes = [*pictures.notes, f"{named(loose)} used only where a row names them"]
     if not pictures:
         found = "; ".join([f"{name} holds no pictures", *pictures.notes])
         raise Refusal(found, expected, "--dataset-name FOLDER")
@@ -161,7 +165,7 @@ def table_of(folder: Path, options: Config) -> Path | None:
     there = sorted({p.parent.name for p in tables if p.parent.parent == folder})
     if not parquet and (options.dataset_config or split.name not in ("train", *there)):
         told = f"{folder} has no configs, and the splits {', '.join(there) or '(none)'}"
-        remedy = "correct or leave out --dataset-split and --dataset-config"
+        remedy = "correct or leave out --dataset-split and --dataset-config, or name a sub-folder"
         raise Refusal(told, "SPLIT/metadata.jsonl, or parquet files", remedy)
     return next(iter(found), None)
 

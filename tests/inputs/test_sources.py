@@ -727,7 +727,7 @@ def test_columns_of_bytes_and_of_bytes_with_a_path_are_read(parquet, tmp_path):
         (tmp_path / kind / "b.png").write_bytes(BLUE)
         found = read(name)
         assert [(p.caption, p.read()) for p in found] == [("a", RED), ("b", BLUE)], kind
-        assert [p.digest for p in found] == [digest(RED), digest(BLUE)] and not found.notes
+        assert [p.digest for p in found] == [digest(RED), digest(BLUE)]
     for kind, path in (("url", "https://example.com/a.png"), ("outside", "../a.png")):
         name = plain(tmp_path / kind, [cell(RED), {"bytes": None, "path": path}])
         with pytest.raises(Refusal, match=rf"picture '{path}', which is outside the data set"):
@@ -766,6 +766,14 @@ def test_the_column_called_image_is_taken_and_any_other_is_said(parquet, tmp_pat
     found = read(name)
     assert found[0].read() == BLUE and found.notes == ["taken from the column photo"]
     assert not read(name, image_column="photo").notes
+
+
+def test_pictures_beside_parquet_files_are_counted(parquet, tmp_path):
+    name = parquet(image=[cell(RED)], text=["a"])
+    write_folder(tmp_path / "set", {"x/b.png": BLUE, "x/b.txt": "b"})
+    found = read(name)
+    assert len(found) == 1
+    assert found.notes == ["1 (the first: x/b.png) used only where a row names them"]
 
 
 def test_rows_without_a_caption_take_the_options(parquet):
