@@ -39,11 +39,11 @@ ALIKE = re.compile(r"(?i)(meta|caption).*\.|.*\.(jsonl?|csv|tsv|tags)$")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all of ASCII's but tab and line ends
 DELETE = r"tr -d '\000-\010\013\014\016-\037\177' <"
-# A number after a blank at a name's end, one in brackets, and one that is all of the name.
+# A number that is all of a name, or ends it after a blank, a hyphen or in brackets.
 NUMBERING = re.compile(r"^\d+$|[\s-]+\d+$|\s*\(\d+\)$")
 WAYS_OUT = '--caption "a photo of sks dog", --caption "" (the empty prompt) or, in a folder of '
 WAYS_OUT += "picture files, --caption-from-name"
-USUAL = Config()
+USUAL = Config()  # no column, split, config or caption is asked for
 MEND = "in {}, for each file named, FILE: {} FILE > FILE.new && mv FILE.new FILE"
 # Bytes. Files are read whole; decode() takes no picture over 89 megapixels, 0.7 GB in 16 bits.
 LARGEST = {"picture": 10**9, "metadata": 10**9, "caption": 10**6}
