@@ -496,10 +496,10 @@ def table(config: Config) -> str:
         *(f"{'recomputed':>16} {name}" for name in way.checkpointed_blocks),
         *(f"{part:>16} {size / GIB:6.2f} GiB" for part, size in found.parts.items()),
         f"{'peak':>16} {found.peak / GIB:6.2f} GiB of {card.gib}, {FILL:.0%} usable: fits",
-        f"{'time':>16} {low:6.1f} to {high:.1f} minutes for {steps:,} steps, estimated: a pass has "
-        f"{work['flop'] / 1e12:.2f} TFLOP at {SHARES[0]:.0%} or {SHARES[1]:.0%} of "
-        f"{card.tflops:g} TFLOP/s, {work['moved'] / 1e9:.1f} GB at {card.gb_per_s:,} GB/s (CARDS "
-        "in fast/plan.py says whence; not measured)",
+        f"{'time':>16} {low:6.1f} to {high:.1f} minutes for {steps:,} steps, estimated by CARDS in "
+        f"fast/plan.py: a pass has {work['flop'] / 1e12:.2f} TFLOP at {SHARES[0]:.0%} or "
+        f"{SHARES[1]:.0%} of {card.tflops:g} TFLOP/s, {work['moved'] / 1e9:.1f} GB at "
+        f"{card.gb_per_s:,} GB/s",
         f"{'launches':>16} {work['launches']:6,} a pass: {launching:.1f} min of it",
     ]
     return "\n".join(rows)
