@@ -11,7 +11,7 @@ A step's n examples are cut into passes of one size, a divisor of n. An uneven c
 the same run) is never the fastest that fits: what a pass costs besides its examples is its
 launches, so only fewer passes are faster, and for the recipes' n = 4 three at once need two passes,
 as two at once do, for more memory. Only an n without a divisor near would gain: 3 + 3 + 1 on a T4
-takes 8 % less than seven passes of one (7 x 159 ms), where n = 8 in two passes takes 9 % less per
+takes 4 % less than seven passes of one (7 x 345 ms), where n = 8 in two passes takes 5 % less per
 image by itself.
 """
 
