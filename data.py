@@ -18,15 +18,15 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
 import model
 from inputs.ahead import work_ahead
 from inputs.blocks import ROWS_PER_FILE, cut, every_block, fill
-from inputs.code import together
+from inputs.code import makers, together
 from inputs.files import digest, open_safetensors
-from inputs.pictures import DECODING, all_damaged_named, decode
+from inputs.pictures import all_damaged_named, decode
 from inputs.sources import Picture
 from inputs.vetting import check_finite
 
@@ -52,9 +52,10 @@ def views(
 ) -> tuple[Tensor, Tensor]:
     """Pixels (F, 3, R, R) in [-1, 1] and time ids (F, 6), one view for each of `flips`.
 
-    Resize the short side to R (Lanczos), cut R x R, flip. The crop offset is in the resized
-    picture's frame; a flipped view is a crop of the flipped picture, whose left edge lies where the
-    right edge was. Raises Refusal for a damaged picture.
+    Resize the short side to R (Lanczos), flip, cut R x R. The crop offset is in the frame of the
+    picture that is cut: resized, and for a flipped view mirrored. From the middle it is the same
+    for both (torchvision.transforms.functional.center_crop); a random crop shows the same part in
+    both. Raises Refusal for a damaged picture.
 
     numpy, not torch: threads do this side by side, and each would start torch's own threads.
     """
@@ -63,20 +64,19 @@ def views(
     width, height = (resolution * side // min(image.size) for side in image.size)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
     spare = (height - resolution, width - resolution)  # one of them is 0
-    top, left = spare[0] // 2, spare[1] // 2
+    top, left = (round(room / 2) for room in spare)  # a half to the even number, as torchvision
     if random_crop:  # once a picture, not once an example: so it can be encoded once
         stream = np.random.default_rng([seed, int(picture.digest[:8], 16), CROP])
         top, left = (int(stream.integers(0, room + 1)) for room in spare)
-    square = image.crop((left, top, left + resolution, top + resolution))
-    # Bytes (R, R, 3) to numbers (3, R, R) in [-1, 1], as the VAE takes them.
-    pixels = np.asarray(square, np.float32).transpose(2, 0, 1) * np.float32(1 / 255) * 2 - 1
-    sides = [pixels[:, :, ::-1] if flip else pixels for flip in flips]
-    lefts = [spare[1] - left if flip else left for flip in flips]
-    target = (resolution, resolution)
-    time_ids = [model.add_time_ids(original, (top, edge), target) for edge in lefts]
-    # Into C order, which np.stack would not choose: a VAE's bits depend on its input's layout, too.
-    stacked = np.stack(sides, out=np.empty((len(flips), 3, *target), np.float32))  # (F, 3, R, R)
-    return torch.from_numpy(stacked), torch.stack(time_ids)
+    lefts = [spare[1] - left if flip and random_crop else left for flip in flips]
+    time_ids = [model.add_time_ids(original, (top, edge), (resolution,) * 2) for edge in lefts]
+    frames = [np.asarray(ImageOps.mirror(image) if flip else image) for flip in flips]
+    corners = [frame[top:, edge:] for frame, edge in zip(frames, lefts, strict=True)]
+    # Bytes (F, R, R, 3) to numbers (F, 3, R, R) in [-1, 1], as the VAE takes them. Into C order: a
+    # VAE's bits depend on its input's layout, too.
+    squares = np.stack([each[:resolution, :resolution] for each in corners]).transpose(0, 3, 1, 2)
+    pixels = np.ascontiguousarray(squares, np.float32) * np.float32(1 / 255) * 2 - 1
+    return torch.from_numpy(pixels), torch.stack(time_ids)
 
 
 # ---- encoded at every step, or once --------------------------------------------------------------
@@ -238,7 +238,8 @@ def fill_cache(
     prompt_keys = [digest(caption, fingerprints["text"], str(dtype), by) for caption in captions]
     resolution, random_crop, seed = encoder.crop
     crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
-    by = together("data.Encoder", "data.views", "model.encode_images", *DECODING)
+    encoding = ("data.Encoder", "data.views", "data.CROP", "model.encode_images")
+    by = together(*encoding, "model.add_time_ids", *makers("inputs.pictures"))
     latent_keys = [digest(p.digest, fingerprints["vae"], crop, by) for p in encoder.pictures]
     prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")

@@ -195,8 +195,8 @@ def from_folder(folder: Path, table: Path | None, options: Config) -> Pictures:
     pictures = [p for p in paths if is_picture(p) and (p.is_file() or p.is_symlink())]
     left_out[f"lie outside {top.name}/"] = [p for p in pictures if top not in p.parents]
     pictures = [p for p in pictures if top in p.parents]
-    unused = {key(path) for each in left_out.values() for path in each}
-    captions = [each for each in captions if each[0] not in unused - set(map(key, pictures))]
+    unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
+    captions = [each for each in captions if each[0] not in unused]
     known = {table, *pictures, *beside}
     alike = [p for p in paths if ALIKE.match(p.name) and p.is_file() and top in p.parents]
     alike, why = [p for p in alike if p not in known], "are not named as captions are"
