@@ -33,7 +33,7 @@ class Options:
     seeds: Annotated[tuple[int, ...], Within(0, 2**63 - 1)] = (0,)
     # How much of the adapter acts: 0 nothing, 1 as trained, more is allowed.
     strength: Annotated[float, Within(-10, 10)] = 1.0
-    # One picture that shows every prompt with the adapter off (above) and on (below).
+    # One picture that shows every prompt with the adapter off (above) and at --strength (below).
     compare: bool = False
     # Where pictures go; empty means beside the adapter.
     output_dir: str = ""
@@ -94,7 +94,7 @@ def parse_or_leave(argv: list[str] | None = None) -> Options:
     """The command line's Options, with the adapter's file in them, and the command's first line.
     Leaves with an error now if it has one.
     """
-    for stream in filter(None, (sys.stdout, sys.stderr)):  # a file's name may have any letter
+    for stream in (sys.stdout, sys.stderr):  # a picture's path may have any letter
         stream.reconfigure(errors="backslashreplace")
     options = configuration.or_leave(parse, argv)
     path = configuration.or_leave(find_adapter, options.adapter)
@@ -107,25 +107,25 @@ def find_adapter(name: str | Path = "") -> Path:
     newest run's. Raises Refusal.
     """
     runs = sorted(Path("runs").glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
-    path = place(str(name)) if name else Path(*map(str, runs[-1:]))
+    expected = "an adapter file, or the folder of a finished run"
+    remedy = "name a file or folder, or make train"
+    if not name and not runs:
+        raise Refusal("there is no finished run under runs/", expected, remedy)
+    path = place(str(name)) if name else runs[-1]
     files = [file for file in (path, path / FILE_NAME) if file.is_file()]
-    if name and not files:
-        files = sorted(p for p in path.glob("[!.]*") if p.suffix.lower() == ".safetensors")
+    files = files or sorted(p for p in path.glob("[!.]*") if p.suffix.lower() == ".safetensors")
     if len(files) == 1:
         return files[0]
-    expected = "an adapter file, or the folder of a finished run"
-    saved = sorted(path.glob(f"checkpoints/*/{FILE_NAME}")) if name else []
     if files:
         found = f"{path} has {len(files)} files that may be adapters"
         expected, remedy = "a folder with one", f"name one: {', '.join(map(str, files[:10]))}"
-    elif saved:
+    elif saved := sorted(path.glob(f"checkpoints/*/{FILE_NAME}")):
         found, remedy = f"{path} is a run that has not ended", "the command that began it ends it"
         remedy += f"; what it has saved so far: {saved[-1].parent}"
     else:
         what = "has no .safetensors file in it" if path.is_dir() else "no such file or folder"
-        found = f"{path}: {what}" if name else "there is no finished run under runs/"
-        remedy = "; ".join(["name a file or one of these", *(str(run.parent) for run in runs[-9:])])
-        remedy = remedy if runs else "name a file or folder, or make train"
+        found = f"{path}: {what}"
+        remedy += f"; finished here: {', '.join(str(run.parent) for run in runs[-9:]) or 'none'}"
     raise Refusal(found, expected, remedy)
 
 

@@ -88,7 +88,7 @@ def test_both_layouts_and_the_book_draw_the_same(run, tmp_path, capsys):
     words = [str(run), "--plain", "--prompts", "red apple", *QUICK]
     words += ["--output-dir", str(tmp_path / "plain")]
     generate.draw_plain(options_of_drawing.parse(words))
-    drawn = {p.read_bytes() for p in tmp_path.glob("*/00-red-apple-0-1.png")}
+    drawn = {Image.open(p).tobytes() for p in tmp_path.glob("*/00-red-apple-0-1.png")}
     assert len(list(tmp_path.glob("*/00-red-apple-0-1.png"))) == 3 and len(drawn) == 1
 
 
@@ -416,9 +416,13 @@ def test_a_run_that_was_moved_says_that_the_bases_place_is_its_config_jsons(run,
 def test_what_leads_to_no_adapter_is_told_by_what_is_there(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run, "runs/a")
-    refused(draw(capsys, "runs/nothere"), "runs/nothere: no such file or folder", "these; runs/a")
+    refused(
+        draw(capsys, "runs/nothere"),
+        "runs/nothere: no such file or folder",
+        "finished here: runs/a",
+    )
     (tmp_path / "empty").mkdir()
-    refused(draw(capsys, "empty"), "empty: has no .safetensors file in it", "these; runs/a")
+    refused(draw(capsys, "empty"), "empty: has no .safetensors file in it", "finished here: runs/a")
     for name in ("b.safetensors", ".c.safetensors", "D.SAFETENSORS", "e.txt"):
         shutil.copy(run / lora.FILE_NAME, tmp_path / "empty" / name)
     two = "name one: empty/D.SAFETENSORS, empty/b.safetensors"
