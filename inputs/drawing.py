@@ -112,7 +112,7 @@ def find_adapter(name: str | Path = "") -> Path:
     if not name and not runs:
         raise Refusal("there is no finished run under runs/", expected, remedy)
     path = place(str(name)) if name else runs[-1]
-    files = [file for file in (path, path / FILE_NAME) if file.is_file()]
+    files = [p for p in (path, path / FILE_NAME) if p.exists() and not p.is_dir()]
     files = files or sorted(p for p in path.glob("[!.]*") if p.suffix.lower() == ".safetensors")
     if len(files) == 1:
         return files[0]
