@@ -48,7 +48,8 @@ class Options:
     # diffusers' class that takes the denoising steps, such as DPMSolverMultistepScheduler; empty
     # takes the model's own.
     scheduler: str = ""
-    # Denoising steps; 0 takes 30, or what a base that was distilled to few steps is made for.
+    # Denoising steps; 0 takes the recipe's 30, or what a base that was distilled to few steps is
+    # made for.
     num_inference_steps: Annotated[int, Within(0, 1000)] = 0
     # How strongly pictures follow their prompt; negative takes the recipe's, or what a base that
     # was distilled to few steps is made for.
@@ -189,7 +190,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         said += f"{little:g}, where --num-inference-steps and --guidance-scale say nothing else"
         print(said, file=sys.stderr)
     else:
-        few, little = 30, recipe.guidance_scale
+        few, little = recipe.num_inference_steps, recipe.guidance_scale
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,

@@ -341,6 +341,19 @@ def test_a_base_that_was_distilled_is_drawn_as_its_makers_say(
     assert asked == (9, 7.0, "")
 
 
+def test_a_runs_own_picture_leaves_steps_and_guidance_to_the_base_unless_asked(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(drawing, "run", drawn.append)
+    config = replace(RECIPES["pocket"][1], output_dir=str(tmp_path))
+    asked = {"num_inference_steps": 9, "guidance_scale": 7.5}
+    for given, want in (({}, (0, -1.0)), (asked, (9, 7.5)), ({"guidance_scale": 0.0}, (0, 0.0))):
+        training.draw(replace(config, **given))
+        assert (drawn[-1].num_inference_steps, drawn[-1].guidance_scale) == want
+        assert drawn[-1].prompts == POCKET_PROMPTS and drawn[-1].compare
+
+
 # ---- which adapter, which base -------------------------------------------------------------------
 
 
