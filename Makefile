@@ -43,8 +43,8 @@ plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIP
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
 
-generate: $(SETUP)  ## before/after picture of the newest run; ARGS="runs/t4 --prompts 'a fox'"
-	$(PYTHON) generate.py $(if $(ARGS),$(ARGS),--compare)
+generate: $(SETUP)  ## before/after picture of the newest run, also with options alone, ARGS="--seeds 1 2"; an adapter or prompts are drawn as given, ARGS="runs/t4 --prompts 'a fox'"
+	$(PYTHON) generate.py $(ARGS) $(if $(filter-out -%,$(firstword $(ARGS)))$(filter --prompts% --plain --help -h,$(ARGS)),,--compare)
 
 bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; ARGS=card: this card in five minutes, one file to share
 	$(PYTHON) -m benchmarks.ladder $(if $(ARGS),$(ARGS),ladder)

@@ -11,7 +11,6 @@ Letters: `T` tokens, `D` and `P` width of the context and of the pooled embeddin
 from __future__ import annotations
 
 import io
-import re
 import sys
 from collections.abc import Callable, Sequence
 from inspect import signature
@@ -29,13 +28,13 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 
 import diffusers
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from torch import Tensor
 from tqdm import tqdm
 
 import lora
 import model
-from inputs import vetting
+from inputs import drawing, vetting
 
 
 @torch.no_grad()
@@ -133,19 +132,24 @@ def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
     return tuple(t for t in lora.TARGETS if any(m.endswith(t.replace("_", ".")) for m in modules))
 
 
-def save_picture(picture: Image.Image, path: Path) -> None:
-    """Write a PNG, whole or not at all, and print where it is."""
-    png = io.BytesIO()
-    picture.save(png, "PNG")
+def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
+    """Write a PNG that says how it was drawn, whole or not at all, and print where it is: beside a
+    picture of other parameters.
+    """
+    png, said = io.BytesIO(), PngImagePlugin.PngInfo()
+    said.add_text("parameters", parameters)
+    picture.save(png, "PNG", pnginfo=said)
+    path = drawing.free_path(path, parameters)
     write_whole(path, png.getvalue())
     print(path)
 
 
 def save_pictures(options: Options, pictures: list[Image.Image], folder: Path) -> None:
-    """Write each under its number: prompts without letters from a to z would share a file."""
-    for i, ((prompt, seed), picture) in enumerate(zip(options.pictures, pictures, strict=True)):
-        slug = re.sub(r"[^a-z0-9]+", "-", prompt.lower()).strip("-")[:60]
-        save_picture(picture, folder / f"{i:02d}-{slug}-{seed}-{options.strength:g}.png")
+    """Write each under its number, prompt, seed and strength."""
+    how = drawing.how_drawn(options)
+    for i, (drawn, picture) in enumerate(zip(options.pictures, pictures, strict=True)):
+        path = folder / drawing.file_name(i, *drawn, options.strength)
+        save_picture(picture, path, drawing.parameters(options, [drawn], picture.size, how))
 
 
 def draw_at(
@@ -196,9 +200,8 @@ def draw_plain(options: Options) -> None:
         found, expected = "--plain with a base in 4 bits", "a base whose weights are whole"
         raise Refusal(found, expected, "--base-quantization none, or leave --plain out")
     folder = Path(options.output_dir or file.path.parent / "pictures")
-    folder.mkdir(
-        parents=True, exist_ok=True
-    )  # before drawing: what cannot be written costs nothing
+    # Before drawing: what cannot be written costs nothing.
+    folder.mkdir(parents=True, exist_ok=True)
     (pictures,) = draw_at([options.strength], options, file)
     save_pictures(options, pictures, folder)
 

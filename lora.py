@@ -20,12 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from inputs.adapter_file import check_fits, read_plain
-from inputs.files import Refusal, safetensors_bytes, write_whole
+from inputs.files import FILE_NAME, Refusal, safetensors_bytes, write_whole
 
 # The attention projections, as published runs adapt them.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
-# What diffusers' load_lora_weights(folder) looks for.
-FILE_NAME = "pytorch_lora_weights.safetensors"
 
 
 class LoRALinear(nn.Module):

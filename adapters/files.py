@@ -13,6 +13,7 @@ import torch
 
 import lora
 from inputs.adapter_file import WHOLE, alpha_of_header, alpha_of_tensors, check_keys, check_matrices
+from inputs.drawing import find_adapter
 from inputs.files import (
     Refusal,
     data_section,
@@ -30,17 +31,6 @@ KINDS |= {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}  # kohya's
 BLOCK = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)"
 
 
-def find(path: Path) -> Path:
-    """The adapter file that `path` names: itself, or in a folder a run's, else the only one."""
-    if not path.is_dir() or (path / lora.FILE_NAME).exists():
-        return path / lora.FILE_NAME if path.is_dir() else path
-    inside = sorted(path.glob("[!.]*.safetensors"))
-    if len(inside) > 1:
-        found = f"{path} has {len(inside)} files that may be adapters"
-        raise Refusal(found, "a folder with one", f"name the file, such as {inside[0]}")
-    return inside[0] if inside else path / lora.FILE_NAME
-
-
 def read(path: Path | str) -> lora.AdapterFile:
     """Read a file in the keys of any of these programs, or the one in a folder. Its modules may
     have SGM's names, or underscores for dots; load() puts them right. alpha is what the file's
@@ -51,7 +41,7 @@ def read(path: Path | str) -> lora.AdapterFile:
     one layout, for mixed ranks, differing alphas, and numbers that are not finite or not fp32, fp16
     or bf16.
     """
-    path = find(Path(path))
+    path = find_adapter(path)
     tensors, about = read_tensors(path)
     before = Counter(re.match(BEFORE, key)[0] for key in tensors).most_common(1)
     before = before[0][0] if before else ""

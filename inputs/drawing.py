@@ -1,8 +1,14 @@
-"""What generate.py is asked to draw. Light on purpose, as options.py is."""
+"""What generate.py is asked to draw, with which adapter, and what its pictures are called and say
+of themselves. Light on purpose, as options.py is.
+"""
 
 import contextlib
+import hashlib
+import itertools
 import json
+import re
 import sys
+import unicodedata
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -10,8 +16,8 @@ from typing import Annotated, Literal
 import tyro
 
 from inputs import options as configuration
-from inputs.files import Refusal
-from inputs.hub import OPTION, SDXL, unet_fingerprint
+from inputs.files import FILE_NAME, Refusal, data_section, digest, place
+from inputs.hub import OPTION, SDXL, fetch, read_config, unet_fingerprint
 from inputs.options import RECIPES, Within
 
 
@@ -27,7 +33,7 @@ class Options:
     seeds: Annotated[tuple[int, ...], Within(0, 2**63 - 1)] = (0,)
     # How much of the adapter acts: 0 nothing, 1 as trained, more is allowed.
     strength: Annotated[float, Within(-10, 10)] = 1.0
-    # One picture that shows every prompt with the adapter off (above) and on (below).
+    # One picture that shows every prompt with the adapter off (above) and at --strength (below).
     compare: bool = False
     # Where pictures go; empty means beside the adapter.
     output_dir: str = ""
@@ -42,9 +48,11 @@ class Options:
     # diffusers' class that takes the denoising steps, such as DPMSolverMultistepScheduler; empty
     # takes the model's own.
     scheduler: str = ""
-    # Denoising steps.
-    num_inference_steps: Annotated[int, Within(1, 1000)] = 30
-    # How strongly pictures follow their prompt; negative takes the recipe's.
+    # Denoising steps; 0 takes the recipe's 30, or what a base that was distilled to few steps is
+    # made for.
+    num_inference_steps: Annotated[int, Within(0, 1000)] = 0
+    # How strongly pictures follow their prompt; negative takes the recipe's, or what a base that
+    # was distilled to few steps is made for.
     guidance_scale: Annotated[float, Within(-100, 100)] = -1.0
     # The base model; empty takes the one that the adapter's header names.
     pretrained_model_name_or_path: str = ""
@@ -84,12 +92,42 @@ def parse(argv: list[str] | None = None) -> Options:
 
 
 def parse_or_leave(argv: list[str] | None = None) -> Options:
-    """The command line's Options, and the command's first line. Leaves with an error now if it has
-    one.
+    """The command line's Options, with the adapter's file in them, and the command's first line.
+    Leaves with an error now if it has one.
     """
+    for stream in (sys.stdout, sys.stderr):  # a picture's path may have any letter
+        stream.reconfigure(errors="backslashreplace")
     options = configuration.or_leave(parse, argv)
-    configuration.announce(f"drawing with {options.adapter or 'the newest run'}")
-    return options
+    path = configuration.or_leave(find_adapter, options.adapter)
+    configuration.announce(f"drawing with {path}")
+    return replace(options, adapter=str(path))
+
+
+def find_adapter(name: str | Path = "") -> Path:
+    """The adapter file that `name` means: itself, in a folder a run's, else the only one; "" is the
+    newest run's. Raises Refusal.
+    """
+    runs = sorted(Path("runs").glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
+    expected = "an adapter file, or the folder of a finished run"
+    remedy = "name a file or folder, or make train"
+    if not name and not runs:
+        raise Refusal("there is no finished run under runs/", expected, remedy)
+    path = place(str(name)) if name else runs[-1]
+    files = [p for p in (path, path / FILE_NAME) if p.exists() and not p.is_dir()]
+    files = files or sorted(p for p in path.glob("[!.]*") if p.suffix.lower() == ".safetensors")
+    if len(files) == 1:
+        return files[0]
+    if files:
+        found = f"{path} has {len(files)} files that may be adapters"
+        expected, remedy = "a folder with one", f"name one: {', '.join(map(str, files[:10]))}"
+    elif saved := sorted(path.glob(f"checkpoints/*/{FILE_NAME}")):
+        found, remedy = f"{path} is a run that has not ended", "the command that began it ends it"
+        remedy += f"; what it has saved so far: {saved[-1].parent}"
+    else:
+        what = "has no .safetensors file in it" if path.is_dir() else "no such file or folder"
+        found = f"{path}: {what}"
+        remedy += f"; finished here: {', '.join(str(run.parent) for run in runs[-9:]) or 'none'}"
+    raise Refusal(found, expected, remedy)
 
 
 def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list[str]:
@@ -105,36 +143,73 @@ def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list
     return default
 
 
+def few_steps(name: str, sampler: str, settings: dict) -> tuple[str, int, float]:
+    """What the base `name` was distilled to, "" where its own sampler and that one's settings leave
+    a doubt, and the steps and guidance scale that its makers give.
+
+    https://huggingface.co/docs/diffusers/api/pipelines/stable_diffusion/sdxl_turbo
+    https://huggingface.co/ByteDance/SDXL-Lightning, https://arxiv.org/abs/2311.05556 (LCM-LoRA)
+    """
+    # Models of v-prediction or zero terminal SNR are drawn with trailing timesteps as well.
+    usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False} | settings
+    trailing = usual.get("timestep_spacing") == "trailing" and not usual["rescale_betas_zero_snr"]
+    trailing = trailing and usual["prediction_type"] == "epsilon"
+    if sampler == "LCMScheduler":
+        return "LCM", 8, 1.0
+    if trailing and sampler == "EulerAncestralDiscreteScheduler":
+        return "Turbo", 4, 0.0
+    lightning = trailing and sampler == "EulerDiscreteScheduler" and "lightning" in name.lower()
+    return ("Lightning" if lightning else "", 4, 0.0)
+
+
 def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     """`options` where what was left open is as the config.json of the run around the adapter file
-    `path` has it, else as the file's header and its recipe do.
+    `path` has it, else as the file's header, its recipe and the base do. Raises Refusal where no
+    base is named, or none is where the file says.
     """
     recipe = RECIPES.get(about.get("recipe"), RECIPES["t4"])[1]
-    guidance, weights = options.guidance_scale, options.base_quantization
-    base = options.pretrained_model_name_or_path or of_run(path, "pretrained_model_name_or_path")
-    named = about.get("base_model", "")
-    if not base and named and "/" not in named and not Path(named).exists():
-        found = f"{path} says that its base is a folder called {named}, and not where that lies"
-        raise Refusal(found, "the model that it was trained on", f"{OPTION} WHERE/IT/IS/{named}")
+    given, weights = options.pretrained_model_name_or_path, options.base_quantization
+    base = given or of_run(path, "pretrained_model_name_or_path") or about.get("base_model", "")
+    if not base:
+        found = f"{path} does not say which base it was trained on"
+        raise Refusal(found, "an SDXL model to put it on", f"{OPTION} {SDXL}")
+    try:
+        settings = read_config(fetch(base, "scheduler") / "scheduler_config.json")
+    except Refusal as refusal:
+        if given:
+            raise
+        found, expected, remedy = refusal.parts
+        found = f"{path} says, in its header or its run's config.json, that its base is {base}: "
+        remedy += f"; where it lies elsewhere, {OPTION} WHERE/IT/IS/{Path(base).name}"
+        raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
+    sampler = read_config(fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
+    steps, guidance = options.num_inference_steps, options.guidance_scale
+    kind, few, little = few_steps(base, sampler, settings)
+    if kind and (steps == 0 or guidance < 0):
+        said = f"its sampler says that {base} is a {kind} base: {few} steps, guidance scale "
+        said += f"{little:g}, where --num-inference-steps and --guidance-scale say nothing else"
+        print(said, file=sys.stderr)
+    else:
+        few, little = recipe.num_inference_steps, recipe.guidance_scale
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
+        adapter=str(path),
         prompts=tuple(prompts or recipe.validation_prompts),
-        guidance_scale=guidance if guidance >= 0 else recipe.guidance_scale,
-        pretrained_model_name_or_path=base or named,
+        scheduler=options.scheduler or sampler,
+        num_inference_steps=steps or few,
+        guidance_scale=guidance if guidance >= 0 else little,
+        pretrained_model_name_or_path=base,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
         cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )
 
 
 def check_base(options: Options, path: Path, about: dict[str, str], half: bool) -> None:
-    """Raise Refusal where no base is named, or where it is not the one that the header of the
-    adapter file `path` tells of. half: whether the fp16 variant is meant.
+    """Raise Refusal where the base is not the one that the header of the adapter file `path` tells
+    of. half: whether the fp16 variant is meant.
     """
     name = options.pretrained_model_name_or_path
-    if not name:
-        found = f"{path} does not say which base it was trained on"
-        raise Refusal(found, "an SDXL model to put it on", f"{OPTION} {SDXL}")
     trained_on, here = about.get("base_fingerprint"), unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
         raise Refusal(
@@ -142,3 +217,66 @@ def check_base(options: Options, path: Path, about: dict[str, str], half: bool) 
             "the base that the adapter was trained on",
             f"{OPTION} BASE, or --any-base to draw all the same",
         )
+
+
+# ---- what pictures are called, and say of themselves ---------------------------------------------
+
+
+def file_name(number: int, prompt: str, seed: int, strength: float) -> str:
+    """A name that every file system takes and every terminal shows: Latin letters and digits of the
+    prompt, or where it has none a digest, so that two prompts have two names.
+    """
+    latin = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
+    slug = re.sub(r"[^a-z0-9]+", "-", latin).strip("-")[:60] or digest(prompt)[:8]
+    return f"{number:02d}-{slug}-{seed}-{strength:g}.png"
+
+
+def how_drawn(options: Options) -> dict[str, str]:
+    """How the pictures of complete()'s `options` are drawn, under A1111's names where it has some:
+    what a PNG says besides its prompt. The adapter's hash is A1111's of a LoRA, of its tensors.
+    """
+    path = Path(options.adapter)
+    name = path.parent.resolve().name if path.name == FILE_NAME else path.stem
+    hashed = hashlib.sha256(data_section(path.read_bytes())).hexdigest()[:12]
+    said = {
+        "Steps": options.num_inference_steps,
+        "Sampler": options.scheduler,
+        "CFG scale": f"{options.guidance_scale:g}",
+        "Model": place(options.pretrained_model_name_or_path).resolve().name,
+        "Lora": name,
+        "Lora strength": f"{options.strength:g}",
+        "Lora hashes": f"{name}: {hashed}",
+        "Compared with": "strength 0" if options.compare else "",
+        "Precision": options.mixed_precision.replace("auto", ""),
+        "Base quantization": options.base_quantization.replace("none", ""),
+    }
+    return {key: str(value) for key, value in said.items() if value != ""}
+
+
+def parameters(
+    options: Options, drawn: list[tuple[str, int]], size: tuple[int, int], how: dict[str, str]
+) -> str:
+    """The text of a PNG's chunk "parameters", as A1111 writes it and others read it. drawn: prompt
+    and seed, or of a sheet all of them; size: (W, H) of a picture; how: how_drawn() of them.
+    """
+    prompts, seeds = (list(dict.fromkeys(map(str, each))) for each in zip(*drawn, strict=True))
+    negative = [f"Negative prompt: {options.negative_prompt}"] if options.negative_prompt else []
+    said = how | {"Seed": ", ".join(seeds), "Size": "{}x{}".format(*size)}
+    for key, value in said.items():
+        said[key] = json.dumps(value, ensure_ascii=False) if re.search(r"[,:\n]", value) else value
+    return "\n".join([*prompts, *negative, ", ".join(map(": ".join, said.items()))])
+
+
+def free_path(path: Path, text: str) -> Path:
+    """`path`, or with the next free number where a picture of other parameters() has that name."""
+    from PIL import Image
+
+    stem = path.stem
+    for number in itertools.count(2):
+        there = None
+        with contextlib.suppress(Exception):  # a damaged file is no picture of ours
+            with Image.open(path) as image:
+                there = image.info.get("parameters")
+        if not path.exists() or there == text:
+            return path
+        path = path.with_stem(f"{stem}_{number}")

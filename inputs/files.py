@@ -16,6 +16,9 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+# An adapter's: what diffusers' load_lora_weights(folder) looks for.
+FILE_NAME = "pytorch_lora_weights.safetensors"
+
 
 class Refusal(Exception):
     """Something the user can mend. The commands print it as one sentence and exit with 1.

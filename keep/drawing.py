@@ -12,27 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 import generate
-import lora
 import model
 from adapters import files as adapter_files
 from inputs import drawing
-from inputs.drawing import Options
+from inputs.drawing import Options, find_adapter
 from inputs.files import Refusal, first_line
 from keep import faster
 from see import sheet
-
-
-def find_adapter(path: str) -> Path:
-    """The adapter file that `path` names, or the newest run's."""
-    if path:
-        files = [adapter_files.find(Path(path))]
-        found, remedy = f"{files[0]}: no such file", "the command that began a run finishes it"
-    else:
-        files = sorted(Path("runs").glob(f"*/{lora.FILE_NAME}"), key=lambda p: p.stat().st_mtime)
-        found, remedy = "there is no finished run under runs/", "make train, or name an adapter"
-    if not files or not files[-1].exists():
-        raise Refusal(found, "an adapter file, or the folder of a finished run", remedy)
-    return files[-1]
 
 
 def decode(
@@ -56,15 +42,19 @@ def run(options: Options) -> None:
     """Draw what `options` ask for, save it and print where it is."""
     file = adapter_files.read(find_adapter(options.adapter))
     options = drawing.complete(options, file.path, file.about)
-    rows = {"before": 0.0, "after": 1.0} if options.compare else {"": options.strength}
+    after = "after" if options.strength == 1 else f"at {options.strength:g}"
+    rows = {"before": 0.0, after: options.strength} if options.compare else {"": options.strength}
     folder = Path(options.output_dir or file.path.parent / "pictures")
     folder.mkdir(parents=True, exist_ok=True)  # before drawing, so that no picture is lost by it
     plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
     pictures = generate.draw_at([*rows.values()], options, file, *plugged_in)
     if options.compare:
-        titles = [prompt for prompt, _ in options.pictures]
+        several = len(set(options.seeds)) > 1
+        titles = [f"{p}, seed {seed}" if several else p for p, seed in options.pictures]
         picture = sheet.grid(dict(zip(rows, pictures, strict=True)), titles)
-        generate.save_picture(picture, folder / "before-after.png")
+        size, how = pictures[0][0].size, drawing.how_drawn(options)
+        about = drawing.parameters(options, options.pictures, size, how)
+        generate.save_picture(picture, folder / "before-after.png", about)
     else:
         generate.save_pictures(options, pictures[0], folder)
 

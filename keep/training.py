@@ -7,6 +7,7 @@ same numbers, and lost with the first closed lid.
 import contextlib
 import dataclasses
 import json
+import random
 import signal
 import time
 from dataclasses import dataclass
@@ -18,9 +19,9 @@ import loop
 import model
 from inputs import code, options
 from inputs.drawing import Options
-from inputs.files import Refusal, first_line, only_run, write_whole
+from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
-from inputs.sources import read_dataset
+from inputs.sources import Pictures, read_dataset
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, report
 
@@ -71,6 +72,7 @@ def set_up(
     config, planned = faster.plan(config, device, dtype, team.size)
     if team.first:
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
+        told["validation_prompts"] = prompts_of(config, pictures)
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
         write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     timesteps = len(schedule.alphas_cumprod)
@@ -153,13 +155,39 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
         began = time.perf_counter()
 
 
+def asks_for_own(config: Config) -> bool:
+    """Whether the prompts are still the recipe's, and the pictures are others."""
+    usual = (options.QUICK if config.quick else options.RECIPES)[config.recipe][1]
+    data, theirs = (place(each.dataset_name).resolve() for each in (config, usual))
+    return data != theirs and config.validation_prompts == usual.validation_prompts
+
+
+def prompts_of(config: Config, pictures: Pictures) -> list[str]:
+    """What the picture at the end shows: own pictures without --validation-prompts have three of
+    their own captions drawn, chosen by the seed; the empty one where there is no other.
+    """
+    if not asks_for_own(config):
+        return list(config.validation_prompts)
+    captions = list(dict.fromkeys(filter(None, (p.caption.strip() for p in pictures)))) or [""]
+    few = random.Random(config.seed).sample(range(len(captions)), min(3, len(captions)))
+    return [captions[i] for i in sorted(few)]
+
+
 def draw(config: Config) -> None:
     """The before/after picture, drawn from the exported file as anyone would draw with it."""
     if not config.validation_prompts or (config.out / "pictures" / "before-after.png").is_file():
         return
-    same = ("num_inference_steps", "guidance_scale", "device", "mixed_precision")
-    given = {name: getattr(config, name) for name in same}  # the rest says config.json
-    given |= {"prompts": config.validation_prompts, "seeds": (config.seed,), "compare": True}
+    usual = options.RECIPES[config.recipe][1]
+    given = {"device": config.device, "mixed_precision": config.mixed_precision}
+    given |= {"seeds": (config.seed,), "compare": True}  # the rest says config.json
+    for name in ("num_inference_steps", "guidance_scale"):  # a distilled base has others
+        if getattr(config, name) != getattr(usual, name):
+            given[name] = getattr(config, name)
+    if asks_for_own(config):
+        again = f"python generate.py {config.out} --compare --prompts 'YOUR PROMPT'"
+        print(f"the picture at the end shows captions that were trained on; others: {again}")
+    else:
+        given["prompts"] = config.validation_prompts
     try:
         drawing.run(Options(str(config.out), **given))
     except torch.cuda.OutOfMemoryError as error:

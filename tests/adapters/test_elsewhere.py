@@ -67,7 +67,7 @@ def test_a_unet_that_saved_its_adapter(tmp_path, batch):
     unet = theirs()
     unet.save_lora_adapter(tmp_path)
     again = make_unet()
-    again.load_lora_adapter(tmp_path, prefix=None, weight_name=files.find(tmp_path).name)
+    again.load_lora_adapter(tmp_path, prefix=None, weight_name=files.find_adapter(tmp_path).name)
     same(ours(tmp_path, batch), answer(again, batch), batch)
     same(ours(tmp_path, batch), answer(unet, batch), batch)
 

@@ -273,7 +273,6 @@ def test_load_refuses_a_file_that_is_not_whole(tmp_path, layout, how):
 
 @pytest.mark.parametrize("where", ["nowhere.safetensors", "no/folder/here.safetensors", ""])
 def test_load_refuses_a_file_that_is_not_there(tmp_path, where):
-    path = tmp_path / where if where else tmp_path / FILE_NAME  # the folder itself has no adapter
     said = refused(tmp_path / where)
-    assert f"{path} is not a whole safetensors file (no such file" in said
-    assert "expected a file as its writer left it" in said
+    wrong = "no such file or folder" if where else "has no .safetensors file in it"
+    assert f"{tmp_path / where}: {wrong}; expected an adapter file" in said

@@ -268,11 +268,12 @@ def test_the_script_draws_plainly_without_any_wing(run, tmp_path):
     "words, code, said",
     [
         (["--plain", "--compare"], 1, "error: --plain with --compare"),
+        (["runs/nothere"], 1, "error: runs/nothere: no such file or folder; expected an adapter"),
         (["--seeds", "-1"], 1, "error: seeds is (-1,)"),
         (["--sedes", "1"], 1, "error: the option --sedes (here: --seeds)"),
     ],
 )
-def test_a_wrong_option_is_answered_before_torch_is_imported(words, code, said):
+def test_a_wrong_option_or_adapter_is_answered_before_torch_is_imported(words, code, said):
     done = script(*words)
     assert done.returncode == code and said in done.stdout + done.stderr
     assert not any(line.split("|")[-1].strip() == "torch" for line in done.stderr.splitlines())

@@ -48,8 +48,8 @@ def first_line(words: list[str]) -> tuple[float, str]:
         ("loop.py t4 --output-dir runs/mine", "recipe t4, output to runs/mine"),
         ("loop.py pocket --plain --output-dir runs/none", "recipe pocket, output to runs/none"),
         ("loop.py t4 --plan-for T4", "recipe t4, plan for T4"),
-        ("generate.py runs/t4 --plain", "drawing with runs/t4"),
-        ("generate.py", "drawing with the newest run"),
+        ("generate.py LICENSE", "drawing with LICENSE"),  # a file that is there
+        ("generate.py LICENSE --plain", "drawing with LICENSE"),
     ],
 )
 def test_the_command_says_its_first_line_half_a_second_after_pythons_own_start(words, said):
@@ -65,7 +65,7 @@ def test_of_several_processes_the_first_alone_says_it():
         assert process.stderr.read() == ""
 
 
-@pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py"]])
+@pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py", "LICENSE"]])
 def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
     """A torch that takes for ever stands in for the real one, which takes seconds."""
     (tmp_path / "torch.py").write_text("import sys, time; print(file=sys.stderr); time.sleep(60)")
@@ -77,7 +77,7 @@ def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
     assert process.returncode == 128 + signal.SIGINT
 
 
-@pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py"]])
+@pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py", "LICENSE"]])
 def test_a_library_that_does_not_load_is_said_in_a_sentence(words, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open')")
     with begun(words, PYTHONPATH=str(tmp_path)) as process:

@@ -2,8 +2,14 @@
 sentence.
 """
 
+import hashlib
+import io
 import json
+import re
 import shutil
+import subprocess
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,7 +25,8 @@ from conftest import POCKET, ROOT
 from inputs import drawing as options_of_drawing
 from inputs import files, hub
 from inputs.files import Refusal
-from keep import drawing
+from inputs.options import POCKET_PROMPTS, RECIPES
+from keep import drawing, training
 
 QUICK = ("--num-inference-steps", "1")
 
@@ -63,6 +70,14 @@ def test_a_comparison_shows_the_bare_model_above_and_the_adapter_below(run, caps
     ))  # fmt: skip
     assert np.array_equal(sheet[below + side :, left : left + side], pixels["1"])
     assert np.abs(pixels["0"].astype(int) - pixels["1"]).mean() > 1
+    assert draw(capsys, str(run), "--strength", "0.2") == (0, "")
+    weak = np.asarray(Image.open(run / "pictures" / "00-red-apple-0-0.2.png"))
+    assert draw(capsys, str(run), "--compare", "--strength", "0.2") == (0, "")
+    sheet = np.asarray(Image.open(run / "pictures" / "before-after_2.png"))
+    left = next(x for x in range(sheet.shape[1]) if np.array_equal(
+        sheet[below : below + side, x : x + side], pixels["0"]
+    ))  # fmt: skip
+    assert np.array_equal(sheet[below + side :, left : left + side], weak)
 
 
 @pytest.mark.slow
@@ -73,7 +88,7 @@ def test_both_layouts_and_the_book_draw_the_same(run, tmp_path, capsys):
     words = [str(run), "--plain", "--prompts", "red apple", *QUICK]
     words += ["--output-dir", str(tmp_path / "plain")]
     generate.draw_plain(options_of_drawing.parse(words))
-    drawn = {p.read_bytes() for p in tmp_path.glob("*/00-red-apple-0-1.png")}
+    drawn = {Image.open(p).tobytes() for p in tmp_path.glob("*/00-red-apple-0-1.png")}
     assert len(list(tmp_path.glob("*/00-red-apple-0-1.png"))) == 3 and len(drawn) == 1
 
 
@@ -125,6 +140,220 @@ def test_a_picture_that_does_not_fit_the_gpu_is_decoded_in_tiles(monkeypatch, ca
     assert 0 < off.mean() < 5  # 2.1 of 255: norms see a tile, not the picture
 
 
+# ---- what the pictures say, and are called -------------------------------------------------------
+
+
+def told(path) -> str:
+    with Image.open(path) as image:
+        return image.info["parameters"]
+
+
+def test_a_picture_says_how_it_was_drawn_as_a1111_writes_it(run, capsys):
+    more = (
+        "--negative-prompt",
+        "grün, 青",
+        "--strength",
+        "0.5",
+        "--seeds",
+        "7",
+        "--resolution",
+        "64",
+    )
+    assert draw(capsys, str(run), *more, "--guidance-scale", "3.5") == (0, "")
+    (path,) = (run / "pictures").iterdir()
+    first, second, third = told(path).split("\n")
+    assert (first, second) == ("red apple", "Negative prompt: grün, 青")
+    blob = (run / lora.FILE_NAME).read_bytes()
+    hashed = hashlib.sha256(files.data_section(blob)).hexdigest()[:12]
+    want = "Steps: 1, Sampler: EulerDiscreteScheduler, CFG scale: 3.5, Model: model, Lora: out, "
+    want += f'Lora strength: 0.5, Lora hashes: "out: {hashed}", Seed: 7, Size: 64x64'
+    assert third == want
+    # The kohya file's hash is the one that A1111 and its data bases look for.
+    kohya = adapter_files.read(run / "kohya" / "out.safetensors")
+    words = [str(kohya.path), "--resolution", "64", "--compare", "--seeds", "1", "2"]
+    assert draw(capsys, *words) == (0, "")
+    said = told(run / "kohya" / "pictures" / "before-after.png")
+    assert f'Lora hashes: "out: {kohya.about["sshs_model_hash"][:12]}"' in said
+    assert said.startswith("red apple\nSteps: 1") and 'Seed: "1, 2"' in said
+    assert "Compared with: strength 0" in said
+
+
+def test_a_picture_of_other_settings_is_never_overwritten(run, capsys):
+    def names(*words: str) -> list[str]:
+        assert draw(capsys, str(run), "--resolution", "64", *words) == (0, "")
+        return sorted(path.name for path in (run / "pictures").iterdir())
+
+    one, two, three = (f"00-red-apple-0-1{end}.png" for end in ("", "_2", "_3"))
+    assert names() == [one]
+    assert names("--guidance-scale", "2") == [one, two]
+    kept = (run / "pictures" / two).read_bytes()
+    (run / "pictures" / three).write_bytes(b"somebody's own")
+    assert names("--guidance-scale", "3")[:3] == [one, two, three]
+    assert len(names("--guidance-scale", "2")) == len(names()) == 4  # each finds its own again
+    assert (run / "pictures" / two).read_bytes() == kept
+    assert (run / "pictures" / three).read_bytes() == b"somebody's own"
+    assert names("--compare", "--seeds", "1", "1")[-1] == "before-after.png"
+    assert names("--compare")[-2:] == ["before-after.png", "before-after_2.png"]
+
+
+@pytest.mark.parametrize(
+    "prompt", ["猫", "犬 の 絵", "кот", "🚀", "", "../..", "CON", "a\x00b\n" * 99]
+)
+def test_a_name_is_short_and_every_file_system_and_terminal_takes_it(prompt):
+    name = options_of_drawing.file_name(0, prompt, 2**63 - 1, 1.0)
+    assert re.fullmatch(r"00-[a-z0-9][a-z0-9-]*-9223372036854775807-1\.png", name)
+    assert len(name) < 100
+    others = {options_of_drawing.file_name(0, p, 0, 1.0) for p in ("猫", "犬", "кот", "🚀", "")}
+    assert len(others) == 5
+    assert options_of_drawing.file_name(3, "Café Zürich!", 0, 0.5) == "03-cafe-zurich-0-0.5.png"
+
+
+def test_a_terminal_without_the_letters_gets_their_numbers(run, tmp_path, monkeypatch):
+    """As PYTHONIOENCODING=cp1252 has it."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "cp1252", write_through=True)
+    monkeypatch.setattr("sys.stdout", terminal)
+    out = ("--output-dir", str(tmp_path / "日本語"), "--resolution", "64")
+    words = [str(run), "--prompts", "red apple", *QUICK, *out]
+    assert drawing.main(options_of_drawing.parse_or_leave(words)) == 0
+    terminal.seek(0)
+    assert terminal.read().endswith(r"\u65e5\u672c\u8a9e/00-red-apple-0-1.png" + "\n")
+
+
+# ---- prompts that nobody gave --------------------------------------------------------------------
+
+
+def test_own_pictures_end_with_a_few_of_their_own_captions(train, few, tmp_path, capsys):
+    """The recipe's prompts are of the recipe's pictures."""
+    recipe = ("--validation-prompts", *POCKET_PROMPTS, "--num-inference-steps", "1")
+    assert train("r", *recipe, "--max-train-steps", "1") == 0
+    said = capsys.readouterr().out
+    assert said.count("shows captions that were trained on") == 1
+    prompts = json.loads((tmp_path / "r" / "config.json").read_text())["validation_prompts"]
+    captions = [json.loads(row)["text"] for row in (few / "metadata.jsonl").open()]
+    assert len(set(prompts)) == 3 and set(prompts) <= set(captions)
+    picture = tmp_path / "r" / "pictures" / "before-after.png"
+    assert told(picture).startswith("\n".join([*prompts, "Steps: 1, "]))
+    file = adapter_files.read(tmp_path / "r")  # and so do later drawings
+    later = options_of_drawing.complete(options_of_drawing.parse([]), file.path, file.about)
+    assert later.prompts == tuple(prompts)
+
+
+def test_captions_are_distinct_not_empty_and_chosen_by_the_seed():
+    config = replace(RECIPES["t4"][1], dataset_name="mine")
+
+    def chosen(*captions: str, **options) -> list[str]:
+        pictures = [SimpleNamespace(caption=caption) for caption in captions]
+        return training.prompts_of(replace(config, **options), pictures)
+
+    many = [f"caption {i}" for i in range(100)]
+    assert chosen(*many, seed=1) == chosen(*many, seed=1) != chosen(*many, seed=2)
+    assert chosen(*many) == sorted(chosen(*many), key=many.index)
+    assert chosen("a", " a ", "", "b", "a") == ["a", "b"]
+    assert chosen("a", "a") == ["a"] and chosen("", " ") == [""]
+    usual = list(config.validation_prompts)
+    assert chosen("a", dataset_name=RECIPES["t4"][1].dataset_name) == usual
+    assert chosen("a", validation_prompts=("mine",)) == ["mine"]
+    assert chosen("a", validation_prompts=()) == []
+
+
+@pytest.mark.parametrize(
+    "words, compares",
+    [
+        ("", True),
+        ("--num-inference-steps 50", True),
+        ("--strength 0.2 --seeds 1 2", True),
+        ("runs/t4", False),
+        ("runs/t4 --prompts 'a fox'", False),
+        ("--seeds 1 2 --prompts 'a fox'", False),
+        ("--prompts=fox", False),
+    ],
+)
+def test_make_generate_compares_unless_an_adapter_or_prompts_are_named(words, compares):
+    argv = ["make", "-n", "generate", "PYTHON=python3", f"ARGS={words}"]
+    done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split("generate.py")[1].split() == words.split() + ["--compare"] * compares
+
+
+# ---- a base that was distilled to few steps ------------------------------------------------------
+
+
+@pytest.fixture
+def base(tmp_path):
+    """base(sampler, name, setting=...): a copy of the pocket model with another sampler."""
+
+    def copy(sampler: str, name: str = "other", **settings) -> str:
+        folder = tmp_path / name
+        shutil.copytree(POCKET, folder)
+        index = folder / "model_index.json"
+        told = json.loads(index.read_text()) | {"scheduler": ["diffusers", sampler]}
+        index.write_text(json.dumps(told))
+        path = folder / "scheduler" / "scheduler_config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | settings))
+        return str(folder)
+
+    return copy
+
+
+TRAILING = {"timestep_spacing": "trailing"}
+USUAL = (30, 5.0)
+
+
+@pytest.mark.parametrize(
+    "sampler, name, settings, want",
+    [
+        ("EulerAncestralDiscreteScheduler", "a", TRAILING, (4, 0.0, "Turbo")),
+        ("EulerDiscreteScheduler", "My-Lightning", TRAILING, (4, 0.0, "Lightning")),
+        ("LCMScheduler", "a", {}, (8, 1.0, "LCM")),
+        # and what others are drawn with as well
+        ("EulerDiscreteScheduler", "a", TRAILING, USUAL),
+        ("EulerDiscreteScheduler", "My-Lightning", {}, USUAL),
+        ("EulerAncestralDiscreteScheduler", "a", {"timestep_spacing": "leading"}, USUAL),
+        (
+            "EulerAncestralDiscreteScheduler",
+            "a",
+            TRAILING | {"rescale_betas_zero_snr": True},
+            USUAL,
+        ),
+        (
+            "EulerAncestralDiscreteScheduler",
+            "a",
+            TRAILING | {"prediction_type": "v_prediction"},
+            USUAL,
+        ),
+    ],
+)
+def test_a_base_that_was_distilled_is_drawn_as_its_makers_say(
+    run, base, capsys, sampler, name, settings, want
+):
+    words = ["--pretrained-model-name-or-path", base(sampler, name, **settings)]
+    file = adapter_files.read(run)
+
+    def completed(*more: str) -> tuple[int, float, str]:
+        options = options_of_drawing.parse([*words, *more])
+        options = options_of_drawing.complete(options, file.path, file.about)
+        return options.num_inference_steps, options.guidance_scale, capsys.readouterr().err
+
+    steps, guidance, said = completed()
+    assert (steps, guidance) == want[:2] and ("is a" in said) == (want != USUAL)
+    assert all(word in said for word in want[2:])
+    assert completed("--num-inference-steps", "9")[:2] == (9, want[1])
+    asked = completed("--num-inference-steps", "9", "--guidance-scale", "7")
+    assert asked == (9, 7.0, "")
+
+
+def test_a_runs_own_picture_leaves_steps_and_guidance_to_the_base_unless_asked(
+    tmp_path, monkeypatch
+):
+    drawn = []
+    monkeypatch.setattr(drawing, "run", drawn.append)
+    config = replace(RECIPES["pocket"][1], output_dir=str(tmp_path))
+    asked = {"num_inference_steps": 9, "guidance_scale": 7.5}
+    for given, want in (({}, (0, -1.0)), (asked, (9, 7.5)), ({"guidance_scale": 0.0}, (0, 0.0))):
+        training.draw(replace(config, **given))
+        assert (drawn[-1].num_inference_steps, drawn[-1].guidance_scale) == want
+        assert drawn[-1].prompts == POCKET_PROMPTS and drawn[-1].compare
+
+
 # ---- which adapter, which base -------------------------------------------------------------------
 
 
@@ -159,8 +388,8 @@ def test_a_file_given_away_alone_says_that_the_bases_name_is_its_own(run, tmp_pa
     """Its header keeps the last part of the folder; nobody has typed an option."""
     path = tmp_path / "alone" / "a.safetensors"
     adapter_files.save(loud(), path, "peft", torch.float32, {"base_model": "my-model"})
-    said = f"{path} says that its base is a folder called my-model"
-    type_this = "--pretrained-model-name-or-path WHERE/IT/IS/my-model"
+    said = f"{path} says, in its header or its run's config.json, that its base is my-model: "
+    type_this = "where it lies elsewhere, --pretrained-model-name-or-path WHERE/IT/IS/my-model"
     refused(draw(capsys, str(path)), said, type_this)
     assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
     # A folder with one adapter in it is that file.
@@ -182,6 +411,42 @@ def test_an_adapter_of_another_architecture_rank_or_format_is_refused(run, tmp_p
     alien.write_bytes(file.read_bytes()[:-7])
     refused(draw(capsys, str(alien), *base), "alien.safetensors is not a whole safetensors file")
     refused(draw(capsys, str(tmp_path / "none.safetensors"), *base), "no such file")
+
+
+def test_a_run_that_was_moved_says_that_the_bases_place_is_its_config_jsons(run, capsys):
+    """The folder that the run was trained on is not here; nobody has typed its path."""
+    path = run / "config.json"
+    told = json.loads(path.read_text()) | {"pretrained_model_name_or_path": "/elsewhere/my-model"}
+    path.write_text(json.dumps(told))
+    said = "its run's config.json, that its base is /elsewhere/my-model: there is no folder"
+    refused(draw(capsys, str(run)), said, "--pretrained-model-name-or-path WHERE/IT/IS/my-model")
+    there = ("--pretrained-model-name-or-path", str(run / "none"))
+    code, said = draw(capsys, str(run), *there)
+    assert code == 1 and "config.json" not in said  # typed, so it is not the file's word
+    assert draw(capsys, str(run), there[0], str(POCKET)) == (0, "")
+
+
+def test_what_leads_to_no_adapter_is_told_by_what_is_there(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "runs/a")
+    refused(
+        draw(capsys, "runs/nothere"),
+        "runs/nothere: no such file or folder",
+        "finished here: runs/a",
+    )
+    (tmp_path / "empty").mkdir()
+    refused(draw(capsys, "empty"), "empty: has no .safetensors file in it", "finished here: runs/a")
+    for name in ("b.safetensors", ".c.safetensors", "D.SAFETENSORS", "e.txt"):
+        shutil.copy(run / lora.FILE_NAME, tmp_path / "empty" / name)
+    two = "name one: empty/D.SAFETENSORS, empty/b.safetensors"
+    refused(draw(capsys, "empty"), "empty has 2 files that may be adapters", two)
+    (tmp_path / "empty" / "b.safetensors").unlink()
+    assert draw(capsys, "empty", "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
+    saved = tmp_path / "begun" / "checkpoints" / "000200"
+    shutil.copytree(run, saved)
+    said = ("begun is a run that has not ended", "the command that began it ends it")
+    refused(draw(capsys, "begun"), *said, "saved so far: begun/checkpoints/000200")
+    assert draw(capsys, "begun/checkpoints/000200") == (0, "")
 
 
 def test_no_run_to_draw_from_is_refused(tmp_path, monkeypatch, capsys):
@@ -212,7 +477,8 @@ def test_what_a_runs_config_says_is_taken_where_it_is_text(tmp_path, junk):
 
 
 @pytest.mark.parametrize(
-    "bad", [["--num-inference-steps", "0"], ["--seeds"], ["--seeds", "-1"], ["--resolution", "100"]]
+    "bad",
+    [["--num-inference-steps", "-1"], ["--seeds"], ["--seeds", "-1"], ["--resolution", "100"]],
 )
 def test_a_drawing_that_cannot_be_is_refused_by_name(tmp_path, capsys, bad):
     name = bad[0].removeprefix("--").replace("-", "_")
