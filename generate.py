@@ -165,7 +165,8 @@ def draw_at(
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half, name = dtype != torch.float32, options.pretrained_model_name_or_path
     check_base(options, file.path, file.about, half)
-    sampler = vetting.load_sampler(name, options.scheduler, options.num_inference_steps)
+    how = (options.scheduler, options.num_inference_steps, options.prediction_type)
+    sampler, scaling = vetting.load_sampler(name, *how), model.latent_scaling(name)
     prompts, seeds = zip(*options.pictures, strict=True)
     embeddings = encode(name, prompts, options.negative_prompt, device, half)
     unet = load_unet(name, device, dtype)
@@ -185,7 +186,7 @@ def draw_at(
     del unet, adapter  # their memory goes to the decoder, which needs about as much
     model.free_memory()
     vae = model.load_vae(name, device)
-    return [decode(vae, latents, model.latent_scaling(name)) for latents in drawn]
+    return [decode(vae, latents, scaling) for latents in drawn]
 
 
 def draw_plain(options: Options) -> None:

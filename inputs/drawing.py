@@ -42,6 +42,9 @@ class Options:
     # diffusers' class that takes the denoising steps, such as DPMSolverMultistepScheduler; empty
     # takes the model's own.
     scheduler: str = ""
+    # What the UNet predicts, epsilon (the noise) or v_prediction; auto is as the adapter was
+    # trained, else as the model's scheduler_config.json says.
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     # Denoising steps.
     num_inference_steps: Annotated[int, Within(1, 1000)] = 30
     # How strongly pictures follow their prompt; negative takes the recipe's.
@@ -111,6 +114,9 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     """
     recipe = RECIPES.get(about.get("recipe"), RECIPES["t4"])[1]
     guidance, weights = options.guidance_scale, options.base_quantization
+    predicts = options.prediction_type
+    if predicts == "auto" and not options.any_base:  # of another base its own file knows
+        predicts = about.get("prediction_type", "auto")
     base = options.pretrained_model_name_or_path or of_run(path, "pretrained_model_name_or_path")
     named = about.get("base_model", "")
     if not base and named and "/" not in named and not Path(named).exists():
@@ -120,6 +126,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     return replace(
         options,
         prompts=tuple(prompts or recipe.validation_prompts),
+        prediction_type=predicts,
         guidance_scale=guidance if guidance >= 0 else recipe.guidance_scale,
         pretrained_model_name_or_path=base or named,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),

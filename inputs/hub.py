@@ -6,6 +6,7 @@ A folder in diffusers' layout, or the Hub, of which only what is needed is downl
 import functools
 import hashlib
 import json
+import re
 from pathlib import Path
 
 from inputs.files import Refusal, folder_of, open_safetensors, refuse, refusing
@@ -27,12 +28,19 @@ AGAIN = (
 # What an entry may be that would else be met late, or never: in words, and as a test.
 # EDM and flow matching are other objectives, and latents with a mean of their own another scale:
 # both would train to the end, and draw nonsense.
+OTHER_NOISE = re.compile("EDM|FlowMatch")
 ENTRIES = {
-    "_class_name": (
-        "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is",
-        lambda v: not str(v).startswith(("EDM", "FlowMatch")),
+    # Of the scheduler's own file, and model_index.json's name for it.
+    **dict.fromkeys(
+        ("_class_name", "scheduler"),
+        (
+            "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is",
+            lambda v: not OTHER_NOISE.search(str(v)),
+        ),
     ),
     "use_flow_sigmas": ("false", lambda v: not v),
+    "timestep_type": ("discrete", lambda v: v in (None, "discrete")),  # continuous ones are EDM's
+    "rescale_betas_zero_snr": ("true or false", lambda v: v in (None, True, False)),
     **dict.fromkeys(("latents_mean", "latents_std"), ("null", lambda v: v is None)),
     "prediction_type": ("epsilon or v_prediction", lambda v: v in ("epsilon", "v_prediction")),
     "beta_schedule": ("linear or scaled_linear", lambda v: v in ("linear", "scaled_linear")),
