@@ -15,6 +15,7 @@ import loop
 import lora
 import model
 from adapter_tools import drawable
+from adapters import files
 from conftest import POCKET
 from inputs.drawing import parse
 from inputs.files import Refusal
