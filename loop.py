@@ -302,21 +302,19 @@ def train_plain(config: Config) -> None:
     name, device = config.pretrained_model_name_or_path, check_device(config.device)
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     schedule = model.load_noise_schedule(name, device, config.prediction_type)
-    latent_scaling = model.latent_scaling(name)
     pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
     examples = examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
     how = model.use_attention(unet, config.attention, device, dtype)
-    predicts = schedule.prediction_type
-    print(f"{pictures}; UNet in {str(dtype)[6:]} ({reason}; {how}; {predicts})", flush=True)
-    run = assemble(config, unet, examples, schedule, latent_scaling)
+    print(f"{pictures}; UNet in {str(dtype)[6:]} ({reason}; {how})", flush=True)
+    run = assemble(config, unet, examples, schedule, model.latent_scaling(name))
     for step, loss, norm in fit(run):
         print(f"step {step}: loss {loss:.4f}, gradient norm {norm:.4f}", flush=True)
     if lost := run.trained.keys() - run.adapter.matrices().keys():
         print(f"the file holds A and B alone, not {min(lost)}: it will act otherwise than trained")
     path = config.out / lora.FILE_NAME
     about = {"base_model": name, "recipe": config.recipe, "steps": str(run.step)}
-    about |= {"prediction_type": predicts}
+    about |= {"prediction_type": schedule.prediction_type}
     lora.save(run.adapter, path, model.DTYPES[config.save_dtype], about)
     print(f"saved {path}")
 

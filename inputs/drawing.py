@@ -114,9 +114,8 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     """
     recipe = RECIPES.get(about.get("recipe"), RECIPES["t4"])[1]
     guidance, weights = options.guidance_scale, options.base_quantization
+    own = {} if options.any_base else about  # what another base predicts only its own file knows
     predicts = options.prediction_type
-    if predicts == "auto" and not options.any_base:  # of another base its own file knows
-        predicts = about.get("prediction_type", "auto")
     base = options.pretrained_model_name_or_path or of_run(path, "pretrained_model_name_or_path")
     named = about.get("base_model", "")
     if not base and named and "/" not in named and not Path(named).exists():
@@ -126,7 +125,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     return replace(
         options,
         prompts=tuple(prompts or recipe.validation_prompts),
-        prediction_type=predicts,
+        prediction_type=predicts if predicts != "auto" else own.get("prediction_type", "auto"),
         guidance_scale=guidance if guidance >= 0 else recipe.guidance_scale,
         pretrained_model_name_or_path=base or named,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),

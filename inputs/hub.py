@@ -6,7 +6,6 @@ A folder in diffusers' layout, or the Hub, of which only what is needed is downl
 import functools
 import hashlib
 import json
-import re
 from pathlib import Path
 
 from inputs.files import Refusal, folder_of, open_safetensors, refuse, refusing
@@ -28,15 +27,11 @@ AGAIN = (
 # What an entry may be that would else be met late, or never: in words, and as a test.
 # EDM and flow matching are other objectives, and latents with a mean of their own another scale:
 # both would train to the end, and draw nonsense.
-OTHER_NOISE = re.compile("EDM|FlowMatch")
+DDPM = "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is"
 ENTRIES = {
-    # Of the scheduler's own file, and model_index.json's name for it.
     **dict.fromkeys(
-        ("_class_name", "scheduler"),
-        (
-            "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is",
-            lambda v: not OTHER_NOISE.search(str(v)),
-        ),
+        ("_class_name", "scheduler"),  # as the scheduler's own file and as model_index.json has it
+        (DDPM, lambda v: "EDM" not in str(v) and "FlowMatch" not in str(v)),
     ),
     "use_flow_sigmas": ("false", lambda v: not v),
     "timestep_type": ("discrete", lambda v: v in (None, "discrete")),  # continuous ones are EDM's

@@ -129,16 +129,17 @@ def noise_settings(name: str, prediction_type: str = "auto") -> tuple[dict, str 
     Raises Refusal for what is not DDPM's noise, by the names of its entries. A file without betas
     is of another kind of noise, or means the defaults of one of diffusers' classes.
     """
-    path, allowed = fetch(name, "scheduler") / "scheduler_config.json", ("epsilon", "v_prediction")
-    usual = dict.fromkeys(("beta_schedule", "beta_start", "beta_end"))
-    settings = read_config(path, num_train_timesteps=1000, **usual)
+    # Here, too, since it is met before anything is encoded: latents of another scale.
+    read_config(fetch(name, "vae") / "config.json")
+    path, usual = fetch(name, "scheduler"), ("beta_schedule", "beta_start", "beta_end")
+    usual = dict.fromkeys(usual) | {"num_train_timesteps": 1000}
+    settings = read_config(path / "scheduler_config.json", **usual)
     said = settings.get("prediction_type")
-    if prediction_type == "auto":
-        prediction_type = said or allowed[0]
-    if prediction_type not in allowed:  # in the header of an adapter file from anywhere
-        found = f"prediction_type {prediction_type!r:.50}"
-        raise Refusal(found, " or ".join(allowed), f"--prediction-type {said or allowed[0]}")
-    return settings | {"prediction_type": prediction_type}, said
+    predicts = prediction_type if prediction_type != "auto" else said or "epsilon"
+    if predicts not in ("epsilon", "v_prediction"):  # in an adapter's header from anywhere
+        found = f"prediction_type {predicts!r:.50}"
+        raise Refusal(found, "epsilon or v_prediction", f"--prediction-type {said or 'epsilon'}")
+    return settings | {"prediction_type": predicts}, said
 
 
 def load_sampler(name: str, wanted: str = "", steps: int = 30, prediction_type: str = "auto"):
@@ -160,8 +161,8 @@ def load_sampler(name: str, wanted: str = "", steps: int = 30, prediction_type: 
     make = getattr(diffusers, kind)
     known, zero_snr = signature(make).parameters, "rescale_betas_zero_snr"
     if settings.get(zero_snr) and zero_snr not in known:
-        found = f"the sampler {kind}, which knows nothing of the model's {zero_snr}"
-        raise Refusal(found, "one that draws from pure noise", f"--scheduler {SAMPLERS[-1]}")
+        found = f"the sampler {kind}, which has not the model's {zero_snr}"
+        raise Refusal(found, "one that begins at pure noise", f"--scheduler {SAMPLERS[-1]}")
     settings = {key: settings[key] for key in known if key in settings}
     failed = f"{kind} with the settings of {folder} does not come through {steps} steps"
     remedy = f"--num-inference-steps 30, or --scheduler {SAMPLERS[-1]}, or mend that file"

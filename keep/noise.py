@@ -2,7 +2,6 @@
 model trains as smoothly as any, and its adapter draws noise.
 """
 
-import math
 from dataclasses import replace
 
 import torch
@@ -64,11 +63,11 @@ def judge(config: Config, predicts: str, losses: dict[str, list[float]]) -> str:
     line = f"the UNet predicts {predicts} ({'--prediction-type; ' * asked}{where})"
     (other,) = {*KINDS} - {predicts}
     mine, theirs = losses.get(predicts, [1.0, 1.0]), losses.get(other, [1.0, 1.0])
-    ratios = [a / b if b else math.inf for a, b in zip(mine, theirs, strict=True)]
+    ratios = [a / max(b, 1e-9) for a, b in zip(mine, theirs, strict=True)]
     if min(mine[0], theirs[0]) > 0.5 or not (min(ratios) > 1 and max(ratios) > 4):
         return line
-    found = f"{line}, but the base's answers are {max(ratios):.3g} times nearer to {other} (on the "
-    found += f"first pictures its loss is {theirs[0]:.3g}, not {mine[0]:.3g})"
+    found = f"{line}, but the base's answers are {max(ratios):.3g} times nearer to {other} (their "
+    found += f"loss is {theirs[0]:.3g} so, not {mine[0]:.3g}, on the first pictures)"
     if asked:
         return found
     remedy = f"--prediction-type {other}, or --prediction-type {predicts} to train so all the same"

@@ -63,7 +63,6 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
     schedule = model.load_noise_schedule(name, device, config.prediction_type)
-    scaling = model.latent_scaling(name)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
@@ -80,7 +79,7 @@ def set_up(
     team.wait()
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
-    run = loop.assemble(config, unet, examples, schedule, scaling)
+    run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
     losses = state.get("losses", {}) if state else noise.losses(run)
     predicts = noise.judge(config, schedule.prediction_type, losses)
     notes = meaning.meaning(run)
