@@ -270,6 +270,7 @@ ELSEWHERE = {  # other trainers' names: ours
     "save-every-n-steps": "--checkpointing-steps",
     "optimizer-type": "--use-8bit-adam",
     "min-snr-gamma": "--snr-gamma",
+    "v-parameterization": "--prediction-type v_prediction",
     "xformers": "--attention xformers",
     "validation-prompt": "--validation-prompts",
 }
