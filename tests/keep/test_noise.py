@@ -155,6 +155,7 @@ def sums(predicted: str, run) -> dict:
     both = {kind: replace(run.schedule, prediction_type=kind) for kind in noise.KINDS}
 
     def predict(unet, x_t, batch):
+        assert len(x_t) <= run.config.train_batch_size and not torch.is_grad_enabled()
         x0 = batch["mean"] + batch["std"] * batch["eps"]
         assert torch.equal(x_t, model.add_noise(x0, batch["noise"], batch["t"], run.schedule))
         answer = model.training_target(x0, batch["noise"], batch["t"], both[predicted])
