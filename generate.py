@@ -165,11 +165,11 @@ def draw_at(
     Text encoders, UNet and VAE are in memory one after another. The last three arguments
     are what the command plugs in, to read more bases and files and to decode in less memory.
     """
-    device = vetting.check_device(options.device)
+    device, steps = vetting.check_device(options.device), options.num_inference_steps
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half, name = dtype != torch.float32, options.pretrained_model_name_or_path
     check_base(options, file.path, file.about, half)
-    sampler = vetting.load_sampler(name, options.scheduler, options.num_inference_steps)
+    sampler = vetting.load_sampler(name, options.scheduler, steps, options.prediction_type)
     prompts, seeds = zip(*options.pictures, strict=True)
     embeddings = encode(name, prompts, options.negative_prompt, device, half)
     unet = load_unet(name, device, dtype)
@@ -179,7 +179,7 @@ def draw_at(
     unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn
     side = options.resolution // 8 or unet.config.sample_size  # the size the model was made for
     size = (options.height // 8 or side, options.width // 8 or side)
-    how = (size, options.num_inference_steps, options.guidance_scale)
+    how = (size, steps, options.guidance_scale)
     drawn = []
     for strength in strengths:
         lora.set_strength(adapter, strength)

@@ -301,7 +301,7 @@ def train_plain(config: Config) -> None:
     """--plain: from the pictures to the adapter's file, by the lines of this book alone."""
     name, device = config.pretrained_model_name_or_path, check_device(config.device)
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    schedule = model.load_noise_schedule(name, device)
+    schedule = model.load_noise_schedule(name, device, config.prediction_type)
     pictures = read_dataset(config.dataset_name, config)
     examples = examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
@@ -314,6 +314,7 @@ def train_plain(config: Config) -> None:
         print(f"the file holds A and B alone, not {min(lost)}: it will act otherwise than trained")
     path = config.out / lora.FILE_NAME
     about = {"base_model": name, "recipe": config.recipe, "steps": str(run.step)}
+    about |= {"prediction_type": schedule.prediction_type}
     lora.save(run.adapter, path, model.DTYPES[config.save_dtype], about)
     print(f"saved {path}")
 

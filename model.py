@@ -296,13 +296,14 @@ class NoiseSchedule:
     prediction_type: str
 
 
-def load_noise_schedule(name: str, device: torch.device) -> NoiseSchedule:
+def load_noise_schedule(
+    name: str, device: torch.device, prediction_type: str = "auto"
+) -> NoiseSchedule:
     """The schedule that the model's scheduler_config.json describes (Ho et al. 2020,
-    https://arxiv.org/abs/2006.11239). Raises Refusal for another objective or impossible betas.
+    https://arxiv.org/abs/2006.11239). prediction_type: overrules the file's where it is not "auto".
+    Raises Refusal for another objective, and for missing or impossible betas.
     """
-    usual = {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02}  # DDPMScheduler's
-    usual |= {"num_train_timesteps": 1000, "prediction_type": "epsilon"}
-    config = read_config(fetch(name, "scheduler") / "scheduler_config.json", **usual)
+    config, _ = vetting.noise_settings(name, prediction_type)
     start, end, steps = (config[k] for k in ("beta_start", "beta_end", "num_train_timesteps"))
     if config["beta_schedule"] == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)  # (1000,)

@@ -48,6 +48,9 @@ class Options:
     # diffusers' class that takes the denoising steps, such as DPMSolverMultistepScheduler; empty
     # takes the model's own.
     scheduler: str = ""
+    # What the UNet predicts, epsilon (the noise) or v_prediction; auto is as the adapter was
+    # trained, else as the model's scheduler_config.json says.
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     # Denoising steps; 0 takes the recipe's 30, or what a base that was distilled to few steps is
     # made for.
     num_inference_steps: Annotated[int, Within(0, 1000)] = 0
@@ -168,6 +171,9 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     base is named, or none is where the file says.
     """
     recipe = RECIPES.get(about.get("recipe"), RECIPES["t4"])[1]
+    # What another base predicts only its own file knows.
+    trained = {} if options.any_base else about
+    predicts = options.prediction_type
     given, weights = options.pretrained_model_name_or_path, options.base_quantization
     base = given or of_run(path, "pretrained_model_name_or_path") or about.get("base_model", "")
     if not base:
@@ -196,6 +202,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         options,
         adapter=str(path),
         prompts=tuple(prompts or recipe.validation_prompts),
+        prediction_type=predicts if predicts != "auto" else trained.get("prediction_type", "auto"),
         scheduler=options.scheduler or sampler,
         num_inference_steps=steps or few,
         guidance_scale=guidance if guidance >= 0 else little,

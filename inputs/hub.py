@@ -27,12 +27,15 @@ AGAIN = (
 # What an entry may be that would else be met late, or never: in words, and as a test.
 # EDM and flow matching are other objectives, and latents with a mean of their own another scale:
 # both would train to the end, and draw nonsense.
+DDPM = "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is"
 ENTRIES = {
-    "_class_name": (
-        "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is",
-        lambda v: not str(v).startswith(("EDM", "FlowMatch")),
+    **dict.fromkeys(
+        ("_class_name", "scheduler"),  # as the scheduler's own file and as model_index.json has it
+        (DDPM, lambda v: "EDM" not in str(v) and "FlowMatch" not in str(v)),
     ),
     "use_flow_sigmas": ("false", lambda v: not v),
+    "timestep_type": ("discrete", lambda v: v in (None, "discrete")),  # continuous ones are EDM's
+    "rescale_betas_zero_snr": ("true or false", lambda v: v in (None, True, False)),
     **dict.fromkeys(("latents_mean", "latents_std"), ("null", lambda v: v is None)),
     "prediction_type": ("epsilon or v_prediction", lambda v: v in ("epsilon", "v_prediction")),
     "beta_schedule": ("linear or scaled_linear", lambda v: v in ("linear", "scaled_linear")),

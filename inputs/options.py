@@ -142,6 +142,9 @@ class Config:
     # Share of noise that is constant over the picture, so that overall brightness is learned too; 0
     # is off.
     noise_offset: Annotated[float, Within(0, 1)] = 0.0
+    # What the UNet predicts, epsilon (the noise) or v_prediction; auto is what the model's
+    # scheduler_config.json says.
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     # Share of examples trained without caption, so that guidance keeps something to move away from.
     caption_dropout: Annotated[float, Within(0, 1)] = 0.0
 
@@ -280,6 +283,7 @@ ELSEWHERE = {  # other trainers' names: ours
     "save-every-n-steps": "--checkpointing-steps",
     "optimizer-type": "--use-8bit-adam",
     "min-snr-gamma": "--snr-gamma",
+    "v-parameterization": "--prediction-type v_prediction",
     "xformers": "--attention xformers",
     "validation-prompt": "--validation-prompts",
 }

@@ -121,7 +121,28 @@ SAMPLERS = (
 )
 
 
-def load_sampler(name: str, wanted: str = "", steps: int = 30):
+def noise_settings(name: str, prediction_type: str = "auto") -> tuple[dict, str | None]:
+    """What the model's scheduler_config.json says of its noise, and what it says that the UNet
+    predicts, or None: diffusers then takes "epsilon". In the settings it is overruled by a
+    `prediction_type` that is not "auto".
+
+    Raises Refusal for what is not DDPM's noise, by the names of its entries. A file without betas
+    is of another kind of noise, or means the defaults of one of diffusers' classes.
+    """
+    # Here, too, since it is met before anything is encoded: latents of another scale.
+    read_config(fetch(name, "vae") / "config.json")
+    path, usual = fetch(name, "scheduler"), ("beta_schedule", "beta_start", "beta_end")
+    usual = dict.fromkeys(usual) | {"num_train_timesteps": 1000}
+    settings = read_config(path / "scheduler_config.json", **usual)
+    said = settings.get("prediction_type")
+    predicts = prediction_type if prediction_type != "auto" else said or "epsilon"
+    if predicts not in ("epsilon", "v_prediction"):  # in an adapter's header from anywhere
+        found = f"prediction_type {predicts!r:.50}"
+        raise Refusal(found, "epsilon or v_prediction", f"--prediction-type {said or 'epsilon'}")
+    return settings | {"prediction_type": predicts}, said
+
+
+def load_sampler(name: str, wanted: str = "", steps: int = 30, prediction_type: str = "auto"):
     """The sampler that the model's model_index.json names, or the one of SAMPLERS that `wanted`
     names, with the model's settings. Raises Refusal for another, and for one that does not come
     through `steps` steps, as a try without a UNet shows.
@@ -130,12 +151,19 @@ def load_sampler(name: str, wanted: str = "", steps: int = 30):
 
     folder = fetch(name, "scheduler")
     # Where nothing is said, some clip x0 to -1 ... 1, as pixels are; SDXL's latents go beyond.
-    settings = {"clip_sample": False} | read_config(folder / "scheduler_config.json")
+    settings, said = noise_settings(name, prediction_type)
+    if prediction_type not in ("auto", said or "epsilon"):
+        print(f"drawing with {prediction_type}: {name}'s scheduler_config.json says {said}")
+    settings = {"clip_sample": False} | settings
     kind = wanted or read_config(folder.parent / "model_index.json").get("scheduler", [""])[-1]
     if kind not in SAMPLERS:
         raise Refusal(f"the sampler {kind}", ", ".join(SAMPLERS), f"--scheduler {SAMPLERS[-1]}")
     make = getattr(diffusers, kind)
-    settings = {key: settings[key] for key in signature(make).parameters if key in settings}
+    known, zero_snr = signature(make).parameters, "rescale_betas_zero_snr"
+    if settings.get(zero_snr) and zero_snr not in known:
+        found = f"the sampler {kind}, which has not the model's {zero_snr}"
+        raise Refusal(found, "one that begins at pure noise", f"--scheduler {SAMPLERS[-1]}")
+    settings = {key: settings[key] for key in known if key in settings}
     failed = f"{kind} with the settings of {folder} does not come through {steps} steps"
     remedy = f"--num-inference-steps 30, or --scheduler {SAMPLERS[-1]}, or mend that file"
     with refusing(failed, "one that ends on numbers", remedy):

@@ -99,6 +99,7 @@ def state_of(kept) -> dict:
         "code_changes": kept.code_changes,
         "commit": code.commit(),
         "unfused": kept.unfused,
+        "losses": kept.losses,
         "config": dataclasses.asdict(run.config),
     }
 

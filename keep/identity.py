@@ -147,6 +147,9 @@ def about(kept) -> dict[str, str]:
         "dataset": public_name(config.dataset_name),
         "recipe": config.recipe,
         "resolution": str(config.resolution),
+        "prediction_type": kept.run.schedule.prediction_type,
+        # ModelSpec's word for it: epsilon or v
+        "modelspec.prediction_type": kept.run.schedule.prediction_type.split("_")[0],
         "steps": str(kept.run.step),
     }
     return header | ({"code_changes": kept.code_changes} if kept.code_changes else {})

@@ -23,7 +23,7 @@ from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
 from inputs.sources import Pictures, read_dataset
 from inputs.vetting import check_device
-from keep import checkpoint, drawing, export, faster, faults, identity, meaning, report
+from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
 
 
 @dataclass
@@ -34,7 +34,8 @@ class Kept:
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
     were changed under it, with leave; notes: how its files will mean something else than it trains;
-    half_done: whether the optimizer is at work, or has failed at it: its numbers must not be saved.
+    losses: the bare base's (keep/noise.py); half_done: whether the optimizer is at work, or has
+    failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
@@ -45,6 +46,7 @@ class Kept:
     code: dict[str, str]
     code_changes: str
     notes: list[str]
+    losses: dict[str, list[float]]
     half_done: bool = False
 
 
@@ -61,7 +63,7 @@ def set_up(
     team, name = team or faster.Alone(), config.pretrained_model_name_or_path
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_dataset(config.dataset_name, config)
-    schedule = model.load_noise_schedule(name, device)
+    schedule = model.load_noise_schedule(name, device, config.prediction_type)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
@@ -81,16 +83,18 @@ def set_up(
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
     run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
+    losses = state.get("losses", {}) if state else noise.losses(run)
+    predicts = noise.judge(config, schedule.prediction_type, losses)
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, notes)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
     how = "; ".join(filter(None, (reason, attention, faster_by)))
-    lines = [report.describe(kept, pictures, how), planned, changes, *notes]
+    lines = [report.describe(kept, pictures, how), predicts, planned, changes, *notes]
     return kept, "\n".join(filter(None, lines))
 
 

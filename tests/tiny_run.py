@@ -44,6 +44,7 @@ def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:
         code_changes="",
         unfused="",
         notes=[],
+        losses={},
         half_done=False,
     )
     if vector:

@@ -3,6 +3,7 @@ model, and what the plain lines do not read is refused by a sentence.
 """
 
 import functools
+import inspect
 import json
 import os
 import shutil
@@ -121,6 +122,21 @@ def test_every_sampler_that_goes_with_eulers_is_drawn_with_or_refused_by_name():
     ):
         with pytest.raises(Refusal, match=f"the sampler {kind}; expected DDIMScheduler, "):
             vetting.load_sampler(str(POCKET), kind)
+
+
+@pytest.mark.parametrize("kind", vetting.SAMPLERS)
+def test_a_sampler_draws_from_pure_noise_where_the_model_says_so_or_is_refused(tmp_path, kind):
+    shutil.copytree(POCKET, tmp_path / "m")
+    path = tmp_path / "m" / "scheduler" / "scheduler_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"rescale_betas_zero_snr": True}))
+    if kind == "LCMScheduler":  # which divides by the last, 0
+        with pytest.raises(Refusal, match=r"LCMScheduler .* does not come through"):
+            vetting.load_sampler(str(tmp_path / "m"), kind, 4)
+    elif "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, kind)).parameters:
+        assert vetting.load_sampler(str(tmp_path / "m"), kind, 4).alphas_cumprod[-1] < 1e-7
+    else:
+        with pytest.raises(Refusal, match=f"{kind}, .* rescale_betas_zero_snr.*--scheduler Euler"):
+            vetting.load_sampler(str(tmp_path / "m"), kind, 4)
 
 
 @pytest.mark.parametrize(

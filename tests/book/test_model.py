@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import model
 from conftest import POCKET, SDXL, make_batch, make_unet
+from inputs import vetting
 from inputs.files import Refusal
 from made import assert_same_weights, pocket_with, pocket_with_unet
 
@@ -144,7 +145,7 @@ SCHEDULERS = {
     "pocket": json.loads((POCKET / "scheduler" / "scheduler_config.json").read_text()),
     "scaled_linear": SCALED,
     "linear": {"beta_schedule": "linear", "beta_start": 0.0001, "beta_end": 0.02},
-    "defaults": {},
+    "the fewest entries": {"beta_schedule": "linear", "beta_start": 0.001, "beta_end": 0.01},
     "500 steps": {"num_train_timesteps": 500} | SCALED,
     "zero SNR": {"rescale_betas_zero_snr": True, "prediction_type": "v_prediction"} | SCALED,
 }
@@ -162,6 +163,30 @@ def test_alphas_cumprod_equal_ddpm_schedulers_to_the_bit(tmp_path, name):
     theirs = DDPMScheduler.from_config(SCHEDULERS[name])
     assert torch.equal(ours.alphas_cumprod, theirs.alphas_cumprod)
     assert ours.prediction_type == theirs.config.prediction_type
+
+
+def test_betas_that_are_not_in_the_file_are_refused_all_at_once(tmp_path):
+    """diffusers' classes have each their own defaults, and flow matching and EDM have none."""
+    with pytest.raises(Refusal, match=r"beta_schedule None and .* beta_start None and .* beta_end"):
+        schedule_of(tmp_path / "m", {"_class_name": "EulerDiscreteScheduler"})
+
+
+def test_what_the_unet_predicts_is_as_asked_for_else_as_the_file_says(tmp_path):
+    for i, (said, asked, want) in enumerate(
+        (
+            ({}, "auto", "epsilon"),
+            ({"prediction_type": "v_prediction"}, "auto", "v_prediction"),
+            ({}, "v_prediction", "v_prediction"),
+            ({"prediction_type": "v_prediction"}, "epsilon", "epsilon"),
+        )
+    ):
+        schedule_of(tmp_path / str(i), SCALED | said)
+        schedule = model.load_noise_schedule(str(tmp_path / str(i)), CPU, asked)
+        assert schedule.prediction_type == want
+        assert (
+            vetting.load_sampler(str(tmp_path / str(i)), "", 3, asked).config.prediction_type
+            == want
+        )
 
 
 def test_zero_terminal_snr_ends_in_pure_noise(tmp_path):
@@ -192,6 +217,8 @@ def test_noising_and_target_equal_ddpm_schedulers_to_the_bit(tmp_path, name, pre
         {"prediction_type": "sample"},
         {"beta_schedule": "squaredcos_cap_v2"},
         {"trained_betas": [0.0001, 0.01, 0.02]},
+        {"rescale_betas_zero_snr": "no"},
+        *({entry: None} for entry in SCALED),
     ],
     ids=lambda c: next(iter(c)),
 )
