@@ -5,20 +5,23 @@ takes some ten seconds.
 
 import difflib
 import io
+import json
 import logging
 import math
 import os
+import re
 import sys
 import time
-from collections.abc import Callable
+import tomllib
+from collections.abc import Callable, Iterable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import tyro
 
-from inputs.files import Refusal, refuse
+from inputs.files import Refusal, refuse, refusing
 
 # How long an idle OpenMP thread spins before it sleeps. With libgomp's default and another program
 # on the same cores, a step of the pocket recipe took up to 10 s; so it takes 0.3 s, and alone no
@@ -85,6 +88,9 @@ class Config:
     cache_dir: str = "cache"
     # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
     cache: bool = True
+    # A file of options in JSON or TOML, such as a run's config.json, or that run's folder; options
+    # on the command line go before it.
+    config: str = ""
 
     # Side of the training square in pixels; a multiple of 8, the VAE's factor.
     resolution: Annotated[int, Within(8, 4096, step=8)] = 512
@@ -116,6 +122,9 @@ class Config:
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     # Steps over which the learning rate rises from zero: Adam's first estimates are poor.
     lr_warmup_steps: Annotated[int, Within(0, 1e8)] = 0
+    # Steps of the cosine, warm-up included; 0 is --max-train-steps at the run's first start. A run
+    # lengthened later keeps it and stays at its end: who plans to lengthen gives the whole length.
+    lr_schedule_steps: Annotated[int, Within(0, 1e8)] = 0
     # Where the cosine ends, as a share of the learning rate.
     lr_end: Annotated[float, Within(0, 1)] = 0.0
     # Keep AdamW's two moments in 8 bits (bitsandbytes): a quarter of the memory. Of every matrix:
@@ -201,6 +210,11 @@ class Config:
         return self.train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def schedule_steps(self) -> int:
+        """The steps that the learning rate's schedule is made for."""
+        return self.lr_schedule_steps or self.max_train_steps
+
+    @property
     def out(self) -> Path:
         kind = ("-quick" if self.quick else "") + ("-plain" if self.plain else "")
         return Path(self.output_dir or f"runs/{self.recipe}{kind}")
@@ -243,13 +257,81 @@ QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
-    recipe.
-    """
-    words = sys.argv[1:] if argv is None else argv
+    """The command line, on top of the --config file that it names, as a checked Config."""
+    words = list(sys.argv[1:] if argv is None else argv)
     refuse_unknown(words, Config)
-    recipes = RECIPES | QUICK if "--quick" in words else RECIPES
-    return check(tyro.extras.overridable_config_cli(recipes, args=words, prog="loop.py"))
+    named = words.pop(0) if words and words[0][:1] != "-" else ""
+    given = of_file(file) if (file := value_of("--config", words)) else {}
+    recipe, quick = given.get("recipe", named), given.get("quick") or "--quick" in words
+    recipes = dict(RECIPES | QUICK if quick else RECIPES)
+    if named not in ("", recipe):
+        found = f"the recipe {named}, and {recipe} in {file}"
+        raise Refusal(found, "one recipe", f"leave {named} out, or take that line out of the file")
+    if recipe in recipes:
+        title, usual = recipes[recipe]
+        recipes[recipe], words = (title, replace(usual, **given)), [recipe, *words]
+    elif not {"-h", "--help"} & set(words):
+        near = "".join(difflib.get_close_matches(recipe, recipes, 1)) or "t4"
+        found = f"the recipe {recipe}" if recipe else "no recipe as the first word"
+        raise Refusal(found, ", ".join(RECIPES), f"python loop.py {near}, or make train")
+    return check(read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py"))
+
+
+def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> Any:
+    """What tyro reads of a command line. Raises Refusal, of one line, where it draws a box."""
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return cli(what, args=words, prog=prog)
+    except SystemExit as left:
+        if not left.code:  # --help
+            raise
+        # What is wrong stands between the first ruled line, which may hold a title, and the next.
+        inside = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))
+        why = " ".join(" ".join(inside[1:2]).split()).rstrip(".")
+        found, remedy = f"a command line that cannot be read: {why}", f"python {prog} --help"
+        raise Refusal(found, "options as docs/options.md lists them", remedy) from left
+
+
+def value_of(option: str, words: list[str]) -> str:
+    """What the last `option` among the words is given, "" where it is not there."""
+    found = re.findall(rf"\0{option}[=\0]([^\0]+)", "".join(f"\0{word}" for word in words))
+    return found[-1] if found else ""
+
+
+# What a run's config.json says besides its options.
+NOTES = ("commit", "code_changes", "versions", "base_revision")
+
+
+def of_file(name: str) -> dict[str, Any]:
+    """The options in a JSON or TOML file, or in the config.json of the folder `name`. Raises
+    Refusal, naming all of it, for what is no option and what is no value of one.
+    """
+    path = Path(name, "config.json") if os.path.isdir(name) else Path(name)
+    read, remedy = tomllib.loads if path.suffix == ".toml" else json.loads, f"correct {path}"
+    with refusing(f"--config {path} cannot be read", "options in JSON, or in NAME.toml", remedy):
+        told = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
+    given = {k: tuple(v) if type(v) is list else v for k, v in told.items() if k not in NOTES}
+    kinds = {field.name: field.type for field in fields(Config)}
+    troubles = unknown(given.keys() - kinds, kinds, remedy)
+    for key in given.keys() & kinds:
+        if not is_a(given[key], kinds[key]):
+            good = json.dumps(getattr(T4, key))
+            troubles.append((f"{key} is {given[key]!r} in {path}", f"such as {good}", remedy))
+    refuse(sorted(troubles))
+    return given
+
+
+def is_a(value: Any, kind: Any) -> bool:
+    """Whether an option of the type `kind` may have that value."""
+    origin, inner = get_origin(kind), get_args(kind)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return type(value) is tuple and all(is_a(each, inner[0]) for each in value)
+    if inner:  # Annotated, whose other arguments are no types, or a union
+        return any(is_a(value, each) for each in inner)
+    return type(value) is kind or (kind is float and type(value) is int)
 
 
 STEPS = "--max-train-steps, which is epochs x pictures / 4 in t4"
@@ -273,25 +355,36 @@ ELSEWHERE = {  # other trainers' names: ours
 
 
 def refuse_unknown(words: list[str], options: type) -> None:
-    """Raise one Refusal for every option among the `words` that the dataclass lacks, each with the
-    one that is likely meant.
-    """
-    names = [field.name.replace("_", "-") for field in fields(options)]
-    known = {"help", *names, *(f"no-{name}" for name in names)}
-    typed = [word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"]
-    troubles = []
-    for name in (name for name in typed if name not in known):
+    """Raise one Refusal for every option among the `words` that the dataclass lacks."""
+    names = [field.name for field in fields(options)]
+    typed = [word[2:].partition("=")[0] for word in words if word[:2] == "--"]
+    refuse(unknown(typed, ["help", *names, *(f"no_{name}" for name in names)], "correct that"))
+
+
+def unknown(typed: Iterable[str], known: Iterable[str], remedy: str) -> list[tuple[str, str, str]]:
+    """A trouble for each name that is not known, with the option that is likely meant."""
+    troubles, known = [], [name.replace("_", "-") for name in known]
+    for name in (name.replace("_", "-") for name in typed):
         near = [f"--{each}" for each in difflib.get_close_matches(name, known, 1)]
         meant = ELSEWHERE.get(name) or "".join(near) or "nothing alike"
         found = f"the option --{name} (here: {meant})"
-        troubles.append((found, "options that docs/options.md lists", "correct that"))
-    refuse(troubles)
+        if name not in known:
+            troubles.append((found, "options that docs/options.md lists", remedy))
+    return troubles
 
 
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
     """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
+    for stream in (sys.stdout, sys.stderr):  # no name that it lacks the letters of ends a run
+        stream.reconfigure(errors="backslashreplace")
     try:
-        return parse(argv)
+        try:
+            return parse(argv)
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # --help | head: what is left has no reader
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(1)

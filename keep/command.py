@@ -1,10 +1,12 @@
 """The two commands, told apart before anything heavy is imported, and what may end the imports."""
 
+import atexit
 import contextlib
+import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line
@@ -13,18 +15,38 @@ from inputs.options import SPEAKS, Config
 
 def train(config: Config) -> int:
     """python loop.py RECIPE: a run that survives. Returns its exit code."""
+    leave = leaving()
     with importing():
         from keep import training
 
-    return training.main(config)
+    return leave(training.main(config))
 
 
 def draw(options: Options) -> int:
     """python generate.py ADAPTER. Returns its exit code."""
+    leave = leaving()
     with importing():
         from keep import drawing
 
-    return drawing.main(options)
+    return leave(drawing.main(options))
+
+
+def leaving() -> Callable[[int], int]:
+    """A function that takes and returns the exit code with which the process is to end as soon as
+    all threads and exit handlers have: to take apart every object of torch and diffusers costs
+    Python two seconds and more, after all is written.
+    """
+    codes = []
+
+    def leave() -> None:
+        for stream in (sys.stdout, sys.stderr) if codes else ():
+            with contextlib.suppress(OSError):  # its reader has gone
+                stream.flush()
+        if codes:
+            os._exit(codes[0])
+
+    atexit.register(leave)  # before any library's own handler, so that it runs after them
+    return lambda code: codes.append(code) or code
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ OUT/pytorch_lora_weights.safetensors and OUT/kohya/NAME.safetensors are the resu
 OUT/finished.json, written after both were read back and compared, says so.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from inputs.files import Refusal, sweep_parts, write_whole
 from inputs.options import Config
 from keep import faster
 from keep.checkpoint import remove_old, sum_of
-from keep.identity import about, check_same, fixed_options, local_identity
+from keep.identity import about, check_same, fixed_options, local_identity, on_schedule
 
 
 @torch.no_grad()
@@ -73,6 +74,20 @@ def exported_sums(config: Config) -> dict[str, str]:
     return {path.relative_to(config.out).as_posix(): sum_of(path.read_bytes()) for path in paths}
 
 
+def remove_renamed(config: Config) -> list[Path]:
+    """Remove the files that this run exported under another name of its folder: those that its last
+    finished.json names, if they are still what it wrote.
+    """
+    removed = []
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+        for name, was in json.loads((config.out / "finished.json").read_text())["files"].items():
+            path = config.out / name
+            if path not in files_of(config).values() and sum_of(path.read_bytes()) == was:
+                path.unlink()
+                removed.append(path)
+    return removed
+
+
 def mark_finished(kept) -> None:
     """Note that the exported files are whole and compared, and what they are of."""
     run, config = kept.run, kept.run.config
@@ -110,6 +125,7 @@ def finished(config: Config) -> str:
         TypeError,
     ):  # not ended yet, or damaged
         return ""
+    config = on_schedule(config, note)
     mine = fixed_options(config) | local_identity(config, half)
     if config.deterministic:  # a promise about how it was computed, from the first step on
         mine["deterministic"] = "True"

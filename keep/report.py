@@ -20,7 +20,7 @@ from inputs.files import write_whole
 from inputs.options import Config
 from inputs.pictures import strong_changes
 from inputs.sources import Pictures
-from loop import Run
+from loop import Run, learning_rate
 
 SPILL = (
     "On Windows and WSL the driver moves what does not fit into the host's memory without a word, "
@@ -96,7 +96,8 @@ class Log:
             for warning in self.watch.after(run.step, seconds, device):
                 tqdm.write(warning)
         said = f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step"
-        said += f", {peak:.1f} GiB, {scale.skipped} skipped"
+        said += f", {peak:.1f} GiB" if peak else ""
+        said += f", {scale.skipped} skipped" if scale.enabled else ""
         self.bar.set_postfix_str(said)
         self.bar.update()
 
@@ -186,9 +187,29 @@ def describe(kept, pictures: Pictures, how: str) -> str:
         strong_changes(pictures, config.resolution),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{several}",
+        describe_rate(config),
         f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
     )
     return "\n".join(filter(None, lines))
+
+
+def describe_rate(config: Config) -> str:
+    """Where the learning rate is not what one would think: a warm-up that outlasts the run, and a
+    run that outlasts its schedule; "" elsewhere.
+    """
+    steps, warmup, usual = config.max_train_steps, config.lr_warmup_steps, config.learning_rate
+    last, turn = learning_rate(steps - 1, config), max(config.schedule_steps, warmup + 1)
+    if steps < warmup:
+        return (
+            f"the warm-up of {warmup} steps is longer than the run: the learning rate ends at "
+            f"{last:.3g} and never reaches {usual:g}; a smaller --lr-warmup-steps lets it"
+        )
+    if config.lr_scheduler == "constant" or steps <= turn:
+        return ""
+    return (
+        f"the learning rate falls over the run's first {turn} steps (--lr-schedule-steps) and is "
+        f"{last:.3g} from there to step {steps}{'' if last else ': nothing more is learned'}"
+    )
 
 
 def count_cut(prompts: list[str], name: str) -> int:

@@ -10,6 +10,7 @@ import json
 import signal
 import time
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 from tqdm import tqdm
@@ -23,6 +24,8 @@ from inputs.options import Config
 from inputs.sources import read_dataset
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, report
+
+LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")  # what the numbers come from
 
 
 @dataclass
@@ -61,17 +64,15 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
     schedule = model.load_noise_schedule(name, device)
+    state = checkpoint.newest_state(config.out / "checkpoints")
+    config = identity.on_schedule(config, state)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
     digests = faster.digests(config)
-    state = checkpoint.newest_state(config.out / "checkpoints")
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
     config, planned = faster.plan(config, device, dtype, team.size)
-    if team.first:
-        told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
-        write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()
@@ -86,6 +87,11 @@ def set_up(
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
+    if team.first:  # not before: a start that is refused leaves nothing
+        told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
+        installed = {name: metadata.distributions(name=name) for name in LIBRARIES}
+        told["versions"] = {name: each.version for name in installed for each in installed[name]}
+        write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     lines = [report.describe(kept, pictures, how), planned, changes, *notes]
     return kept, "\n".join(filter(None, lines))
@@ -128,9 +134,11 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if team.first:
         for path in export.export(kept):
             print(f"saved, read back and compared: {path}")
+        for path in export.remove_renamed(run.config):
+            print(f"removed: {path}, which this run wrote when its folder had that name")
         export.mark_finished(kept)
-        skipped = run.loss_scale.skipped
-        print(f"done: {run.step} steps, {skipped} of them skipped for overflow in fp16")
+        skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
+        print(f"done: {run.step} steps{skipped if run.loss_scale.enabled else ''}")
     return 0
 
 
