@@ -13,11 +13,11 @@ import re
 import sys
 import time
 import tomllib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -257,23 +257,15 @@ QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The command line, on top of the --config file that it names, as a checked Config."""
+    """The command line, and before it the --config file that it names, as a checked Config."""
     words = list(sys.argv[1:] if argv is None else argv)
+    if file := re.findall("\0--config[=\0]([^\0]+)", "\0".join(["", *words])):
+        words = of_file(file[-1], words)
     refuse_unknown(words, Config)
-    named = words.pop(0) if words and words[0][:1] != "-" else ""
-    given = of_file(file) if (file := value_of("--config", words)) else {}
-    recipe, quick = given.get("recipe", named), given.get("quick") or "--quick" in words
-    recipes = dict(RECIPES | QUICK if quick else RECIPES)
-    if named not in ("", recipe):
-        found = f"the recipe {named}, and {recipe} in {file}"
-        raise Refusal(found, "one recipe", f"leave {named} out, or take that line out of the file")
-    if recipe in recipes:
-        title, usual = recipes[recipe]
-        recipes[recipe], words = (title, replace(usual, **given)), [recipe, *words]
-    elif not {"-h", "--help"} & set(words):
-        near = "".join(difflib.get_close_matches(recipe, recipes, 1)) or "t4"
-        found = f"the recipe {recipe}" if recipe else "no recipe as the first word"
-        raise Refusal(found, ", ".join(RECIPES), f"python loop.py {near}, or make train")
+    recipes = RECIPES | QUICK if "--quick" in words else RECIPES
+    if (first := "".join(words[:1])) not in (*recipes, "-h", "--help"):
+        found = f"the first word is {first}" if first else "no recipe"
+        raise Refusal(found, f"one of {', '.join(recipes)}", "python loop.py t4, or make train")
     return check(read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py"))
 
 
@@ -286,52 +278,42 @@ def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> 
     except SystemExit as left:
         if not left.code:  # --help
             raise
-        # What is wrong stands between the first ruled line, which may hold a title, and the next.
-        inside = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))
-        why = " ".join(" ".join(inside[1:2]).split()).rstrip(".")
+        # Before the first ruled line may stand a title, behind the last how to get help.
+        parts = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))[1:-1]
+        why = "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
         found, remedy = f"a command line that cannot be read: {why}", f"python {prog} --help"
         raise Refusal(found, "options as docs/options.md lists them", remedy) from left
 
 
-def value_of(option: str, words: list[str]) -> str:
-    """What the last `option` among the words is given, "" where it is not there."""
-    found = re.findall(rf"\0{option}[=\0]([^\0]+)", "".join(f"\0{word}" for word in words))
-    return found[-1] if found else ""
-
-
 # What a run's config.json says besides its options.
-NOTES = ("commit", "code_changes", "versions", "base_revision")
+NOTES = ("commit", "code_changes", "versions", "base_commit")
 
 
-def of_file(name: str) -> dict[str, Any]:
-    """The options in a JSON or TOML file, or in the config.json of the folder `name`. Raises
-    Refusal, naming all of it, for what is no option and what is no value of one.
+def of_file(name: str, words: list[str]) -> list[str]:
+    """A command line: its `words`, and before them, so that they win, those that say the same as a
+    JSON or TOML file, or as the config.json of the folder `name`. Raises Refusal.
     """
     path = Path(name, "config.json") if os.path.isdir(name) else Path(name)
     read, remedy = tomllib.loads if path.suffix == ".toml" else json.loads, f"correct {path}"
     with refusing(f"--config {path} cannot be read", "options in JSON, or in NAME.toml", remedy):
-        told = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
-    given = {k: tuple(v) if type(v) is list else v for k, v in told.items() if k not in NOTES}
-    kinds = {field.name: field.type for field in fields(Config)}
-    troubles = unknown(given.keys() - kinds, kinds, remedy)
-    for key in given.keys() & kinds:
-        if not is_a(given[key], kinds[key]):
-            good = json.dumps(getattr(T4, key))
-            troubles.append((f"{key} is {given[key]!r} in {path}", f"such as {good}", remedy))
+        given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
+    named = [words.pop(0)] if words[0][:1] != "-" else []
+    recipe = [str(given.pop("recipe"))] if "recipe" in given else named
+    troubles, of_numbers = [], {int: float, list: tuple}
+    if named not in ([], recipe):
+        found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
+        troubles.append((found, "one recipe", f"leave {named[0]} out"))
+    for key in given.keys() - NOTES:
+        value, usual = given[key], getattr(T4, key, None)
+        kind, its = (of_numbers.get(type(each), type(each)) for each in (value, usual))
+        if usual is not None and kind is not its:
+            troubles.append((f"{key} is {value!r}", f"such as {json.dumps(usual)}", remedy))
+        option = f"--no-{key}" if value is False else f"--{key}"
+        if kind not in (bool, tuple):
+            option = f"{option}={value}"
+        recipe += [option, *map(str, value if kind is tuple else ())]
     refuse(sorted(troubles))
-    return given
-
-
-def is_a(value: Any, kind: Any) -> bool:
-    """Whether an option of the type `kind` may have that value."""
-    origin, inner = get_origin(kind), get_args(kind)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return type(value) is tuple and all(is_a(each, inner[0]) for each in value)
-    if inner:  # Annotated, whose other arguments are no types, or a union
-        return any(is_a(value, each) for each in inner)
-    return type(value) is kind or (kind is float and type(value) is int)
+    return recipe + words
 
 
 STEPS = "--max-train-steps, which is epochs x pictures / 4 in t4"
@@ -355,36 +337,29 @@ ELSEWHERE = {  # other trainers' names: ours
 
 
 def refuse_unknown(words: list[str], options: type) -> None:
-    """Raise one Refusal for every option among the `words` that the dataclass lacks."""
-    names = [field.name for field in fields(options)]
-    typed = [word[2:].partition("=")[0] for word in words if word[:2] == "--"]
-    refuse(unknown(typed, ["help", *names, *(f"no_{name}" for name in names)], "correct that"))
-
-
-def unknown(typed: Iterable[str], known: Iterable[str], remedy: str) -> list[tuple[str, str, str]]:
-    """A trouble for each name that is not known, with the option that is likely meant."""
-    troubles, known = [], [name.replace("_", "-") for name in known]
-    for name in (name.replace("_", "-") for name in typed):
+    """Raise one Refusal for every option among the `words` that the dataclass lacks, each with the
+    one that is likely meant.
+    """
+    names = [field.name.replace("_", "-") for field in fields(options)]
+    known = {"help", *names, *(f"no-{name}" for name in names)}
+    typed = [word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"]
+    troubles = []
+    for name in (name for name in typed if name not in known):
         near = [f"--{each}" for each in difflib.get_close_matches(name, known, 1)]
         meant = ELSEWHERE.get(name) or "".join(near) or "nothing alike"
         found = f"the option --{name} (here: {meant})"
-        if name not in known:
-            troubles.append((found, "options that docs/options.md lists", remedy))
-    return troubles
+        troubles.append((found, "options that docs/options.md lists", "correct that"))
+    refuse(troubles)
 
 
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
     """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
-    for stream in (sys.stdout, sys.stderr):  # no name that it lacks the letters of ends a run
-        stream.reconfigure(errors="backslashreplace")
+    for stream in (sys.stdout, sys.stderr):  # a name that has no letters there ends no run
+        stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
-        try:
-            return parse(argv)
-        finally:
-            sys.stdout.flush()
-    except BrokenPipeError:  # --help | head: what is left has no reader
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(0)
+        return parse(argv)
+    except BrokenPipeError:  # --help | head
+        os._exit(0)  # without a flush of what nobody reads
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(1)

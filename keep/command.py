@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line
@@ -15,38 +15,33 @@ from inputs.options import SPEAKS, Config
 
 def train(config: Config) -> int:
     """python loop.py RECIPE: a run that survives. Returns its exit code."""
-    leave = leaving()
+    codes = leaving()
     with importing():
         from keep import training
 
-    return leave(training.main(config))
+    codes.append(training.main(config))
+    return codes[0]
 
 
 def draw(options: Options) -> int:
     """python generate.py ADAPTER. Returns its exit code."""
-    leave = leaving()
+    codes = leaving()
     with importing():
         from keep import drawing
 
-    return leave(drawing.main(options))
+    codes.append(drawing.main(options))
+    return codes[0]
 
 
-def leaving() -> Callable[[int], int]:
-    """A function that takes and returns the exit code with which the process is to end as soon as
-    all threads and exit handlers have: to take apart every object of torch and diffusers costs
-    Python two seconds and more, after all is written.
+def leaving() -> list[int]:
+    """A list: the process ends with the exit code that is put into it, as soon as threads and exit
+    handlers have ended. To take apart all that torch and diffusers are made of costs Python two
+    seconds and more, after everything is written. (Streams are flushed at each line's end.)
     """
     codes = []
-
-    def leave() -> None:
-        for stream in (sys.stdout, sys.stderr) if codes else ():
-            with contextlib.suppress(OSError):  # its reader has gone
-                stream.flush()
-        if codes:
-            os._exit(codes[0])
-
-    atexit.register(leave)  # before any library's own handler, so that it runs after them
-    return lambda code: codes.append(code) or code
+    # Before any library's handler, so that it runs after them.
+    atexit.register(lambda: codes and os._exit(*codes))
+    return codes
 
 
 @contextlib.contextmanager

@@ -31,12 +31,10 @@ def export(kept) -> list[Path]:
     """
     run, config = kept.run, kept.run.config
     if not any(layer.lora_B.any() for layer in run.adapter.layers.values()):
-        raise Refusal(
-            "the adapter did not move: every B is zero, as at its start",
-            "a trained adapter",
-            "a higher --learning-rate or more --max-train-steps"
-            + f" ({run.loss_scale.skipped} steps were skipped)",
-        )
+        found = "the adapter did not move: every B is zero, as at its start"
+        remedy = "a higher --learning-rate or more --max-train-steps"
+        remedy += f" ({run.loss_scale.skipped} steps were skipped)"
+        raise Refusal(found, "a trained adapter", remedy)
     batch, dtype = run.examples.batch(range(1), run.unet.device), model.DTYPES[config.save_dtype]
     run.unet.eval()  # what an edited layer does in training only, such as dropout, is in no file
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
@@ -54,11 +52,8 @@ def export(kept) -> list[Path]:
             matrix.copy_(trained[name])
         if not same or not off <= (0.0 if dtype == torch.float32 else 2e-3):
             why = "; ".join(kept.notes) or "check the disk and give the same command again"
-            raise Refusal(
-                f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
-                "the trained one",
-                f"{why}; the training is safe under checkpoints/",
-            )
+            found = f"{path}, read back, gives another UNet (outputs differ by {off:.2e})"
+            raise Refusal(found, "the trained one", f"{why}; what was trained is in checkpoints/")
     return list(files_of(config).values())
 
 
@@ -74,18 +69,16 @@ def exported_sums(config: Config) -> dict[str, str]:
     return {path.relative_to(config.out).as_posix(): sum_of(path.read_bytes()) for path in paths}
 
 
-def remove_renamed(config: Config) -> list[Path]:
-    """Remove the files that this run exported under another name of its folder: those that its last
-    finished.json names, if they are still what it wrote.
+def remove_renamed(config: Config) -> None:
+    """Remove what this run exported when its folder had another name: what its last finished.json
+    names, if it is still what that says.
     """
-    removed = []
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError):
+    with contextlib.suppress(OSError, ValueError, KeyError):
         for name, was in json.loads((config.out / "finished.json").read_text())["files"].items():
             path = config.out / name
             if path not in files_of(config).values() and sum_of(path.read_bytes()) == was:
                 path.unlink()
-                removed.append(path)
-    return removed
+                print(f"removed: {path}, which this run wrote under its folder's old name")
 
 
 def mark_finished(kept) -> None:
@@ -93,14 +86,9 @@ def mark_finished(kept) -> None:
     run, config = kept.run, kept.run.config
     # Again, since the run may have been killed between its last checkpoint and this.
     remove_old(config.out / "checkpoints", run.step, config.checkpoints_total_limit)
-    note = {
-        "steps": run.step,
-        "files": exported_sums(config),
-        "save_dtype": config.save_dtype,
-        "identity": kept.identity,
-        "code": kept.code,
-        "commit": code.commit(),
-    }
+    note = {"steps": run.step, "files": exported_sums(config), "save_dtype": config.save_dtype}
+    note |= {"identity": kept.identity, "code": kept.code, "commit": code.commit()}
+    remove_renamed(config)
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
     write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
 
@@ -118,12 +106,7 @@ def finished(config: Config) -> str:
         note = json.loads((config.out / "finished.json").read_text())
         whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
         half, enough = note["identity"]["dtype"] != "torch.float32", note["steps"] >= steps
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # not ended yet, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # not ended yet, or damaged
         return ""
     config = on_schedule(config, note)
     mine = fixed_options(config) | local_identity(config, half)

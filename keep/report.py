@@ -74,15 +74,8 @@ class Log:
     def write(self, run: Run, loss: float, norm: float, rate: float, seconds: float) -> None:
         scale, device = run.loss_scale, run.unet.device
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        values = {
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": norm,
-            "loss_scale": scale.value,
-            "skipped": scale.skipped,
-            "seconds": seconds,
-            "gib": peak,
-        }
+        values = {"loss": loss, "lr": rate, "grad_norm": norm, "loss_scale": scale.value}
+        values |= {"skipped": scale.skipped, "seconds": seconds, "gib": peak}
         sayable = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
         print(json.dumps({"step": run.step} | sayable | self.also), file=self.file, flush=True)
         for name, value in values.items() if self.board else ():
@@ -96,8 +89,7 @@ class Log:
             for warning in self.watch.after(run.step, seconds, device):
                 tqdm.write(warning)
         said = f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step"
-        said += f", {peak:.1f} GiB" if peak else ""
-        said += f", {scale.skipped} skipped" if scale.enabled else ""
+        said += f", {peak:.1f} GiB" * bool(peak) + f", {scale.skipped} skipped" * scale.enabled
         self.bar.set_postfix_str(said)
         self.bar.update()
 
@@ -197,19 +189,13 @@ def describe_rate(config: Config) -> str:
     """Where the learning rate is not what one would think: a warm-up that outlasts the run, and a
     run that outlasts its schedule; "" elsewhere.
     """
-    steps, warmup, usual = config.max_train_steps, config.lr_warmup_steps, config.learning_rate
-    last, turn = learning_rate(steps - 1, config), max(config.schedule_steps, warmup + 1)
+    steps, warmup = config.max_train_steps, config.lr_warmup_steps
+    turn = max(config.schedule_steps, warmup + 1) if config.lr_scheduler == "cosine" else steps
+    ends = f"the learning rate ends at {learning_rate(steps - 1, config):.3g}"
     if steps < warmup:
-        return (
-            f"the warm-up of {warmup} steps is longer than the run: the learning rate ends at "
-            f"{last:.3g} and never reaches {usual:g}; a smaller --lr-warmup-steps lets it"
-        )
-    if config.lr_scheduler == "constant" or steps <= turn:
-        return ""
-    return (
-        f"the learning rate falls over the run's first {turn} steps (--lr-schedule-steps) and is "
-        f"{last:.3g} from there to step {steps}{'' if last else ': nothing more is learned'}"
-    )
+        return f"{ends}: the run is shorter than its warm-up (--lr-warmup-steps {warmup})"
+    stays = f"{ends}, where its schedule ends at step {turn} and it stays (--lr-schedule-steps)"
+    return stays if turn < steps else ""
 
 
 def count_cut(prompts: list[str], name: str) -> int:

@@ -25,8 +25,6 @@ from inputs.sources import read_dataset
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, report
 
-LIBRARIES = ("torch", "diffusers", "transformers", "bitsandbytes")  # what the numbers come from
-
 
 @dataclass
 class Kept:
@@ -89,8 +87,9 @@ def set_up(
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
     if team.first:  # not before: a start that is refused leaves nothing
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
-        installed = {name: metadata.distributions(name=name) for name in LIBRARIES}
-        told["versions"] = {name: each.version for name in installed for each in installed[name]}
+        makers = ("torch", "diffusers", "transformers", "bitsandbytes")
+        installed = [each for name in makers for each in metadata.distributions(name=name)]
+        told["versions"] = {each.name: each.version for each in installed}
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     lines = [report.describe(kept, pictures, how), planned, changes, *notes]
@@ -134,8 +133,6 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if team.first:
         for path in export.export(kept):
             print(f"saved, read back and compared: {path}")
-        for path in export.remove_renamed(run.config):
-            print(f"removed: {path}, which this run wrote when its folder had that name")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
         print(f"done: {run.step} steps{skipped if run.loss_scale.enabled else ''}")
