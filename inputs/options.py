@@ -354,7 +354,7 @@ def refuse_unknown(words: list[str], options: type) -> None:
 
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
     """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
-    for stream in (sys.stdout, sys.stderr):  # a name that has no letters there ends no run
+    for stream in (sys.__stdout__, sys.__stderr__):  # a name that has no letters there ends no run
         stream.reconfigure(errors="backslashreplace", line_buffering=True)
     try:
         return parse(argv)

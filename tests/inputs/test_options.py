@@ -240,8 +240,9 @@ def test_a_file_that_cannot_be_used_is_refused(file, name, content, typed, words
 
 def test_a_name_that_the_terminal_has_no_letters_for_is_shown_by_its_numbers(monkeypatch):
     out, err = (io.TextIOWrapper(io.BytesIO(), "cp1252") for _ in range(2))
-    monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", err)
+    for name, stream in (("stdout", out), ("stderr", err)):
+        monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, f"__{name}__", stream)
     with pytest.raises(SystemExit):
         options.parse_or_leave(["日本語"])
     print("é 語.png")
