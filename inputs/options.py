@@ -277,6 +277,7 @@ def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> 
             return cli(what, args=words, prog=prog)
     except SystemExit as left:
         if not left.code:  # --help
+            sys.stdout.flush()
             raise
         # Before the first ruled line may stand a title, behind the last how to get help.
         parts = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))[1:-1]
@@ -355,11 +356,11 @@ def refuse_unknown(words: list[str], options: type) -> None:
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
     """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
     for stream in (sys.__stdout__, sys.__stderr__):  # a name that has no letters there ends no run
-        stream.reconfigure(errors="backslashreplace", line_buffering=True)
+        stream.reconfigure(errors="backslashreplace")
     try:
         return parse(argv)
     except BrokenPipeError:  # --help | head
-        os._exit(0)  # without a flush of what nobody reads
+        os._exit(0)  # Python would flush again and complain
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(1)

@@ -36,11 +36,17 @@ def draw(options: Options) -> int:
 def leaving() -> list[int]:
     """A list: the process ends with the exit code that is put into it, as soon as threads and exit
     handlers have ended. To take apart all that torch and diffusers are made of costs Python two
-    seconds and more, after everything is written. (Streams are flushed at each line's end.)
+    seconds and more, after everything is written.
     """
     codes = []
-    # Before any library's handler, so that it runs after them.
-    atexit.register(lambda: codes and os._exit(*codes))
+
+    def leave() -> None:
+        if codes:
+            with contextlib.suppress(OSError):  # its reader may have gone
+                sys.stdout.flush()
+            os._exit(codes[0])
+
+    atexit.register(leave)  # before any library's handler, so that it runs after them
     return codes
 
 
