@@ -305,7 +305,7 @@ def of_file(name: str, words: list[str]) -> list[str]:
         found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
         troubles.append((found, "one recipe", f"leave {named[0]} out"))
     for key in given.keys() - NOTES:
-        value, usual = given[key], getattr(T4, key, None)
+        value, usual = given[key], vars(T4).get(key)
         kind, its = (of_numbers.get(type(each), type(each)) for each in (value, usual))
         if usual is not None and kind is not its:
             troubles.append((f"{key} is {value!r}", f"such as {json.dumps(usual)}", remedy))

@@ -186,6 +186,7 @@ def test_a_file_written_by_hand_is_laid_over_its_recipe_and_the_command_line_ove
 WRONG = {  # in a file: what is said of it
     "network_dim": (4, "the option --network-dim (here: --lora-rank)"),
     "lora-rankk": (4, "the option --lora-rankk (here: --lora-rank)"),
+    "out": ("runs/x", "the option --out (here: "),  # a property of Config
     "training": ({"seed": 1}, "the option --training (here: "),  # [training] in TOML
     "seed": ("7", "seed is '7'"),
     "fused": (1, "fused is 1"),
@@ -199,7 +200,7 @@ WRONG = {  # in a file: what is said of it
 
 
 def test_all_that_is_wrong_with_a_file_is_said_at_once(file):
-    for names in (list(WRONG)[:3], list(WRONG)[3:]):
+    for names in (list(WRONG)[:4], list(WRONG)[4:]):
         path = file("a.json", json.dumps({name: WRONG[name][0] for name in names}))
         refused(partial(options.parse, ["t4", "--config", path]), *(WRONG[n][1] for n in names))
         refused(partial(options.parse, ["t4", "--config", path]), "correct ")

@@ -256,7 +256,7 @@ def test_memory_options_may_change_between_two_starts(train, tmp_path):
 
 
 def test_config_json_gives_the_run_again_and_says_what_made_it(train, tmp_path, capsys):
-    own = ("--max-train-steps", "2", "--lora-alpha", "8", "--max-grad-norm", "inf")
+    own = ("--max-train-steps", "2", "--lora-rank", "8", "--max-grad-norm", "inf")
     own += ("--train-batch-size", "1", "--gradient-accumulation-steps", "1")
     assert train("r", *own) == 0
     said = capsys.readouterr()  # on a CPU without a word of a loss scale or of a GPU's memory
@@ -270,7 +270,8 @@ def test_config_json_gives_the_run_again_and_says_what_made_it(train, tmp_path, 
     assert training.main(["--config", str(file), "--output-dir", str(tmp_path / "again")]) == 0
     assert adapter(tmp_path / "again") == adapter(tmp_path / "r")
     capsys.readouterr()
-    assert training.main(["--config", str(tmp_path / "r")]) == 0  # its own folder
+    # Its own folder; an alpha of 16, as the recipe has it, is 16.0 as it is read.
+    assert training.main(["--config", str(tmp_path / "r")]) == 0
     assert f"{tmp_path / 'r'} is finished: 2 steps" in capsys.readouterr().out
 
 
