@@ -22,20 +22,24 @@ $(VENV)/.ready: requirements.txt .ci/constraints.txt
 	$(VENV)/bin/python -m pip install --quiet -r requirements.txt -c .ci/constraints.txt
 	touch $@
 
+# as it was typed, $ and quotes too, where make's own words would lose them
+train: export PICTURES = $(value DATA)
 train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
 	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
 	seen=$$(echo "$${CUDA_VISIBLE_DEVICES-$$(seq -s , $$gpus)}" | tr , '\n' | grep -c '^[^-]'); \
 	if [ $$seen -lt $$gpus ]; then gpus=$$seen; fi; \
 	if [ -n "$(RECIPE)" ]; then recipe="$(RECIPE)"; why="as asked"; \
+	elif [ -n "$(findstring --config,$(ARGS))" ]; then recipe=; why="--config"; \
 	elif [ $$gpus -gt 0 ]; then recipe="t4 --device cuda"; why="a GPU is here"; \
 	else recipe=pocket; why="no GPU found"; fi; \
 	start="$(PYTHON)"; gpus=$(or $(GPUS),$$gpus); \
 	if [ $$gpus -gt 1 ]; then why="$$why; on $$gpus GPUs, GPUS=1 takes one"; \
 	  export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + gpus - 1) / gpus ))}; \
 	  start="$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $$gpus"; fi; \
-	echo "recipe $$recipe ($$why)"; \
-	exec $$start loop.py $$recipe $(if $(DATA),--dataset-name "$(DATA)" \
-	  --output-dir "runs/$${recipe%% *}-$(notdir $(DATA:%/=%))$(if $(filter --quick,$(ARGS)),-quick)") $(ARGS)
+	echo "recipe $${recipe:-of the file} ($$why)"; \
+	if [ -n "$$PICTURES" ]; then name=$$(basename -- "$$PICTURES"); kind=$${recipe:-config}; \
+	  set -- --dataset-name "$$PICTURES" --output-dir "runs/$${kind%% *}-$$name$(if $(filter --quick,$(ARGS)),-quick)"; fi; \
+	exec $$start loop.py $$recipe "$$@" $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"
 	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)

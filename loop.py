@@ -81,14 +81,14 @@ def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor
 
 def learning_rate(step: int, config: Config) -> float:
     """The rate of step `step` (from 0): it rises over the warm-up, then stays, or falls along a
-    cosine towards lr_end of itself, which it would reach one step after the last.
+    cosine towards lr_end of itself, where it is one step after the schedule's last, and stays.
     """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
     if config.lr_scheduler == "constant":
         return config.learning_rate
-    done = (step - config.lr_warmup_steps) / max(1, config.max_train_steps - config.lr_warmup_steps)
-    cosine = (1 + math.cos(math.pi * done)) / 2  # from 1 to 0
+    done = (step - config.lr_warmup_steps) / max(1, config.schedule_steps - config.lr_warmup_steps)
+    cosine = (1 + math.cos(math.pi * min(1, done))) / 2  # from 1 to 0
     return config.learning_rate * (config.lr_end + (1 - config.lr_end) * cosine)
 
 

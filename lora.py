@@ -143,14 +143,13 @@ def merge(adapter: Adapter) -> None:
     product in fp32.
 
     The old weights are kept (the model grows by their size), so that unmerge() gives them back bit
-    for bit: subtracting the product from a rounded sum would not. Raises Refusal for quantised
-    layers.
+    for bit: subtracting the product from a rounded sum would not. To save the model whole, unwrap()
+    it then. Raises Refusal for quantised layers.
     """
     for name, layer in adapter.layers.items():
         if layer.base.weight.shape != (layer.out_features, layer.in_features):  # packed in 4 bits
-            raise Refusal(
-                f"{name} has a quantised weight", "fp32, fp16 or bf16", "merge into the whole model"
-            )
+            found, remedy = f"{name} has a quantised weight", "merge into the whole model"
+            raise Refusal(found, "fp32, fp16 or bf16", remedy)
     for layer in adapter.layers.values():
         if layer.weight_before_merge is None:
             product = layer.strength * layer.scale * (layer.lora_B @ layer.lora_A)  # (out, in) fp32
@@ -163,6 +162,14 @@ def unmerge(adapter: Adapter) -> None:
     for layer in adapter.layers.values():
         if layer.weight_before_merge is not None:
             layer.base.weight.data, layer.weight_before_merge = layer.weight_before_merge, None
+
+
+def unwrap(model: nn.Module, adapter: Adapter) -> None:
+    """Undo inject(): each base, merged or bare, back in its place. Then the model's keys are those
+    that everybody loads; with the adapter in it, save_pretrained() would write .base. into them.
+    """
+    for name, layer in adapter.layers.items():
+        model.set_submodule(name, layer.base)
 
 
 # ---- the file, with the keys that diffusers reads and writes -------------------------------------
@@ -222,11 +229,9 @@ def load(adapter: Adapter, file: AdapterFile) -> None:
     refuse_merged(adapter)
     mine, same_alpha = adapter.matrices(), math.isclose(file.alpha, adapter.alpha, rel_tol=1e-6)
     if file.rank != adapter.rank or not same_alpha:
-        raise Refusal(
-            f"{file.path} has rank {file.rank} and alpha {file.alpha:g}",
-            f"rank {adapter.rank} and alpha {adapter.alpha:g}",
-            f"--lora-rank {file.rank} --lora-alpha {file.alpha:g}",
-        )
+        found = f"{file.path} has rank {file.rank} and alpha {file.alpha:g}"
+        expected = f"rank {adapter.rank} and alpha {adapter.alpha:g}"
+        raise Refusal(found, expected, f"--lora-rank {file.rank} --lora-alpha {file.alpha:g}")
     check_fits(file.path, file.matrices, mine)
     for name, matrix in mine.items():
         matrix.copy_(file.matrices[name])

@@ -14,8 +14,8 @@ from inputs.files import digest
 ROOT = Path(__file__).parent.parent
 # The modules that make the numbers, and what in them makes none: files, kernels, ways of loading.
 MODULES = {
-    "lora": "FILE_NAME set_strength refuse_merged merge unmerge peft_bytes save AdapterFile read "
-    "load",
+    "lora": "FILE_NAME set_strength refuse_merged merge unmerge unwrap peft_bytes save AdapterFile "
+    "read load",
     "model": "READERS free_memory load_unet build_unet fill_unet use_attention "
     "use_gradient_checkpointing checkpointable load_text_encoders load_vae load_tokenizers",
     "data": "in_batches send",

@@ -81,7 +81,7 @@ class Options:
 def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
-    options = tyro.cli(Options, args=argv, prog="generate.py")
+    options = configuration.read_words(tyro.cli, Options, argv, "generate.py")
     plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
     typed = " ".join([*options.prompts, options.negative_prompt])
     text = typed.encode(errors="ignore").decode() == typed  # a shell passes any bytes on

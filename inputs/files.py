@@ -162,6 +162,7 @@ def only_run(folder: Path):
     # No soft lock, a file that counts as a lock while it is there: it would outlive a lost machine.
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
     try:
+        made = [each for each in (folder, *folder.parents) if not each.exists()]
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
     except OSError as error:
@@ -177,6 +178,11 @@ def only_run(folder: Path):
     try:
         yield
     finally:
+        with contextlib.suppress(OSError):
+            if made and os.listdir(folder) == [".lock"]:  # refused before it wrote anything
+                (folder / ".lock").unlink()
+                for each in made:
+                    each.rmdir()
         lock.release()
 
 

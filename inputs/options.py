@@ -5,11 +5,14 @@ takes some ten seconds.
 
 import difflib
 import io
+import json
 import logging
 import math
 import os
+import re
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, fields, replace
@@ -18,7 +21,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from inputs.files import Refusal, refuse
+from inputs.files import Refusal, refuse, refusing
 
 # How long an idle OpenMP thread spins before it sleeps. With libgomp's default and another program
 # on the same cores, a step of the pocket recipe took up to 10 s; so it takes 0.3 s, and alone no
@@ -96,6 +99,9 @@ class Config:
     cache_dir: str = "cache"
     # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
     cache: bool = True
+    # A file of options in JSON or TOML, such as a run's config.json, or that run's folder; options
+    # on the command line go before it.
+    config: str = ""
 
     # Side of the training square in pixels; a multiple of 8, the VAE's factor.
     resolution: Annotated[int, Within(8, 4096, step=8)] = 512
@@ -127,6 +133,9 @@ class Config:
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     # Steps over which the learning rate rises from zero: Adam's first estimates are poor.
     lr_warmup_steps: Annotated[int, Within(0, 1e8)] = 0
+    # Steps of the cosine, warm-up included; 0 is --max-train-steps at the run's first start. A run
+    # lengthened later keeps it and stays at its end: who plans to lengthen gives the whole length.
+    lr_schedule_steps: Annotated[int, Within(0, 1e8)] = 0
     # Where the cosine ends, as a share of the learning rate.
     lr_end: Annotated[float, Within(0, 1)] = 0.0
     # Keep AdamW's two moments in 8 bits (bitsandbytes): a quarter of the memory. Of every matrix:
@@ -215,6 +224,11 @@ class Config:
         return self.train_batch_size * self.gradient_accumulation_steps
 
     @property
+    def schedule_steps(self) -> int:
+        """The steps that the learning rate's schedule is made for."""
+        return self.lr_schedule_steps or self.max_train_steps
+
+    @property
     def out(self) -> Path:
         kind = ("-quick" if self.quick else "") + ("-plain" if self.plain else "")
         return Path(self.output_dir or f"runs/{self.recipe}{kind}")
@@ -257,13 +271,64 @@ QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The command line as a checked Config. Leaves with exit code 2 and a sentence for an unknown
-    recipe.
-    """
-    words = sys.argv[1:] if argv is None else argv
+    """The command line, and before it the --config file that it names, as a checked Config."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if file := re.findall("\0--config[=\0]([^\0]+)", "\0".join(["", *words])):
+        words = of_file(file[-1], words)
     refuse_unknown(words, Config)
     recipes = RECIPES | QUICK if "--quick" in words else RECIPES
-    return check(tyro.extras.overridable_config_cli(recipes, args=words, prog="loop.py"))
+    if (first := "".join(words[:1])) not in (*recipes, "-h", "--help"):
+        found = f"the first word is {first}" if first else "no recipe"
+        raise Refusal(found, f"one of {', '.join(recipes)}", "python loop.py t4, or make train")
+    return check(read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py"))
+
+
+def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> Any:
+    """What tyro reads of a command line. Raises Refusal, of one line, where it draws a box."""
+    told = io.StringIO()
+    try:
+        with redirect_stderr(told):
+            return cli(what, args=words, prog=prog)
+    except SystemExit as left:
+        if not left.code:  # --help
+            sys.stdout.flush()
+            raise
+        # Before the first ruled line may stand a title, behind the last how to get help.
+        parts = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))[1:-1]
+        why = "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
+        found, remedy = f"a command line that cannot be read: {why}", f"python {prog} --help"
+        raise Refusal(found, "options as docs/options.md lists them", remedy) from left
+
+
+# What a run's config.json says besides its options.
+NOTES = ("commit", "code_changes", "versions", "base_commit")
+
+
+def of_file(name: str, words: list[str]) -> list[str]:
+    """A command line: its `words`, and before them, so that they win, those that say the same as a
+    JSON or TOML file, or as the config.json of the folder `name`. Raises Refusal.
+    """
+    path = Path(name, "config.json") if os.path.isdir(name) else Path(name)
+    read, remedy = tomllib.loads if path.suffix == ".toml" else json.loads, f"correct {path}"
+    with refusing(f"--config {path} cannot be read", "options in JSON, or in NAME.toml", remedy):
+        given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
+    named = [words.pop(0)] if words[0][:1] != "-" else []
+    recipe = [str(given.pop("recipe"))] if "recipe" in given else named
+    troubles, of_numbers = [], {int: float, list: tuple}
+    if named not in ([], recipe):
+        found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
+        troubles.append((found, "one recipe", f"leave {named[0]} out"))
+    for key in given.keys() - NOTES:
+        value, usual = given[key], vars(T4).get(key)
+        kind, its = (of_numbers.get(type(each), type(each)) for each in (value, usual))
+        if usual is not None and kind is not its:
+            troubles.append((f"{key} is {value!r}", f"such as {json.dumps(usual)}", remedy))
+        option = f"--no-{key}" if value is False else f"--{key}"
+        if kind not in (bool, tuple):
+            option = f"{option}={value}"
+        recipe += [option, *map(str, value if kind is tuple else ())]
+    refuse(sorted(troubles))
+    return recipe + words
 
 
 STEPS = "--max-train-steps, which is epochs x pictures / 4 in t4"
@@ -307,8 +372,12 @@ def refuse_unknown(words: list[str], options: type) -> None:
 
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
     """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
+    for stream in (sys.__stdout__, sys.__stderr__):  # a name that has no letters there ends no run
+        stream.reconfigure(errors="backslashreplace")
     try:
         return parse(argv)
+    except BrokenPipeError:  # --help | head
+        os._exit(0)  # Python would flush again and complain
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(1)

@@ -12,7 +12,7 @@ import re
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from inputs.files import Refusal
@@ -50,10 +50,10 @@ def decode(picture: Picture) -> Image.Image:
             )
         return image
     except Exception as error:  # Pillow raises nearly every class for damaged files
+        unknown = isinstance(error, UnidentifiedImageError)  # it names the memory it read
+        why = "no picture that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
         raise Refusal(
-            # Without Pillow's <_io.BytesIO object at 0x7f...>, with which ten would be cut.
-            f"picture {picture.name} cannot be read ({type(error).__name__}: "
-            f"{str(error).partition(' <_io')[0]})",
+            f"picture {picture.name} cannot be read ({why})",
             f"a whole picture of at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels that "
             "Pillow can open",
             "replace or remove it; what is encoded already is kept",

@@ -1,6 +1,8 @@
 """The two commands, told apart before anything heavy is imported, and what may end the imports."""
 
+import atexit
 import contextlib
+import os
 import signal
 import sys
 import traceback
@@ -13,18 +15,39 @@ from inputs.options import SPEAKS, Config
 
 def train(config: Config) -> int:
     """python loop.py RECIPE: a run that survives. Returns its exit code."""
+    codes = leaving()
     with importing():
         from keep import training
 
-    return training.main(config)
+    codes.append(training.main(config))
+    return codes[0]
 
 
 def draw(options: Options) -> int:
     """python generate.py ADAPTER. Returns its exit code."""
+    codes = leaving()
     with importing():
         from keep import drawing
 
-    return drawing.main(options)
+    codes.append(drawing.main(options))
+    return codes[0]
+
+
+def leaving() -> list[int]:
+    """A list: the process ends with the exit code that is put into it, as soon as threads and exit
+    handlers have ended. To take apart all that torch and diffusers are made of costs Python two
+    seconds and more, after everything is written.
+    """
+    codes = []
+
+    def leave() -> None:
+        if codes:
+            with contextlib.suppress(OSError):  # its reader may have gone
+                sys.stdout.flush()
+            os._exit(codes[0])
+
+    atexit.register(leave)  # before any library's handler, so that it runs after them
+    return codes
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ OUT/pytorch_lora_weights.safetensors and OUT/kohya/NAME.safetensors are the resu
 OUT/finished.json, written after both were read back and compared, says so.
 """
 
+import contextlib
 import json
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from inputs.files import Refusal, sweep_parts, write_whole
 from inputs.options import Config
 from keep import faster
 from keep.checkpoint import remove_old, sum_of
-from keep.identity import about, check_same, fixed_options, local_identity
+from keep.identity import about, check_same, fixed_options, local_identity, on_schedule
 
 
 @torch.no_grad()
@@ -30,12 +31,10 @@ def export(kept) -> list[Path]:
     """
     run, config = kept.run, kept.run.config
     if not any(layer.lora_B.any() for layer in run.adapter.layers.values()):
-        raise Refusal(
-            "the adapter did not move: every B is zero, as at its start",
-            "a trained adapter",
-            "a higher --learning-rate or more --max-train-steps"
-            + f" ({run.loss_scale.skipped} steps were skipped)",
-        )
+        found = "the adapter did not move: every B is zero, as at its start"
+        remedy = "a higher --learning-rate or more --max-train-steps"
+        remedy += f" ({run.loss_scale.skipped} steps were skipped)"
+        raise Refusal(found, "a trained adapter", remedy)
     batch, dtype = run.examples.batch(range(1), run.unet.device), model.DTYPES[config.save_dtype]
     run.unet.eval()  # what an edited layer does in training only, such as dropout, is in no file
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
@@ -53,11 +52,8 @@ def export(kept) -> list[Path]:
             matrix.copy_(trained[name])
         if not same or not off <= (0.0 if dtype == torch.float32 else 2e-3):
             why = "; ".join(kept.notes) or "check the disk and give the same command again"
-            raise Refusal(
-                f"{path}, read back, gives another UNet (outputs differ by {off:.2e})",
-                "the trained one",
-                f"{why}; the training is safe under checkpoints/",
-            )
+            found = f"{path}, read back, gives another UNet (outputs differ by {off:.2e})"
+            raise Refusal(found, "the trained one", f"{why}; what was trained is in checkpoints/")
     return list(files_of(config).values())
 
 
@@ -73,19 +69,26 @@ def exported_sums(config: Config) -> dict[str, str]:
     return {path.relative_to(config.out).as_posix(): sum_of(path.read_bytes()) for path in paths}
 
 
+def remove_renamed(config: Config) -> None:
+    """Remove what this run exported when its folder had another name: what its last finished.json
+    names, if it is still what that says.
+    """
+    with contextlib.suppress(OSError, ValueError, KeyError):
+        for name, was in json.loads((config.out / "finished.json").read_text())["files"].items():
+            path = config.out / name
+            if path not in files_of(config).values() and sum_of(path.read_bytes()) == was:
+                path.unlink()
+                print(f"removed: {path}, which this run wrote under its folder's old name")
+
+
 def mark_finished(kept) -> None:
     """Note that the exported files are whole and compared, and what they are of."""
     run, config = kept.run, kept.run.config
     # Again, since the run may have been killed between its last checkpoint and this.
     remove_old(config.out / "checkpoints", run.step, config.checkpoints_total_limit)
-    note = {
-        "steps": run.step,
-        "files": exported_sums(config),
-        "save_dtype": config.save_dtype,
-        "identity": kept.identity,
-        "code": kept.code,
-        "commit": code.commit(),
-    }
+    note = {"steps": run.step, "files": exported_sums(config), "save_dtype": config.save_dtype}
+    note |= {"identity": kept.identity, "code": kept.code, "commit": code.commit()}
+    remove_renamed(config)
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
     write_whole(config.out / "finished.json", json.dumps(note, indent=1).encode())
 
@@ -105,6 +108,7 @@ def finished(config: Config) -> str:
         half, enough = note["identity"]["dtype"] != "torch.float32", note["steps"] >= steps
     except (OSError, ValueError, KeyError, TypeError):  # not ended yet, or damaged
         return ""
+    config = on_schedule(config, note)
     mine = fixed_options(config) | local_identity(config, half)
     if config.deterministic:  # a promise about how it was computed, from the first step on
         mine["deterministic"] = "True"

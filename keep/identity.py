@@ -1,5 +1,6 @@
 """What makes two starts one run: the options, files and pictures that must be the same, as text."""
 
+import contextlib
 import dataclasses
 import json
 
@@ -18,7 +19,7 @@ MAY_CHANGE = {
     *("tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
     *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
-    *("ddp_timeout", "plain", "accept_code_change"),
+    *("ddp_timeout", "plain", "accept_code_change", "config"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
     "deterministic",  # may be given up, not taken up: see deterministic.promise()
     # base, data and dtype are told by content, not by the name they were asked for
@@ -38,6 +39,14 @@ def fixed_options(config: Config) -> dict[str, str]:
     fixed = {k: str(v) for k, v in dataclasses.asdict(config).items() if k not in MAY_CHANGE}
     both = "train_batch_size x gradient_accumulation_steps"
     return fixed | {both: str(config.examples_per_step)}
+
+
+def on_schedule(config: Config, began: dict | None) -> Config:
+    """`config` with its schedule's length: as asked, else as the run began with, which `began`, its
+    checkpoint or the note of its end, tells; one from before that was kept follows the run's.
+    """
+    kept = began["identity"].get("lr_schedule_steps", 0) if began else config.max_train_steps
+    return dataclasses.replace(config, lr_schedule_steps=config.lr_schedule_steps or int(kept))
 
 
 def identity(
@@ -98,7 +107,7 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
         return
     # A run from before an option existed ran as the option's default does.
     theirs = {k: state["identity"].get(k, str(getattr(Config, k, "not set"))) for k in mine}
-    if other := [key for key in mine if theirs[key] != mine[key]]:
+    if other := [key for key in mine if not alike(theirs[key], mine[key])]:
         told = [
             {key: f"{FINGERPRINTS.get(key, key)} {each[key]}" for key in other}
             for each in (theirs, mine)
@@ -112,6 +121,13 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
             "saving, logging and memory options may change)",
             "give the old value or put the old content back, or another --output-dir for a new run",
         )
+
+
+def alike(one: str, other: str) -> bool:
+    """Whether two values say the same: 16, as a recipe has it, and 16.0, as it was typed."""
+    with contextlib.suppress(ValueError):
+        return float(one) == float(other)
+    return one == other
 
 
 def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:

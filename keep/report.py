@@ -20,7 +20,7 @@ from inputs.files import write_whole
 from inputs.options import Config
 from inputs.pictures import strong_changes
 from inputs.sources import Pictures
-from loop import Run
+from loop import Run, learning_rate
 
 SPILL = (
     "On Windows and WSL the driver moves what does not fit into the host's memory without a word, "
@@ -74,15 +74,8 @@ class Log:
     def write(self, run: Run, loss: float, norm: float, rate: float, seconds: float) -> None:
         scale, device = run.loss_scale, run.unet.device
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
-        values = {
-            "loss": loss,
-            "lr": rate,
-            "grad_norm": norm,
-            "loss_scale": scale.value,
-            "skipped": scale.skipped,
-            "seconds": seconds,
-            "gib": peak,
-        }
+        values = {"loss": loss, "lr": rate, "grad_norm": norm, "loss_scale": scale.value}
+        values |= {"skipped": scale.skipped, "seconds": seconds, "gib": peak}
         sayable = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
         print(json.dumps({"step": run.step} | sayable | self.also), file=self.file, flush=True)
         for name, value in values.items() if self.board else ():
@@ -96,7 +89,7 @@ class Log:
             for warning in self.watch.after(run.step, seconds, device):
                 tqdm.write(warning)
         said = f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step"
-        said += f", {peak:.1f} GiB, {scale.skipped} skipped"
+        said += f", {peak:.1f} GiB" * bool(peak) + f", {scale.skipped} skipped" * scale.enabled
         self.bar.set_postfix_str(said)
         self.bar.update()
 
@@ -186,9 +179,23 @@ def describe(kept, pictures: Pictures, how: str) -> str:
         strong_changes(pictures, config.resolution),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{several}",
+        describe_rate(config),
         f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
     )
     return "\n".join(filter(None, lines))
+
+
+def describe_rate(config: Config) -> str:
+    """Where the learning rate is not what one would think: a warm-up that outlasts the run, and a
+    run that outlasts its schedule; "" elsewhere.
+    """
+    steps, warmup = config.max_train_steps, config.lr_warmup_steps
+    turn = max(config.schedule_steps, warmup + 1) if config.lr_scheduler == "cosine" else steps
+    ends = f"the learning rate ends at {learning_rate(steps - 1, config):.3g}"
+    if steps < warmup:
+        return f"{ends}: the run is shorter than its warm-up (--lr-warmup-steps {warmup})"
+    stays = f"{ends}, where its schedule ends at step {turn} and it stays (--lr-schedule-steps)"
+    return stays if turn < steps else ""
 
 
 def count_cut(prompts: list[str], name: str) -> int:

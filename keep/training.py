@@ -11,6 +11,7 @@ import random
 import signal
 import time
 from dataclasses import dataclass
+from importlib import metadata
 
 import torch
 from tqdm import tqdm
@@ -64,19 +65,15 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_dataset(config.dataset_name, config)
     schedule = model.load_noise_schedule(name, device, config.prediction_type)
+    state = checkpoint.newest_state(config.out / "checkpoints")
+    config = identity.on_schedule(config, state)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
     digests = faster.digests(config)
-    state = checkpoint.newest_state(config.out / "checkpoints")
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
     config, planned = faster.plan(config, device, dtype, team.size)
-    if team.first:
-        told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
-        told["validation_prompts"] = prompts_of(config, pictures)
-        write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
-        write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()
@@ -93,6 +90,14 @@ def set_up(
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
+    if team.first:  # not before: a start that is refused leaves nothing
+        told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
+        makers = ("torch", "diffusers", "transformers", "bitsandbytes")
+        installed = [each for name in makers for each in metadata.distributions(name=name)]
+        told["versions"] = {each.name: each.version for each in installed}
+        told["validation_prompts"] = prompts_of(config, pictures)
+        write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
+        write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     lines = [report.describe(kept, pictures, how), predicts, planned, changes, *notes]
     return kept, "\n".join(filter(None, lines))
@@ -136,8 +141,8 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
         for path in export.export(kept):
             print(f"saved, read back and compared: {path}")
         export.mark_finished(kept)
-        skipped = run.loss_scale.skipped
-        print(f"done: {run.step} steps, {skipped} of them skipped for overflow in fp16")
+        skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
+        print(f"done: {run.step} steps{skipped if run.loss_scale.enabled else ''}")
     return 0
 
 

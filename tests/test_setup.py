@@ -78,3 +78,61 @@ def test_pip_install_is_told_that_this_is_a_repository_to_run(hook):
     done = subprocess.run(argv, cwd=ROOT / folder, capture_output=True, text=True)
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert done.stderr.startswith("this is a repository to run") and "make train" in done.stderr
+
+
+@pytest.fixture
+def typed(tmp_path):
+    """typed("make's words"...): what make train hands loop.py, and its first line; a Python that
+    only prints stands in for the real one. No GPU.
+    """
+    python, smi = tmp_path / "python", tmp_path / "nvidia-smi"
+    python.write_text('#!/bin/sh\nshift\nprintf "%s\\n" "$@"\n')
+    smi.write_text("#!/bin/sh\n")
+    for file in (python, smi):
+        file.chmod(0o755)
+
+    def run(*words: str, **environment: str) -> tuple[str, list[str]]:
+        made = ("MAKEFLAGS", "PYTHON", "DATA", "ARGS", "RECIPE", "GPUS")
+        env = {k: v for k, v in os.environ.items() if k not in made} | environment
+        env["PATH"] = f"{tmp_path}:{env['PATH']}"
+        argv = ["make", "--no-print-directory", "train", f"PYTHON={python}", *words]
+        done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, "")
+        first, *rest = done.stdout.splitlines()
+        return first, rest
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("data", "name"),
+    [
+        ("my_pictures", "my_pictures"),
+        ("my $pictures", "my $pictures"),
+        ('$HOME/$(date) `date`/it\'s "mine"/', 'it\'s "mine"'),
+        ("two words/and three more", "and three more"),
+        ("somebody/dataset", "dataset"),
+        ("$x", "$x"),
+        ("a#b;c&d|e", "a#b;c&d|e"),
+    ],
+)
+def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
+    own = ["pocket", "--dataset-name", data, "--output-dir", f"runs/pocket-{name}"]
+    assert typed(f"DATA={data}") == ("recipe pocket (no GPU found)", own)
+    assert typed(DATA=data)[1] == own  # of the environment
+    argv = typed(f"DATA={data}", "RECIPE=t4", "ARGS=--quick --validation-prompts 'a fox' fish")[1]
+    own = ["t4", *own[1:4], f"runs/t4-{name}-quick", "--quick"]
+    assert argv == [*own, "--validation-prompts", "a fox", "fish"]
+
+
+def test_make_names_no_recipe_where_a_file_does(typed):
+    assert typed() == ("recipe pocket (no GPU found)", ["pocket"])
+    said, argv = typed("ARGS=--seed 1 --config runs/x/config.json")
+    assert said == "recipe of the file (--config)"
+    assert argv == ["--seed", "1", "--config", "runs/x/config.json"]
+    assert typed("RECIPE=t4", "ARGS=--config=a.toml")[1] == ["t4", "--config=a.toml"]
+    assert typed("DATA=ink", "ARGS=--config a.toml")[1][-3:] == [
+        "runs/config-ink",
+        "--config",
+        "a.toml",
+    ]

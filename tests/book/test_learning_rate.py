@@ -42,6 +42,25 @@ def test_cosine_without_an_end_falls_towards_zero():
     assert found == sorted(found, reverse=True) and len(set(found)) == 12
 
 
+def test_a_schedule_of_its_own_length_falls_as_a_run_of_that_length_and_stays_at_its_end():
+    usual = {"lr_scheduler": "cosine", "lr_end": 0.2, "lr_warmup_steps": 3}
+    short = rates(**usual)
+    long = rates(**usual, max_train_steps=20, lr_schedule_steps=12)
+    assert long[:12] == short  # to the bit
+    assert long[12:] == [0.5 * 0.2] * 8
+    assert rates(**usual | {"lr_end": 0.0}, max_train_steps=14, lr_schedule_steps=12)[12:] == [0, 0]
+
+
+def test_a_schedule_no_longer_than_its_warm_up_has_the_whole_rate_once():
+    found = rates(lr_scheduler="cosine", lr_end=0.2, lr_warmup_steps=4, lr_schedule_steps=2)
+    assert found == [0.125, 0.25, 0.375, 0.5, 0.5] + [0.1] * 7
+
+
+@pytest.mark.parametrize("length", [1, 6, 40])
+def test_a_constant_rate_has_no_end(length):
+    assert rates(lr_scheduler="constant", lr_schedule_steps=length) == [0.5] * 12
+
+
 def test_cosine_ends_at_its_share_of_the_rate_one_step_after_the_last():
     """0.2 of it: the step after the last would have exactly that."""
     found = rates(lr_scheduler="cosine", lr_end=0.2)
@@ -77,7 +96,7 @@ def test_a_run_of_one_step_has_the_whole_rate():
 
 
 def test_more_steps_stretch_the_cosine():
-    """max_train_steps may change between two starts: the rate follows the new length."""
+    """Where no run has begun: one that has keeps its schedule (keep/identity.py)."""
     config = replace(POCKET, lr_scheduler="cosine", lr_end=0.0)
     assert loop.learning_rate(6, config) < loop.learning_rate(
         6, replace(config, max_train_steps=24)

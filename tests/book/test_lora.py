@@ -14,6 +14,7 @@ import lora
 from conftest import SDXL, make_batch, make_unet
 from inputs.files import Refusal
 from lora import TARGETS, Adapter, LoRALinear
+from made import assert_same_weights
 
 
 def answer(unet: nn.Module, batch: dict[str, Tensor]) -> Tensor:
@@ -176,6 +177,33 @@ def test_another_strength_or_other_numbers_are_refused_while_merged(unet, batch)
         with pytest.raises(Refusal, match="merged into its base"):
             change()
     assert torch.equal(answer(unet, batch), merged)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_a_merged_model_that_is_unwrapped_is_saved_as_diffusers_reads_it(
+    unet, batch, tmp_path, dtype
+):
+    bare = {name: tuple(weight.shape) for name, weight in unet.state_dict().items()}
+    adapter = stir(lora.inject(unet.to(dtype), rank=4, alpha=6))
+    adapted = answer(unet, batch)
+    lora.merge(adapter)
+    lora.unwrap(unet, adapter)
+    assert {name: tuple(weight.shape) for name, weight in unet.state_dict().items()} == bare
+    unet.save_pretrained(tmp_path)
+    theirs = UNet2DConditionModel.from_pretrained(tmp_path, torch_dtype=dtype)
+    assert_same_weights(theirs, unet)
+    assert off(answer(theirs, batch).float(), adapted.float()) < 10 * torch.finfo(dtype).eps
+
+
+@torch.no_grad()
+def test_unwrapped_without_a_merge_the_model_is_bare_again_and_may_be_adapted_anew(unet, batch):
+    before = answer(unet, batch)
+    adapter = stir(lora.inject(unet, rank=4, alpha=6))
+    assert not torch.equal(answer(unet, batch), before)
+    lora.unwrap(unet, adapter)
+    assert torch.equal(answer(unet, batch), before)
+    assert len(lora.inject(unet, rank=2).layers) == len(adapter.layers)
 
 
 def test_merge_refuses_a_base_in_4_bits_and_touches_nothing():

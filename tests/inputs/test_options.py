@@ -1,12 +1,18 @@
 """Options that cannot go together are refused at once, with what to type."""
 
+import io
+import json
 import os
-from dataclasses import fields
+import sys
+from dataclasses import asdict, fields, replace
+from functools import partial
 
 import pytest
 
-from inputs import options
+from inputs import drawing, options
 from inputs.files import Refusal
+from made import write_folder
+from sentences import refused
 
 
 def test_a_plain_run_has_a_folder_of_its_own():
@@ -101,3 +107,149 @@ def test_underscores_are_read_as_dashes():
 def test_the_values_of_every_recipe_can_be():
     for name in options.RECIPES:
         assert options.parse([name]) == options.RECIPES[name][1]
+
+
+@pytest.mark.parametrize(
+    ("parse", "typed", "words"),
+    [
+        (options.parse, "t4 --lora-rank many", ("--lora-rank", "'many'", "python loop.py --help")),
+        (options.parse, "t4 --lora-rank", ("Missing value", "'--lora-rank'")),
+        (options.parse, "t4 --lr-scheduler falling", ("'falling'", "'constant', 'cosine'")),
+        (options.parse, "t4 --fused=maybe", ("maybe",)),
+        (options.parse, "t4 pictures", ("Unrecognized options: pictures",)),
+        (options.parse, "t4 -x", ("-x",)),
+        (
+            options.parse,
+            "orignal",
+            ("the first word is orignal", "one of original, t4, native, lowmem, pocket"),
+        ),
+        (options.parse, "--seed 1", ("the first word is --seed", "one of original, t4")),
+        (options.parse, "", ("no recipe; expected one of original", "make train")),
+        (drawing.parse, "--seeds a", ("--seeds", "'a'", "python generate.py --help")),
+        (drawing.parse, "--mixed-precision fp8", ("'fp8'", "'fp16'")),
+        (drawing.parse, "one two three", ("Unrecognized options: two, three",)),
+        (drawing.parse, "one --strength", ("Missing value", "'--strength'")),
+        (drawing.parse, "one --network-mul 2", ("the option --network-mul",)),
+    ],
+)
+@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])  # in which tyro draws no box
+def test_what_cannot_be_read_is_said_in_one_line(monkeypatch, parse, typed, words, encoding):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+    monkeypatch.setenv("COLUMNS", "60")
+    refused(lambda: parse(typed.split()), *words)
+
+
+def test_help_is_printed_and_not_refused(capsys):
+    for parse, argv in (
+        (options.parse, ["--help"]),
+        (options.parse, ["-h"]),
+        (options.parse, ["pocket", "--quick", "--help"]),
+        (drawing.parse, ["--help"]),
+    ):
+        with pytest.raises(SystemExit) as left:
+            parse(argv)
+        assert not left.value.code and "usage: " in capsys.readouterr().out
+
+
+# ---- a file of options ---------------------------------------------------------------------------
+
+
+@pytest.fixture
+def file(tmp_path):
+    """file("a.toml", content): its path."""
+    return lambda name, content: str(write_folder(tmp_path, {name: content}) / name)
+
+
+def test_a_runs_own_note_gives_all_its_options_back_and_its_notes_are_none(file):
+    run = options.parse(["pocket", "--quick", "--lora-rank", "8", "--max-grad-norm", "inf"])
+    run = replace(run, lr_schedule_steps=80)
+    notes = {"commit": "a+", "code_changes": "", "versions": {"torch": "2"}}
+    path = file("run/config.json", json.dumps(asdict(run) | notes))
+    for given in (path, os.path.dirname(path)):
+        assert options.parse(["--config", given]) == replace(run, config=given)
+        assert options.parse(["pocket", f"--config={given}"]) == replace(run, config=given)
+
+
+def test_a_file_written_by_hand_is_laid_over_its_recipe_and_the_command_line_over_it(file):
+    text = 'recipe = "native"\nlora_rank = 8\nlora-alpha = 4\nrandom_flip = false\n'
+    path = file("a.toml", text + 'validation_prompts = ["a fox", "two foxes"]\n')
+    usual = options.RECIPES["native"][1]
+    mine = replace(usual, lora_rank=8, lora_alpha=4, random_flip=False, config=path)
+    mine = replace(mine, validation_prompts=("a fox", "two foxes"))
+    assert options.parse(["--config", path]) == mine
+    typed = ["--lora-rank", "2", "--random-flip", "--validation-prompts", "a cat"]
+    found = options.parse(["--config", path, *typed])
+    assert found == replace(mine, lora_rank=2, random_flip=True, validation_prompts=("a cat",))
+    assert options.parse([*typed[:2], "--config", path]) == replace(mine, lora_rank=2)
+    quick = file("b.toml", 'quick = true\nrecipe = "pocket"')
+    assert options.parse(["--config", quick]) == replace(options.SHORT, quick=True, config=quick)
+
+
+WRONG = {  # in a file: what is said of it
+    "network_dim": (4, "the option --network-dim (here: --lora-rank)"),
+    "lora-rankk": (4, "the option --lora-rankk (here: --lora-rank)"),
+    "out": ("runs/x", "the option --out (here: "),  # a property of Config
+    "training": ({"seed": 1}, "the option --training (here: "),  # [training] in TOML
+    "seed": ("7", "seed is '7'"),
+    "fused": (1, "fused is 1"),
+    "lora_rank": ("8", "lora_rank is '8'"),
+    "learning_rate": (True, "learning_rate is True"),
+    "resolution": ([512], "resolution is [512]"),
+    "validation_prompts": ("a fox", "validation_prompts is 'a fox'"),
+    "dataset_name": (None, "dataset_name is None"),
+    "cache_dir": (7, "cache_dir is 7"),
+}
+
+
+def test_all_that_is_wrong_with_a_file_is_said_at_once(file):
+    for names in (list(WRONG)[:4], list(WRONG)[4:]):
+        path = file("a.json", json.dumps({name: WRONG[name][0] for name in names}))
+        refused(partial(options.parse, ["t4", "--config", path]), *(WRONG[n][1] for n in names))
+        refused(partial(options.parse, ["t4", "--config", path]), "correct ")
+    bounds = file("a.json", '{"lora_rank": 0, "seed": -1}')
+    refused(lambda: options.parse(["t4", "--config", bounds]), "lora_rank is 0", "seed is -1")
+    whole = file("a.json", '{"lora_rank": 8.5}')
+    refused(lambda: options.parse(["t4", "--config", whole]), "--lora-rank", "'8.5'")
+    either = file("a.json", '{"lr_scheduler": "linear"}')
+    refused(lambda: options.parse(["t4", "--config", either]), "'linear'", "'constant', 'cosine'")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "typed", "words"),
+    [
+        (
+            "a.json",
+            '{"recipe": "native"}',
+            ["t4"],
+            ("the recipe t4, and native in", "leave t4 out"),
+        ),
+        ("a.json", '{"seed": 1}', [], ("the first word is --seed=1", "native")),
+        ("a.json", '{"recipe": "nativ"}', [], ("the first word is nativ;",)),
+        ("a.json", "seed = 1", ["t4"], ("a.json cannot be read", "NAME.toml")),
+        ("a.toml", '{"seed": 1}', ["t4"], ("a.toml cannot be read", "TOML")),
+        ("a.json", "[1]", ["t4"], ("a.json cannot be read",)),
+        ("a.json", b"\xff\xfe", ["t4"], ("a.json cannot be read", "utf-8")),
+        ("run/log.jsonl", "", ["t4"], ("config.json cannot be read", "No such file")),
+    ],
+)
+def test_a_file_that_cannot_be_used_is_refused(file, name, content, typed, words):
+    path = file(name, content)
+    path = os.path.dirname(path) if "run" in name else path
+    refused(lambda: options.parse([*typed, "--config", path]), *words)
+
+
+# ---- streams -------------------------------------------------------------------------------------
+
+
+def test_a_name_that_the_terminal_has_no_letters_for_is_shown_by_its_numbers(monkeypatch):
+    out, err = (io.TextIOWrapper(io.BytesIO(), "cp1252") for _ in range(2))
+    for name, stream in (("stdout", out), ("stderr", err)):
+        monkeypatch.setattr(sys, name, stream)
+        monkeypatch.setattr(sys, f"__{name}__", stream)
+    with pytest.raises(SystemExit):
+        options.parse_or_leave(["日本語"])
+    print("é 語.png")
+    for stream, said in ((err, "word is 日本語; "), (out, "é 語.png\n")):
+        stream.flush()
+        expected = said.encode("cp1252", "backslashreplace")
+        assert expected in stream.buffer.getvalue() and b"\\u8a9e" in expected

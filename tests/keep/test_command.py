@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from conftest import ROOT
+from conftest import ROOT, ink_rows, write_pictures
 from inputs.files import Refusal
 from keep import command
 
@@ -100,6 +100,75 @@ def test_of_a_chain_of_failed_imports_the_first_is_named_and_no_remedy_changes_t
     said = str(refusal)
     assert "nms does not exist, in" in said and "pip uninstall -y torchvision" in said
     assert "upgrade" not in said
+
+
+@pytest.mark.parametrize("words", ["loop.py --help", "loop.py t4 --help", "generate.py --help"])
+def test_help_whose_reader_has_left_ends_without_a_word(words):
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, *words.split()]
+    done = subprocess.run(argv, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+@pytest.mark.parametrize(("name", "given"), [("train", "training"), ("draw", "drawing")])
+def test_the_process_ends_as_soon_as_all_is_written_and_all_handlers_have_run(name, given):
+    """What takes long at the end of Python is stood in for by an object that says so."""
+    code = f"""
+import atexit, os, sys, threading, types
+from inputs.options import or_leave
+from keep import command
+
+class Slow:
+    def __del__(self):
+        os.write(1, b"taken apart ")
+
+def main(asked):
+    sys.slow, sys.slow.itself = Slow(), sys
+    atexit.register(print, "handler")
+    threading.Timer(0.2, print, ("thread",)).start()
+    print(asked)
+    return 7
+
+sys.modules["keep.{given}"] = types.SimpleNamespace(main=main)
+import keep
+keep.{given} = sys.modules["keep.{given}"]
+or_leave(str, "")
+sys.exit(command.{name}("asked"))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (7, "")
+    assert done.stdout.split() == ["asked", "thread", "handler"]
+
+
+@pytest.mark.slow
+def test_a_run_and_its_refusals_go_through_a_terminal_without_the_letters(tmp_path):
+    """In Windows' Western code page: the second picture is damaged first, then replaced."""
+    folder = write_pictures(tmp_path / "絵", ink_rows(2))
+    name = "日本語.png"
+    first = next(folder.glob("*.png")).rename(folder / name)
+    (folder / "metadata.jsonl").unlink()
+    for path in folder.glob("*.png"):
+        path.with_suffix(".txt").write_text("a drawing")
+    whole = first.read_bytes()
+    words = (
+        f"loop.py pocket --dataset-name {folder} --resolution 64 --max-train-steps 1 --output-dir"
+    )
+    words += f" {tmp_path}/出 --cache-dir {tmp_path}/cache --no-tensorboard --validation-prompts"
+    argv = [sys.executable, *words.split()]
+    env = os.environ | {"PYTHONIOENCODING": "cp1252"}
+    shown = name.encode("cp1252", "backslashreplace")
+    first.write_bytes(b"no picture")
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True)
+    assert done.returncode == 1 and b"Traceback" not in done.stderr
+    assert b"picture " + shown + b" cannot be read" in done.stderr
+    first.write_bytes(whole)
+    first.with_suffix(".txt").write_text("")  # so that its name is said
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True)
+    assert (done.returncode, b"Traceback" in done.stderr) == (0, False), done.stderr[-2000:]
+    assert b"(the first: " + shown in done.stdout and b"done: 1 steps" in done.stdout
+    assert b"\\u51fa.safetensors" in done.stdout  # the folder's name
 
 
 def test_options_are_read_without_torch_and_numpy():

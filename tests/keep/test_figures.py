@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import loop
 import model
 from conftest import POCKET
 from inputs.options import RECIPES, replace
@@ -65,9 +66,11 @@ def test_a_log_says_what_the_watch_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.Watch, "after", lambda *given: said.append(given[1:]) or ["slow"])
     with report.Log(tmp_path, 0, config) as log:
         for step, device in enumerate((torch.device("cpu"), GPU), start=1):
-            scale, unet = SimpleNamespace(value=1.0, skipped=0), SimpleNamespace(device=device)
+            scale, unet = loop.LossScale(device == GPU), SimpleNamespace(device=device)
             log.write(SimpleNamespace(step=step, loss_scale=scale, unet=unet), 1.0, 1.0, 1e-4, 0.5)
-    assert said == [(2, 0.5, GPU)] and "slow" in capsys.readouterr().out
+    told = capsys.readouterr()
+    assert said == [(2, 0.5, GPU)] and "slow" in told.out
+    assert "0.50 s/step, 2.0 GiB, 0 skipped" in told.err and "0.0 GiB" not in told.err
     rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert [row["gib"] for row in rows] == [0.0, 2.0]
 

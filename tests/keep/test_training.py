@@ -3,7 +3,8 @@
 import json
 import shutil
 import threading
-from dataclasses import replace
+from dataclasses import fields, replace
+from importlib import metadata
 
 import pytest
 from safetensors.torch import load_file, save_file
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 import lora
 from conftest import INK, POCKET, ink_rows, write_pictures
 from inputs import hub
-from inputs.options import RECIPES
-from keep import checkpoint, report
+from inputs.options import NOTES, RECIPES, Config, parse
+from keep import checkpoint, report, training
 from runs import Killed, adapter, log
 
 # ---- the log -------------------------------------------------------------------------------------
@@ -307,3 +308,92 @@ def test_memory_options_may_change_between_two_starts(train, tmp_path):
     cut = ("--train-batch-size", "4", "--gradient-accumulation-steps", "1")
     assert train("r", *cut, "--gradient-checkpointing") == 0
     assert json.loads((tmp_path / "r" / "finished.json").read_text())["steps"] == 4
+
+
+# ---- a run again, and on -------------------------------------------------------------------------
+
+
+def test_config_json_gives_the_run_again_and_says_what_made_it(train, tmp_path, capsys):
+    own = ("--max-train-steps", "2", "--lora-rank", "8", "--max-grad-norm", "inf")
+    own += ("--train-batch-size", "1", "--gradient-accumulation-steps", "1")
+    assert train("r", *own) == 0
+    said = capsys.readouterr()  # on a CPU without a word of a loss scale or of a GPU's memory
+    assert said.out.endswith("done: 2 steps\n")
+    assert "s/step" in said.err and "skipped" not in said.err and "GiB" not in said.err
+    file = tmp_path / "r" / "config.json"
+    told = json.loads(file.read_text())
+    assert told.keys() - NOTES == {field.name for field in fields(Config)}
+    makers = ("torch", "diffusers", "transformers", "bitsandbytes")
+    assert told["versions"] == {name: metadata.version(name) for name in makers}
+    assert training.main(["--config", str(file), "--output-dir", str(tmp_path / "again")]) == 0
+    assert adapter(tmp_path / "again") == adapter(tmp_path / "r")
+    capsys.readouterr()
+    # Its own folder; an alpha of 16, as the recipe has it, is 16.0 as it is read.
+    assert training.main(["--config", str(tmp_path / "r")]) == 0
+    assert f"{tmp_path / 'r'} is finished: 2 steps" in capsys.readouterr().out
+
+
+FALLING = ("--lr-scheduler", "cosine", "--lr-end", "0.1", "--lr-warmup-steps", "1")
+FALLING += ("--train-batch-size", "1", "--gradient-accumulation-steps", "1")
+
+
+def test_a_run_lengthened_later_is_the_longer_run_with_the_schedule_of_its_start(
+    train, tmp_path, capsys
+):
+    """Of which it is said that it has ended; another length of it is another run."""
+    assert train("r", *FALLING, "--max-train-steps", "2") == 0
+    assert "learning rate ends" not in capsys.readouterr().out
+    assert train("r", *FALLING, "--max-train-steps", "4", "--lr-schedule-steps", "4") == 1
+    said = capsys.readouterr().err
+    assert "lr_schedule_steps 2, and this command has lr_schedule_steps 4" in said
+    assert train("r", *FALLING, "--max-train-steps", "4") == 0
+    said = "the learning rate ends at 0.0001, where its schedule ends at step 2 and it stays"
+    assert capsys.readouterr().out.count(said) == 1
+    assert train("one", *FALLING, "--max-train-steps", "4", "--lr-schedule-steps", "2") == 0
+    assert adapter(tmp_path / "one") == adapter(tmp_path / "r")
+    mine, theirs = (train.log(name) for name in ("r", "one"))
+    assert [row["lr"] for row in mine] == [row["lr"] for row in theirs]
+    assert [row["lr"] for row in mine][-2:] == [0.1 * 1e-3] * 2
+    assert train("r", *FALLING, "--max-train-steps", "4") == 0  # as the finished one's
+    assert "r is finished: 4 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (("--lr-warmup-steps", "20"), "ends at 0.0002: the run is shorter than its warm-up (--lr-"),
+        (("--lr-warmup-steps", "4"), ""),
+        (("--lr-warmup-steps", "5"), "ends at 0.0008: the run is shorter"),
+        (("--lr-schedule-steps", "2"), ""),  # constant
+        (("--lr-scheduler", "cosine"), ""),
+        (("--lr-scheduler", "cosine", "--lr-schedule-steps", "9"), ""),
+        (
+            ("--lr-scheduler", "cosine", "--lr-schedule-steps", "3", "--lr-end", "0"),
+            "ends at 0, where",
+        ),
+        (("--lr-scheduler", "cosine", "--lr-schedule-steps", "4"), ""),
+    ],
+)
+def test_a_rate_that_is_not_what_one_would_think_is_said(train, options, said):
+    config = parse(train.argv("r", *options))
+    found = report.describe_rate(config)
+    assert found.startswith("the learning rate " + said) if said else not found
+
+
+@pytest.mark.slow
+def test_what_was_exported_under_the_folders_old_name_goes_and_nothing_else(
+    train, tmp_path, capsys
+):
+    assert train("old", "--max-train-steps", "1") == 0
+    shutil.copytree(tmp_path / "old", tmp_path / "new")
+    mine, others = tmp_path / "new" / "kohya" / "old.safetensors", tmp_path / "new" / "kohya"
+    shutil.copy(mine, others / "copy.safetensors")
+    assert train("new", "--max-train-steps", "1") == 0
+    assert f"removed: {mine}, which this run wrote" in capsys.readouterr().out
+    assert {path.stem for path in others.iterdir()} == {"copy", "new"}
+    (tmp_path / "new").rename(tmp_path / "newer")
+    others = tmp_path / "newer" / "kohya"
+    (others / "new.safetensors").write_bytes(b"of another program")
+    assert train("newer", "--max-train-steps", "2") == 0
+    assert "removed" not in capsys.readouterr().out
+    assert {path.stem for path in others.iterdir()} == {"copy", "new", "newer"}
