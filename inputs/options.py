@@ -280,7 +280,10 @@ def parse(argv: list[str] | None = None) -> Config:
     if (first := "".join(words[:1])) not in (*recipes, "-h", "--help"):
         found = f"the first word is {first}" if first else "no recipe"
         raise Refusal(found, f"one of {', '.join(recipes)}", "python loop.py t4, or make train")
-    return check(read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py"))
+    asked = read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py")
+    # A typed alpha of 16 is read as 16.0; as the recipe's own 16 it is the same run and file.
+    same = {k: v for k, v in vars(recipes[first][1]).items() if v == getattr(asked, k)}
+    return check(replace(asked, **same))
 
 
 def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> Any:

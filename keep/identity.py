@@ -1,6 +1,5 @@
 """What makes two starts one run: the options, files and pictures that must be the same, as text."""
 
-import contextlib
 import dataclasses
 import json
 
@@ -107,7 +106,7 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
         return
     # A run from before an option existed ran as the option's default does.
     theirs = {k: state["identity"].get(k, str(getattr(Config, k, "not set"))) for k in mine}
-    if other := [key for key in mine if not alike(theirs[key], mine[key])]:
+    if other := [key for key in mine if theirs[key] != mine[key]]:
         told = [
             {key: f"{FINGERPRINTS.get(key, key)} {each[key]}" for key in other}
             for each in (theirs, mine)
@@ -121,13 +120,6 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
             "saving, logging and memory options may change)",
             "give the old value or put the old content back, or another --output-dir for a new run",
         )
-
-
-def alike(one: str, other: str) -> bool:
-    """Whether two values say the same: 16, as a recipe has it, and 16.0, as it was typed."""
-    with contextlib.suppress(ValueError):
-        return float(one) == float(other)
-    return one == other
 
 
 def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:

@@ -100,6 +100,13 @@ def test_options_of_other_trainers_and_slips_are_answered_with_ours_all_at_once(
     assert named <= {field.name.replace("_", "-") for field in fields(options.Config)}
 
 
+def test_a_recipes_own_value_is_the_same_to_the_letter_where_it_is_typed():
+    """A whole alpha, say: the adapter file's header and what the run is would differ."""
+    for name, (_, usual) in options.RECIPES.items():
+        typed = options.parse([name, "--lora-alpha", f"{usual.lora_alpha}", "--lora-rank", "16"])
+        assert str(typed) == str(usual)
+
+
 def test_underscores_are_read_as_dashes():
     assert options.parse(["t4", "--lora_rank", "8", "--no_fused"]).lora_rank == 8
 

@@ -328,8 +328,7 @@ def test_config_json_gives_the_run_again_and_says_what_made_it(train, tmp_path, 
     assert training.main(["--config", str(file), "--output-dir", str(tmp_path / "again")]) == 0
     assert adapter(tmp_path / "again") == adapter(tmp_path / "r")
     capsys.readouterr()
-    # Its own folder; an alpha of 16, as the recipe has it, is 16.0 as it is read.
-    assert training.main(["--config", str(tmp_path / "r")]) == 0
+    assert training.main(["--config", str(tmp_path / "r")]) == 0  # its own folder
     assert f"{tmp_path / 'r'} is finished: 2 steps" in capsys.readouterr().out
 
 
