@@ -11,7 +11,7 @@ import tyro
 
 from inputs import options as configuration
 from inputs.files import Refusal
-from inputs.hub import OPTION, SDXL, unet_fingerprint
+from inputs.hub import OPTION, SDXL, unet_fingerprint, use_revision
 from inputs.options import RECIPES, Within
 
 
@@ -48,6 +48,8 @@ class Options:
     guidance_scale: Annotated[float, Within(-100, 100)] = -1.0
     # The base model; empty takes the one that the adapter's header names.
     pretrained_model_name_or_path: str = ""
+    # Branch, tag or commit of a Hub model; empty takes the one that the adapter was trained on.
+    revision: str = ""
     # Draw even though the adapter was trained on another base.
     any_base: bool = False
     # auto, cpu or cuda.
@@ -117,11 +119,15 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         found = f"{path} says that its base is a folder called {named}, and not where that lies"
         raise Refusal(found, "the model that it was trained on", f"{OPTION} WHERE/IT/IS/{named}")
     prompts = options.prompts or of_run(path, "validation_prompts", [])
+    commit = of_run(path, "base_commit") or about.get("base_commit", "")
+    if base not in ("", named, of_run(path, "pretrained_model_name_or_path")):
+        commit = ""  # of another model
     return replace(
         options,
         prompts=tuple(prompts or recipe.validation_prompts),
         guidance_scale=guidance if guidance >= 0 else recipe.guidance_scale,
         pretrained_model_name_or_path=base or named,
+        revision=options.revision or commit,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
         cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )
@@ -135,6 +141,7 @@ def check_base(options: Options, path: Path, about: dict[str, str], half: bool) 
     if not name:
         found = f"{path} does not say which base it was trained on"
         raise Refusal(found, "an SDXL model to put it on", f"{OPTION} {SDXL}")
+    use_revision(name, options.revision)
     trained_on, here = about.get("base_fingerprint"), unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
         raise Refusal(

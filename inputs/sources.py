@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from inputs.download import asked
 from inputs.files import Refusal, digest, folder_of, refuse, refusing, sayable
 
 # Media that Pillow's own list of endings does not know without a plug-in, or at all.
@@ -332,7 +333,8 @@ def from_hub(name: str, image_column: str, columns: tuple[str, ...]) -> list[Pic
     expected = "a folder of pictures with captions, or a reachable Hub data set with a train split"
     remedy = "check the name and the network, or pass --dataset-name FOLDER"
     with refusing(found, expected, remedy):
-        table = datasets.load_dataset(name, split="train")
+        load = functools.partial(datasets.load_dataset, name, split="train")
+        table = asked(name, "datasets", f"the data set {name} (no folder here)", remedy, load)
     where = f"{name} (columns {', '.join(table.column_names)})"
     images = [c for c, feature in table.features.items() if isinstance(feature, datasets.Image)]
     image_column = find_column(images, (image_column,) if image_column else images[:1], where)

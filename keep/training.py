@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 import loop
 import model
-from inputs import code, options
+from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, write_whole
 from inputs.options import Config
@@ -71,6 +71,7 @@ def set_up(
     config, planned = faster.plan(config, device, dtype, team.size)
     if team.first:
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
+        told["base_commit"] = hub.commit_of(name)
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
@@ -191,6 +192,7 @@ def main(argv: list[str] | Config | None = None) -> int:
     team = faster.Alone()
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
+        identity.use_revision(config)
         if config.plan_for:
             print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
             return 0
