@@ -8,6 +8,7 @@ which is seldom the reason. Every request of theirs goes through send() here.
 import contextlib
 import functools
 import os
+import re
 import sys
 import threading
 import time
@@ -24,6 +25,10 @@ NO_XET = "HF_HUB_DISABLE_XET=1 before the same command (plain HTTP often passes 
 AGAIN_LATER = "try again in some minutes (status.huggingface.co tells of disturbances)"
 PORTAL = "open any page in a browser and log in to this network, or correct HTTPS_PROXY"
 NETWORK = "check the network and HTTPS_PROXY"
+OFFLINE = (
+    "HF_HUB_OFFLINE is set (or HF_DATASETS_OFFLINE, TRANSFORMERS_OFFLINE)",
+    "unset HF_HUB_OFFLINE (or that)",
+)
 # What went wrong since the last good answer: in words, and what to do.
 failures: list[tuple[str, str]] = []
 received = [0]  # bytes; the clients' bars count them, shown or not, Xet's too
@@ -63,8 +68,8 @@ def of_error(request, error: Exception) -> tuple[str, str]:
     kind, said = type(error).__name__, first_line(error)
     remedy = NETWORK
     if kind == "OfflineModeIsEnabled":
-        said, remedy = "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"
-    elif "CERTIFICATE" in said.upper():
+        return OFFLINE
+    if "CERTIFICATE" in said.upper():
         remedy = PORTAL + "; behind a company's proxy: SSL_CERT_FILE=its certificate"
     elif any(os.environ.get(each) for each in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY")):
         said, remedy = f"{said}, through HTTPS_PROXY", "correct or unset HTTPS_PROXY"
@@ -154,6 +159,8 @@ def asked(
     answer, error = result[0] if result else (None, None)
     if result and not error:
         return answer
+    if re.search("OfflineMode|Offline mode", str(error)):  # `datasets` then asks nobody
+        failures.append(OFFLINE)
     found, remedy = failures[0] if failures else ("", NETWORK)
     if not result:
         found = f"no byte came for {GIVE_UP} s{', since ' * bool(found)}{found}"

@@ -60,7 +60,7 @@ def set_up(
     team, name = team or faster.Alone(), config.pretrained_model_name_or_path
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
-    schedule = model.load_noise_schedule(name, device)
+    schedule, commit = model.load_noise_schedule(name, device), hub.commit_of(name)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
@@ -71,7 +71,7 @@ def set_up(
     config, planned = faster.plan(config, device, dtype, team.size)
     if team.first:
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
-        told["base_commit"] = hub.commit_of(name)
+        told["base_commit"] = commit
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
@@ -88,7 +88,8 @@ def set_up(
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
     how = "; ".join(filter(None, (reason, attention, faster_by)))
-    lines = [report.describe(kept, pictures, how), planned, changes, *notes]
+    at = f"{name} at commit {commit}" if commit else ""
+    lines = [report.describe(kept, pictures, how), at, planned, changes, *notes]
     return kept, "\n".join(filter(None, lines))
 
 

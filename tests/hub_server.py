@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -50,6 +51,11 @@ class Server(ThreadingHTTPServer):
         self.pieces = (1000, 0.05)  # of a drip: bytes, seconds between
         self.after: Callable[[str], None] = lambda path: None  # called with each request answered
         self.over = threading.Event()
+        self.connections = []
+
+    def process_request(self, request, client_address) -> None:
+        self.connections.append(request)
+        super().process_request(request, client_address)
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
@@ -64,6 +70,9 @@ class Server(ThreadingHTTPServer):
             self.over.set()
             self.shutdown()
             self.server_close()
+            for connection in self.connections:  # those that a client keeps open
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
 
     def push(self, name: str, files: dict[str, bytes | Path]) -> str:
         """A commit of these files on main. Returns it."""
@@ -259,17 +268,20 @@ def serving(patch, folder: Path):
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
             patch.delenv(name, raising=False)
             patch.delenv(name.lower(), raising=False)
-        template = "/{repo_id}/resolve/{revision}/{filename}"
+        of_file = "/{repo_id}/resolve/{revision}/"
         patch.setattr(constants, "HF_HUB_OFFLINE", False)
         patch.setattr(constants, "ENDPOINT", server.url)
-        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + template)
+        patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", server.url + of_file + "{filename}")
         patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
         patch.setattr(constants, "HF_TOKEN_PATH", str(folder / "token"))
         patch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
         patch.setattr(datasets.config, "HF_ENDPOINT", server.url)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", folder / "datasets")
         patch.setattr(datasets.config, "HF_UPDATE_DOWNLOAD_COUNTS", False)
-        patch.setattr(datasets.config, "HUB_DATASETS_URL", server.url + "/datasets" + template)
-        huggingface_hub.utils.close_session()  # its client has the old settings
+        patch.setattr(
+            datasets.config, "HUB_DATASETS_URL", f"{server.url}/datasets{of_file}" + "{path}"
+        )
+        patch.delenv("HF_TOKEN", raising=False)
+        huggingface_hub.close_session()  # its client has the old settings
         yield server
-    huggingface_hub.utils.close_session()
+    huggingface_hub.close_session()

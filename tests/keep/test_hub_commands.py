@@ -5,18 +5,15 @@ with it, and without it.
 import json
 import shutil
 import time
-from pathlib import Path
 
+import datasets
 import pytest
 from safetensors.torch import load_file, save_file
 
-import loop
-from conftest import INK, POCKET, ink_rows
+from conftest import POCKET
 from hub_server import serving
-from inputs import download, hub
-from inputs.options import parse
-from keep import drawing, training
-from made import encoded
+from inputs import hub
+from keep import drawing
 from stress.case import sentence_is_whole
 
 NAME = "someone/sdxl"
@@ -102,3 +99,99 @@ def test_a_run_brings_only_what_it_needs_and_goes_on_and_draws_while_the_hub_is_
     ends = [(tmp_path / name / "kohya" / f"{name}.safetensors") for name in ("a", "local")]
     a, b = map(load_file, ends)
     assert all(a[key].equal(b[key]) for key in b)
+
+
+@pytest.fixture
+def data_set(server, few, tmp_path) -> str:
+    """Six drawings as a data set of the Hub: one parquet file with pictures and texts."""
+    rows = [json.loads(line) for line in (few / "metadata.jsonl").read_text().splitlines()]
+    cells = [{"bytes": (few / row["file_name"]).read_bytes(), "path": None} for row in rows]
+    columns = {"image": cells, "text": [row["text"] for row in rows]}
+    features = datasets.Features({"image": datasets.Image(), "text": datasets.Value("string")})
+    table = datasets.Dataset.from_dict(columns, features)
+    table.to_parquet(tmp_path / "made.parquet")
+    readme = f"---\nconfigs:\n- config_name: default\n  data_files: {PARQUET}\n---\n".encode()
+    content = {"README.md": readme, PARQUET: (tmp_path / "made.parquet").read_bytes()}
+    server.push("datasets/someone/ink", content)
+    return "someone/ink"
+
+
+def test_a_data_set_of_the_hub_is_trained_on_and_serves_while_the_hub_is_away(
+    server, data_set, train, tmp_path, said
+):
+    assert train("a", "--dataset-name", data_set, "--max-train-steps", "2") == 0
+    assert train("local") == 0
+    server.stop()
+    said()
+    assert train("a", "--dataset-name", data_set) == 0
+    assert "continuing after step 2" in said()
+    a, b = (load_file(tmp_path / name / "kohya" / f"{name}.safetensors") for name in ("a", "local"))
+    assert all(a[key].equal(b[key]) for key in b)
+
+
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [
+        (("/api/models", 401), "check the name; for a private or gated one ask for access on"),
+        (("unet/", 403), "someone/sdxl, then hf auth login"),
+        (("/cdn/", 503), "the Hub answers 503 Service unavailable"),
+        (("/api/models", "portal"), "a web page answers in the Hub's place"),
+    ],
+)
+def test_a_run_whose_model_does_not_come_ends_with_the_first_error(
+    server, train, said, fault, words
+):
+    server.fail(*fault)
+    assert train("a", *FROM_HUB) == 1
+    last = said().splitlines()[-1]
+    assert last.startswith(f"error: {NAME} (") and words in last
+    sentence_is_whole(last)
+
+
+def test_without_a_network_a_mistyped_name_is_answered_within_seconds(server, train, said):
+    server.stop()
+    mistyped = ("--dataset-name", "my/pictuers"), ("--pretrained-model-name-or-path", "my/modle")
+    for option in mistyped:
+        began = time.monotonic()
+        assert train("a", *option) == 1
+        assert time.monotonic() - began < 8
+        last = said().splitlines()[-1]
+        assert f"{option[1]} (" in last and "ConnectError" in last and f"{option[0]} FOLDER" in last
+
+
+def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
+    server, train, tmp_path, said, model_files
+):
+    def commit_of_run() -> str:
+        return json.loads((tmp_path / "a" / "config.json").read_text())["base_commit"]
+
+    assert train("a", *FROM_HUB, "--max-train-steps", "2") == 0
+    assert f"{NAME} at commit {server.commit}" in said()
+    changed = load_file(model_files["unet/diffusion_pytorch_model.safetensors"])
+    changed["conv_in.weight"] += 0.1
+    save_file(changed, tmp_path / "unet.safetensors", {"format": "pt"})
+    moved = {"unet/diffusion_pytorch_model.safetensors": tmp_path / "unet.safetensors"}
+    newer = server.push(NAME, model_files | moved)
+    ask_again()
+    assert train("a", *FROM_HUB, "--max-train-steps", "3") == 0
+    assert commit_of_run() == server.commit
+    draw = [str(tmp_path / "a"), "--prompts", "red apple", "--num-inference-steps", "1"]
+    for commit in ((), ("--revision", server.commit)):  # of config.json, then as asked for
+        ask_again()
+        assert drawing.main([*draw, "--resolution", "64", *commit]) == 0
+    ask_again()
+    alone = shutil.copy(tmp_path / "a" / "pytorch_lora_weights.safetensors", tmp_path)
+    draw[0] = str(alone)
+    assert drawing.main([*draw, "--resolution", "64"]) == 0  # of the file's header
+    said()
+    ask_again()
+    assert drawing.main([*draw, "--resolution", "64", "--revision", "main"]) == 1
+    assert "was trained on someone/sdxl" in said()
+    ask_again()
+    assert train("a", *FROM_HUB, "--revision", "main") == 1
+    assert "holds a run with a base of fingerprint" in said()
+    ask_again()
+    assert train("b", *FROM_HUB, "--revision", newer, "--plain") == 0
+    assert hub.commit_of(NAME) == newer
+    assert train("c", "--revision", "main") == 1
+    assert "leave --revision out" in said()
