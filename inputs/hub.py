@@ -6,7 +6,6 @@ A folder in diffusers' layout, or the Hub, of which only what is needed is downl
 import functools
 import hashlib
 import json
-import re
 import shutil
 from pathlib import Path
 
@@ -116,6 +115,7 @@ def zeros_for_empty_prompt(name: str) -> bool:
 # ---- from the Hub --------------------------------------------------------------------------------
 
 REVISIONS: dict[str, str] = {}  # the branch, tag or commit of each Hub model; else main
+announced: set[Path] = set()  # the downloads whose size was said
 WAY_OUT = f"copy the model here and pass {OPTION} FOLDER"
 
 
@@ -139,50 +139,55 @@ def fetch_from_hub(name: str, revision: str, part: str, half: bool) -> Path:
     """The folder of a Hub model's commit with `part` in it ("" brings model_index.json). What was
     downloaded before serves where the Hub is away.
     """
-    from huggingface_hub import snapshot_download
-
-    what = f"{name} ({part or 'model_index.json'})"
     remedy = f"correct {OPTION}, or {WAY_OUT}"
-    with refusing(f"{what} could not be downloaded", "a Hub model, and room for it", remedy):
+    with refusing(f"{name} could not be downloaded", "a Hub model, and room for it", remedy):
         if not part:
-            return resolve(name, revision, what)
+            return resolve(name, revision)
         root = fetch_from_hub(name, revision, "", False)
         try:
-            files = files_of(name, root, what)
-        except Refusal:
-            if not is_here(root / part, half):
-                raise  # what lies here is not what is needed
-            return root
+            files = files_of(name, root, part)
+        except Refusal:  # as the disk tells, if it holds what is needed
+            files = dict.fromkeys((p.relative_to(root).as_posix() for p in root.rglob("*")), 0)
+            weights = pick_weights([f for f in files if f.startswith(f"{part}/")], half)
+            fit = PARTS[part] != "config.json" or (weights and (half or ".fp16" not in weights[0]))
+            if not fit or f"{part}/{PARTS[part]}" not in files:
+                raise
         coming = to_download(files, root, part, half)
-        if total := sum(coming.values()):
-            announce(name, root, half) if total > 1e6 else None
-            bring = functools.partial(snapshot_download, name, allow_patterns=[*coming])
-            bring = functools.partial(bring, revision=root.name)
-            asked(name, "models", what, WAY_OUT, bring, total)
+        if sum(coming.values()) > 1e6:
+            announce(name, root, files, half)
+        if coming:
+            bring(name, root.name, part, [*coming], sum(coming.values()))
         return root
 
 
-def resolve(name: str, revision: str, what: str) -> Path:
+def bring(name: str, revision: str, part: str, files: list[str], total: int = 0) -> Path:
+    """Download these files of a Hub model. Returns the folder of their commit."""
+    from huggingface_hub import snapshot_download
+
+    what = f"{name} ({part or 'model_index.json'})"
+    call = functools.partial(snapshot_download, name, revision=revision, allow_patterns=files)
+    return Path(asked("models", name, what, WAY_OUT, call, total))
+
+
+def resolve(name: str, revision: str) -> Path:
     """The folder of the commit that `revision` means now, with its model_index.json; of an earlier
     download, which is said, where the Hub does not answer.
     """
-    from huggingface_hub import snapshot_download, try_to_load_from_cache
+    from huggingface_hub import try_to_load_from_cache
 
-    top = "model_index.json"
-    bring = functools.partial(snapshot_download, name, revision=revision, allow_patterns=top)
     try:
-        root = Path(asked(name, "models", what, WAY_OUT, bring))
+        root = bring(name, revision, "", ["model_index.json"])
     except Refusal:
-        here = try_to_load_from_cache(name, top, revision=revision)
+        here = try_to_load_from_cache(name, "model_index.json", revision=revision)
         if not isinstance(here, str):
             raise
         root = Path(here).parent
     if failures:
-        say(f"{failures[0][0]}; {name} is taken as downloaded before, commit {root.name}")
+        say(f"{failures[0][1]}; {name} is taken as downloaded before, commit {root.name}")
     return root
 
 
-def files_of(name: str, root: Path, what: str) -> dict[str, int]:
+def files_of(name: str, root: Path, part: str) -> dict[str, int]:
     """The size in bytes of every file of a commit: as the client kept it, or else the Hub says."""
     from huggingface_hub import HfApi
 
@@ -191,7 +196,7 @@ def files_of(name: str, root: Path, what: str) -> dict[str, int]:
         return {path: file["size"] for path, file in kept["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         tree = functools.partial(HfApi().list_repo_tree, name, recursive=True, revision=root.name)
-        found = asked(name, "models", what, WAY_OUT, lambda: list(tree()))
+        found = asked("models", name, f"{name} ({part})", WAY_OUT, lambda: list(tree()))
         return {file.path: file.size for file in found if hasattr(file, "size")}
 
 
@@ -203,29 +208,23 @@ def to_download(files: dict[str, int], root: Path, part: str, half: bool) -> dic
     return {file: files[file] for file in wanted if not (root / file).is_file()}
 
 
-@functools.cache  # once, of all parts
-def announce(name: str, root: Path, half: bool) -> None:
-    """Say how much of the model comes and where to. Raises Refusal where it has no room."""
-    files, folder = files_of(name, root, name), root.parents[1]
-    parts = {p: to_download(files, root, p, half and p != "vae") for p in PARTS}
-    sizes = {part: sum(coming.values()) / 1e9 for part, coming in parts.items()}
-    total, free = sum(sizes.values()), shutil.disk_usage(folder).free / 1e9
-    told = ", ".join(f"{part} {size:.2f}" for part, size in sizes.items() if size > 0.01)
-    said = f"{total:.2f} GB of {name} ({told}) into {folder}, where {free:.2f} GB are free"
+def announce(name: str, root: Path, files: dict[str, int], half: bool) -> None:
+    """Say once, of all parts, how much of the model comes and where to. Raises Refusal where it has
+    no room.
+    """
+    folder = root.parents[1]
+    if root in announced:  # by the first part: of another the half that is asked for is its own
+        return
+    coming = {p: to_download(files, root, p, half and p != "vae").values() for p in PARTS}
+    total, free = sum(map(sum, coming.values())), shutil.disk_usage(folder).free
+    parts = ", ".join(f"{p} {sum(each) / 1e9:.2f}" for p, each in coming.items() if sum(each) > 1e7)
+    said = f"{total / 1e9:.2f} GB of {name} ({parts}) into {folder}, "
+    said += f"where {free / 1e9:.2f} GB are free"
     if total > free:
         remedy = f"free some space, or HF_HUB_CACHE=FOLDER on a larger disk; or {WAY_OUT}"
         raise Refusal(f"this needs {said}", "room for the download", remedy)
+    announced.add(root)
     say(f"downloading {said}")
-
-
-def is_here(folder: Path, half: bool) -> bool:
-    """Whether a part lies whole in `folder`, as far as its files' names tell."""
-    main, names = PARTS[folder.name], [path.name for path in folder.glob("*")]
-    weights = pick_weights(names, half)
-    fit = bool(weights) and (half or ".fp16" not in weights[0])
-    shards = [int(n) for name in weights for n in re.findall(r"-of-(\d+)\.", name)]
-    whole = fit and all(count == len(weights) for count in shards)
-    return main in names and (whole or main != "config.json")
 
 
 # ---- what tells one model from another -----------------------------------------------------------

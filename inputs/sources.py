@@ -334,7 +334,8 @@ def from_hub(name: str, image_column: str, columns: tuple[str, ...]) -> list[Pic
     remedy = "check the name and the network, or pass --dataset-name FOLDER"
     with refusing(found, expected, remedy):
         load = functools.partial(datasets.load_dataset, name, split="train")
-        table = asked(name, "datasets", f"the data set {name} (no folder here)", remedy, load)
+        what, way_out = f"the data set {name} (no folder here)", "pass --dataset-name FOLDER"
+        table = asked("datasets", name, what, way_out, load)
     where = f"{name} (columns {', '.join(table.column_names)})"
     images = [c for c, feature in table.features.items() if isinstance(feature, datasets.Image)]
     image_column = find_column(images, (image_column,) if image_column else images[:1], where)

@@ -2,6 +2,8 @@
 
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from huggingface_hub import _tree_cache
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import POCKET, make_unet
+from conftest import POCKET, ROOT, make_unet
 from hub_server import serving
 from inputs import download, hub
 from inputs.files import Refusal
@@ -129,7 +131,7 @@ INDEX = (POCKET / "model_index.json").read_bytes()
 def server(monkeypatch, tmp_path):
     """A Hub for the real clients; push() and fail() say what it holds and how it answers."""
     monkeypatch.setattr(hub, "REVISIONS", {})
-    hub.announce.cache_clear()
+    hub.announced.clear()
     with serving(monkeypatch, tmp_path / "here") as server:
         yield server
 
@@ -182,7 +184,7 @@ def test_all_shards_of_one_variant_are_downloaded(server, half):
 def ask_again() -> None:
     """As a new process does."""
     hub.fetch_from_hub.cache_clear()
-    hub.announce.cache_clear()
+    hub.announced.clear()
     hub.REVISIONS.clear()
 
 
@@ -227,8 +229,17 @@ def test_the_commit_is_resolved_once_and_every_part_is_of_it(server):
     assert hub.commit_of(HUB_NAME) == first
     ask_again()
     hub.use_revision(HUB_NAME, "v9")
-    with pytest.raises(Refusal, match=r"404 Invalid rev id: v9.*correct --revision"):
+    with pytest.raises(Refusal, match=r"404 Invalid rev id: v9.*correct the name, or --revision"):
         hub.fetch(HUB_NAME, "unet")
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [(HUB_NAME, "has no model_index.json"), ("some one/sdxl", "HFValidationError")],
+)
+def test_a_repository_that_is_no_model_and_a_name_of_none_are_refused(server, name, words):
+    server.push(HUB_NAME, {"sdxl.safetensors": b"x"})
+    refused(lambda: hub.fetch(name, "unet"), name, words, "correct --pretrained-model-name-or-path")
 
 
 def test_a_revision_of_a_folder_is_refused():
@@ -243,10 +254,10 @@ REASONS = {
     "too many": (429, "429 We had to rate limit you", "wait some minutes", "hf auth login"),
     "down": (503, "503 Service unavailable", "try again in some minutes"),
     "hotel": ("portal", "a web page answers in the Hub's place", "in a browser"),
-    "no answer": ("hang", "127.0.0.1 gives no answer: ReadTimeout", "check the network"),
+    "no answer": ("hang", "the Hub gives no answer: ReadTimeout", "check the network"),
     "no network": ("away", "ConnectError: [Errno 111]", "check the network"),
-    "dead proxy": ("proxy", "through HTTPS_PROXY", "correct or unset HTTPS_PROXY"),
-    "switched off": ("offline", "HF_HUB_OFFLINE is set", "unset HF_HUB_OFFLINE"),
+    "dead proxy": ("proxy", "ConnectError", "check the network, and HTTPS_PROXY where it is set"),
+    "switched off": ("offline", "OfflineMode", "unset HF_HUB_OFFLINE"),
 }
 
 
@@ -306,6 +317,20 @@ def test_a_download_that_is_cut_off_goes_on_where_it_was(server):
     assert sum(each.startswith("GET /cdn/") for each in server.asked) == 3
 
 
+def test_what_is_downloaded_is_said_once_and_of_the_files_that_are_taken(server, capsys):
+    sizes = {"unet": 100, "text_encoder": 2, "vae": 90}  # times LARGE; of fp16 half, but the VAE
+    files = dummies([f"{part}/config.json" for part in sizes])
+    for part, size in sizes.items():
+        stem = f"{part}/{'model' if 'text' in part else 'diffusion_pytorch_model'}"
+        files[f"{stem}.safetensors"] = size * LARGE
+        files[f"{stem}.fp16.safetensors"] = size // 2 * LARGE
+    server.push(HUB_NAME, files)
+    for part, half in (("text_encoder", True), ("unet", True), ("vae", False)):
+        hub.fetch(HUB_NAME, part, half)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1 and f"0.04 GB of {HUB_NAME} (unet 0.01, vae 0.02) into" in said[0]
+
+
 def test_a_slow_download_says_where_it_stands_and_is_waited_for(server, monkeypatch, capsys):
     monkeypatch.setattr(download, "SAY", 0.2)
     monkeypatch.setattr(download, "GIVE_UP", 2.0)
@@ -323,14 +348,44 @@ def test_a_slow_download_says_where_it_stands_and_is_waited_for(server, monkeypa
 def test_a_download_that_stands_still_is_said_and_then_refused(server, monkeypatch, capsys):
     monkeypatch.setattr(download, "QUIET", 0.5)
     monkeypatch.setattr(download, "GIVE_UP", 2.0)
-    monkeypatch.setattr(download, "leave_anyway", lambda code: None)  # it would end the tests
     files = dummies(["unet/config.json"]) | {WEIGHTS: LARGE}
     server.push(HUB_NAME, files)
     server.fail("/cdn/", "drip")
     server.pieces = (100_000, 60)
-    words = ("no byte came for 2.0 s", "HF_HUB_DISABLE_XET=1", "FOLDER")
+    words = ("no byte in 2.0 s", "HF_HUB_DISABLE_XET=1", "FOLDER")
     refused(lambda: hub.fetch(HUB_NAME, "unet"), f"{HUB_NAME} (unet)", *words)
     assert "no byte came for 0.5 s; if it stays so: HF_HUB_DISABLE_XET=1" in capsys.readouterr().err
+
+
+HANGING = """
+import os, signal, sys, threading
+from concurrent.futures import ThreadPoolExecutor
+from inputs import download
+from inputs.files import Refusal
+
+def call():
+    if sys.argv[1] == "Ctrl-C":
+        threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(threading.Event().wait)  # as a library's thread that nothing wakes
+
+download.GIVE_UP = 1 if sys.argv[1] == "give up" else 300
+try:
+    download.asked("models", "a/b", "a/b", "another", call)
+except (Refusal, KeyboardInterrupt) as error:
+    print(type(error).__name__)
+    sys.exit(1)
+"""
+
+
+@pytest.mark.slow  # real processes
+@pytest.mark.parametrize(
+    ("way", "code", "said"), [("give up", 1, "Refusal"), ("Ctrl-C", 130, "KeyboardInterrupt")]
+)
+def test_a_download_that_hangs_does_not_keep_the_process(way, code, said):
+    command = [sys.executable, "-c", HANGING, way]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stdout.strip()) == (code, said)
 
 
 def test_a_model_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(server, monkeypatch):

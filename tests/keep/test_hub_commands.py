@@ -47,7 +47,7 @@ def model_files(tmp_path_factory) -> dict:
 @pytest.fixture
 def server(monkeypatch, tmp_path, model_files):
     monkeypatch.setattr(hub, "REVISIONS", {})
-    hub.announce.cache_clear()
+    hub.announced.clear()
     with serving(monkeypatch, tmp_path / "here") as server:
         server.commit = server.push(NAME, model_files)
         yield server
@@ -66,6 +66,7 @@ def said(capsys):
 def ask_again() -> None:
     """As a new process does."""
     hub.fetch_from_hub.cache_clear()
+    hub.announced.clear()
     hub.REVISIONS.clear()
 
 
@@ -82,7 +83,7 @@ def test_a_run_brings_only_what_it_needs_and_goes_on_and_draws_while_the_hub_is_
     server, train, tmp_path, said
 ):
     assert train("a", *FROM_HUB, "--max-train-steps", "2") == 0
-    assert "downloading 0.0" in said()
+    assert said().count(f"downloading 0.02 GB of {NAME} (unet 0.01)") == 1
     brought = files_brought(server)
     assert not brought & {*OTHERS} and not any(".fp16" in path for path in brought)
     assert {f"{part}/{main}" for part, main in hub.PARTS.items()} < brought
