@@ -47,9 +47,7 @@ class Unanswered(Exception):
 def of_answer(request, response) -> tuple[str, str] | None:
     """What is wrong with an answer, and what to do; None for a good one."""
     head, status, url = response.headers, response.status_code, f"{request.url}".partition("?")[0]
-    # A file's own place elsewhere is told with its commit; a page of others knows of none.
-    elsewhere = head.get("Location", "").startswith("http") and "X-Repo-Commit" not in head
-    if status < 400 and ("text/html" in head.get("Content-Type", "") or elsewhere):
+    if status < 400 and "text/html" in head.get("Content-Type", ""):
         return f"a web page answers in the Hub's place, at {url}", PORTAL
     # What may be in a repository is asked for, to see whether it is there.
     if status < 400 or (status == 404 and head.get("X-Error-Code") in (None, "EntryNotFound")):

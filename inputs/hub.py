@@ -6,6 +6,7 @@ A folder in diffusers' layout, or the Hub, of which only what is needed is downl
 import functools
 import hashlib
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -146,18 +147,26 @@ def fetch_from_hub(name: str, revision: str, part: str, half: bool) -> Path:
         root = fetch_from_hub(name, revision, "", False)
         try:
             files = files_of(name, root, part)
-        except Refusal:  # as the disk tells, if it holds what is needed
-            files = dict.fromkeys((p.relative_to(root).as_posix() for p in root.rglob("*")), 0)
-            weights = pick_weights([f for f in files if f.startswith(f"{part}/")], half)
-            fit = PARTS[part] != "config.json" or (weights and (half or ".fp16" not in weights[0]))
-            if not fit or f"{part}/{PARTS[part]}" not in files:
+            coming = to_download(files, root, part, half)
+            if sum(coming.values()) > 1e6:
+                announce(name, root, files, half)
+            if coming:
+                bring(name, root.name, part, [*coming], sum(coming.values()))
+        except Refusal as refusal:
+            if not is_here(root / part, half):
                 raise
-        coming = to_download(files, root, part, half)
-        if sum(coming.values()) > 1e6:
-            announce(name, root, files, half)
-        if coming:
-            bring(name, root.name, part, [*coming], sum(coming.values()))
+            say(f"{refusal.parts[0]}; what is here of it is taken")
         return root
+
+
+def is_here(folder: Path, half: bool) -> bool:
+    """Whether a part lies in `folder`, as the names tell: all shards, and no fp16 for fp32."""
+    main, names = PARTS[folder.name], [path.name for path in folder.glob("*")]
+    weights = pick_weights(names, half)
+    shards = re.findall(r"-of-(\d+)\.", " ".join(weights))
+    fit = weights and (half or ".fp16" not in weights[0])
+    whole = fit and all(int(count) == len(weights) for count in shards)
+    return main in names and bool(whole or main != "config.json")
 
 
 def bring(name: str, revision: str, part: str, files: list[str], total: int = 0) -> Path:

@@ -213,6 +213,20 @@ def test_what_was_downloaded_serves_without_the_hub_and_that_is_said(
         hub.fetch(HUB_NAME, part, half=False)  # was never downloaded
 
 
+@pytest.mark.parametrize("lost", [0, 1])
+def test_fp32_files_serve_for_half_without_the_hub_but_no_part_of_them(server, capsys, lost):
+    server.push(HUB_NAME, dummies(SHARDED_FILES))
+    folder = hub.fetch(HUB_NAME, "unet", half=False)
+    for shard in sorted(folder.glob("*.safetensors"))[:lost]:
+        shard.unlink()
+    server.stop()
+    if lost:
+        refused(lambda: hub.fetch(HUB_NAME, "unet", half=True), "ConnectError")
+    else:
+        assert hub.fetch(HUB_NAME, "unet", half=True) == folder
+        assert "ConnectError" in (said := capsys.readouterr().err) and "is taken" in said
+
+
 def test_the_commit_is_resolved_once_and_every_part_is_of_it(server):
     old, new = (dummies([*SDXL_BASE_FILES]) for _ in range(2))
     new["unet/config.json"] = new["vae/config.json"] = b"{}"

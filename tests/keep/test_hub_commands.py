@@ -189,6 +189,15 @@ def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     assert drawing.main([*draw, "--resolution", "64", "--revision", "main"]) == 1
     assert "was trained on someone/sdxl" in said()
     ask_again()
+    shutil.rmtree(tmp_path / "here" / "hub")
+    server.fail("/", 503)
+    assert drawing.main([*draw, "--resolution", "64"]) == 1
+    last = said().splitlines()[-1]
+    assert last.startswith(f"error: {NAME} (model_index.json) did not come: the Hub answers 503")
+    assert server.commit in last  # which was asked for
+    sentence_is_whole(last)
+    server.faults.clear()
+    ask_again()
     assert train("a", *FROM_HUB, "--revision", "main") == 1
     assert "holds a run with a base of fingerprint" in said()
     ask_again()
