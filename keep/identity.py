@@ -51,12 +51,13 @@ def identity(
 
 
 def use_revision(config: Config) -> None:
-    """Take the base at the revision that is asked for, else at the commit that the run in
-    config.out began with, else at main.
+    """Take the base at the commit that the run in config.out began with, unless another revision
+    is asked for, or another base; else at the revision that is asked for.
     """
     name, run = config.pretrained_model_name_or_path, config.out / "config.json"
     same = of_run(run, "pretrained_model_name_or_path") == name
-    hub.use_revision(name, config.revision or (of_run(run, "base_commit") if same else ""))
+    same = same and config.revision in ("", of_run(run, "revision"))
+    hub.use_revision(name, (same and of_run(run, "base_commit")) or config.revision)
 
 
 def of_base(name: str, half: bool) -> dict[str, str]:

@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 
 from conftest import POCKET
 from hub_server import serving
-from inputs import hub
-from keep import drawing
+from inputs import hub, options
+from keep import drawing, identity
 from stress.case import sentence_is_whole
 
 NAME = "someone/sdxl"
@@ -205,3 +205,28 @@ def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     assert hub.commit_of(NAME) == newer
     assert train("c", "--revision", "main") == 1
     assert "leave --revision out" in said()
+
+
+@pytest.mark.parametrize(
+    ("begun", "asked_for", "taken"),
+    [
+        (None, "", "main"),
+        (None, "v1", "v1"),
+        ({"revision": ""}, "", "abc"),
+        ({"revision": "v1"}, "v1", "abc"),
+        ({"revision": "v1"}, "", "abc"),
+        ({"revision": ""}, "main", "main"),
+        ({"revision": "v1"}, "v2", "v2"),
+        ({"revision": "", "pretrained_model_name_or_path": "other/model"}, "", "main"),
+    ],
+)
+def test_a_begun_run_goes_on_with_its_commit_unless_another_revision_is_asked_for(
+    monkeypatch, tmp_path, begun, asked_for, taken
+):
+    monkeypatch.setattr(hub, "REVISIONS", {})
+    if begun:
+        told = {"pretrained_model_name_or_path": NAME, "base_commit": "abc"} | begun
+        (tmp_path / "config.json").write_text(json.dumps(told))
+    words = ["t4", *FROM_HUB, "--output-dir", str(tmp_path), "--revision", asked_for]
+    identity.use_revision(options.parse(words))
+    assert hub.REVISIONS == {NAME: taken}
