@@ -34,7 +34,7 @@ import data
 import lora
 import model
 from inputs.files import Refusal
-from inputs.hub import encoder_fingerprints
+from inputs.hub import encoder_fingerprints, use_revision
 from inputs.options import Config
 from inputs.pictures import check_pictures
 from inputs.sources import Picture, read_dataset
@@ -300,6 +300,7 @@ def assemble(
 def train_plain(config: Config) -> None:
     """--plain: from the pictures to the adapter's file, by the lines of this book alone."""
     name, device = config.pretrained_model_name_or_path, check_device(config.device)
+    use_revision(name, config.revision)
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     schedule = model.load_noise_schedule(name, device, config.prediction_type)
     pictures = read_dataset(config.dataset_name, config)

@@ -17,7 +17,7 @@ import tyro
 
 from inputs import options as configuration
 from inputs.files import FILE_NAME, Refusal, data_section, digest, place
-from inputs.hub import OPTION, SDXL, fetch, read_config, unet_fingerprint
+from inputs.hub import OPTION, SDXL, fetch, read_config, unet_fingerprint, use_revision
 from inputs.options import RECIPES, Within
 
 
@@ -59,6 +59,8 @@ class Options:
     guidance_scale: Annotated[float, Within(-100, 100)] = -1.0
     # The base model; empty takes the one that the adapter's header names.
     pretrained_model_name_or_path: str = ""
+    # Branch, tag or commit of a Hub model; empty takes the one that the adapter was trained on.
+    revision: str = ""
     # Draw even though the adapter was trained on another base.
     any_base: bool = False
     # auto, cpu or cuda.
@@ -179,7 +181,11 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     if not base:
         found = f"{path} does not say which base it was trained on"
         raise Refusal(found, "an SDXL model to put it on", f"{OPTION} {SDXL}")
+    own = base in (about.get("base_model"), of_run(path, "pretrained_model_name_or_path"))
+    commit = of_run(path, "base_commit") or about.get("base_commit", "")
+    revision = options.revision or commit * own  # another model has other commits
     try:
+        use_revision(base, revision)
         settings = read_config(fetch(base, "scheduler") / "scheduler_config.json")
     except Refusal as refusal:
         if given:
@@ -207,6 +213,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         num_inference_steps=steps or few,
         guidance_scale=guidance if guidance >= 0 else little,
         pretrained_model_name_or_path=base,
+        revision=revision,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
         cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )

@@ -6,9 +6,12 @@ A folder in diffusers' layout, or the Hub, of which only what is needed is downl
 import functools
 import hashlib
 import json
+import re
+import shutil
 from pathlib import Path
 
-from inputs.files import Refusal, folder_of, open_safetensors, refuse, refusing
+from inputs.download import asked, failures, say
+from inputs.files import Refusal, folder_of, open_safetensors, place, refuse, refusing
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
@@ -68,7 +71,7 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     if root is None:
         if name.count("/") != 1:
             raise Refusal(f"there is no folder {name}", expected, f"correct {OPTION}")
-        root = fetch_from_hub(name, part, half)
+        root = fetch_from_hub(name, REVISIONS.get(name, "main"), part, half)
     needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
     lacking = [file for file in needed if not (root / file).is_file()]
     kind = "" if lacking else str(read_config(root / "model_index.json").get("_class_name"))
@@ -113,31 +116,130 @@ def zeros_for_empty_prompt(name: str) -> bool:
     return read_config(index, force_zeros_for_empty_prompt=True)["force_zeros_for_empty_prompt"]
 
 
-@functools.cache  # a run asks for the same parts many times
-def fetch_from_hub(name: str, part: str, half: bool) -> Path:
-    """The snapshot's folder with `part` in it; an earlier download serves where the Hub is away."""
-    from huggingface_hub import HfApi, snapshot_download
+# ---- from the Hub --------------------------------------------------------------------------------
 
-    found = f"{name} ({part or 'model_index.json'}) is not on this disk, nor did the Hub give it"
-    remedy = (
-        "check the name and the network (hf auth login for gated models), or copy the model here "
-        f"and pass {OPTION} FOLDER"
-    )
-    with refusing(found, "a reachable Hub, or the model on this disk", remedy):
+REVISIONS: dict[str, str] = {}  # the branch, tag or commit of each Hub model; else main
+announced: set[Path] = set()  # the downloads whose size was said
+WAY_OUT = f"copy the model here and pass {OPTION} FOLDER"
+
+
+def use_revision(name: str, revision: str) -> None:
+    """Take the model `name` as it is on that branch, tag or commit, in all of this process; "" is
+    main. Raises Refusal for a revision of a folder.
+    """
+    if revision and place(name).is_dir():
+        found = f"--revision {revision} with the folder {name}"
+        raise Refusal(found, "a Hub model, which has revisions", "leave --revision out")
+    REVISIONS[name] = revision or "main"
+
+
+def commit_of(name: str) -> str:
+    """The commit of a Hub model that this process takes; "" of a folder, which has none."""
+    return "" if place(name).is_dir() else fetch(name, "").name
+
+
+@functools.cache  # a branch means one commit in all of a run; and it asks for a part many times
+def fetch_from_hub(name: str, revision: str, part: str, half: bool) -> Path:
+    """The folder of a Hub model's commit with `part` in it ("" brings model_index.json). What was
+    downloaded before serves where the Hub is away.
+    """
+    remedy = f"correct {OPTION}, or {WAY_OUT}"
+    with refusing(f"{name} could not be downloaded", "a Hub model, and room for it", remedy):
+        if not part:
+            return resolve(name, revision)
+        root = fetch_from_hub(name, revision, "", False)
         try:
-            files = HfApi().list_repo_files(name)
-            files = [f for f in files if part and f.rpartition("/")[0] == part]
-            small = [f"{part}/*.json", f"{part}/*.txt"]
-            wanted = ["model_index.json", *small, *pick_weights(files, half)]
-            return Path(snapshot_download(name, allow_patterns=wanted))
-        except Exception:  # offline, a proxy's answer, a time-out: many classes, one meaning
-            folder = Path(snapshot_download(name, local_files_only=True))
-            main = PARTS.get(part, "model_index.json")
-            weights = pick_weights([p.name for p in (folder / part).glob("*")], half)
-            fit = bool(weights) and (half or ".fp16" not in weights[0])
-            if not (folder / part / main).is_file() or (main == "config.json" and not fit):
-                raise  # what lies here is not what is needed: the first error is the one to tell
-            return folder
+            files = files_of(name, root, part)
+            coming = to_download(files, root, part, half)
+            if sum(coming.values()) > 1e6:
+                announce(name, root, files, half)
+            if coming:
+                bring(name, root.name, part, [*coming], sum(coming.values()))
+        except Refusal as refusal:
+            if not is_here(root / part, half):
+                raise
+            say(f"{refusal.parts[0]}; what is here of it is taken")
+        return root
+
+
+def is_here(folder: Path, half: bool) -> bool:
+    """Whether a part lies in `folder`, as the names tell: all shards, and no fp16 for fp32."""
+    main, names = PARTS[folder.name], [path.name for path in folder.glob("*")]
+    weights = pick_weights(names, half)
+    shards = re.findall(r"-of-(\d+)\.", " ".join(weights))
+    fit = weights and (half or ".fp16" not in weights[0])
+    whole = fit and all(int(count) == len(weights) for count in shards)
+    return main in names and bool(whole or main != "config.json")
+
+
+def bring(name: str, revision: str, part: str, files: list[str], total: int = 0) -> Path:
+    """Download these files of a Hub model. Returns the folder of their commit."""
+    from huggingface_hub import snapshot_download
+
+    what = f"{name} ({part or 'model_index.json'})"
+    call = functools.partial(snapshot_download, name, revision=revision, allow_patterns=files)
+    return Path(asked("models", name, what, WAY_OUT, call, total))
+
+
+def resolve(name: str, revision: str) -> Path:
+    """The folder of the commit that `revision` means now, with its model_index.json; of an earlier
+    download, which is said, where the Hub does not answer.
+    """
+    from huggingface_hub import try_to_load_from_cache
+
+    try:
+        root = bring(name, revision, "", ["model_index.json"])
+    except Refusal:
+        here = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        if not isinstance(here, str):
+            raise
+        root = Path(here).parent
+    if failures:
+        say(f"{failures[0][1]}; {name} is taken as downloaded before, commit {root.name}")
+    return root
+
+
+def files_of(name: str, root: Path, part: str) -> dict[str, int]:
+    """The size in bytes of every file of a commit: as the client kept it, or else the Hub says."""
+    from huggingface_hub import HfApi
+
+    try:
+        kept = json.loads((root.parents[1] / "trees" / f"{root.name}.json").read_text())
+        return {path: file["size"] for path, file in kept["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        tree = functools.partial(HfApi().list_repo_tree, name, recursive=True, revision=root.name)
+        found = asked("models", name, f"{name} ({part})", WAY_OUT, lambda: list(tree()))
+        return {file.path: file.size for file in found if hasattr(file, "size")}
+
+
+def to_download(files: dict[str, int], root: Path, part: str, half: bool) -> dict[str, int]:
+    """Of a part's files those that a run needs and that are not in `root`, with their sizes."""
+    there = [file for file in files if file.rpartition("/")[0] == part]
+    small = [file for file in there if file.endswith((".json", ".txt"))]
+    wanted = [*small, *pick_weights(there, half)]
+    return {file: files[file] for file in wanted if not (root / file).is_file()}
+
+
+def announce(name: str, root: Path, files: dict[str, int], half: bool) -> None:
+    """Say once, of all parts, how much of the model comes and where to. Raises Refusal where it has
+    no room.
+    """
+    folder = root.parents[1]
+    if root in announced:  # by the first part: of another the half that is asked for is its own
+        return
+    coming = {p: to_download(files, root, p, half and p != "vae").values() for p in PARTS}
+    total, free = sum(map(sum, coming.values())), shutil.disk_usage(folder).free
+    parts = ", ".join(f"{p} {sum(each) / 1e9:.2f}" for p, each in coming.items() if sum(each) > 1e7)
+    said = f"{total / 1e9:.2f} GB of {name} ({parts}) into {folder}, "
+    said += f"where {free / 1e9:.2f} GB are free"
+    if total > free:
+        remedy = f"free some space, or HF_HUB_CACHE=FOLDER on a larger disk; or {WAY_OUT}"
+        raise Refusal(f"this needs {said}", "room for the download", remedy)
+    announced.add(root)
+    say(f"downloading {said}")
+
+
+# ---- what tells one model from another -----------------------------------------------------------
 
 
 def pick_weights(files: list[str], half: bool) -> list[str]:

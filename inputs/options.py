@@ -75,6 +75,9 @@ class Config:
 
     # The SDXL model to adapt: a Hub name, or a folder in diffusers' layout.
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    # Branch, tag or commit of a Hub model; empty takes main as it is at the start, and a begun run
+    # goes on with the commit that it began with.
+    revision: str = ""
     # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg).
     dataset_name: str = "lambdalabs/naruto-blip-captions"
     # Split of the data set; of a folder, the sub-folder in which its metadata.jsonl may lie.

@@ -20,6 +20,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from inputs.download import asked
 from inputs.files import Refusal, digest, folder_of, refuse, refusing, sayable
 from inputs.options import Config
 
@@ -392,7 +393,9 @@ def from_hub(name: str, options: Config) -> Pictures:
     remedy = "check the name and the network, pass --dataset-name FOLDER, or where splits or "
     remedy += "configs are listed --dataset-split NAME --dataset-config NAME"
     with refusing(found, expected, remedy):
-        table = datasets.load_dataset(name, name=config, split=split)
+        load = functools.partial(datasets.load_dataset, name, name=config, split=split)
+        what, way_out = f"the data set {name} (no folder here)", "pass --dataset-name FOLDER"
+        table = asked("datasets", name, what, way_out, load)
     taken = image_column(table, name, options)
     column = caption_column(table.column_names, options, name)
     captions = table[column] if column else [None] * len(table)

@@ -7,6 +7,7 @@ import torch
 
 from inputs import hub
 from inputs.code import changed
+from inputs.drawing import of_run
 from inputs.files import Refusal, digest, place
 from inputs.options import Config
 from inputs.sources import Picture, read_dataset, ten
@@ -22,8 +23,9 @@ MAY_CHANGE = {
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
     "deterministic",  # may be given up, not taken up: see deterministic.promise()
     # base, data and dtype are told by content, not by the name they were asked for
-    *("pretrained_model_name_or_path", "dataset_name", "image_column", "caption_column"),
-    *("dataset_split", "dataset_config", "caption", "caption_from_name", "mixed_precision"),
+    *("pretrained_model_name_or_path", "revision", "dataset_name"),
+    *("image_column", "caption_column", "dataset_split", "dataset_config"),
+    *("caption", "caption_from_name", "mixed_precision"),
 }
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 FINGERPRINTS = {  # of what the values of identity() are no options
@@ -56,6 +58,16 @@ def identity(
     told = {"dtype": str(dtype), "noise schedule": digest(noise), "data": of_data(pictures)}
     base = of_base(config.pretrained_model_name_or_path, dtype != torch.float32)
     return fixed_options(config) | base | told
+
+
+def use_revision(config: Config) -> None:
+    """Take the base at the commit that the run in config.out began with, unless another revision
+    is asked for, or another base; else at the revision that is asked for.
+    """
+    name, run = config.pretrained_model_name_or_path, config.out / "config.json"
+    same = of_run(run, "pretrained_model_name_or_path") == name
+    same = same and config.revision in ("", of_run(run, "revision"))
+    hub.use_revision(name, (same and of_run(run, "base_commit")) or config.revision)
 
 
 def of_base(name: str, half: bool) -> dict[str, str]:
@@ -160,6 +172,8 @@ def about(kept) -> dict[str, str]:
         "modelspec.prediction_type": kept.run.schedule.prediction_type.split("_")[0],
         "steps": str(kept.run.step),
     }
+    if commit := hub.commit_of(config.pretrained_model_name_or_path):
+        header["base_commit"] = commit
     return header | ({"code_changes": kept.code_changes} if kept.code_changes else {})
 
 

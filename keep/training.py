@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 import loop
 import model
-from inputs import code, options
+from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
@@ -65,6 +65,7 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_dataset(config.dataset_name, config)
     schedule = model.load_noise_schedule(name, device, config.prediction_type)
+    commit = hub.commit_of(name)
     state = checkpoint.newest_state(config.out / "checkpoints")
     config = identity.on_schedule(config, state)
     # Whether the folder holds this run is looked at before an hour of encoding.
@@ -95,11 +96,13 @@ def set_up(
         makers = ("torch", "diffusers", "transformers", "bitsandbytes")
         installed = [each for name in makers for each in metadata.distributions(name=name)]
         told["versions"] = {each.name: each.version for each in installed}
+        told["base_commit"] = commit
         told["validation_prompts"] = prompts_of(config, pictures)
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
         write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     how = "; ".join(filter(None, (reason, attention, faster_by)))
-    lines = [report.describe(kept, pictures, how), predicts, planned, changes, *notes]
+    at = f"{name} at commit {commit}" if commit else ""
+    lines = [report.describe(kept, pictures, how), at, predicts, planned, changes, *notes]
     return kept, "\n".join(filter(None, lines))
 
 
@@ -229,6 +232,7 @@ def main(argv: list[str] | Config | None = None) -> int:
     team = faster.Alone()
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
+        identity.use_revision(config)
         if config.plan_for:
             print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
             return 0
