@@ -86,8 +86,14 @@ class Config:
     # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
     cache: bool = True
 
-    # Side of the training square in pixels; a multiple of 8, the VAE's factor.
-    resolution: Annotated[int, Within(8, 4096, step=8)] = 512
+    # Side of the training square in pixels; a multiple of 8, the VAE's factor. Of several, each
+    # picture has the largest that it fills without being enlarged.
+    resolution: Annotated[tuple[int, ...], Within(8, 4096, step=8)] = (512,)
+    # Train each picture in its own shape, one of several as large as the square (steps of 64
+    # pixels), so that less is cut away.
+    buckets: bool = False
+    # Enlarge pictures that are smaller than the smallest resolution; --no-upscale refuses them.
+    upscale: bool = True
     # Cut a random square, drawn once per picture, instead of the middle.
     random_crop: bool = False
     # Show every other example mirrored; wrong for writing and for faces that must not be mirrored.
@@ -207,12 +213,12 @@ class Config:
 
 
 ORIGINAL = Config("original", gradient_checkpointing=True, attention="xformers", fused=False)
-T4 = Config("t4", mixed_precision="auto", memory_plan=True)
+T4 = Config("t4", buckets=True, mixed_precision="auto", memory_plan=True)
 POCKET = Config(
     "pocket",
     pretrained_model_name_or_path="pocket/model",
     dataset_name="pocket/ink",
-    resolution=128,
+    resolution=(128,),
     random_flip=False,
     lora_alpha=16,
     train_batch_size=16,
@@ -229,11 +235,12 @@ POCKET = Config(
     validation_prompts=POCKET_PROMPTS,
     guidance_scale=2.0,
 )
+NATIVE = replace(T4, recipe="native", resolution=(1024,))
 LOWMEM = replace(T4, recipe="lowmem", gradient_checkpointing=True, base_quantization="nf4")
 RECIPES = {
     "original": ("The published run: fp32, xFormers, gradient checkpointing, 512 px.", ORIGINAL),
     "t4": ("The same mathematics for a 16 GB T4: UNet in half precision, as fast as fits.", T4),
-    "native": ("t4 at 1024 px, SDXL's own size.", replace(T4, recipe="native", resolution=1024)),
+    "native": ("t4 at 1024 px, SDXL's own size.", NATIVE),
     "lowmem": ("t4 for 6 to 8 GB: the UNet in 4 bits; smallest with --no-memory-plan.", LOWMEM),
     "pocket": ("The small SDXL and its ink drawings: minutes on a CPU, no network.", POCKET),
 }
@@ -341,9 +348,12 @@ def check(config: Config) -> Config:
     """`config` itself. Raises Refusal, naming all of it, for what cannot be or go together."""
     too_long = config.quick and config.recipe not in QUICK
     in_any_order = config.deterministic and config.attention == "xformers"
+    odd = [side for side in config.resolution if side % 64] if config.buckets else []
+    sides = " and ".join(map(str, odd))
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
+        (odd, f"--buckets with a resolution of {sides}", "a multiple of 64", "--no-buckets"),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun

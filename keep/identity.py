@@ -122,7 +122,7 @@ def about(kept) -> dict[str, str]:
         "base_quantization": config.base_quantization,
         "dataset": public_name(config.dataset_name),
         "recipe": config.recipe,
-        "resolution": str(config.resolution),
+        "resolution": " ".join(map(str, config.resolution)),
         "steps": str(kept.run.step),
     }
     return header | ({"code_changes": kept.code_changes} if kept.code_changes else {})
