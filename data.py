@@ -405,6 +405,14 @@ class Examples:
         self.chances, self.num_train_timesteps = chances, num_train_timesteps
         self.decks = Decks(sizes, n, seed)
 
+    def at_once(self, step: int, batch: int) -> int:
+        """How many of a step's examples are in one pass: `batch`, or the largest divisor of n whose
+        pixels are no more than those of `batch` pictures of the largest size.
+        """
+        n, pixels = self.decks.n, [height * width for height, width in self.sizes]
+        room = batch * max(pixels) // pixels[self.decks.picture(step * n)]
+        return max(batch, *(size for size in range(1, min(n, room) + 1) if n % size == 0))
+
     def example(self, i: int) -> Example:
         """Example number i of the run, from (seed, i) alone. numpy's generator: the same on every
         device.

@@ -121,10 +121,11 @@ class LossScale:
 def step_batches(
     run: "Run", step: int, share: Callable[[range], range] = lambda numbers: numbers
 ) -> Iterator[dict[str, Tensor]]:
-    """The n examples of step `step`, at most train_batch_size in each batch. share: which of them
-    this process computes where there are several; alone, all.
+    """The n examples of step `step`, train_batch_size in each batch, or more of a smaller size.
+    share: which of them this process computes where there are several; alone, all.
     """
-    n, size = run.config.examples_per_step, run.config.train_batch_size
+    n = run.config.examples_per_step
+    size = run.examples.at_once(step, run.config.train_batch_size)
     for numbers in data.cut(share(range(step * n, (step + 1) * n)), size):
         yield run.examples.batch(numbers, run.unet.device, run.timesteps)
 

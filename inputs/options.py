@@ -107,7 +107,8 @@ class Config:
     # Everything random follows from it; two runs with one seed are one run.
     seed: Annotated[int, Within(0, 2**32 - 1)] = 42
 
-    # Examples in one forward and backward pass: more is faster and needs more memory.
+    # Examples in one forward and backward pass: more is faster and needs more memory. Of pictures
+    # in a smaller size than others as many as fill as much memory.
     train_batch_size: Annotated[int, Within(1, 4096)] = 1
     # Passes summed into one optimizer step; the run depends only on batch x accumulation.
     gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4

@@ -164,3 +164,21 @@ def test_one_deck_is_what_it_was_before_there_were_several():
     for epoch in range(4):
         want = np.random.default_rng([3, epoch, data.EPOCH]).permutation(5).tolist()
         assert [given.picture(i) for i in range(5 * epoch, 5 * epoch + 5)] == want
+
+
+def test_a_pass_holds_as_many_small_pictures_as_fill_the_memory_of_the_large_ones():
+    sizes = [(1024, 1024), (768, 768), (512, 512), (448, 576)]
+    examples = data.Examples(None, list("abcd"), sizes, 4, 0, data.Chances(), 1000)
+    passes = {}
+    for step in range(8):
+        size = sizes[examples.decks.picture(4 * step)]
+        passes[size] = [examples.at_once(step, batch) for batch in (1, 2, 3, 4)]
+    assert passes == {
+        (1024, 1024): [1, 2, 3, 4],
+        (768, 768): [1, 2, 4, 4],  # 1.8 fit, 3.6, 5.3: a divisor of 4, so that passes are alike
+        (512, 512): [4, 4, 4, 4],
+        (448, 576): [4, 4, 4, 4],
+    }
+    for (height, width), each in passes.items():
+        for batch, size in enumerate(each, 1):
+            assert size * height * width <= batch * 1024**2
