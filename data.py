@@ -24,9 +24,9 @@ from torch import Tensor
 import model
 from inputs.ahead import work_ahead
 from inputs.blocks import ROWS_PER_FILE, Place, cut, every_block, fill
-from inputs.code import together
+from inputs.code import makers, together
 from inputs.files import digest, open_safetensors
-from inputs.pictures import DECODING, all_damaged_named, decode, upright_size
+from inputs.pictures import all_damaged_named, decode, upright_size
 from inputs.sources import Picture
 from inputs.vetting import check_finite
 
@@ -279,7 +279,8 @@ def fill_cache(
     by = together("data.Encoder", "model.encode_prompts", "model.encode_unconditional")
     prompt_keys = [digest(caption, fingerprints["text"], str(dtype), by) for caption in captions]
     crop = f"{f'random {encoder.crop.seed}' if encoder.crop.random_crop else 'centre'} {flips}"
-    by = together("data.Encoder", "data.views", "model.encode_images", *DECODING)
+    encoding = ("data.Encoder", "data.views", "data.CROP", "model.encode_images")
+    by = together(*encoding, "model.add_time_ids", *makers("inputs.pictures"))
     latent_keys = [
         digest(picture.digest, fingerprints["vae"], f"{size} {crop}", by)
         for picture, size in zip(encoder.pictures, encoder.sizes, strict=True)

@@ -21,10 +21,10 @@ from pathlib import Path
 import diffusers
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
 import model
+from benchmarks.asked import Count, Counts, Seeds, asked
 from benchmarks.pocket import ROOT, cpu, rounded, seed_l1, true_ink
 from inputs.files import Refusal
 from inputs.options import POCKET
@@ -42,11 +42,11 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 class Options:
     """Advice by the number of pictures."""
 
-    counts: tuple[int, ...] = (20, 100, 1000)
-    steps: tuple[int, ...] = (50, 150, 450, 1350)
-    seeds: tuple[int, ...] = (0, 1, 2)
-    prompts: int = 48
-    num_inference_steps: int = 30
+    counts: Counts = (20, 100, 1000)
+    steps: Counts = (50, 150, 450, 1350)
+    seeds: Seeds = (0, 1, 2)
+    prompts: Count = 48
+    num_inference_steps: Count = 30
     # Where `python -m pocket.build --stages render` left the drawings.
     work: Path = Path("runs/pocket-build")
     out: Path = Path("benchmarks/results/advice.json")
@@ -142,7 +142,7 @@ def study(count: int, drawer: Drawer, scratch: Path, result: dict) -> dict:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = asked(Options)
     diffusers.utils.logging.set_verbosity_error()
     drawer = Drawer(options)
     bare, bare_shown = drawer.measures(options.seeds[0])

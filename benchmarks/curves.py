@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import tyro
+
+from benchmarks.asked import Count, asked
 
 ROOT = Path(__file__).resolve().parent.parent
 RUNS = {
@@ -32,7 +33,7 @@ WINDOW = 50  # steps in one mean: one step's loss says more about its timesteps 
 class Options:
     """Compare the loss curves."""
 
-    steps: int = 300
+    steps: Count = 300
     out: Path = Path("benchmarks/results/curves.json")
 
 
@@ -53,7 +54,7 @@ def windows(curve: torch.Tensor) -> torch.Tensor:
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = asked(Options)
     with tempfile.TemporaryDirectory() as folder:
         curves = {name: torch.tensor(losses(name, options.steps, Path(folder))) for name in RUNS}
     want = windows(curves["original"])

@@ -47,7 +47,10 @@ def parse() -> argparse.Namespace:
     of_runs.add_argument("--options", nargs=argparse.REMAINDER, default=[], help="for loop.py")
     for each in (of_kernels, of_runs):
         each.add_argument("--device", default="cuda")
-    return parser.parse_args()
+    options = parser.parse_args()
+    if options.command == "runs" and options.steps < 2:
+        parser.error(f"--steps is {options.steps}: one run is stopped in its middle, so 2 or more")
+    return options
 
 
 # ---- runs ----------------------------------------------------------------------------------------

@@ -30,6 +30,7 @@ from torch import Tensor
 import loop
 import model
 from benchmarks import synthetic
+from benchmarks.asked import Count, asked
 from benchmarks.ladder import LADDER, ROOT, Common, Row, Rows, changed
 from inputs import options as configuration
 
@@ -41,7 +42,7 @@ class Options(Common):
     # What to compare with.
     against: tyro.conf.Positional[tuple[Literal["fp32", "plain"], ...]] = ("fp32", "plain")
     # Optimizer steps of "plain".
-    steps: int = 20
+    steps: Count = 20
 
     def precisions(self, usual: tuple[str, ...]) -> tuple[str, ...]:
         return (self.mixed_precision,) if self.mixed_precision else usual
@@ -159,7 +160,7 @@ def gradient_and_way(run: loop.Run, options: Options) -> tuple[Tensor, Tensor, i
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv, prog="exactness", description=__doc__)
+    options = asked(Options, argv, prog="exactness", description=__doc__)
     path = Path(options.out or ROOT / "runs" / "bench" / "exactness.json")
     typed = " ".join(["python -m benchmarks.exactness", *(sys.argv[1:] if argv is None else argv)])
     ways = {"fp32": fp32, "plain": plain}

@@ -40,6 +40,7 @@ import loop
 import lora
 import model
 from benchmarks import synthetic
+from benchmarks.asked import Count, Seeds, asked
 from fast.nf4 import WHOLE
 from inputs import options as configuration
 from inputs.sources import read_dataset
@@ -329,16 +330,16 @@ class Options:
 
     command: tyro.conf.Positional[Literal["gradients", "full", "train", "time"]]
     # Optimizer steps of each run of "train".
-    steps: int = 150
+    steps: Count = 150
     # Its seeds.
-    seeds: tuple[int, ...] = (0,)
+    seeds: Seeds = (0,)
     # Where `python -m pocket.build --stages render` left the drawings.
     work: Path = Path("runs/pocket-build")
     out: Path = Path("benchmarks/results/int8.json")
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = asked(Options)
     work = {
         "gradients": gradients,
         "full": lambda: gradients((full_size,)) | {"on": torch.cuda.get_device_name()},

@@ -31,7 +31,7 @@ import traceback
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import bitsandbytes
 import diffusers
@@ -41,9 +41,11 @@ import tyro
 import loop
 import model
 from benchmarks import BEGAN, synthetic
+from benchmarks.asked import Count, Sides, asked
 from fast import plan
 from inputs import code
 from inputs.files import Refusal, first_line, write_whole
+from inputs.options import Within
 from inputs.vetting import check_device
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,13 +82,13 @@ class Common:
     """What every measurement has."""
 
     # Sides of the training square in pixels; recipes have their own unless this is given.
-    resolution: tuple[int, ...] = ()
+    resolution: Sides = ()
     # Rows of the ladder; none means all (step_profile: graph).
     rows: tuple[Literal[tuple(LADDER)], ...] = ()
     # The UNet's dtype; empty is fp16 (on a CPU fp32), and for "recipe" the recipe's own.
     mixed_precision: Literal["", "fp32", "fp16", "bf16"] = ""
     # Steps before those measured, in which libraries choose kernels and the graph is recorded.
-    warm_up: int = 3
+    warm_up: Annotated[int, Within(0, 10**6)] = 3
     # auto, cpu or cuda.
     device: str = "auto"
     # The pocket model's shape instead of SDXL's: to try this script on a CPU.
@@ -120,9 +122,9 @@ class Options(Common):
     # The recipes of "recipe" and "card"; none means all of the full size, and t4 and native.
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
     # Steps that are timed; 0 means 10, eager ones 3, those of "recipe" 50 and of "card" 20.
-    steps: int = 0
+    steps: Count = 0
     # Leave this much of the GPU's memory to the process; 0 is all of it. 14.5 is a T4's.
-    cap_gib: float = 0.0
+    cap_gib: Annotated[float, Within(0, 10**4)] = 0.0
 
 
 # ---- what is measured ----------------------------------------------------------------------------
@@ -379,7 +381,7 @@ def shareable(typed: str) -> str:
 
 def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 1 where a row failed (of a card: all) or the options cannot be."""
-    options = tyro.cli(Options, args=argv, prog="ladder")
+    options = asked(Options, argv, prog="ladder")
     of_card = options.command == "card"
     rows = {f.__name__: f for f in (ladder, recipe, card)}[options.command](options)
     typed = " ".join(["python -m benchmarks.ladder", *(sys.argv[1:] if argv is None else argv)])

@@ -272,5 +272,7 @@ if __name__ == "__main__":
     command, *paths = [arg for arg in sys.argv[1:] if arg != "--tiny"]
     if command == "predict":
         predict(Path(paths[0]), tiny)
+    elif command != "measure":
+        sys.exit(f"error: {command}; expected predict or measure. What to do: see the top of here")
     else:
         measure(Path(paths[0]), Path(paths[1]), tiny)

@@ -17,6 +17,8 @@ from pathlib import Path
 
 import tyro
 
+from benchmarks.asked import Count, Sides, asked
+
 ROOT = Path(__file__).resolve().parent.parent
 
 
@@ -29,9 +31,9 @@ class Options:
     # Rows of the ladder.
     rows: tuple[str, ...] = ("eager", "fused", "graph", "4x1", "checkpointing", "nf4")
     # Sides of the training square in pixels.
-    resolution: tuple[int, ...] = (512,)
+    resolution: Sides = (512,)
     # How often each version has its turn.
-    turns: int = 3
+    turns: Count = 3
     # More of the ladder's options, in one word: --more="--tiny --device cpu"
     more: str = ""
     out: Path = Path("benchmarks/results/old_and_new.json")
@@ -58,7 +60,7 @@ def compare(old: list[dict], new: list[dict]) -> dict:
 
 
 def main(argv: list[str] | None = None) -> None:
-    options = tyro.cli(Options, args=argv)
+    options = asked(Options, argv)
     words = ["--rows", *options.rows, "--resolution", *map(str, options.resolution)]
     words += options.more.split()
     old, new = [], []

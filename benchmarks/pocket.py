@@ -21,9 +21,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import tyro
 from PIL import Image
 
+from benchmarks.asked import Seeds, asked
 from pocket import drawings, measure
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,7 +34,7 @@ class Options:
     """Measure the recipe pocket."""
 
     # Seeds of the runs.
-    seeds: tuple[int, ...] = (0, 1, 2)
+    seeds: Seeds = (0, 1, 2)
     # Where `python -m pocket.build --stages render` left the drawings.
     work: Path = Path("runs/pocket-build")
     # Another model to measure in the place of pocket/model.
@@ -103,7 +103,7 @@ def base_figures(adapter: Path, model: str, heldout: dict, folder: Path) -> dict
 
 
 def main() -> None:
-    options = tyro.cli(Options)
+    options = asked(Options)
     heldout = json.loads((ROOT / "pocket" / "heldout.json").read_text())
     names = heldout["measured"]
     runs, seconds = [], []

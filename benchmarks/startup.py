@@ -206,6 +206,8 @@ def gpu_name() -> str:
 
 def main() -> None:
     options = tyro.cli(Options)
+    if options.times < 1:
+        sys.exit(f"error: times is {options.times}; expected 1 or more. What to do: --times 5")
     argv = [options.recipe, *shlex.split(options.train)]
     argv += ["--max-train-steps", "1", "--validation-prompts"]
     with tempfile.TemporaryDirectory() as folder:

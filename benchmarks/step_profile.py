@@ -24,6 +24,7 @@ import tyro
 import loop
 import model
 from benchmarks import synthetic
+from benchmarks.asked import asked
 from benchmarks.ladder import ROOT, Common, Row, Rows, changed, matrix_peak, wait
 from inputs import options as configuration
 
@@ -117,7 +118,7 @@ def profile_row(options: Options, config: configuration.Config, nf4: bool) -> Ro
 
 
 def main(argv: list[str] | None = None) -> int:
-    options = tyro.cli(Options, args=argv, prog="step_profile")
+    options = asked(Options, argv, prog="step_profile")
     rows = {"profile": profile, "floor": floor}[options.command](options)
     path = Path(options.out or ROOT / "runs" / "bench" / f"step_{options.command}.json")
     words = sys.argv[1:] if argv is None else argv

@@ -196,6 +196,8 @@ def main() -> int:
     parser.add_argument("--warm-up", type=int, default=3)
     parser.add_argument("--out", default=str(ROOT / "benchmarks" / "results" / "two_gpus.json"))
     options = parser.parse_args()
+    if min(options.steps, *options.processes, *options.sides, options.warm_up + 1) < 1:
+        parser.error("--steps, --processes and --sides are 1 or more, --warm-up 0 or more")
     if options.what == "paper":
         print("\n".join(paper()))
         return 0

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 import model
 from inputs import hub
+from inputs.code import together
 from inputs.files import Refusal, digest, open_safetensors, safetensors_bytes, write_whole
 from inputs.vetting import load_bitsandbytes
 
@@ -25,7 +26,8 @@ from inputs.vetting import load_bitsandbytes
 PER_SCALE, SCALES_PER_SCALE = 64, 256
 # Together 0.3 % of SDXL, and everything that says when and how large passes through them.
 WHOLE = ("time_embedding.", "add_embedding.")
-LAYOUT = "2"  # of the kept file; another number when it changes
+# What makes another base of the same weights: part of the kept file's name, and of the run.
+MAKERS = tuple(f"fast.nf4.{name}" for name in "quantise shapes_to_quantise WHOLE PER_SCALE".split())
 NEEDED = ("an NF4 base", "--base-quantization none")
 
 
@@ -42,7 +44,7 @@ def load_unet_nf4(
     unet = model.build_unet(folder)
     # Its small files and 64 samples of its weights too: the UNet's own print has ten tensors only.
     fingerprints = (hub.unet_fingerprint(name, half), hub.fingerprint(name, "unet", half))
-    what = digest(*fingerprints, str(dtype), str(PER_SCALE), bnb.__version__, LAYOUT)
+    what = digest(*fingerprints, str(dtype), bnb.__version__, together(*MAKERS))
     path = cache_dir / f"nf4-{what}.safetensors"
 
     kept = read_kept(path, device)

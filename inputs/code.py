@@ -20,29 +20,32 @@ MODULES = {
     "use_gradient_checkpointing checkpointable load_text_encoders load_vae load_tokenizers",
     "data": "in_batches send",
     "loop": "CONFIG train_plain",
+    # Of inputs/ all else either says no, or gives what is told by its content: the files of the
+    # base, the pictures and captions, the options.
+    "inputs.pictures": "LONGEST_SIDE check_pictures all_damaged_named refuse_small strong_changes",
 }
 parsed = functools.lru_cache(maxsize=8)(ast.parse)  # a module's text is asked for many names
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
-def digests(further: Iterable[tuple[str, str]] = (), root: Path = ROOT) -> dict[str, str]:
-    """{"lora.LoRALinear": digest, ...} of the tree in `root`: of every function, class and constant
-    of MODULES that makes numbers.
+def makers(module: str, root: Path = ROOT) -> list[str]:
+    """The functions, classes and constants of one of MODULES that make numbers, by full name."""
+    names = named(root, module).keys() - set(MODULES[module].split())
+    return [f"{module}.{name}" for name in sorted(names)]
 
-    further: (module, name) of what an option plugs in that makes it another run.
+
+def digests(further: Iterable[str] = (), root: Path = ROOT) -> dict[str, str]:
+    """{"lora.LoRALinear": digest, ...} of all that makes numbers in the tree in `root`.
+
+    further: full names of what an option plugs in that makes it another run.
     """
-    own = [
-        (module, name)
-        for module, others in MODULES.items()
-        for name in sorted(named(root, module).keys() - set(others.split()))
-    ]
-    return {f"{module}.{name}": of_one(root, module, name) for module, name in [*own, *further]}
+    names = [name for module in MODULES for name in makers(module, root)]
+    return {name: of_one(root, name) for name in [*names, *further]}
 
 
 def together(*names: str) -> str:
     """One digest of "module.name" of each of `names`: of what a cached file was made by."""
-    parts = (name.rpartition(".") for name in names)
-    return digest(*(of_one(ROOT, module, name) for module, _, name in parts))
+    return digest(*(of_one(ROOT, name) for name in names))
 
 
 def named(root: Path, module: str) -> dict[str, list[ast.stmt]]:
@@ -52,13 +55,15 @@ def named(root: Path, module: str) -> dict[str, list[ast.stmt]]:
         if isinstance(each, DOCUMENTED):
             found.setdefault(each.name, []).append(each)
         for target in each.targets if isinstance(each, ast.Assign) else ():
-            found.setdefault(ast.unparse(target), []).append(each)
+            for name in ast.unparse(target).strip("()").split(", "):  # of A, B = 1, 2 both
+                found.setdefault(name, []).append(each)
     return found
 
 
-def of_one(root: Path, module: str, name: str) -> str:
-    """The digest of what a module calls `name`; empty where it has no such thing any more."""
-    found = named(root, module).get(name)
+def of_one(root: Path, name: str) -> str:
+    """The digest of "module.name"; empty where the module has no such thing any more."""
+    module, _, own = name.rpartition(".")
+    found = named(root, module).get(own)
     return digest(written_out(found)) if found else ""
 
 

@@ -31,13 +31,18 @@ class Refusal(Exception):
 
 def refuse(troubles: Iterable[Iterable[str]]) -> None:
     """Raise one Refusal that names all troubles, each (found, expected, remedy); none raises
-    nothing.
+    nothing. What is expected alike and mended alike is one sentence, any other a sentence of its
+    own behind " | ".
     """
-    columns = [list(dict.fromkeys(column)) for column in zip(*troubles, strict=True)]
-    for each in columns:
+    alike: dict[tuple, list[str]] = {}
+    for found, *rest in dict.fromkeys(map(tuple, troubles)):
+        alike.setdefault(tuple(rest), []).append(found)
+    for each in alike.values():
         each[10:] = [f"{len(each) - 10} more"] if len(each) > 10 else []
-    if columns:
-        raise Refusal(*map(" and ".join, columns))
+    if said := [Refusal(" and ".join(each), *rest) for rest, each in alike.items()]:
+        said[0].parts = tuple(map(" | ".join, zip(*(each.parts for each in said), strict=True)))
+        said[0].args = (" | ".join(map(str, said)),)
+        raise said[0]
 
 
 def place(name: str) -> Path:

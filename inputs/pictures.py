@@ -18,9 +18,6 @@ from tqdm import tqdm
 from inputs.files import Refusal, refuse
 from inputs.sources import Picture, for_all, named, picture_formats
 
-# What makes a picture's numbers, and so is part of the name under which it is kept encoded.
-MAKERS = ("decode", "to_srgb", "colours_of", "transform_to_srgb", "from_16_bits")
-DECODING = tuple(f"inputs.pictures.{each}" for each in MAKERS)
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
 # decode() raises instead. Here, since a filter set and taken back in one thread unsettles others.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)

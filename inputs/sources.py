@@ -125,8 +125,8 @@ def from_folder(folder: Path, table: Path | None, columns: tuple[str, ...]) -> P
     pictures = [p for p in paths if is_picture(p) and (p.is_file() or p.is_symlink())]
     left_out["lie outside train/"] = [p for p in pictures if top not in p.parents]
     pictures = [p for p in pictures if top in p.parents]
-    unused = {key(path) for each in left_out.values() for path in each}
-    captions = [each for each in captions if each[0] not in unused - set(map(key, pictures))]
+    unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
+    captions = [each for each in captions if each[0] not in unused]
     found = Pictures(paired(folder, [(key(p), p) for p in pictures], captions, look_alikes(paths)))
     found.notes = [
         f"{named([p.relative_to(folder).as_posix() for p in left])} left out, since they {why}"

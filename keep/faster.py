@@ -160,8 +160,7 @@ def digests(config: Config) -> dict[str, str]:
     """Those of all code that makes this run's numbers, in fast/, too, if it makes another run."""
     if config.base_quantization != "nf4":
         return code.digests()
-    module, names = nf4().__name__, ("quantise", "linear_4bit", "shapes_to_quantise")
-    return code.digests([(module, name) for name in names])
+    return code.digests([*nf4().MAKERS, "fast.nf4.linear_4bit"])
 
 
 def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:

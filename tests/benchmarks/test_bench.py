@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 
-from benchmarks import exactness, int8, old_and_new, step_profile, synthetic, two_gpus
+from benchmarks import curves, exactness, int8, old_and_new, step_profile, synthetic, two_gpus
 from benchmarks import ladder as bench
 from conftest import ROOT, SDXL
 
@@ -368,3 +368,33 @@ def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monk
     assert not list(tmp_path.iterdir())
     monkeypatch.setattr(bench, "measure", lambda rows, *_: {})  # the small model's is
     assert bench.main(["ladder", "--tiny", "--out", str(tmp_path / "a.json")]) == 0
+
+
+@pytest.mark.parametrize(
+    ("script", "words", "said"),
+    [
+        (bench, ["ladder", "--steps", "-3", "--warm-up", "-1"], ("warm_up is -1", "steps is -3")),
+        (bench, ["ladder", "--cap-gib", "nan"], ("cap_gib is nan",)),
+        (bench, ["ladder", "--resolution", "60"], ("resolution is (60,)", "steps of 8")),
+        (exactness, ["plain", "--steps", "0"], ("steps is 0", "correct --steps")),
+        (step_profile, ["floor", "--warm-up", "-1"], ("warm_up is -1",)),
+        (int8, ["train", "--steps", "0", "--seeds", "-1"], ("steps is 0", "seeds is (-1,)")),
+        (curves, ["--steps", "-1"], ("steps is -1", "expected 1 to")),
+        (old_and_new, [".", "--turns", "0"], ("turns is 0",)),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused_all_at_once(monkeypatch, capsys, script, words, said):
+    monkeypatch.setattr(sys, "argv", ["script", *words])
+    with pytest.raises(SystemExit) as left:
+        script.main()
+    assert left.value.code == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and all(each in error for each in said)
+
+
+@pytest.mark.parametrize("words", [["--steps", "0"], ["--warm-up", "-1"], ["--sides", "512", "0"]])
+def test_two_gpus_refuses_numbers_that_cannot_be(monkeypatch, capsys, words):
+    monkeypatch.setattr(sys, "argv", ["two_gpus.py", "run", *words])
+    with pytest.raises(SystemExit, match="2"):
+        two_gpus.main()
+    assert "1 or more" in capsys.readouterr().err

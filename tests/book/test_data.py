@@ -19,6 +19,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageOps
+from torchvision import transforms
 
 import data
 import loop
@@ -52,15 +53,19 @@ def whole_numbers(pixels: torch.Tensor) -> np.ndarray:
         ((200, 300), 100, True, [300, 200, 25, 0, 100, 100]),
         ((200, 200), 64, False, [200, 200, 0, 0, 64, 64]),
         ((200, 200), 64, True, [200, 200, 0, 0, 64, 64]),
-        ((303, 200), 100, False, [200, 303, 0, 25, 100, 100]),  # to 151 x 100: 51 to spare
-        ((303, 200), 100, True, [200, 303, 0, 26, 100, 100]),  # 25 on the left were 26 on the right
-        ((200, 303), 100, False, [303, 200, 25, 0, 100, 100]),
-        ((200, 303), 100, True, [303, 200, 25, 0, 100, 100]),  # a flip moves nothing up or down
+        ((303, 200), 100, False, [200, 303, 0, 26, 100, 100]),  # to 151 x 100: 51 to spare
+        ((303, 200), 100, True, [200, 303, 0, 26, 100, 100]),  # in the mirrored picture's frame
+        ((200, 303), 100, False, [303, 200, 26, 0, 100, 100]),
+        ((200, 303), 100, True, [303, 200, 26, 0, 100, 100]),
+        ((301, 200), 100, False, [200, 301, 0, 25, 100, 100]),  # to 150 x 100
+        ((305, 200), 100, False, [200, 305, 0, 26, 100, 100]),  # to 152 x 100
+        ((67, 64), 64, False, [64, 67, 0, 2, 64, 64]),  # 1.5 to 2
+        ((69, 64), 64, False, [64, 69, 0, 2, 64, 64]),  # 2.5 to 2
         ((101, 67), 64, False, [67, 101, 0, 16, 64, 64]),  # to 96 x 64
         ((50, 75), 100, False, [75, 50, 25, 0, 100, 100]),  # to 100 x 150
         ((64, 64), 64, False, [64, 64, 0, 0, 64, 64]),
         ((65, 64), 64, False, [64, 65, 0, 0, 64, 64]),
-        ((65, 64), 64, True, [64, 65, 0, 1, 64, 64]),
+        ((65, 64), 64, True, [64, 65, 0, 0, 64, 64]),
     ],
 )
 def test_time_ids_by_hand(size, resolution, flip, time_ids):
@@ -107,7 +112,27 @@ def test_the_flipped_view_is_cut_from_the_mirrored_picture_where_its_time_ids_sa
     mirrored = ImageOps.mirror(resized(image, 64))
     assert np.array_equal(whole_numbers(pixels), cut(mirrored, time_ids, 64))
     unflipped, _ = one_view(picture(image), 64, random_crop, 5, False)
-    assert torch.equal(pixels, unflipped.flip(-1))  # and shows the very same part of it
+    odd = (mirrored.width - 64) % 2 == 1  # then both centre crops lie half a pixel to one side
+    shows_the_very_same_part = torch.equal(pixels, unflipped.flip(-1))
+    assert shows_the_very_same_part == (random_crop or not odd)
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_centre_crop_is_that_of_diffusers_script(flip):
+    """torchvision's transforms in the script's order: resize, flip, crop, and its time ids."""
+    side = 16
+    resize = transforms.Resize(side, transforms.InterpolationMode.LANCZOS)
+    crop, mirror = transforms.CenterCrop(side), transforms.RandomHorizontalFlip(p=float(flip))
+    sizes = [(long, short) for short in (7, 16, 17, 24) for long in range(short, 3 * short + 2)]
+    for width, height in {*sizes, *(size[::-1] for size in sizes)}:
+        image = noisy(width, height)
+        pixels, time_ids = one_view(picture(image), side, False, 0, flip)
+        resized = mirror(resize(image))
+        corner = [round((edge - side) / 2.0) for edge in (resized.height, resized.width)]
+        assert time_ids.tolist() == [height, width, *corner, side, side], (width, height)
+        assert np.array_equal(whole_numbers(pixels), np.asarray(crop(resized))), (width, height)
+        normal = transforms.Normalize([0.5], [0.5])(transforms.ToTensor()(crop(resized)))
+        torch.testing.assert_close(pixels, normal, rtol=0, atol=1e-6)
 
 
 def test_pixels_range_from_minus_one_to_one():

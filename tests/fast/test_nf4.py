@@ -18,10 +18,10 @@ import lora
 import model
 from conftest import POCKET, ink_rows, make_batch, make_unet, write_pictures
 from fast import nf4
-from inputs import hub
+from inputs import code, hub
 from inputs.files import Refusal
 from inputs.options import RECIPES
-from keep import drawing, identity, training
+from keep import drawing, faster, identity, training
 
 CPU = torch.device("cpu")
 
@@ -146,6 +146,22 @@ def test_another_dtype_or_base_has_a_file_of_its_own(tiny, tmp_path):
     load(tiny, tmp_path, torch.float16)
     load(str(POCKET), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
+
+
+@pytest.mark.parametrize("name", ["WHOLE", "PER_SCALE", "quantise", "shapes_to_quantise"])
+def test_edited_quantisation_has_a_file_of_its_own_and_is_another_run(
+    tiny, tmp_path, monkeypatch, name
+):
+    load(tiny, tmp_path)
+    lowmem, of_one = RECIPES["lowmem"][1], code.of_one
+    before = faster.digests(lowmem)
+    edited = f"fast.nf4.{name}"
+    monkeypatch.setattr(
+        code, "of_one", lambda root, each: "edited" if each == edited else of_one(root, each)
+    )
+    load(tiny, tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert code.changed(before, faster.digests(lowmem)) == [edited]
 
 
 @pytest.mark.slow

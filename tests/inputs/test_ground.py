@@ -45,3 +45,29 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
             pass
         assert str(folder) in str(refusal.value) and "--output-dir" in str(refusal.value)
         assert "MB" not in str(refusal.value)
+
+
+def test_each_trouble_keeps_its_own_remedy():
+    """What is expected and mended alike is one sentence; in the order in which it was met."""
+    rows = [("a", "X", "do x"), ("b", "Y", "do y"), ("c", "X", "do x"), ("a", "X", "do x")]
+    rows += [("d", "X", "do z")]
+    with pytest.raises(Refusal) as refusal:
+        files.refuse(rows)
+    assert str(refusal.value) == (
+        "a and c; expected X. What to do: do x | b; expected Y. What to do: do y | "
+        "d; expected X. What to do: do z"
+    )
+    assert refusal.value.parts == ("a and c | b | d", "X | Y | X", "do x | do y | do z")
+    files.refuse([])
+
+
+def test_ten_of_each_kind_are_named_and_the_rest_counted():
+    rows = [(f"found {i}", "X", "do x") for i in range(12)]
+    with pytest.raises(Refusal) as refusal:
+        files.refuse([*rows, ("other", "Y", "do y")])
+    said = str(refusal.value)
+    assert "found 9 and 2 more; expected X. What to do: do x | other; expected Y" in said
+    assert "found 10" not in said
+    with pytest.raises(Refusal) as refusal:
+        files.refuse(("f" * 5000, f"X{i}", f"do {i}") for i in range(3))
+    assert all(f"expected X{i}. What to do: do {i}" in str(refusal.value) for i in range(3))

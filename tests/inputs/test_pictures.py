@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 import data
-from inputs import pictures
+from inputs import code, pictures
 from inputs.files import Refusal
 from inputs.sources import read_dataset
 from made import PNG, RED, encoded, noisy, one_view, picture, write_folder
@@ -215,15 +215,17 @@ def test_a_profile_that_does_not_fit_changes_nothing_and_is_said(damaged):
 
 def test_how_colours_are_read_is_part_of_a_kept_picture_s_name(tmp_path, monkeypatch):
     """An edit of the conversion, as of what else decodes, makes encoded pictures anew."""
-    whole = set(pictures.DECODING)
-    assert {"inputs.pictures.decode", "inputs.pictures.to_srgb"} <= whole
+    makers = ("decode", "to_srgb", "colours_of", "transform_to_srgb", "from_16_bits")
+    whole = {f"inputs.pictures.{name}" for name in makers}
+    whole |= {"data.Encoder", "data.views", "data.CROP"}
+    whole |= {"model.encode_images", "model.add_time_ids"}
     asked = []
     monkeypatch.setattr(data, "together", lambda *names: asked.append(names) or "")
     monkeypatch.setattr(data, "fill", lambda *_: [])
     encoder = data.Encoder([], None, None, data.Crop((8,), False, False, 0))
     monkeypatch.setattr(encoder, "caption", lambda i: "", raising=False)
     data.fill_cache(tmp_path, encoder, False, data.torch.float32, {"text": "", "vae": ""})
-    assert whole <= set(asked[-1])
+    assert set(asked[-1]) == whole and all(code.of_one(code.ROOT, name) for name in whole)
 
 
 # ---- what a person would not expect, said at the start -------------------------------------------

@@ -19,7 +19,7 @@ from inputs.files import Refusal, digest
 from inputs.options import RECIPES
 from inputs.sources import Picture, read_dataset
 from keep import identity
-from made import BLUE, RED, encoded, noisy, write_folder
+from made import BLUE, PNG, RED, encoded, noisy, write_folder
 
 
 def contents(pictures: list[Picture]) -> list[tuple]:
@@ -552,3 +552,13 @@ def test_a_data_set_that_is_neither_folder_nor_reachable_is_one_refusal(
     with pytest.raises(Refusal, match=name) as refusal:
         read_dataset(name)
     assert "--dataset-name FOLDER" in str(refusal.value) and "\n" not in str(refusal.value)
+
+
+def test_a_large_folder_is_read_in_time_that_grows_as_it_does(tmp_path, monkeypatch):
+    count, names = 60, []
+    for i in range(count):
+        (tmp_path / f"{i}.png").write_bytes(PNG)
+        (tmp_path / f"{i}.txt").write_text(f"caption {i}")
+    monkeypatch.setattr(sources, "normal", lambda name: names.append(name) or name)
+    assert len(read_dataset(str(tmp_path))) == count
+    assert len(names) <= 6 * count  # once for each pair of picture and caption would be 3,600

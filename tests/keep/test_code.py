@@ -3,6 +3,7 @@
 import dataclasses
 import shutil
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -30,21 +31,70 @@ EDITS = {  # in loop.py, and which functions count as changed
 }
 
 
-@pytest.mark.parametrize("edit", EDITS)
-def test_only_what_the_code_does_counts(tmp_path, edit):
-    old, new, want = EDITS[edit]
-    for name in code.MODULES:
-        shutil.copy(ROOT / f"{name}.py", tmp_path)
-    text = (tmp_path / "loop.py").read_text()
+def edit(tree: Path, file: str, old: str, new: str) -> None:
+    """Copy what is looked at into `tree`, with that change."""
+    for module in code.MODULES:
+        path = tree / f"{module.replace('.', '/')}.py"
+        path.parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / path.relative_to(tree), path)
+    text = (tree / file).read_text()
     assert old in text
-    (tmp_path / "loop.py").write_text(text.replace(old, new))
+    (tree / file).write_text(text.replace(old, new))
+
+
+@pytest.mark.parametrize("name", EDITS)
+def test_only_what_the_code_does_counts(tmp_path, name):
+    old, new, want = EDITS[name]
+    edit(tmp_path, "loop.py", old, new)
     changed = code.changed(code.digests(), code.digests(root=tmp_path))
     assert set(want) <= set(changed) and (want or not changed)
-    assert edit == "two" or changed == want
+    assert name == "two" or changed == want
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "want"),
+    [
+        ('image.size, "white")', 'image.size, "black")', ["inputs.pictures.decode"]),
+        ("// 257", "// 256", ["inputs.pictures.from_16_bits"]),
+        ('createProfile("sRGB")', 'createProfile("XYZ")', ["inputs.pictures.transform_to_srgb"]),
+        ("1.5 * short", "2 * short", []),  # what is said, not what is trained
+        ("LONGEST_SIDE = 20", "LONGEST_SIDE = 30", []),
+    ],
+)
+def test_how_pictures_are_decoded_counts(tmp_path, old, new, want):
+    edit(tmp_path, "inputs/pictures.py", old, new)
+    assert code.changed(code.digests(), code.digests(root=tmp_path)) == want
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "name"),
+    [
+        ("EXAMPLE, EPOCH, CROP = 1, 2, 3", "EXAMPLE, EPOCH, CROP = 1, 2, 4", "data.CROP"),
+        ("round(room / 2)", "room // 2", "data.views"),
+    ],
+)
+def test_one_of_several_names_given_at_once_is_found(tmp_path, old, new, name):
+    edit(tmp_path, "data.py", old, new)
+    assert name in code.changed(code.digests(), code.digests(root=tmp_path))
+
+
+def test_an_edit_of_the_decoding_is_refused_by_name_and_when_accepted_encodes_anew(
+    train, cache, tmp_path, monkeypatch, capsys
+):
+    assert train("r", "--max-train-steps", "1") == 0
+    tree, of_one, before = tmp_path / "tree", code.of_one, set(cache.iterdir())
+    tree.mkdir()
+    edit(tree, "inputs/pictures.py", 'image.size, "white")', 'image.size, "black")')
+    monkeypatch.setattr(code, "of_one", lambda _, name: of_one(tree, name))
+    assert train("r", "--max-train-steps", "2") == 1
+    assert "its code has changed: inputs.pictures.decode;" in capsys.readouterr().err
+    assert train("r", "--max-train-steps", "2", "--accept-code-change") == 0
+    new = {path.name.partition("-")[0] for path in set(cache.iterdir()) - before}
+    assert new == {"latent"}  # and no caption
 
 
 def test_everything_named_is_there_and_an_option_adds_its_own():
-    digests = code.digests([("fast.nf4", "quantise")])
+    digests = code.digests(["fast.nf4.quantise"])
     assert all(digests.values()) and "fast.nf4.quantise" in digests
     assert {"lora.TARGETS", "data.Encoder", "loop.fit", "model.predict"} <= digests.keys()
     assert not {"loop.train_plain", "lora.merge", "model.load_unet"} & digests.keys()
@@ -109,6 +159,6 @@ def test_digests_come_in_one_order_in_every_process():
         f"{module}.{name}"
         for module in code.MODULES
         for name in sorted(
-            key.partition(".")[2] for key in code.digests() if key.startswith(module)
+            key.removeprefix(f"{module}.") for key in code.digests() if key.startswith(module)
         )
     ]

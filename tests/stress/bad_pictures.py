@@ -235,6 +235,8 @@ def look_at_views(case: Case, given: Picture, image: Image.Image) -> None:
     pixels, ids = data.views(given, (side, side), crop, case.seed, (False, True))
     assert pixels.shape == (2, 3, side, side) and pixels.dtype == torch.float32
     assert pixels.isfinite().all() and pixels.min() >= -1 and pixels.max() <= 1
-    assert torch.equal(pixels[1], pixels[0].flip(-1))
+    # An odd rest has no middle: both views of a centre crop leave the larger half on one side.
+    if crop or (side * image.width // min(image.size) - side) % 2 == 0:
+        assert torch.equal(pixels[1], pixels[0].flip(-1))
     assert ids.shape == (2, 6) and (ids >= 0).all()
     assert ids[0].tolist()[:2] == [image.height, image.width]
