@@ -305,7 +305,7 @@ def train_plain(config: Config) -> None:
     name, device = config.pretrained_model_name_or_path, check_device(config.device)
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     schedule = model.load_noise_schedule(name, device)
-    pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
+    pictures = read_dataset(config.dataset_name, config)
     examples = examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
     how = model.use_attention(unet, config.attention, device, dtype)

@@ -11,7 +11,7 @@ A step's n examples are cut into passes of one size, a divisor of n. An uneven c
 the same run) is never the fastest that fits: what a pass costs besides its examples is its
 launches, so only fewer passes are faster, and for the recipes' n = 4 three at once need two passes,
 as two at once do, for more memory. Only an n without a divisor near would gain: 3 + 3 + 1 on a T4
-takes 8 % less than seven passes of one (7 x 159 ms), where n = 8 in two passes takes 9 % less per
+takes 4 % less than seven passes of one (7 x 345 ms), where n = 8 in two passes takes 5 % less per
 image by itself.
 """
 
@@ -262,7 +262,8 @@ def quantise(unet: nn.Module, dtype: torch.dtype) -> None:
 class Card:
     """name: words of what torch calls it; gib: about what torch reports as its memory; tflops: peak
     TFLOP/s of fp16 (or bf16) products summed in fp32, which GeForce cards do at half the rate of
-    sums in fp16, and tflops_fp32 of fp32 products, dense; bf16: whether it computes that.
+    sums in fp16, and a P100 as it does fp32; tflops_fp32 of fp32 products, dense; bf16: whether it
+    computes that.
     """
 
     name: str
@@ -273,15 +274,20 @@ class Card:
     bf16: bool = True
 
 
-CARDS = (  # as sold; what of it a run reaches is SHARES' assumption
-    Card("T4", 14.56, 65, 8.1, 300, bf16=False),
-    Card("P100", 15.89, 18.7, 9.3, 732, bf16=False),
+# As sold, at the boost clock, but T4 and L4 in fp16 at their base clocks (65 x 585 / 1590 and 121 x
+# 795 / 2040): 70 W sustain no more. NVIDIA names that as why a T4's large products reach 24 TFLOP/s
+# (https://forums.developer.nvidia.com/t/about-gpu-peak-performance/264462), and a user's 10.8 s for
+# a step of diffusers' script at 1024 px, 84 TFLOP with checkpointing, are 8. What of all this a run
+# reaches is SHARES' assumption.
+CARDS = (
+    Card("T4", 14.56, 24, 8.1, 300, bf16=False),
+    Card("P100", 15.89, 9.3, 9.3, 732, bf16=False),
     Card("RTX 2060", 5.79, 26, 6.5, 336, bf16=False),
     Card("RTX 2070", 7.78, 30, 7.5, 448, bf16=False),
     Card("RTX 3060", 11.75, 25.5, 12.7, 360),
     Card("RTX 3090", 23.68, 71, 35.6, 936),
     Card("RTX 4090", 23.64, 165, 82.6, 1008),
-    Card("L4", 22.03, 121, 30.3, 300),
+    Card("L4", 22.03, 47, 30.3, 300),
     Card("A100", 39.4, 312, 19.5, 1555),
     Card("H100", 79.1, 989, 67, 3350),
     Card("H200", 139.8, 989, 67, 4800),
@@ -491,9 +497,10 @@ def table(config: Config) -> str:
         *(f"{'recomputed':>16} {name}" for name in way.checkpointed_blocks),
         *(f"{part:>16} {size / GIB:6.2f} GiB" for part, size in found.parts.items()),
         f"{'peak':>16} {found.peak / GIB:6.2f} GiB of {card.gib}, {FILL:.0%} usable: fits",
-        f"{'time':>16} {low:6.1f} to {high:.1f} minutes for {steps:,} steps, estimated: a pass has "
-        f"{work['flop'] / 1e12:.2f} TFLOP at {SHARES[0]:.0%} or {SHARES[1]:.0%} of "
-        f"{card.tflops:g} TFLOP/s, {work['moved'] / 1e9:.1f} GB at {card.gb_per_s:,} GB/s",
+        f"{'time':>16} {low:6.1f} to {high:.1f} minutes for {steps:,} steps, estimated by CARDS in "
+        f"fast/plan.py: a pass has {work['flop'] / 1e12:.2f} TFLOP at {SHARES[0]:.0%} or "
+        f"{SHARES[1]:.0%} of {card.tflops:g} TFLOP/s, {work['moved'] / 1e9:.1f} GB at "
+        f"{card.gb_per_s:,} GB/s",
         f"{'launches':>16} {work['launches']:6,} a pass: {launching:.1f} min of it",
     ]
     return "\n".join(rows)

@@ -82,7 +82,9 @@ def refusing(found: str, expected: str, remedy: str) -> Iterator[None]:
         raise
     except Exception as error:
         kind = "" if isinstance(error, OSError) else f"{type(error).__name__}: "
-        raise Refusal(f"{found} ({kind}{first_line(error)})", expected, remedy) from error
+        # datasets and huggingface_hub often tell the reason only in what raised their error.
+        cause = f"; {first_line(error.__cause__)}" if error.__cause__ else ""
+        raise Refusal(f"{found} ({kind}{first_line(error)}{cause})", expected, remedy) from error
 
 
 def sayable(text: str, longest: int = 1200) -> str:
@@ -95,9 +97,11 @@ def sayable(text: str, longest: int = 1200) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """An exception's first line, or its class where it says nothing."""
-    lines = str(error).strip().splitlines()
-    return lines[0][:200] if lines else type(error).__name__
+    """An exception's first line, or its class where it says nothing; with the second where that
+    lists what there is.
+    """
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return " ".join(line[:200] for line in lines[: 2 if "available" in str(error) else 1])
 
 
 def digest(*parts: bytes | str) -> str:

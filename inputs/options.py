@@ -74,10 +74,21 @@ class Config:
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
     # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg).
     dataset_name: str = "lambdalabs/naruto-blip-captions"
-    # Column that holds the pictures of a Hub data set; empty finds the first column of pictures.
+    # Split of the data set; of a folder, the sub-folder in which its metadata.jsonl may lie.
+    dataset_split: str = "train"
+    # Config of a data set that has several, also called subset; empty takes its default.
+    dataset_config: str = ""
+    # Column that holds the pictures of a Hub data set; empty finds image, or else the first column
+    # of pictures, which is said.
     image_column: str = ""
     # Column that holds the captions; empty finds text, caption or prompt.
     caption_column: str = ""
+    # Caption of every picture that has none of its own, such as "a photo of sks dog"; with "" these
+    # are trained under the empty prompt, even if that is all of them.
+    caption: str | None = None
+    # Let the file's name be the caption of every picture that has none of its own, without ending
+    # and a number at its end: red_apple (2).png is red apple.
+    caption_from_name: bool = False
     # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
     # -plain behind it where these are asked for.
     output_dir: str = ""
@@ -269,6 +280,8 @@ ELSEWHERE = {  # other trainers' names: ours
     "unet-lr": "--learning-rate",
     "train-data-dir": "--dataset-name FOLDER",
     "instance-data-dir": "--dataset-name FOLDER",
+    "instance-prompt": "--caption",
+    "dataset-config-name": "--dataset-config",
     "num-train-epochs": STEPS,
     "max-train-epochs": STEPS,
     "output-name": "--output-dir",
@@ -348,11 +361,13 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
 def check(config: Config) -> Config:
     """`config` itself. Raises Refusal, naming all of it, for what cannot be or go together."""
     too_long = config.quick and config.recipe not in QUICK
+    twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
     odd = [side for side in config.resolution if side % 64] if config.buckets else []
     sides = " and ".join(map(str, odd))
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
+        (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
         (odd, f"--buckets with a resolution of {sides}", "a multiple of 64", "--no-buckets"),
     ]

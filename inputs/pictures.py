@@ -51,7 +51,9 @@ def decode(picture: Picture) -> Image.Image:
         return image
     except Exception as error:  # Pillow raises nearly every class for damaged files
         raise Refusal(
-            f"picture {picture.name} cannot be read ({type(error).__name__}: {error})",
+            # Without Pillow's <_io.BytesIO object at 0x7f...>, with which ten would be cut.
+            f"picture {picture.name} cannot be read ({type(error).__name__}: "
+            f"{str(error).partition(' <_io')[0]})",
             f"a whole picture of at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels that "
             "Pillow can open",
             "replace or remove it; what is encoded already is kept",

@@ -103,12 +103,7 @@ def finished(config: Config) -> str:
         note = json.loads((config.out / "finished.json").read_text())
         whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
         half, enough = note["identity"]["dtype"] != "torch.float32", note["steps"] >= steps
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-    ):  # not ended yet, or damaged
+    except (OSError, ValueError, KeyError, TypeError):  # not ended yet, or damaged
         return ""
     mine = fixed_options(config) | local_identity(config, half)
     if config.deterministic:  # a promise about how it was computed, from the first step on

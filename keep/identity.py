@@ -1,6 +1,7 @@
 """What makes two starts one run: the options, files and pictures that must be the same, as text."""
 
 import dataclasses
+import json
 
 import torch
 
@@ -8,7 +9,7 @@ from inputs import hub
 from inputs.code import changed
 from inputs.files import Refusal, digest, place
 from inputs.options import Config
-from inputs.sources import Picture, read_dataset
+from inputs.sources import Picture, read_dataset, ten
 from model import NoiseSchedule
 
 # What may change between two starts of one run; everything else is part of what the run is.
@@ -22,8 +23,9 @@ MAY_CHANGE = {
     "deterministic",  # may be given up, not taken up: see deterministic.promise()
     # base, data and dtype are told by content, not by the name they were asked for
     *("pretrained_model_name_or_path", "dataset_name", "image_column", "caption_column"),
-    "mixed_precision",
+    *("dataset_split", "dataset_config", "caption", "caption_from_name", "mixed_precision"),
 }
+PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 FINGERPRINTS = {  # of what the values of identity() are no options
     "base": "a base of fingerprint",
     "encoders": "text encoders, tokenizers and VAE of fingerprint",
@@ -57,6 +59,26 @@ def of_data(pictures: list[Picture]) -> str:
     return digest(*(part for p in pictures for part in (p.digest, p.caption)))
 
 
+def listed(pictures: list[Picture]) -> dict[str, list[str]]:
+    """What OUT/pictures.json holds: by it a later start tells by name what has changed."""
+    return {p.name: [p.digest, digest(p.caption)] for p in pictures}
+
+
+def other_pictures(config: Config) -> str:
+    """What of the data set is not as in OUT/pictures.json, in words; "" where that is not there."""
+    try:
+        old = json.loads((config.out / PICTURES).read_text())
+    except (OSError, ValueError):  # an early version wrote none
+        return ""
+    new, found = listed(read_dataset(config.dataset_name, config)), {}
+    for name in (name for name in sorted(old | new) if old.get(name) != new.get(name)):
+        how = "added" if name not in old else "gone" if name not in new else "changed"
+        if how == "changed" and old[name][0] == new[name][0]:
+            how = "with another caption"
+        found.setdefault(how, []).append(name)
+    return ", ".join(f"{len(names)} {how} ({ten(names)})" for how, names in found.items())
+
+
 def local_identity(config: Config, half: bool) -> dict[str, str]:
     """identity() as far as it is of folders on this disk, which can be replaced in place and looked
     at without a download.
@@ -64,8 +86,7 @@ def local_identity(config: Config, half: bool) -> dict[str, str]:
     name, data = config.pretrained_model_name_or_path, config.dataset_name
     found = of_base(name, half) if place(name).is_dir() else {}
     if place(data).is_dir():
-        pictures = read_dataset(data, config.image_column, config.caption_column)
-        found["data"] = of_data(pictures)
+        found["data"] = of_data(read_dataset(data, config))
     return found
 
 
@@ -78,10 +99,13 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
     # A run from before an option existed ran as the option's default does.
     theirs = {k: state["identity"].get(k, str(getattr(Config, k, "not set"))) for k in mine}
     if other := [key for key in mine if theirs[key] != mine[key]]:
-        was, now = (
-            ", ".join(f"{FINGERPRINTS.get(key, key)} {each[key]}" for key in other)
+        told = [
+            {key: f"{FINGERPRINTS.get(key, key)} {each[key]}" for key in other}
             for each in (theirs, mine)
-        )
+        ]
+        if "data" in other and (changes := other_pictures(config)):
+            told[0]["data"], told[1]["data"] = f"the pictures in its {PICTURES}", changes
+        was, now = (", ".join(each.values()) for each in told)
         raise Refusal(
             f"{config.out} holds a run with {was}, and this command has {now}",
             "the same options, base model, pictures and captions as at its start (max_train_steps, "

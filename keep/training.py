@@ -59,7 +59,7 @@ def set_up(
     """
     team, name = team or faster.Alone(), config.pretrained_model_name_or_path
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    pictures = read_dataset(config.dataset_name, config.image_column, config.caption_column)
+    pictures = read_dataset(config.dataset_name, config)
     schedule = model.load_noise_schedule(name, device)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
@@ -72,6 +72,7 @@ def set_up(
     if team.first:
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
+        write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()

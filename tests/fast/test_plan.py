@@ -183,7 +183,7 @@ def test_a_gpu_gets_its_plan(monkeypatch):
 
 def test_the_cards_are_told_by_the_names_that_torch_gives(monkeypatch):
     for name, tflops in (
-        ("Tesla T4", 65),
+        ("Tesla T4", 24),
         ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA GeForce RTX 3060", 25.5),
         ("NVIDIA H200", 989),
@@ -221,7 +221,7 @@ def test_a_process_that_may_take_a_share_of_the_gpu_plans_for_that(monkeypatch, 
 
 
 def test_the_estimate_shows_its_arithmetic():
-    work = plan.Work(flop=65e12, moved=300e9, launches=10**6)
+    work = plan.Work(flop=24e12, moved=300e9, launches=10**6)
     assert plan.seconds(work, CARD, 0.25) == pytest.approx(4 + 1 + 3.5)
     fp32 = plan.in_dtype(CARD, torch.float32)
     assert plan.seconds(plan.Work(flop=8.1e12), fp32, 0.5) == pytest.approx(2)

@@ -16,10 +16,14 @@ from conftest import INK, ROOT
 from inputs import hub, sources
 from inputs import pictures as decoding
 from inputs.files import Refusal, digest
-from inputs.options import RECIPES
+from inputs.options import RECIPES, Config
 from inputs.sources import Picture, read_dataset
 from keep import identity
 from made import BLUE, PNG, RED, encoded, noisy, write_folder
+
+
+def read(folder: Path | str, **options) -> sources.Pictures:
+    return read_dataset(str(folder), Config(**options))
 
 
 def contents(pictures: list[Picture]) -> list[tuple]:
@@ -78,24 +82,26 @@ def test_the_order_on_disk_is_nothing(tmp_path, kind):
 
 
 def test_a_missing_caption_is_an_empty_one(tmp_path):
-    rows = [{"file_name": "a.png", "text": None}, {"file_name": "b.png", "text": ""}]
-    files = {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE}
-    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "m", files)))] == ["", ""]
-    files = {"a.png": RED, "a.txt": "", "b.png": BLUE, "b.txt": "\n"}
-    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "t", files)))] == ["", ""]
+    names, told = ("a.png", "b.png", "c.png"), ["", "", "c"]
+    rows = [{"file_name": n, "text": t} for n, t in zip(names, (None, "", "c"), strict=True)]
+    files = dict.fromkeys(names, RED)
+    folder = write_folder(tmp_path / "m", {"metadata.jsonl": rows} | files)
+    assert [p.caption for p in read_dataset(str(folder))] == told
+    files |= {"a.txt": "", "b.txt": "\n", "c.txt": "c"}
+    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "t", files)))] == told
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 def test_the_usual_caption_columns_are_found(tmp_path, column):
     rows = [{"other": "no", "file_name": "a.png", column: "yes"}]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read_dataset(str(folder))[0].caption == "yes"
+    assert read(folder)[0].caption == "yes"
 
 
 def test_a_named_caption_column_is_taken(tmp_path):
     rows = [{"file_name": "a.png", "text": "no", "title": "yes"}]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read_dataset(str(folder), caption_column="title")[0].caption == "yes"
+    assert read(folder, caption_column="title")[0].caption == "yes"
 
 
 def test_a_wrong_caption_column_is_refused_with_those_that_are_there(tmp_path):
@@ -103,7 +109,7 @@ def test_a_wrong_caption_column_is_refused_with_those_that_are_there(tmp_path):
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
     for wanted, expected in (("", "text or caption or prompt"), ("label", "label")):
         with pytest.raises(Refusal) as refusal:
-            read_dataset(str(folder), caption_column=wanted)
+            read(folder, caption_column=wanted)
         said = str(refusal.value)
         assert "title" in said and expected in said and "--caption-column" in said
 
@@ -143,9 +149,8 @@ def test_a_bad_metadata_line_is_refused_by_number(tmp_path, line, said):
     write_folder(tmp_path, {"x.png": RED})  # what ../x.png would reach
     files = {"metadata.jsonl": json.dumps(GOOD) + "\n" + line, "a.png": RED}
     folder = write_folder(tmp_path / "set", files)
-    with pytest.raises(Refusal, match=said) as refusal:
+    with pytest.raises(Refusal, match=said):
         read_dataset(str(folder))
-    assert str(folder) in str(refusal.value)
 
 
 def test_all_bad_lines_and_all_odd_files_are_named_at_once(tmp_path):
@@ -180,9 +185,119 @@ def test_pictures_without_any_caption_are_refused_with_a_way_out(tmp_path, more)
     with pytest.raises(Refusal) as refusal:
         read_dataset(str(write_folder(tmp_path, files)))
     said = str(refusal.value)
-    assert "12 pictures without a caption of their own" in said and "'x/00.png', 'x/01" in said
+    assert f"none of the 12 pictures of {tmp_path} has a caption, such as 'x/00.png', 'x/01" in said
     assert "'x/09.png' and 2 more" in said and "x/10.png" not in said
-    assert 'for f in *.png; do echo "a photo of sks dog" > "${f%.*}.txt"; done' in said
+    assert ("metadata.jsonl has no rows" in said) == bool(more)
+    assert '--caption "a photo of sks dog", --caption "" (the empty prompt) or, in a fol' in said
+    assert said.endswith("--caption-from-name")
+
+
+@pytest.mark.parametrize("own", [{"a.txt": ""}, {"metadata.jsonl": [GOOD | {"text": None}]}])
+def test_captions_that_are_all_empty_are_as_good_as_none(tmp_path, own):
+    folder = write_folder(tmp_path, {"a.png": RED} | own)
+    with pytest.raises(Refusal, match=r"none of the 1 pictures .*such as 'a\.png'"):
+        read(folder)
+    (found,) = read(folder, caption="")
+    assert found.caption == "" and not read(folder, caption="").notes
+
+
+def test_a_caption_is_given_to_every_picture_that_has_none_of_its_own(tmp_path):
+    files = {"a.png": RED, "b.png": BLUE, "b.txt": "own", "x/c.png": RED, "x/c.txt": " "}
+    folder = write_folder(tmp_path, files)
+    found = read(folder, caption="a photo of sks dog")
+    assert [p.caption for p in found] == ["a photo of sks dog", "own", "a photo of sks dog"]
+    assert found.notes == [
+        "2 (the first: a.png) without a caption of their own, called 'a photo of sks dog'"
+    ]
+    (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "class": "red"}')
+    with pytest.raises(Refusal, match=r"metadata\.jsonl line 1 has the columns file_name, class"):
+        read(folder)
+    assert [p.caption for p in read(folder, caption="x")] == ["x", "x", "x"]
+    with pytest.raises(Refusal, match="expected title"):
+        read(folder, caption="x", caption_column="title")
+    with pytest.raises(Refusal, match="without control characters"):
+        read(folder, caption="x\x07")
+
+
+@pytest.mark.parametrize(
+    ("name", "caption"),
+    [
+        ("red_apple (2).png", "red apple"),
+        ("x/red apple(12).jpg", "red apple"),
+        ("red-apple-03.png", "red-apple"),
+        ("Red_Apple_3.webp", "Red Apple"),
+        ("R2D2.png", "R2D2"),
+        ("cafe\u0301.v2.png", "caf\u00e9.v2"),
+        ("3 apples.png", "3 apples"),
+    ],
+)
+def test_a_files_name_can_be_its_caption(tmp_path, name, caption):
+    files = {name: RED, "own.png": BLUE, "own.txt": "mine", "0012.png": BLUE}
+    found = read(write_folder(tmp_path, files), caption_from_name=True)
+    told = {p.name: p.caption for p in found}
+    assert told == {name: caption, "own.png": "mine", "0012.png": ""}
+    assert found.notes == [
+        f"1 (the first: {name}) without a caption of their own, called {caption!r} and so on, by "
+        "their names"
+    ]
+
+
+def test_names_that_are_numbers_are_no_captions(tmp_path):
+    folder = write_folder(tmp_path, {"1.png": RED, "02.png": BLUE})
+    with pytest.raises(Refusal, match="none of the 2 pictures"):
+        read(folder, caption_from_name=True)
+
+
+def test_what_looks_like_captions_is_said_where_an_option_gives_them(tmp_path):
+    folder = write_folder(tmp_path, {"a.png": RED, "meta_cap.json": "{}"})
+    found = read(folder, caption="a")
+    note = "1 (the first: meta_cap.json) left out, since they are not named as captions are"
+    assert found[0].caption == "a" and found.notes[0] == note
+
+
+def test_captions_beside_a_table_are_said_to_be_unread(tmp_path):
+    files = {"a.png": RED, "b.png": BLUE, "metadata.jsonl": [GOOD], "b.txt": "b", "LICENSE.txt": ""}
+    found = read(write_folder(tmp_path, files))
+    assert [p.caption for p in found] == ["a", ""]
+    assert found.notes == [
+        "1 (the first: b.txt) left out, since they are captions beside metadata.jsonl"
+    ]
+
+
+@pytest.mark.parametrize(
+    "tables",
+    [("metadata.csv", "metadata.jsonl"), ("metadata.jsonl", "train/metadata.jsonl")],
+)
+def test_of_two_tables_none_is_taken_in_silence(tmp_path, tables):
+    text = {"jsonl": [GOOD], "csv": "file_name,text\na.png,other"}
+    files = {name: text[name.rpartition(".")[2]] for name in tables}
+    folder = write_folder(tmp_path, {"a.png": RED, "train/a.png": BLUE} | files)
+    with pytest.raises(Refusal, match=rf"holds {tables[0]} and {tables[1]}; expected one table"):
+        read(folder)
+
+
+def test_a_table_whose_pictures_are_all_elsewhere_is_refused_with_both_sides(tmp_path):
+    rows = [{"file_name": f"old/{n}.png", "text": n} for n in "xyz"]
+    folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE})
+    for options in ({}, {"caption": "x"}):
+        with pytest.raises(Refusal, match=r"2 pictures without .*3 captions without .*'old/x"):
+            read(folder, **options)
+
+
+def test_a_folders_split_is_its_sub_folder_with_a_table(tmp_path):
+    files = {f"{n}/{n}.png": RED for n in ("train", "test", "more")}
+    rows = {n: [{"file_name": f"{n}.png", "text": n}] for n in ("train", "test")}
+    tables = {f"{n}/metadata.jsonl": table for n, table in rows.items()}
+    folder = write_folder(tmp_path, files | tables)
+    for split in ("train", "test"):
+        found = read(folder, dataset_split=split)
+        assert [(p.name, p.caption) for p in found] == [(f"{split}/{split}.png", split)]
+        assert f"2 (the first: more/more.png) left out, since they lie outside {split}/" in str(
+            found
+        )
+    for options in ({"dataset_split": "more"}, {"dataset_config": "x"}, {"dataset_split": "../x"}):
+        with pytest.raises(Refusal, match="has no configs, and the splits test, train;"):
+            read(folder, **options)
 
 
 def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_path):
@@ -284,12 +399,32 @@ def test_names_match_though_their_accents_are_written_in_two_ways(tmp_path, kind
 
 @pytest.mark.parametrize(
     ("near", "content"),
-    [("meta_cap.json", "{}"), ("metadata.json1", "{}"), ("a.png.txt", "red"), ("captions.csv", "")],
+    [
+        *(("meta_cap.json", "{}"), ("metadata.json1", "{}"), ("captions.csv", "")),
+        *(("Metadata.JSONL", "{}"), ("train.csv", "x"), ("a.json", "{}"), ("a.tags", "x")),
+        ("cats/metadata.jsonl", "{}"),
+    ],
 )
 def test_what_is_nearly_captions_is_named(tmp_path, near, content):
     folder = write_folder(tmp_path, {"a.png": RED, near: content})
-    with pytest.raises(Refusal, match=rf"Not read as captions, by its name: '{near}'"):
+    with pytest.raises(Refusal, match=rf"1 \(the first: {near}\) left out, since they are not nam"):
         read_dataset(str(folder))
+    (folder / "a.txt").write_text("own")
+    assert f"1 (the first: {near}) left out" in str(read_dataset(str(folder)))
+
+
+def test_a_caption_behind_the_whole_name_is_refused_with_both(tmp_path):
+    folder = write_folder(tmp_path, {"a.png": RED, "a.png.txt": "red"})
+    with pytest.raises(Refusal, match=r"'a\.png' and .*'a\.png\.txt';.*\(not a\.jpg\.txt\)"):
+        read_dataset(str(folder))
+
+
+def test_pictures_whose_names_begin_as_a_tables_are_pictures(tmp_path):
+    names = ("metal plate.png", "caption.png", "meta.jpg")
+    files = dict.fromkeys(names, RED) | {"metal plate.txt": "grey", "captions.v1/b.png": BLUE}
+    found = read_dataset(str(write_folder(tmp_path, files)))
+    assert {p.name: p.caption for p in found}["metal plate.png"] == "grey"
+    assert len(found) == 4 and not found.notes
 
 
 # ---- left out, and said --------------------------------------------------------------------------
@@ -385,10 +520,29 @@ def test_all_texts_in_another_encoding_are_named_with_the_command_that_mends(
     with pytest.raises(Refusal, match=r"a\.txt .*b\.txt ") as refusal:
         read_dataset(str(folder))
     assert command in str(refusal.value) and "c.txt" not in str(refusal.value)
+    assert f"What to do: in {folder}, for each file named" in str(refusal.value)
     for name in "ab":
         typed = command.replace("FILE", str(folder / f"{name}.txt"))
         subprocess.run(typed, shell=True, check=True)
     assert [p.caption for p in read_dataset(str(folder))] == ["café", "café", "good"]
+
+
+def test_of_many_unreadable_files_ten_are_named_and_the_rest_counted(tmp_path):
+    names = [f"a-picture-of-a-house-{i:02}" for i in range(12)]
+    files = {f"x/{n}.png": RED for n in names} | {f"x/{n}.txt": b"caf\xe9" for n in names}
+    folder = write_folder(tmp_path / "texts", files)
+    with pytest.raises(Refusal) as refusal:
+        read_dataset(str(folder))
+    told = str(refusal.value)
+    assert all(
+        f"x/{n}.txt (caption) cannot be read (no UTF-8 at byte 4)" in told for n in names[:10]
+    )
+    assert "2 more; expected" in told and names[10] not in told
+    folder = write_folder(tmp_path / "pictures", {f"x/{n}.png": b"junk" for n in names})
+    with pytest.raises(Refusal) as refusal:
+        decoding.check_pictures(read(folder, caption="x"))
+    told = str(refusal.value)
+    assert all(f"x/{n}.png" in told for n in names[:10]) and "2 more" in told and "0x" not in told
 
 
 def test_control_characters_are_refused_with_the_command_that_mends(tmp_path):
@@ -461,16 +615,18 @@ def parquet(tmp_path, monkeypatch):
     """Writes a folder of one parquet file; `datasets` caches inside tmp_path."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
 
-    def write(folder: Path = tmp_path / "set", **columns) -> str:
+    def write(
+        folder: Path = tmp_path / "set", file: str = "data/train-00000-of-00001.parquet", **columns
+    ) -> str:
         kinds = {
-            name: datasets.Image() if isinstance(cells[0], dict) else None
+            name: datasets.Image() if cells[0] and isinstance(cells[0], dict) else None
             for name, cells in columns.items()
         }
         table = datasets.Dataset.from_dict(columns)
         for name, kind in kinds.items():
             table = table.cast_column(name, kind) if kind else table
-        (folder / "data").mkdir(parents=True)
-        table.to_parquet(folder / "data" / "train-00000-of-00001.parquet")
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        table.to_parquet(folder / file)
         return str(folder)
 
     return write
@@ -495,10 +651,10 @@ def test_a_parquet_folders_columns_can_be_named(parquet):
         text=["no", "no"],
         title=["yes", "yes"],
     )
-    pictures = read_dataset(name, "second", "title")
+    pictures = read(name, image_column="second", caption_column="title")
     assert [p.read() for p in pictures] == [RED, RED]
     assert [p.caption for p in pictures] == ["yes", "yes"]
-    assert [p.read() for p in read_dataset(name, caption_column="title")] == [BLUE, BLUE]
+    assert [p.read() for p in read(name, caption_column="title")] == [BLUE, BLUE]
 
 
 @pytest.mark.parametrize(
@@ -513,13 +669,125 @@ def test_a_parquet_folders_columns_can_be_named(parquet):
 def test_a_wrong_column_of_a_parquet_folder_is_refused(parquet, image, caption, said):
     name = parquet(image=[cell(RED)], title=["red"])
     with pytest.raises(Refusal, match=said):
-        read_dataset(name, image, caption)
+        read(name, image_column=image, caption_column=caption)
 
 
 def test_a_parquet_folder_without_a_picture_column_is_refused(parquet):
     name = parquet(text=["red"], number=[1])
     with pytest.raises(Refusal, match=r"expected a column of pictures.*--image-column"):
         read_dataset(name)
+
+
+def test_splits_are_read_and_a_wrong_one_lists_what_there_is(parquet):
+    for split, content in (("train", RED), ("test", BLUE)):
+        name = parquet(file=f"data/{split}-0.parquet", image=[cell(content)], text=[split])
+    for split, captions in (("train", ["train"]), ("test", ["test"]), ("train+test", None)):
+        found = read(name, dataset_split=split)
+        assert [p.caption for p in found] == (captions or ["train", "test"])
+    with pytest.raises(Refusal, match=r"\['train', 'test'\].*--dataset-split NAME"):
+        read(name, dataset_split="validation")
+
+
+def test_configs_are_read_and_a_wrong_or_missing_one_lists_what_there_is(parquet, tmp_path):
+    entries = ""
+    for config, content in (("red", RED), ("blue", BLUE)):
+        name = parquet(file=f"{config}/train.parquet", image=[cell(content)], text=[config])
+        entries += f"- config_name: {config}\n  data_files: {config}/*.parquet\n"
+    (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
+    for config, content in (("red", RED), ("blue", BLUE)):
+        (found,) = read(name, dataset_config=config)
+        assert (found.caption, found.read()) == (config, content)
+    for config in ("", "green"):
+        with pytest.raises(Refusal, match=r"\['red', 'blue'\].*--dataset-config NAME"):
+            read(name, dataset_config=config)
+
+
+def test_the_reason_of_a_datasets_error_is_told(parquet):
+    for i, images in enumerate(([RED], [[1]])):
+        name = parquet(file=f"train-{i}.parquet", image=images, text=["a"])
+    with pytest.raises(Refusal, match="Couldn't cast array of type"):
+        read(name)
+
+
+def test_columns_of_bytes_and_of_bytes_with_a_path_are_read(parquet, tmp_path):
+    def plain(folder: Path, images: list) -> str:
+        folder.mkdir()
+        table = datasets.Dataset.from_dict({"image": images, "text": ["a", "b"]})
+        table.to_parquet(folder / "train.parquet")
+        return str(folder)
+
+    kinds = {
+        "bytes": [RED, BLUE],
+        "struct": [cell(RED), {"bytes": BLUE, "path": "b.png"}],
+        "wider": [cell(RED) | {"width": 8}, cell(BLUE) | {"width": 8}],
+        "path": [cell(RED), {"bytes": None, "path": "b.png"}],
+    }
+    for kind, images in kinds.items():
+        name = plain(tmp_path / kind, images)
+        (tmp_path / kind / "b.png").write_bytes(BLUE)
+        found = read(name)
+        assert [(p.caption, p.read()) for p in found] == [("a", RED), ("b", BLUE)], kind
+        assert [p.digest for p in found] == [digest(RED), digest(BLUE)]
+    for kind, path in (("url", "https://example.com/a.png"), ("outside", "../a.png")):
+        name = plain(tmp_path / kind, [cell(RED), {"bytes": None, "path": path}])
+        with pytest.raises(Refusal, match=rf"picture '{path}', which is outside the data set"):
+            read(name)
+
+
+@pytest.mark.parametrize(
+    ("images", "said"),
+    [
+        (
+            ["https://example.com/a.png"],
+            r"image \(string such as \['https://example.com/a.png'\]\)",
+        ),
+        (["a/b.png"], r"image \(string such as \['a/b.png'\]\)"),
+        ([[RED, BLUE]], r"image \(List\)"),
+        ([7], r"image \(int64\)"),
+    ],
+)
+def test_columns_that_hold_no_pictures_are_said_as_what_they_are(parquet, images, said):
+    name = parquet(image=images, text=["a"])
+    for column in ("", "image"):
+        with pytest.raises(
+            Refusal, match=rf"{said}.*one picture a row.*none is fetched"
+        ) as refusal:
+            read(name, image_column=column)
+        assert "text (string such as ['a'])" in str(refusal.value)
+
+
+def test_the_column_called_image_is_taken_and_any_other_is_said(parquet, tmp_path):
+    name = parquet(first=[cell(BLUE)], image=[cell(RED)], text=["a"])
+    (found,) = read(name)
+    assert found.read() == RED and not read(name).notes
+    urls = ["https://example.com/a.png"]
+    columns = {"blob": [b"sound"], "image": urls, "photo": [cell(BLUE)], "text": ["a"]}
+    name = parquet(tmp_path / "other", **columns)
+    found = read(name)
+    assert found[0].read() == BLUE and found.notes == ["taken from the column photo"]
+    assert not read(name, image_column="photo").notes
+
+
+def test_pictures_beside_parquet_files_are_counted(parquet, tmp_path):
+    name = parquet(image=[cell(RED)], text=["a"])
+    write_folder(tmp_path / "set", {"x/b.png": BLUE, "x/b.txt": "b"})
+    found = read(name)
+    assert len(found) == 1
+    assert found.notes == ["1 (the first: x/b.png) used only where a row names them"]
+
+
+def test_rows_without_a_caption_take_the_options(parquet):
+    name = parquet(image=[cell(RED), cell(BLUE)], text=["own", None])
+    assert [p.caption for p in read(name, caption="sks")] == ["own", "sks"]
+    with pytest.raises(Refusal, match="whose pictures are rows of a table"):
+        read(name, caption_from_name=True)
+
+
+def test_a_table_without_captions_takes_the_options(parquet):
+    name = parquet(image=[cell(RED)], label=["x"])
+    assert [p.caption for p in read(name, caption="sks")] == ["sks"]
+    with pytest.raises(Refusal, match=r"columns image, label.*--caption \"a photo of sks dog\""):
+        read(name)
 
 
 def test_a_parquet_caption_that_is_no_text_is_refused(parquet, tmp_path):

@@ -138,7 +138,7 @@ def test_a_caption_without_picture_is_refused_and_so_are_pictures_without_any(co
     refused(command(), "ghost.txt")
     for path in pictures.glob("*.txt"):  # then they were forgotten
         path.unlink()
-    refused(command(), "3 pictures without a caption", "sks dog")
+    refused(command(), "none of the 3 pictures of ", "sks dog")
 
 
 def test_one_picture_without_caption_is_trained_and_counted(train, pictures, capsys):

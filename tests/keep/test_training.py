@@ -9,7 +9,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lora
-from conftest import INK, POCKET
+from conftest import INK, POCKET, ink_rows, write_pictures
 from inputs import hub
 from inputs.options import RECIPES
 from keep import checkpoint, report
@@ -170,7 +170,7 @@ def test_a_finished_run_refuses_other_options_and_writes_another_dtype(train, tm
             "dtype torch.float32, and this command has dtype torch.bfloat16",
             marks=pytest.mark.slow,
         ),
-        (("--dataset-name", str(INK)), "pictures and captions of fingerprint "),
+        (("--dataset-name", str(INK)), "r holds a run with the pictures in its pictures.json, and"),
     ],
 )
 def test_another_run_in_the_same_folder_is_refused_by_field(train, tmp_path, capsys, options, said):
@@ -179,6 +179,64 @@ def test_another_run_in_the_same_folder_is_refused_by_field(train, tmp_path, cap
     assert train("r", *options) == 1
     assert said in capsys.readouterr().err
     assert adapter(tmp_path / "r") == before
+
+
+def test_other_pictures_are_told_by_name(train, tmp_path, capsys):
+    """With a finished run and with one that goes on; by their fingerprints where an early version
+    has left no list.
+    """
+    rows = [json.loads(row) for row in ink_rows(5)]
+    data = write_pictures(tmp_path / "data", list(map(json.dumps, rows)))
+    own = ("--dataset-name", str(data), "--max-train-steps", "2")
+    assert train("r", *own) == 0
+    listed = (tmp_path / "r" / "pictures.json").read_text()
+    assert set(json.loads(listed)) == {row["file_name"] for row in rows}
+    shutil.copy(data / rows[0]["file_name"], data / "new.png")
+    gone, changed, renamed = (row["file_name"] for row in rows[1:4])
+    (data / gone).unlink()
+    (data / changed).write_bytes((data / changed).read_bytes() + b"x")
+    rows[3]["text"] = "other words"
+    rows = [rows[0], *rows[2:], {"file_name": "new.png", "text": "new"}]
+    (data / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    told = {
+        f"1 gone ('{gone}')",
+        f"1 changed ('{changed}')",
+        f"1 with another caption ('{renamed}')",
+        "1 added ('new.png')",
+    }
+    capsys.readouterr()
+    for more in ((), ("--max-train-steps", "4")):
+        assert train("r", *own, *more) == 1
+        said = capsys.readouterr().err
+        assert set(said.partition("this command has ")[2].partition(";")[0].split(", ")) == told
+        assert "r holds a run with the pictures in its pictures.json, and" in said
+        assert (tmp_path / "r" / "pictures.json").read_text() == listed
+    (tmp_path / "r" / "pictures.json").unlink()
+    assert train("r", *own) == 1
+    assert "pictures and captions of fingerprint " in capsys.readouterr().err
+
+
+def test_pictures_without_captions_need_a_word_for_it(train, few, tmp_path, capsys):
+    """Which caption they get is part of what the run is."""
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    (data / "metadata.jsonl").unlink()
+    own = ("--dataset-name", str(data), "--max-train-steps", "1")
+    assert train("r", *own) == 1
+    said = capsys.readouterr().err
+    assert f"none of the 6 pictures of {data} has a caption, such as '" in said
+    assert '--caption "a photo of sks dog", --caption "" (the empty prompt)' in said
+    assert train("r", *own, "--caption", "a", "--caption-from-name") == 1
+    assert "--caption with --caption-from-name; expected one of them" in capsys.readouterr().err
+    assert train("r", *own, "--caption", "a photo of sks dog") == 0
+    said = capsys.readouterr().out
+    assert "without a caption of their own, called 'a photo of sks dog'" in said
+    assert "captions: 0 missing or empty" in said
+    for other in (("--caption", ""), ("--caption-from-name",)):
+        assert train("r", *own, *other) == 1
+        assert "this command has 6 with another caption ('" in capsys.readouterr().err
+    assert train("r", *own, "--caption", "a photo of sks dog") == 0
+    assert "is finished" in capsys.readouterr().out
 
 
 def replaced_unet(folder) -> None:
@@ -221,11 +279,11 @@ def test_a_finished_run_notices_what_was_replaced_in_place(train, few, tmp_path,
             f"r holds a run with a base of fingerprint {was}, and this command has",
         ),
         (encoder, base, "r holds a run with text encoders, tokenizers and VAE of fing"),
-        (caption, data, "r holds a run with pictures and captions of fingerprint "),
+        (caption, data, "this command has 1 with another caption ('"),
         (
             lambda: name.write_bytes(name.read_bytes() + b"x"),
             data,
-            "r holds a run with pictures and captions of fingerprint ",
+            f"this command has 1 changed ('{name.name}')",
         ),
     ):
         shutil.copytree(folder, tmp_path / "kept")
