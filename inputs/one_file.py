@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from inputs.files import Refusal, open_safetensors, refuse
+from inputs.files import Refusal, open_safetensors, refuse, refusing
 from inputs.hub import read_config
 
 SHIPPED = Path(__file__).parent / "sdxl"
@@ -82,9 +82,10 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
             raise Refusal(f"{path} has {', '.join(lacking)}{more}", EXPECTED, OTHER)
         about = [file.get_slice(key) for of_part in used.values() for key in of_part]
         dtypes = [each.get_dtype() for each in about]
-        channels = file.get_slice(PREFIXES["unet"] + "input_blocks.0.0.weight").get_shape()[1]
-    if channels != 4:
-        task = "an inpainting model" if channels == 9 else "of another task"
+        first = PREFIXES["unet"] + "input_blocks.0.0.weight"
+        channels = file.get_slice(first).get_shape()[1:2] if first in keys else [4]
+    if channels != [4]:
+        task = "an inpainting model" if channels == [9] else "of another task"
         raise Refusal(f"{path} is {task}: its UNet takes {channels} channels", "4", OTHER)
     if wrong := set(dtypes) - set(NUMBERS):
         found = f"{path} has {sum(map(wrong.__contains__, dtypes))} tensors in {', '.join(wrong)}"
@@ -94,9 +95,7 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
     left = [key for key in left if key not in ("v_pred", "ztsnr")]
     words = [f"{path.name} is SDXL in one file: {why}"]
     words += [f"{dtypes.count(dtype)} tensors in {dtype.lower()}" for dtype in sorted(set(dtypes))]
-    words += [
-        f"{len(left)} tensors that are not SDXL's are not read, such as {m}" for m in left[:1]
-    ]
+    words += [f"{len(left)} tensors of no part are not read, such as {m}" for m in left[:1]]
     return scheduler, ", ".join(words)
 
 
@@ -220,8 +219,9 @@ def build_encoder(cls: type, path: Path, part: str, device):
         found = names(file.keys(), part).items()
     check_names(path, part, {name.removeprefix(spare): source for name, source in found}, wanted)
     read = tensors(path, part, device)
-    weights = {name.removeprefix(spare): tensor.float() for name, tensor in read}
-    encoder.load_state_dict(weights, assign=True)
+    with refusing(f"{path} holds no {part} of SDXL's shape", EXPECTED, OTHER):
+        weights = {name.removeprefix(spare): tensor.float() for name, tensor in read}
+        encoder.load_state_dict(weights, assign=True)
     for module in encoder.modules():
         if hasattr(module, "position_ids"):  # in no file, and so still without numbers
             module.position_ids = torch.arange(module.position_ids.shape[-1], device=device)[None]

@@ -269,7 +269,7 @@ def test_parts_that_are_not_there_are_named_together(whole, tmp_path):
 def test_a_unet_of_more_channels_is_refused(channels, words, whole, tmp_path):
     key, path = "model.diffusion_model.input_blocks.0.0.weight", tmp_path / "more.safetensors"
     save_file(load_file(whole) | {key: torch.zeros(64, channels, 3, 3)}, path)
-    refused(path, f"{words}.*{channels} channels")
+    refused(path, rf"{words}.*\[{channels}\] channels")
 
 
 def test_whole_numbers_and_unknown_words_are_refused(whole, tmp_path):
@@ -288,7 +288,7 @@ def test_what_is_beside_sdxl_is_counted_and_known_spares_are_not_missed(whole, s
     aside = ["denoiser.sigmas", "model_ema.decay"]
     save_file(load_file(whole) | {key: torch.zeros(2) for key in spare + aside}, path)
     words = one_file.read_kind(path)[1]
-    assert "2 tensors that are not SDXL's are not read, such as denoiser.sigmas" in words
+    assert "2 tensors of no part are not read, such as denoiser.sigmas" in words
     for part in one_file.PREFIXES:
         ours = [name for name, _ in one_file.tensors(path, part, CPU)]
         assert ours == [name for name, _ in one_file.tensors(whole, part, CPU)]
@@ -307,6 +307,15 @@ def test_lacking_and_more_tensors_of_a_part_are_counted_and_the_first_is_named(
     words = str(told.value)
     assert "lacks 16 tensors, such as text_model.encoder.layers.1.layer_norm1.bias" in words
     assert f"has, unused, 1 tensors, such as {odd}" in words
+
+
+def test_another_shape_is_refused_by_its_part(whole, small, tmp_path):
+    path, tensors = tmp_path / "shape.safetensors", load_file(whole)
+    key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    for wrong in (tensors[key][:-1], torch.tensor(1.0)):
+        save_file(tensors | {key: wrong.clone()}, path)
+        with pytest.raises(Refusal, match="no text_encoder_2 of SDXL's shape"):
+            one_file.build_encoder(CLIPTextModelWithProjection, path, "text_encoder_2", CPU)
 
 
 def test_a_projection_that_lies_as_transformers_has_it_is_not_turned(whole, small, tmp_path):
