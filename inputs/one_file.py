@@ -7,13 +7,13 @@ What it says of itself, in tensors that are marks and in its header, is read and
 """
 
 import hashlib
+import json
 import re
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
 from inputs.files import Refusal, open_safetensors, refuse, refusing
-from inputs.hub import read_config
 
 SHIPPED = Path(__file__).parent / "sdxl"
 PREFIXES = {
@@ -130,7 +130,7 @@ def names(keys: Collection[str], part: str) -> dict[str, Source]:
     """Of a file's `keys` those of `part`, by diffusers' or transformers' names for them, for the
     sizes that inputs/sdxl/ has.
     """
-    config, found = read_config(SHIPPED / part / "config.json"), {}
+    config, found = json.loads((SHIPPED / part / "config.json").read_text()), {}
     lines = (Path(__file__).parent / "sdxl" / "names.txt").read_text().splitlines()
     table = [line.split()[1:] for line in lines if line.startswith(f"{part} ")]
     for key in keys:

@@ -17,7 +17,7 @@ from inputs.files import Refusal, refusing
 from inputs.hub import AGAIN, fetch, read_config, weight_files
 
 # SDXL base's UNet, so that a plan needs no download.
-SDXL_UNET = json.loads((Path(__file__).parent / "sdxl_unet.json").read_text())
+SDXL_UNET = json.loads((Path(__file__).parent / "sdxl/unet/config.json").read_text())
 
 
 # Whatever is raised inside becomes a Refusal that begins with what it is given.
