@@ -32,13 +32,15 @@ KINDS = {
     "an adapter, no model": r"[._]lora[._](A|B|up|down)\b|lora_(unet|te\d?)_|\.(hada_w1|lokr_w1)",
     "a Flux model": r"\b(double|single)_blocks\.",
     "a Stable Diffusion 3 model": r"\bjoint_blocks\.",
-    "a model of EDM's noise, as CosXL and Playground 2.5": r"^edm_(mean|std|vpred\.)",
     "a Stable Diffusion 1 model": r"^cond_stage_model\.transformer\.",
     "a Stable Diffusion 2 model": r"^cond_stage_model\.model\.",
     "SDXL's refiner": r"^conditioner\.embedders\.0\.model\.",
     "a ControlNet, no model": r"^control(_model|net_)",
     "one part in diffusers' layout": r"^(down_blocks|mid_block|text_model)\.",
     "one part alone": r"^(diffusion_model|input_blocks|encoder|decoder)\.",
+}
+MARKS = {  # of a file with all of SDXL's parts, too
+    "a model of EDM's noise, as CosXL and Playground 2.5": r"^edm_(mean|std|vpred\.)",
     "quantised with scales of its own, as scaled fp8 is": r"(^|\.)(scaled_fp8|scale_weight|"
     r"weight_scale|comfy_quant|absmax|qweight)$",
 }
@@ -70,14 +72,14 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
     """
     with open_safetensors(path) as file:
         header, keys = file.metadata() or {}, sorted(file.keys())
-        for kind, mark in KINDS.items():
+        used = {part: [key for key in keys if is_of(part, key)] for part in parts}
+        lacking = [f"no {part}" for part, of_part in used.items() if not of_part]
+        for kind, mark in (KINDS | MARKS if lacking else MARKS).items():
             for key in filter(re.compile(mark).search, keys):
                 remedy = next((REMEDIES[k] for k in REMEDIES if kind.startswith(k)), OTHER)
                 raise Refusal(f"{path} is {kind}: it has {key}", EXPECTED, remedy)
-        used = {part: [key for key in keys if is_of(part, key)] for part in parts}
         said = header.get("modelspec.architecture")
         more = f"; its header says {said}, its first tensor is {min(keys, default=None)}"
-        lacking = [f"no {part}" for part, of_part in used.items() if not of_part]
         if lacking:
             raise Refusal(f"{path} has {', '.join(lacking)}{more}", EXPECTED, OTHER)
         about = [file.get_slice(key) for of_part in used.values() for key in of_part]

@@ -251,6 +251,13 @@ def test_other_kinds_are_refused_by_name(key, words, tmp_path):
     refused(saved(tmp_path / "other.safetensors", key), f"other.safetensors is .*{words}")
 
 
+@pytest.mark.parametrize("mark", ["edm_mean", "edm_vpred.sigma_max", "scaled_fp8", "x.comfy_quant"])
+def test_marks_count_in_a_whole_file_too(mark, whole, tmp_path):
+    path = tmp_path / "marked.safetensors"
+    save_file(load_file(whole) | {mark: torch.zeros(1)}, path)
+    refused(path, f"(EDM|quantised).*it has {mark}")
+
+
 def test_parts_that_are_not_there_are_named_together(whole, tmp_path):
     tensors = load_file(whole)
     path, less = tmp_path / "less.safetensors", {}
@@ -285,10 +292,10 @@ def test_what_is_beside_sdxl_is_counted_and_known_spares_are_not_missed(whole, s
     spare = ["conditioner.embedders.0.transformer.text_model.embeddings.position_ids"]
     spare += ["conditioner.embedders.1.model.logit_scale"]
     spare += ["conditioner.embedders.0.transformer.text_projection.weight"]
-    aside = ["denoiser.sigmas", "model_ema.decay"]
+    aside = ["denoiser.sigmas", "cond_stage_model.model.logit_scale"]  # which merges carry along
     save_file(load_file(whole) | {key: torch.zeros(2) for key in spare + aside}, path)
     words = one_file.read_kind(path)[1]
-    assert "2 tensors of no part are not read, such as denoiser.sigmas" in words
+    assert "2 tensors of no part are not read, such as cond_stage_model.model.logit_scale" in words
     for part in one_file.PREFIXES:
         ours = [name for name, _ in one_file.tensors(path, part, CPU)]
         assert ours == [name for name, _ in one_file.tensors(whole, part, CPU)]
