@@ -58,11 +58,11 @@ def of_data(pictures: list[Picture]) -> str:
 
 
 def local_identity(config: Config, half: bool) -> dict[str, str]:
-    """identity() as far as it is of folders on this disk, which can be replaced in place and looked
-    at without a download.
+    """identity() as far as it is of folders and files on this disk, which can be replaced in place
+    and looked at without a download.
     """
     name, data = config.pretrained_model_name_or_path, config.dataset_name
-    found = of_base(name, half) if place(name).is_dir() else {}
+    found = of_base(name, half) if place(name).exists() else {}
     if place(data).is_dir():
         pictures = read_dataset(data, config.image_column, config.caption_column)
         found["data"] = of_data(pictures)

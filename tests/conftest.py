@@ -103,6 +103,7 @@ def hub_asked_anew():
     from inputs import hub
 
     hub.fetch_from_hub.cache_clear()
+    hub.file_of.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

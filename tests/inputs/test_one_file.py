@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL
@@ -16,8 +17,10 @@ from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 import model
 from conftest import POCKET
-from inputs import one_file
+from fast import nf4
+from inputs import hub, one_file, vetting
 from inputs.files import Refusal
+from keep import drawing
 from made import assert_same_weights
 from one_file_names import CLASSES, checkpoint, of_part, old_name
 
@@ -175,6 +178,73 @@ def test_a_parts_fingerprint_is_that_of_its_own_tensors(whole, small, tmp_path):
     save_file({k: t * 1.01 for k, t in tensors.items()}, tmp_path / "all.safetensors")
     for part in one_file.PREFIXES:
         assert one_file.fingerprint(tmp_path / "all.safetensors", part) != before[part]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+def test_a_run_from_the_file_is_the_run_from_the_folder(
+    dtype, train, whole, small, tmp_path, capfd
+):
+    ends, options = [], ("--max-train-steps", "2", "--mixed-precision", dtype)
+    for base in (POCKET, whole):
+        name = base.stem
+        assert train(name, *options, "--pretrained-model-name-or-path", str(base)) == 0
+        ends.append(load_file(tmp_path / name / "pytorch_lora_weights.safetensors"))
+        assert (capfd.readouterr().err.count("is SDXL in one file: epsilon")) == (base == whole)
+    assert ends[0].keys() == ends[1].keys()
+    assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
+    assert hub.unet_fingerprint(str(whole), False) == hub.unet_fingerprint(str(POCKET), False)
+
+
+def test_pictures_from_the_file_are_those_from_the_folder(train, whole, small, tmp_path):
+    assert train("run", "--max-train-steps", "2") == 0
+    adapter, drawn = str(tmp_path / "run" / "pytorch_lora_weights.safetensors"), []
+    for base in (POCKET, whole):
+        out, few = str(tmp_path / f"{base.stem}.d"), ("--num-inference-steps", "2")
+        argv = ["--pretrained-model-name-or-path", str(base), "--prompts", "a cat", *few]
+        assert drawing.main([adapter, *argv, "--output-dir", out]) == 0
+        drawn.append([path.read_bytes() for path in sorted(Path(out).rglob("*.png"))])
+    assert drawn[0] == drawn[1] and drawn[0]
+
+
+def test_nf4_from_the_file_is_nf4_from_the_folder(whole, small, tmp_path):
+    both = [
+        nf4.load_unet_nf4(str(base), CPU, torch.float32, tmp_path / base.stem)
+        for base in (POCKET, whole)
+    ]
+    assert_same_weights(*both)
+
+
+def test_v_prediction_and_zero_snr_of_a_file_are_obeyed(whole, small, tmp_path):
+    path = tmp_path / "v.safetensors"
+    save_file(load_file(whole) | {mark: torch.zeros(0) for mark in ("v_pred", "ztsnr")}, path)
+    schedule = model.load_noise_schedule(str(path), CPU)
+    assert schedule.prediction_type == "v_prediction" and float(schedule.alphas_cumprod[-1]) == 0
+    sampler = vetting.load_sampler(str(path)).config
+    assert sampler.prediction_type == "v_prediction" and sampler.rescale_betas_zero_snr
+    assert sampler.timestep_spacing == "trailing"
+    assert model.load_noise_schedule(str(whole), CPU).prediction_type == "epsilon"
+
+
+@pytest.mark.parametrize("name", ["no.safetensors", "org/no.safetensors", "./a/b/no.safetensors"])
+def test_a_file_that_is_nowhere_is_refused(name):
+    with pytest.raises(Refusal, match=f"there is no file {name}.*USER/REPOSITORY/FILE"):
+        hub.fetch(name, "unet")
+
+
+def test_a_file_on_the_hub_is_downloaded_whole_and_read(whole, small, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        huggingface_hub, "hf_hub_download", lambda *what: asked.append(what) or str(whole)
+    )
+    name = "someone/models/v1/model.safetensors"
+    assert hub.file_of(name) == whole and asked == [("someone/models", "v1/model.safetensors")]
+    assert_same_weights(
+        model.load_unet(name, CPU, torch.float32), model.load_unet(str(POCKET), CPU, torch.float32)
+    )
+    hub.file_of.cache_clear()
+    monkeypatch.undo()
+    with pytest.raises(Refusal, match=r"v1/model\.safetensors is not here, nor did the Hub"):
+        hub.fetch(name, "vae")
 
 
 # ---- the kind of model ---------------------------------------------------------------------------
