@@ -99,7 +99,7 @@ class Common:
     @property
     def folder(self) -> Path:
         """Where the UNet's config.json lies."""
-        return ROOT / ("pocket/model" if self.tiny else "tests/sdxl")
+        return ROOT / ("pocket/model" if self.tiny else "inputs/sdxl")
 
     @property
     def sides(self) -> tuple[int, ...]:

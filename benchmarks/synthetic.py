@@ -105,11 +105,11 @@ def by_the_book(
     dtype, _ = model.choose_dtype(config.mixed_precision, device)
     unet = random_unet(folder, device, dtype, rounded, nf4)
     how = model.use_attention(unet, config.attention, device, dtype)
-    schedule = model.load_noise_schedule(str(ROOT / "tests/sdxl"), device)
+    schedule = model.load_noise_schedule(str(ROOT / "inputs/sdxl"), device)
     examples = examples_of(
         unet, max(config.resolution), config.examples_per_step, config.seed, True
     )
-    scaling = model.latent_scaling(str(ROOT / "tests/sdxl"))
+    scaling = model.latent_scaling(str(ROOT / "inputs/sdxl"))
     return loop.assemble(config, unet, examples, schedule, scaling), [how]
 
 

@@ -114,7 +114,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     base = options.pretrained_model_name_or_path or of_run(path, "pretrained_model_name_or_path")
     named = about.get("base_model", "")
     if not base and named and "/" not in named and not Path(named).exists():
-        found = f"{path} says that its base is a folder called {named}, and not where that lies"
+        found = f"{path} says that its base is called {named}, and not where that lies"
         raise Refusal(found, "the model that it was trained on", f"{OPTION} WHERE/IT/IS/{named}")
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(

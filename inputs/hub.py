@@ -1,14 +1,18 @@
 """Where an SDXL model's files are, what they may say, and what tells one model from another.
 
-A folder in diffusers' layout, or the Hub, of which only what is needed is downloaded, part by part.
+A folder in diffusers' layout, or the Hub, of which only what is needed is downloaded, part by part;
+or one file, with inputs/sdxl/ in the place of such a folder.
 """
 
 import functools
 import hashlib
 import json
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
-from inputs.files import Refusal, folder_of, open_safetensors, refuse, refusing
+from inputs import one_file
+from inputs.files import Refusal, folder_of, open_safetensors, place, refuse, refusing
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
@@ -16,9 +20,9 @@ PARTS = {  # and the file without which each is nothing
     "scheduler": "scheduler_config.json",
 }
 SDXL, OPTION = "stabilityai/stable-diffusion-xl-base-1.0", "--pretrained-model-name-or-path"
-CONVERT = (
-    "a one-file checkpoint is converted with diffusers' "
-    "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)"
+EXPECTED = (
+    f"a Hub name such as {SDXL}, a folder in diffusers' layout, or one .safetensors file in SGM's, "
+    "here or as USER/REPOSITORY/FILE"
 )
 AGAIN = (
     "download the model again, or choose another SDXL model (no inpainting or refiner model), or "
@@ -56,15 +60,16 @@ def is_number(value) -> bool:
 def fetch(name: str, part: str, half: bool = False) -> Path:
     """The local folder of one part of an SDXL model, downloaded if `name` is a Hub name.
 
-    name: a folder in diffusers' layout or a Hub repository; part: "unet", "vae", ..., or "" for the
-    top; half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL
-    model.
+    name: a folder in diffusers' layout, a Hub repository or a file, whose folder is the shipped
+    one; part: "unet", "vae", ..., or "" for the top; half: download the fp16 variant where there is
+    one. Raises Refusal for what is no SDXL model.
     """
-    expected = f"a Hub name such as {SDXL}, or a folder in diffusers' layout ({CONVERT})"
-    root = folder_of(name, OPTION, expected)
+    if file_of(name):
+        return one_file.SHIPPED / part
+    root = folder_of(name, OPTION, EXPECTED)
     if root is None:
         if name.count("/") != 1:
-            raise Refusal(f"there is no folder {name}", expected, f"correct {OPTION}")
+            raise Refusal(f"there is no folder {name}", EXPECTED, f"correct {OPTION}")
         root = fetch_from_hub(name, part, half)
     needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
     lacking = [file for file in needed if not (root / file).is_file()]
@@ -75,9 +80,38 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
             f"{name} has {found}",
             "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and "
             f"the folders {', '.join(PARTS)}",
-            f"correct {OPTION}; {CONVERT}",
+            f"correct {OPTION}, or name a .safetensors file that holds all of a model",
         )
     return root / part
+
+
+@functools.cache  # read and said once
+def file_of(name: str) -> Path | None:
+    """The file, here or from the Hub, that holds all of the model `name`; None for a folder or a
+    repository. Raises Refusal for a file that is no SDXL model.
+    """
+    path = place(name)
+    if path.suffix != ".safetensors" or path.is_dir():
+        return None
+    if not path.is_file():
+        user, _, rest = name.partition("/")
+        repository, _, file = rest.partition("/")
+        if not file or name.startswith((".", "/", "~")):
+            raise Refusal(f"there is no file {name}", EXPECTED, f"correct {OPTION}")
+        from huggingface_hub import hf_hub_download
+
+        remedy = f"check the name and the network, or download it yourself: {OPTION} FILE"
+        with refusing(f"{name} is not here, nor did the Hub give it", "a reachable Hub", remedy):
+            path = Path(hf_hub_download(f"{user}/{repository}", file))
+    # Not on stdout, where generate.py names its pictures and nothing else.
+    print(one_file.read_kind(path)[1], file=sys.stderr, flush=True)
+    return path
+
+
+def read_scheduler(name: str, **usual) -> dict:
+    """The model's scheduler_config.json on top of `usual`, with what a file says of itself."""
+    config = read_config(fetch(name, "scheduler") / "scheduler_config.json", **usual)
+    return config | (one_file.read_kind(file)[0] if (file := file_of(name)) else {})
 
 
 def read_config(path: Path, **usual) -> dict:
@@ -159,6 +193,25 @@ def weight_files(folder: Path, half: bool) -> list[Path]:
     return [folder / name for name in names]
 
 
+def unet_files(
+    name: str, half: bool, wanted: Collection[str] = ()
+) -> list[tuple[Path, dict[str, str]]]:
+    """Each file of the UNet's weights, with its own names by diffusers' names. wanted: those of the
+    UNet, which a one-file model must have exactly.
+    """
+    if file := file_of(name):
+        with open_safetensors(file) as opened:
+            names = one_file.names(opened.keys(), "unet")
+        if wanted:
+            one_file.check_names(file, "unet", names, set(wanted))
+        return [(file, {name: source.key for name, source in names.items()})]
+    found = []
+    for path in weight_files(fetch(name, "unet", half), half):
+        with open_safetensors(path) as opened:
+            found.append((path, {key: key for key in opened.keys()}))
+    return found
+
+
 def fingerprint(name: str, part: str, half: bool = False) -> str:
     """16 hex digits that tell one encoder or tokenizer from another: its small files whole, 64
     samples of its weights.
@@ -167,6 +220,8 @@ def fingerprint(name: str, part: str, half: bool = False) -> str:
     everywhere.
     """
     folder, sha = fetch(name, part, half), hashlib.sha256()
+    if (file := file_of(name)) and part in one_file.PREFIXES:
+        return one_file.fingerprint(file, part)
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt")):
         sha.update(path.read_bytes())
     for path in weight_files(folder, half) if "tokenizer" not in part else []:
@@ -191,15 +246,15 @@ def unet_fingerprint(name: str, half: bool) -> str:
     wrong base is noticed.
     """
     where = {}
-    for path in weight_files(fetch(name, "unet", half), half):
-        with open_safetensors(path) as file:
-            where |= dict.fromkeys(file.keys(), path)
+    for path, names in unet_files(name, half):
+        where |= {key: (path, theirs) for key, theirs in names.items()}
     keys = {"conv_in.weight", "conv_out.weight"} & where.keys()
     for ending in ("to_q.weight", "to_k.weight", "to_out.0.weight", "ff.net.2.weight"):
         same = sorted(key for key in where if key.endswith(ending))
         keys |= {*same[:1], *same[-1:]}
     sha = hashlib.sha256()
     for key in sorted(keys):
-        with open_safetensors(where[key]) as file:
-            sha.update(file.get_tensor(key).half().numpy().tobytes())
+        path, theirs = where[key]
+        with open_safetensors(path) as file:
+            sha.update(file.get_tensor(theirs).half().numpy().tobytes())
     return sha.hexdigest()[:16]

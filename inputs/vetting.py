@@ -13,11 +13,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from inputs import one_file
 from inputs.files import Refusal, refusing
-from inputs.hub import AGAIN, fetch, read_config, weight_files
+from inputs.hub import AGAIN, fetch, file_of, read_config, read_scheduler, weight_files
 
 # SDXL base's UNet, so that a plan needs no download.
-SDXL_UNET = json.loads((Path(__file__).parent / "sdxl_unet.json").read_text())
+SDXL_UNET = json.loads((Path(__file__).parent / "sdxl/unet/config.json").read_text())
 
 
 # Whatever is raised inside becomes a Refusal that begins with what it is given.
@@ -72,13 +73,17 @@ def load_encoder(
     transformers.utils.logging.disable_progress_bar()  # a file is read in a second
     folder = fetch(name, part, half)
     read_config(folder / "config.json")
-    variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
-    with refused(f"{folder} cannot be loaded"):
-        encoder, info = cls.from_pretrained(
-            folder, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-        if missing := [key for key in info["missing_keys"] if "position_ids" not in key]:
-            raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
+    file = file_of(name)
+    with refused(f"{file or folder} cannot be loaded"):
+        if file:
+            encoder = one_file.build_encoder(cls, file, part, device)
+        else:
+            variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+            encoder, info = cls.from_pretrained(
+                folder, variant=variant, use_safetensors=True, output_loading_info=True
+            )
+            if missing := [key for key in info["missing_keys"] if "position_ids" not in key]:
+                raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
         encoder = encoder.to(device).float().requires_grad_(False).eval()
         if part == "vae":
             latent = encoder.encode(torch.zeros(1, 3, 16, 16, device=device)).latent_dist.mean
@@ -130,7 +135,7 @@ def load_sampler(name: str, wanted: str = "", steps: int = 30):
 
     folder = fetch(name, "scheduler")
     # Where nothing is said, some clip x0 to -1 ... 1, as pixels are; SDXL's latents go beyond.
-    settings = {"clip_sample": False} | read_config(folder / "scheduler_config.json")
+    settings = {"clip_sample": False} | read_scheduler(name)
     kind = wanted or read_config(folder.parent / "model_index.json").get("scheduler", [""])[-1]
     if kind not in SAMPLERS:
         raise Refusal(f"the sampler {kind}", ", ".join(SAMPLERS), f"--scheduler {SAMPLERS[-1]}")

@@ -159,7 +159,7 @@ def test_a_file_given_away_alone_says_that_the_bases_name_is_its_own(run, tmp_pa
     """Its header keeps the last part of the folder; nobody has typed an option."""
     path = tmp_path / "alone" / "a.safetensors"
     adapter_files.save(loud(), path, "peft", torch.float32, {"base_model": "my-model"})
-    said = f"{path} says that its base is a folder called my-model"
+    said = f"{path} says that its base is called my-model"
     type_this = "--pretrained-model-name-or-path WHERE/IT/IS/my-model"
     refused(draw(capsys, str(path)), said, type_this)
     assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
