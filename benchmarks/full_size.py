@@ -78,7 +78,7 @@ def make(folder: Path, photos: Path) -> None:
     import torch
     import transformers
 
-    configs = ROOT / "tests" / "sdxl"
+    configs = ROOT / "inputs" / "sdxl"
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ROOT / "pocket" / "model" / name, folder / name)
         file = folder / name / "tokenizer_config.json"
