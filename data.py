@@ -5,8 +5,8 @@ computed once and kept on disk. Whatever is random about example number i of a r
 (seed, i) alone, so a run needs no data-loader state to be continued, and its batches do not depend
 on how they are cut up.
 
-Letters: `R` training resolution in pixels, `F` views of a picture (2 with flips, else 1), `B C H W
-T D P` as in model.py.
+Letters: `R` training resolution in pixels, `F` views of a picture (2 with flips, else 1), `n`
+examples per optimizer step, `B C H W T D P` as in model.py.
 """
 
 import functools
@@ -23,10 +23,10 @@ from torch import Tensor
 
 import model
 from inputs.ahead import work_ahead
-from inputs.blocks import ROWS_PER_FILE, cut, every_block, fill
+from inputs.blocks import ROWS_PER_FILE, Place, cut, every_block, fill
 from inputs.code import makers, together
 from inputs.files import digest, open_safetensors
-from inputs.pictures import all_damaged_named, decode
+from inputs.pictures import all_damaged_named, decode, upright_size
 from inputs.sources import Picture
 from inputs.vetting import check_finite
 
@@ -37,45 +37,77 @@ EXAMPLE, EPOCH, CROP = 1, 2, 3
 # ---- one picture ---------------------------------------------------------------------------------
 
 
+Size = tuple[int, int]  # height and width in pixels
+
+
 class Crop(NamedTuple):
-    """Which square of a picture is trained on: R x R from its middle, or from where (seed, picture)
-    says.
+    """Which part of a picture is trained on: of each of the `resolutions` a square, or with
+    `buckets` one of several shapes as large as it; from the picture's middle, or from where (seed,
+    picture) says.
     """
 
-    resolution: int
+    resolutions: tuple[int, ...]
+    buckets: bool
     random_crop: bool
     seed: int
 
+    def shapes(self, resolution: int) -> list[Size]:
+        """Those of a resolution R: R x R alone, or the widths from R / 2 to 2 R in steps of 64,
+        each with the greatest height in such steps that leaves the area within R x R.
+        """
+        if not self.buckets:
+            return [(resolution, resolution)]
+        widths = (w for w in range(64, 2 * resolution + 1, 64) if 2 * w >= resolution)
+        return [(h, w) for w in widths if (h := resolution**2 // w // 64 * 64)]
+
+    def size(self, picture: Size) -> Size:
+        """The size at which a picture is trained: of the largest resolution that it fills without
+        being enlarged, else of the smallest, the shape that cuts the least away.
+        """
+        for resolution in sorted(self.resolutions, reverse=True):
+            shape = max(self.shapes(resolution), key=lambda shape: share_kept(picture, shape))
+            if shape[0] <= picture[0] and shape[1] <= picture[1]:
+                break
+        return shape
+
+
+def share_kept(picture: Size, shape: Size) -> float:
+    """How much of a picture is inside when it just covers `shape`."""
+    across, down = picture[1] * shape[0], picture[0] * shape[1]  # the two aspects, without division
+    return min(across, down) / max(across, down)
+
 
 def views(
-    picture: Picture, resolution: int, random_crop: bool, seed: int, flips: tuple[bool, ...]
+    picture: Picture, size: Size, random_crop: bool, seed: int, flips: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Pixels (F, 3, R, R) in [-1, 1] and time ids (F, 6), one view for each of `flips`.
+    """Pixels (F, 3, *size) in [-1, 1] and time ids (F, 6), one view for each of `flips`.
 
-    Resize the short side to R (Lanczos), flip, cut R x R. The crop offset is in the frame of the
-    picture that is cut: resized, and for a flipped view mirrored. From the middle it is the same
-    for both (torchvision.transforms.functional.center_crop); a random crop shows the same part in
-    both. Raises Refusal for a damaged picture.
+    Resize until the picture just covers `size` (Lanczos), flip, cut. The crop offset is in the
+    frame of the picture that is cut: resized, and for a flipped view mirrored. From the middle it
+    is the same for both (torchvision.transforms.functional.center_crop); a random crop shows the
+    same part in both. Raises Refusal for a damaged picture.
 
     numpy, not torch: threads do this side by side, and each would start torch's own threads.
     """
     image = decode(picture)
     original = (image.height, image.width)  # told to the UNet: small pictures are blurred by now
-    width, height = (resolution * side // min(image.size) for side in image.size)
+    wide = size[0] * image.width > size[1] * image.height  # wider than `size`: the height decides
+    whole, part = (image.height, size[0]) if wide else (image.width, size[1])
+    height, width = (side * part // whole for side in original)
     image = image.resize((width, height), Image.Resampling.LANCZOS)
-    spare = (height - resolution, width - resolution)  # one of them is 0
+    spare = (height - size[0], width - size[1])  # one of them is 0
     top, left = (round(room / 2) for room in spare)  # a half to the even number, as torchvision
     if random_crop:  # once a picture, not once an example: so it can be encoded once
         stream = np.random.default_rng([seed, int(picture.digest[:8], 16), CROP])
         top, left = (int(stream.integers(0, room + 1)) for room in spare)
     lefts = [spare[1] - left if flip and random_crop else left for flip in flips]
-    time_ids = [model.add_time_ids(original, (top, edge), (resolution,) * 2) for edge in lefts]
+    time_ids = [model.add_time_ids(original, (top, edge), size) for edge in lefts]
     frames = [np.asarray(ImageOps.mirror(image) if flip else image) for flip in flips]
     corners = [frame[top:, edge:] for frame, edge in zip(frames, lefts, strict=True)]
-    # Bytes (F, R, R, 3) to numbers (F, 3, R, R) in [-1, 1], as the VAE takes them. Into C order: a
+    # Bytes (F, H, W, 3) to numbers (F, 3, H, W) in [-1, 1], as the VAE takes them. Into C order: a
     # VAE's bits depend on its input's layout, too.
-    squares = np.stack([each[:resolution, :resolution] for each in corners]).transpose(0, 3, 1, 2)
-    pixels = np.ascontiguousarray(squares, np.float32) * np.float32(1 / 255) * 2 - 1
+    inside = np.stack([each[: size[0], : size[1]] for each in corners]).transpose(0, 3, 1, 2)
+    pixels = np.ascontiguousarray(inside, np.float32) * np.float32(1 / 255) * 2 - 1
     return torch.from_numpy(pixels), torch.stack(time_ids)
 
 
@@ -92,14 +124,16 @@ def in_batches(device: torch.device) -> bool:
 class Encoder:
     """Encodes at every call: the reference, and what --no-cache trains from.
 
-    Index len(pictures) of prompt() is the unconditional embedding. The VAE ("vae") and the text
-    encoders ("text") are loaded when they are first needed, and stay until free().
+    Index len(pictures) of prompt() is the unconditional embedding. sizes: at which each picture is
+    trained. The VAE ("vae") and the text encoders ("text") are loaded when they are first needed,
+    and stay until free().
     """
 
     def __init__(
         self, pictures: list[Picture], load_vae: Callable, load_text: Callable, crop: Crop
     ):
         self.pictures, self.crop = pictures, crop
+        self.sizes = [crop.size(upright_size(picture)) for picture in pictures]
         self.load_vae, self.load_text = load_vae, load_text
 
     vae = functools.cached_property(lambda self: self.load_vae())
@@ -111,42 +145,49 @@ class Encoder:
 
     # A picture
 
-    def at_once(self) -> int:
+    def views(self, index: int, flips: tuple[bool, ...]) -> tuple[Tensor, Tensor]:
+        crop = self.crop
+        picture, size = self.pictures[index], self.sizes[index]
+        return views(picture, size, crop.random_crop, crop.seed, flips)
+
+    def at_once(self, size: Size) -> int:
         """Views in one call of the VAE: on a GPU 4 at 512 px, 1 from 1024 px up, so that fp32
         activations stay within a few GiB.
         """
-        return max(1, 4 * 512**2 // self.crop.resolution**2) if in_batches(self.vae.device) else 1
+        return max(1, 4 * 512**2 // (size[0] * size[1])) if in_batches(self.vae.device) else 1
 
     def posterior(self, pixels: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-        """mean, std (B, C, H, W) of the views (B, 3, R, R) of pictures `names`, on the CPU. Raises
-        Refusal, naming the picture, for NaN or Inf.
+        """mean, std (B, C, H, W) of the views (B, 3, 8H, 8W) of pictures `names`, on the CPU.
+        Raises Refusal, naming the picture, for NaN or Inf.
         """
-        each = [model.encode_images(part, self.vae) for part in pixels.split(self.at_once())]
+        parts = pixels.split(self.at_once(pixels.shape[2:]))
+        each = [model.encode_images(part, self.vae) for part in parts]
         mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
         check_finite("the VAE gives NaN or Inf for picture", names, mean, std)
         return mean, std
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
         """mean, std (C, H, W) of the picture's posterior and time ids (6,), fp32."""
-        pixels, time_ids = views(self.pictures[index], *self.crop, (flip,))
+        pixels, time_ids = self.views(index, (flip,))
         mean, std = self.posterior(pixels, [self.pictures[index].name])  # (1, C, H, W) each
         return mean[0], std[0], time_ids[0]
 
-    def encode_pictures(self, blocks: Iterable[range], flips: tuple) -> Iterator[dict[str, Tensor]]:
-        """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order; threads
-        decode the next pictures meanwhile. No call of the VAE crosses a block's end: its bits
-        depend on what is in it.
+    def encode_pictures(self, blocks: Iterable[list], flips: tuple) -> Iterator[dict[str, Tensor]]:
+        """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order, each
+        block of one size; threads decode the next pictures meanwhile. No call of the VAE crosses a
+        block's end: its bits depend on what is in it.
         """
-        work, count = (lambda i: views(self.pictures[i], *self.crop, flips)), len(flips)
+        work, count = (lambda i: self.views(i, flips)), len(flips)
         blocks, ahead = itertools.tee(blocks)
         with work_ahead(work, itertools.chain.from_iterable(ahead), ROWS_PER_FILE) as prepared:
-            size = max(1, self.at_once() // count)  # pictures
-            for part in itertools.chain.from_iterable(cut(block, size) for block in blocks):
-                pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
-                names = [self.pictures[i].name for i in part for _ in flips]
-                mean, std = self.posterior(torch.cat(pixels), names)  # (pictures x F, C, H, W)
-                for row in zip(mean.split(count), std.split(count), time_ids, strict=True):
-                    yield dict(zip(("mean", "std", "time_ids"), row, strict=True))
+            for block in blocks:
+                size = max(1, self.at_once(self.sizes[block[0]]) // count)  # pictures
+                for part in cut(block, size):
+                    pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
+                    names = [self.pictures[i].name for i in part for _ in flips]
+                    mean, std = self.posterior(torch.cat(pixels), names)  # (pictures x F, C, H, W)
+                    for row in zip(mean.split(count), std.split(count), time_ids, strict=True):
+                        yield dict(zip(("mean", "std", "time_ids"), row, strict=True))
 
     # A caption
 
@@ -173,7 +214,7 @@ class Encoder:
         context, pooled = self.embed([self.caption(index)])
         return context[0], pooled[0]
 
-    def encode_captions(self, blocks: Iterable[range]) -> Iterator[tuple[Tensor, Tensor]]:
+    def encode_captions(self, blocks: Iterable[list]) -> Iterator[tuple[Tensor, Tensor]]:
         """What prompt() gives for each index of `blocks`, in order; equal captions of a block are
         encoded once, on a GPU all of a block in one call, on a CPU one by one.
         """
@@ -192,7 +233,7 @@ class Cache:
     context and pooled in the UNet's dtype then.
     """
 
-    def __init__(self, latents: list[Path], prompts: list[Path]):
+    def __init__(self, latents: list[Place], prompts: list[Place]):
         self.latents, self.prompts = latents, prompts
 
     @staticmethod
@@ -200,16 +241,17 @@ class Cache:
     def open(path: Path):
         return open_safetensors(path)
 
-    def row(self, files: list[Path], index: int, key: str) -> Tensor:
-        """Row `index` of all files' rows: only its bytes are read."""
-        return self.open(files[index // ROWS_PER_FILE]).get_slice(key)[index % ROWS_PER_FILE]
+    def row(self, place: Place, key: str) -> Tensor:
+        """Only that row's bytes are read."""
+        return self.open(place[0]).get_slice(key)[place[1]]
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        rows = (self.row(self.latents, index, key) for key in ("mean", "std", "time_ids"))
+        rows = (self.row(self.latents[index], key) for key in ("mean", "std", "time_ids"))
         return tuple(row[int(flip)] for row in rows)  # (F, ...) -> the one view
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
-        return self.row(self.prompts, index, "context"), self.row(self.prompts, index, "pooled")
+        place = self.prompts[index]
+        return self.row(place, "context"), self.row(place, "pooled")
 
 
 def fill_cache(
@@ -229,23 +271,25 @@ def fill_cache(
     """
     flips = (False, True) if random_flip else (False,)
 
-    def prompts_in_dtype(blocks: Iterable[range]) -> Iterator[dict[str, Tensor]]:
+    def prompts_in_dtype(blocks: Iterable[list]) -> Iterator[dict[str, Tensor]]:
         for context, pooled in encoder.encode_captions(blocks):
             yield {"context": context.to(dtype), "pooled": pooled.to(dtype)}
 
     captions = [encoder.caption(i) for i in range(len(encoder.pictures) + 1)]
     by = together("data.Encoder", "model.encode_prompts", "model.encode_unconditional")
     prompt_keys = [digest(caption, fingerprints["text"], str(dtype), by) for caption in captions]
-    resolution, random_crop, seed = encoder.crop
-    crop = f"{resolution} {f'random {seed}' if random_crop else 'centre'} {flips}"
+    crop = f"{f'random {encoder.crop.seed}' if encoder.crop.random_crop else 'centre'} {flips}"
     encoding = ("data.Encoder", "data.views", "data.CROP", "model.encode_images")
     by = together(*encoding, "model.add_time_ids", *makers("inputs.pictures"))
-    latent_keys = [digest(p.digest, fingerprints["vae"], crop, by) for p in encoder.pictures]
+    latent_keys = [
+        digest(picture.digest, fingerprints["vae"], f"{size} {crop}", by)
+        for picture, size in zip(encoder.pictures, encoder.sizes, strict=True)
+    ]
     prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")
     encode = functools.partial(encoder.encode_pictures, flips=flips)
     with all_damaged_named(encoder.pictures):
-        latents = fill(folder, "latent", latent_keys, encode, claim)
+        latents = fill(folder, "latent", latent_keys, encode, claim, alike(encoder.sizes))
     encoder.free("vae")
     return Cache(latents, prompts)
 
@@ -296,22 +340,79 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
-class Examples:
-    """The run's examples, by number; an epoch shows every picture once, in an order of its own.
+def alike(sizes: list[Size]) -> list[list[int]]:
+    """The numbers of the pictures of each size, most first."""
+    found = {size: [i for i, each in enumerate(sizes) if each == size] for size in sorted({*sizes})}
+    return sorted(found.values(), key=len, reverse=True)
 
-    source: an Encoder or a Cache; names: of its pictures; num_train_timesteps: of the noise
-    schedule; shape: (C, H, W).
+
+class Decks:
+    """Which picture an example shows. A step's examples are one tensor, so pictures of one size are
+    a deck, and each step takes its n examples from one deck, which is shuffled anew when it is used
+    up. Over the run every picture is shown equally often.
+    """
+
+    def __init__(self, sizes: list[Size], n: int, seed: int):
+        self.decks, self.n, self.seed, self.count = alike(sizes), n, seed, len(sizes)
+        self.turns: list[tuple[int, int]] = []  # of each step its deck, and that deck's turn number
+        self.taken = [0] * len(self.decks)  # turns so far
+        self.order = functools.lru_cache(maxsize=2 * len(self.decks))(self._order)
+
+    def _order(self, deck: int, round_: int) -> np.ndarray:
+        # The deck last: numpy takes [a, b, c, 0] for [a, b, c].
+        stream = np.random.default_rng([self.seed, round_, EPOCH, deck])
+        return stream.permutation(self.decks[deck])
+
+    def turn(self, step: int) -> tuple[int, int]:
+        """The deck of a step, and how many steps have had it before. A deck with a share p of the
+        pictures has its k-th turn (from 0) between the steps k / p and (k + 1) / p: of those whose
+        time has come, the one whose time ends first. So no deck is a whole turn behind or ahead
+        (Stoica & Abdel-Wahab 1995, "Earliest Eligible Virtual Deadline First").
+        """
+        while len(self.turns) <= step:
+            sizes = [len(deck) for deck in self.decks]
+            now = len(self.turns) + 1
+            ready = [d for d, k in enumerate(self.taken) if k * self.count < now * sizes[d]]
+            deck = min(ready, key=lambda d: (self.taken[d] + 1) / sizes[d])
+            self.turns.append((deck, self.taken[deck]))
+            self.taken[deck] += 1
+        return self.turns[step]
+
+    def picture(self, i: int) -> int:
+        """The picture of example number i of the run."""
+        deck, turn = self.turn(i // self.n)
+        round_, card = divmod(turn * self.n + i % self.n, len(self.decks[deck]))
+        return int(self.order(deck, round_)[card])
+
+
+class Examples:
+    """The run's examples, by number.
+
+    source: an Encoder or a Cache; names and sizes: of its pictures; n: examples per optimizer step;
+    num_train_timesteps: of the noise schedule.
     """
 
     def __init__(
-        self, source, names: list, seed: int, chances: Chances, num_train_timesteps: int, shape
+        self,
+        source,
+        names: list[str],
+        sizes: list[Size],
+        n: int,
+        seed: int,
+        chances: Chances,
+        num_train_timesteps: int,
     ):
-        self.source, self.names, self.count, self.seed = source, names, len(names), seed
-        self.chances, self.num_train_timesteps, self.shape = chances, num_train_timesteps, shape
-        self.order = functools.lru_cache(maxsize=2)(self._order)  # a batch may span two epochs
+        self.source, self.names, self.sizes, self.seed = source, names, sizes, seed
+        self.chances, self.num_train_timesteps = chances, num_train_timesteps
+        self.decks = Decks(sizes, n, seed)
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng([self.seed, epoch, EPOCH]).permutation(self.count)
+    def at_once(self, step: int, batch: int) -> int:
+        """How many of a step's examples are in one pass: `batch`, or the largest divisor of n whose
+        pixels are no more than those of `batch` pictures of the largest size.
+        """
+        n, pixels = self.decks.n, [height * width for height, width in self.sizes]
+        room = batch * max(pixels) // pixels[self.decks.picture(step * n)]
+        return max(batch, *(size for size in range(1, min(n, room) + 1) if n % size == 0))
 
     def example(self, i: int) -> Example:
         """Example number i of the run, from (seed, i) alone. numpy's generator: the same on every
@@ -320,12 +421,13 @@ class Examples:
         All is drawn whether used or not, so that switching flips or dropout off leaves t, eps and
         noise as they are.
         """
+        picture = self.decks.picture(i)
+        shape = (4, *(side // 8 for side in self.sizes[picture]))  # as the VAE's latents are
         stream = np.random.default_rng([self.seed, i, EXAMPLE])
         flip, drop = stream.random(2)
         t = int(stream.integers(0, self.num_train_timesteps))
-        eps, noise = stream.standard_normal((2, *self.shape), dtype=np.float32)
+        eps, noise = stream.standard_normal((2, *shape), dtype=np.float32)
         noise = offset_noise(noise, stream, self.chances.noise_offset)
-        picture = int(self.order(i // self.count)[i % self.count])
         flip = bool(self.chances.random_flip and flip < 0.5)
         drop = bool(drop < self.chances.caption_dropout)
         return Example(i, picture, flip, drop, t, *map(torch.from_numpy, (eps, noise)))
@@ -335,8 +437,8 @@ class Examples:
         context (B, T, D), pooled (B, P), time_ids (B, 6). timesteps: t from the examples.
         """
         examples = [self.example(i) for i in numbers]
-        # A dropped caption is the unconditional embedding: number `count`, after the pictures' own.
-        captions = [self.count if e.drop_caption else e.picture for e in examples]
+        # A dropped caption is the unconditional embedding: number len(names), after theirs.
+        captions = [len(self.names) if e.drop_caption else e.picture for e in examples]
         latents = zip(*(self.source.latent(e.picture, e.flip) for e in examples), strict=True)
         mean, std, time_ids = map(torch.stack, latents)
         context, pooled = map(torch.stack, zip(*map(self.source.prompt, captions), strict=True))

@@ -36,7 +36,7 @@ import model
 from inputs.files import Refusal
 from inputs.hub import encoder_fingerprints, use_revision
 from inputs.options import Config
-from inputs.pictures import check_pictures
+from inputs.pictures import check_pictures, refuse_small
 from inputs.sources import Picture, read_dataset
 from inputs.vetting import check_device, check_widths, load_bitsandbytes
 
@@ -121,10 +121,11 @@ class LossScale:
 def step_batches(
     run: "Run", step: int, share: Callable[[range], range] = lambda numbers: numbers
 ) -> Iterator[dict[str, Tensor]]:
-    """The n examples of step `step`, at most train_batch_size in each batch. share: which of them
-    this process computes where there are several; alone, all.
+    """The n examples of step `step`, train_batch_size in each batch, or more of a smaller size.
+    share: which of them this process computes where there are several; alone, all.
     """
-    n, size = run.config.examples_per_step, run.config.train_batch_size
+    n = run.config.examples_per_step
+    size = run.examples.at_once(step, run.config.train_batch_size)
     for numbers in data.cut(share(range(step * n, (step + 1) * n)), size):
         yield run.examples.batch(numbers, run.unet.device, run.timesteps)
 
@@ -261,17 +262,19 @@ def examples_of(
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32
     vae = partial(model.load_vae, name, device)
     text = partial(model.load_text_encoders, name, device, half)
-    crop = data.Crop(config.resolution, config.random_crop, config.seed)
+    crop = data.Crop(config.resolution, config.buckets, config.random_crop, config.seed)
     source = data.Encoder(pictures, vae, text, crop)
+    sizes = source.sizes
+    if not config.upscale:
+        refuse_small(pictures, sizes)
     if config.cache:
         folder, fingerprints = Path(config.cache_dir), encoder_fingerprints(name, half)
         source = data.fill_cache(folder, source, config.random_flip, dtype, fingerprints, claim)
     else:
         check_pictures(pictures)
     chances = data.Chances(config.random_flip, config.caption_dropout, config.noise_offset)
-    side = config.resolution // 8  # options are refused where the VAE's factor does not divide it
-    names = [picture.name for picture in pictures]
-    return data.Examples(source, names, config.seed, chances, num_train_timesteps, (4, side, side))
+    drawn = (config.examples_per_step, config.seed, chances, num_train_timesteps)
+    return data.Examples(source, [picture.name for picture in pictures], sizes, *drawn)
 
 
 def assemble(

@@ -24,7 +24,7 @@ from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokeniz
 
 from inputs import vetting
 from inputs.files import Refusal, first_line, open_safetensors
-from inputs.hub import fetch, read_config, weight_files, zeros_for_empty_prompt
+from inputs.hub import fetch, read_config, unet_files, zeros_for_empty_prompt
 from inputs.vetting import load_encoder
 
 # ---- device and precision ------------------------------------------------------------------------
@@ -77,12 +77,11 @@ def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DCond
     folder = fetch(name, "unet", half)
     unet = build_unet(folder)
     weights = {}
-    for path in weight_files(folder, half):
+    for path, keys in unet_files(name, half, unet.state_dict()):
         with open_safetensors(path, str(device)) as file, ThreadPoolExecutor(READERS) as pool:
-            keys = list(file.keys())
-            tensors = pool.map(lambda key, file=file: file.get_tensor(key).to(dtype), keys)
-            weights |= zip(keys, tensors, strict=True)
-    return fill_unet(unet, weights, folder)
+            read = lambda key, file=file: file.get_tensor(key).to(dtype)  # noqa: E731
+            weights |= zip(keys, pool.map(read, keys.values()), strict=True)
+    return fill_unet(unet, weights, path)
 
 
 def build_unet(folder: Path) -> UNet2DConditionModel:
@@ -99,14 +98,16 @@ def build_unet(folder: Path) -> UNet2DConditionModel:
 
 
 def fill_unet(
-    unet: UNet2DConditionModel, weights: dict[str, Tensor], folder: Path
+    unet: UNet2DConditionModel, weights: dict[str, Tensor], path: Path
 ) -> UNet2DConditionModel:
-    """`unet` with `weights`, strictly, frozen. Raises Refusal where they do not fit, naming one."""
+    """`unet` with `weights`, strictly, frozen. Raises Refusal where they do not fit, naming one and
+    the `path` of their file.
+    """
     try:
         unet.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
         raise Refusal(
-            f"{folder}'s weights do not fit its config.json "
+            f"{path}'s weights do not fit its config.json "
             f"({str(error).splitlines()[1].strip()[:200]})",
             "the UNet's own config and weights",
             "download the model again",

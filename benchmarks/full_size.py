@@ -7,7 +7,9 @@ named after OUT, only some of them, and the file keeps what it had.
 
 Runs, each a process of its own that may use 14.5 GiB of the GPU, 50 steps each: recipe t4 in fp16,
 killed (SIGKILL) after step 27 and started again; native; lowmem without its plan, and once more for
-its second start; lowmem as it plans for 5.5 GiB; original; t4 uninterrupted. Then diffusers'
+its second start; lowmem as it plans for 5.5 GiB; original; t4 uninterrupted. Where it is named,
+also buckets: t4 at 512, 768 and 1024 px in buckets, 400 steps (PHOTOS are photographs of all shapes
+then: 76 of https://github.com/EliSchwartz/imagenet-sample-images). Then diffusers'
 load_lora_weights reads the adapter of t4, in both layouts, and is compared with ours.
 """
 
@@ -27,6 +29,7 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 CAP_GIB, SMALL_GIB = 14.5, 5.5
 SMALL = ("lowmem_planned",)  # of the runs below, those held to SMALL_GIB
+IN_BUCKETS = "--resolution 512 768 1024 --max-train-steps 400".split()
 SEEN_LAST = 27  # t4 is killed once it has logged this step
 
 
@@ -75,7 +78,7 @@ def make(folder: Path, photos: Path) -> None:
     import torch
     import transformers
 
-    configs = ROOT / "tests" / "sdxl"
+    configs = ROOT / "inputs" / "sdxl"
     for name in ("tokenizer", "tokenizer_2"):
         shutil.copytree(ROOT / "pocket" / "model" / name, folder / name)
         file = folder / name / "tokenizer_config.json"
@@ -225,15 +228,18 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
         ("lowmem_second_start", ["lowmem", *common, *half, *blank, least], "lowmem_again", 0),
         ("lowmem_planned", ["lowmem", *small, *half, *drawn], "lowmem_planned", 0),
         ("t4_uninterrupted", [*t4, *blank], "t4_uninterrupted", 0),
+        ("buckets", ["t4", *common, *half, *blank, *IN_BUCKETS], "buckets", 0),
     )
     if wrong := set(only) - {name for name, *_ in runs}:
         sys.exit(f"no run is called {', '.join(wrong)}; there are {[name for name, *_ in runs]}")
     for name, argv, into, kill_at in runs:
-        if only and name not in only:
+        if name not in (only or [name for name, *_ in runs[:-1]]):
             continue
         results[name] = one(out, name, argv, into, kill_at)
         if name in SMALL:
             results[name]["cap_gib"] = SMALL_GIB
+        if name == "buckets":
+            results[name]["by_size"] = by_size(photos, out / into)
         file.write_text(json.dumps(results, indent=1))
         print({k: v for k, v in results[name].items() if k not in ("losses", "said")}, flush=True)
     if only and not {"t4", "t4_uninterrupted"} <= set(only):
@@ -243,6 +249,34 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
     results["load_lora_weights"] = check(folder, out / "t4")
     file.write_text(json.dumps(results, indent=1))
     print(results["resumed_against_uninterrupted"], results["load_lora_weights"])
+
+
+def by_size(photos: Path, out: Path) -> dict:
+    """Of each size (width x height): its pictures, how many steps it had, and their median seconds,
+    without the first two, the second of which is recorded.
+    """
+    import data
+    from inputs.pictures import upright_size
+    from inputs.sources import read_dataset
+
+    config = json.loads((out / "config.json").read_text())
+    crop = data.Crop(tuple(config["resolution"]), config["buckets"], False, config["seed"])
+    sizes = [crop.size(upright_size(each)) for each in read_dataset(str(photos), "", "")]
+    n = config["train_batch_size"] * config["gradient_accumulation_steps"]
+    decks, seconds = data.Decks(sizes, n, config["seed"]), {}
+    for line in (out / "log.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        size = sizes[decks.picture(n * (row["step"] - 1))]
+        seconds.setdefault(size, []).append(row["seconds"])
+    return {
+        f"{w} x {h}": {
+            "pictures": sizes.count((h, w)),
+            "steps": len(each),
+            "first_s": [round(s, 2) for s in each[:2]],
+            "seconds_per_step_median": round(statistics.median(each[2:]), 4) if each[2:] else None,
+        }
+        for (h, w), each in sorted(seconds.items(), key=lambda item: -len(item[1]))
+    }
 
 
 def compare(one: Path, other: Path) -> dict:

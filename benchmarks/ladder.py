@@ -99,7 +99,7 @@ class Common:
     @property
     def folder(self) -> Path:
         """Where the UNet's config.json lies."""
-        return ROOT / ("pocket/model" if self.tiny else "tests/sdxl")
+        return ROOT / ("pocket/model" if self.tiny else "inputs/sdxl")
 
     @property
     def sides(self) -> tuple[int, ...]:
@@ -162,7 +162,7 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
         torch._C._cuda_clearCublasWorkspaces()  # of the rows before: each stream keeps its own
     model.free_memory()
     opened = time.perf_counter()
-    row: Row = {"px": config.resolution, "dtype": str(dtype).removeprefix("torch.")}
+    row: Row = {"px": max(config.resolution), "dtype": str(dtype).removeprefix("torch.")}
     row |= {"way": plan.in_words(config)}
     row |= {"gib_before": gib(torch.cuda.memory_allocated()) if cuda else 0.0}
     run, said = synthetic.assemble(config, device, options.folder, nf4=nf4)
@@ -182,7 +182,7 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
     else:
         timed, n = seconds[options.warm_up :], config.examples_per_step
         middle = statistics.median(timed)
-        useful = n * synthetic.flop_of(options.folder, config.resolution) / middle
+        useful = n * synthetic.flop_of(options.folder, max(config.resolution)) / middle
         row |= {"s_per_step": round(middle, 4), "s_lowest": round(min(timed), 4)}
         row |= {"s_highest": round(max(timed), 4), "images_per_s": round(n / middle, 2)}
         row |= {"mfu": round(useful / peak, 3), "s_first_step": round(seconds[0], 2)}
@@ -201,7 +201,7 @@ def gib(count: int) -> float:
 
 def changed(options: Common, side: int, row: str, precision: str = "") -> configuration.Config:
     """Row `row` of the ladder as a Config: t4's mathematics, with everything a row is about set."""
-    settings = ONE_BY_FOUR | LADDER[row] | {"resolution": side, "max_train_steps": 10**6}
+    settings = ONE_BY_FOUR | LADDER[row] | {"resolution": (side,), "max_train_steps": 10**6}
     precision = precision or options.precision()
     return dataclasses.replace(
         configuration.RECIPES["t4"][1], **settings, mixed_precision=precision
@@ -237,7 +237,7 @@ def recipe_row(options: Options, name: str, side: int) -> Row:
     config = dataclasses.replace(
         config,
         max_train_steps=10**6,
-        resolution=side or config.resolution,
+        resolution=(side,) if side else config.resolution,
         mixed_precision=options.mixed_precision or config.mixed_precision,
         pretrained_model_name_or_path=str(options.folder),
         cache_dir=str(ROOT / "runs" / "bench"),  # of what the plan finds out

@@ -55,7 +55,7 @@ class Case:
         some = SOME_TINY if tiny else SOME
         return replace(
             RECIPES["t4"][1],
-            resolution=self.resolution // 8 if tiny else self.resolution,
+            resolution=(self.resolution // 8 if tiny else self.resolution,),
             train_batch_size=self.batch,
             gradient_accumulation_steps=2,
             lora_rank=self.rank,

@@ -105,9 +105,11 @@ def by_the_book(
     dtype, _ = model.choose_dtype(config.mixed_precision, device)
     unet = random_unet(folder, device, dtype, rounded, nf4)
     how = model.use_attention(unet, config.attention, device, dtype)
-    schedule = model.load_noise_schedule(str(ROOT / "tests/sdxl"), device)
-    examples = examples_of(unet, config.resolution, config.seed, random_flip=True)
-    scaling = model.latent_scaling(str(ROOT / "tests/sdxl"))
+    schedule = model.load_noise_schedule(str(ROOT / "inputs/sdxl"), device)
+    examples = examples_of(
+        unet, max(config.resolution), config.examples_per_step, config.seed, True
+    )
+    scaling = model.latent_scaling(str(ROOT / "inputs/sdxl"))
     return loop.assemble(config, unet, examples, schedule, scaling), [how]
 
 
@@ -129,13 +131,13 @@ def assemble(
 
 
 def examples_of(
-    unet: diffusers.UNet2DConditionModel, side: int, seed: int, random_flip: bool = False
+    unet: diffusers.UNet2DConditionModel, side: int, n: int, seed: int, random_flip: bool = False
 ) -> data.Examples:
     """Examples of RandomPictures, whose timesteps are drawn from 1,000."""
     pictures = RandomPictures(unet, side)
     names = [f"random {i}" for i in range(len(pictures.mean))]
-    chances, shape = data.Chances(random_flip=random_flip), tuple(pictures.mean.shape[1:])
-    return data.Examples(pictures, names, seed, chances, 1000, shape)
+    chances, sizes = data.Chances(random_flip=random_flip), [(side, side)] * len(names)
+    return data.Examples(pictures, names, sizes, n, seed, chances, 1000)
 
 
 def flattened(matrices: Iterable[Tensor]) -> Tensor:
@@ -172,7 +174,7 @@ def useful_flop(folder: Path, side: int) -> float:
 
 def meta_batch(unet: diffusers.UNet2DConditionModel, side: int) -> dict[str, Tensor]:
     """One example's batch in shapes only."""
-    return examples_of(unet, side, 0).batch(range(1), torch.device("meta"))
+    return examples_of(unet, side, 1, 0).batch(range(1), torch.device("meta"))
 
 
 def flop_of(folder: Path, side: int) -> float:

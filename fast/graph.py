@@ -16,10 +16,12 @@ from torch import Tensor
 from inputs.files import first_line
 
 Batch = dict[str, Tensor]
+MOST = 12  # shapes that are recorded: each takes seconds and keeps its kernels' parameters
 
 
 class Recorded:
-    """A run's `micro_step(run, batch)`, recorded once for each shape of batch, then replayed.
+    """A run's `micro_step(run, batch)`, recorded for each shape of batch when that comes for the
+    second time, then replayed; of more than MOST shapes the others are computed as they stand.
 
     sums: the tensors that it adds to; they are put back after the `warm_up` passes before
     recording, in which libraries choose their kernels and make workspaces. Where recording fails,
@@ -29,19 +31,40 @@ class Recorded:
     def __init__(self, micro_step: Callable, sums: list[Tensor], say=print, warm_up=1):
         self.micro_step, self.sums, self.say, self.warm_up = micro_step, sums, say, warm_up
         self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
-        self.pool = None  # one for all recordings: only one of them runs at a time
-        self.eager = False
+        self.eager, self.seen = False, set()
+        # One memory for all recordings, and for what is not recorded: one of them runs at a time.
+        self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
 
     def __call__(self, run, batch: Batch) -> None:
         key = tuple((name, t.shape, t.dtype) for name, t in batch.items())
-        if not self.eager and key not in self.recordings:
+        if key in self.seen and key not in self.recordings and self.room():
             self.record(key, run, batch)
-        if self.eager:
-            return self.micro_step(run, batch)
+        self.seen.add(key)
+        if key not in self.recordings:
+            return self.unrecorded(run, batch)
         recording, inputs = self.recordings[key]
         for name, tensor in batch.items():
             inputs[name].copy_(tensor, non_blocking=True)
         recording.replay()
+
+    def unrecorded(self, run, batch: Batch, times: int = 1) -> None:
+        """The micro-step as it stands, in the recordings' memory: beside it there may be no room
+        for a second step's.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream())
+        # The memory of a pool is for the thread that asks: backward must not be another one's.
+        in_one_thread = torch.autograd.set_multithreading_enabled(False)
+        with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream), in_one_thread:
+            for _ in range(times):
+                self.micro_step(run, batch)
+        torch.cuda.current_stream().wait_stream(self.stream)
+
+    def room(self) -> bool:
+        """Whether another shape may be recorded; says so once where it may not."""
+        if len(self.recordings) == MOST and not self.eager:
+            self.say(f"{MOST} shapes of batches are recorded; others are computed unrecorded")
+            self.eager = True
+        return not self.eager
 
     def record(self, key: tuple, run, batch: Batch) -> None:
         """Warm up and record the step for batches like this one; `sums` end as they were."""
@@ -49,17 +72,13 @@ class Recorded:
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         # On the host, since a peak of the GPU's memory is a peak, however short.
         before = [tensor.to("cpu", copy=True) for tensor in self.sums]
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(self.warm_up):
-                self.micro_step(run, inputs)
-        torch.cuda.current_stream().wait_stream(side)
+        self.unrecorded(run, inputs, self.warm_up)
         recording = torch.cuda.CUDAGraph()
         try:
             # thread_local: NCCL's watchdog asks the GPU for news from a thread of its own, which
             # would spoil a recording that holds for all threads.
-            with torch.cuda.graph(recording, self.pool, capture_error_mode="thread_local"):
+            how = {"stream": self.stream, "capture_error_mode": "thread_local"}
+            with torch.cuda.graph(recording, self.pool.id, **how):
                 self.micro_step(run, inputs)
         except RuntimeError as error:  # an operation that no recording can hold
             for cause in (error, error.__context__):  # ending the recording fails in its wake
@@ -69,7 +88,6 @@ class Recorded:
             self.recordings.clear()
             self.say(f"steps are not recorded in a CUDA graph: {first_line(error)}")
         else:
-            self.pool = recording.pool()
             self.recordings[key] = (recording, inputs)
             count, seconds = len(next(iter(batch.values()))), time.perf_counter() - began
             self.say(f"recorded a pass over {count} in {seconds:.1f} s, compilation included")

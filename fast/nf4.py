@@ -48,7 +48,8 @@ def load_unet_nf4(
     path = cache_dir / f"nf4-{what}.safetensors"
 
     kept = read_kept(path, device)
-    tensors = kept or quantise(folder, half, device, dtype, shapes_to_quantise(unet))
+    files = hub.unet_files(name, half, unet.state_dict())
+    tensors = kept or quantise(files, device, dtype, shapes_to_quantise(unet))
     weights, states = {}, defaultdict(dict)
     for key, tensor in tensors.items():
         layer, is_state, part = key.partition(".weight.")
@@ -58,7 +59,7 @@ def load_unet_nf4(
         made = linear_4bit(unet.get_submodule(layer), weights[key], state, dtype)
         unet.set_submodule(layer, made)
         weights[key] = made.weight
-    unet = model.fill_unet(unet, weights, folder)
+    unet = model.fill_unet(unet, weights, files[0][0])
     if not kept:  # only now are they known to fit
         write_whole(path, safetensors_bytes(tensors, {}))
         model.free_memory()
@@ -91,22 +92,22 @@ def shapes_to_quantise(unet: nn.Module) -> dict[str, torch.Size]:
 
 @torch.no_grad()
 def quantise(
-    folder: Path,
-    half: bool,
+    files: list[tuple[Path, dict[str, str]]],
     device: torch.device,
     dtype: torch.dtype,
     shapes: dict[str, torch.Size],
 ) -> dict[str, Tensor]:
-    """The UNet's tensors on `device`, one after another: those in `shapes` as NF4, others in dtype.
+    """The UNet's tensors, of hub.unet_files(), on `device`, one after another: those in `shapes` as
+    NF4, others in dtype.
 
     A quantised weight is key (uint8, two numbers a byte) and, under key.*, what bitsandbytes says
     of it. A weight of a shape that is not its layer's is left as it is, for fill_unet() to refuse.
     """
     quantize_4bit, tensors = load_bitsandbytes(*NEEDED).functional.quantize_4bit, {}
-    for path in hub.weight_files(folder, half):
+    for path, names in files:
         with open_safetensors(path, str(device)) as file:
-            for key in file.keys():
-                tensors[key] = file.get_tensor(key).to(dtype)
+            for key, theirs in names.items():
+                tensors[key] = file.get_tensor(theirs).to(dtype)
                 if shapes.get(key) == tensors[key].shape:
                     tensors[key], state = quantize_4bit(
                         tensors[key],

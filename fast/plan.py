@@ -154,7 +154,8 @@ class Prediction:
 
 def fake_batch(config: Config, unet: UNet2DConditionModel, tokens: int = 77) -> dict[str, Tensor]:
     """A batch as data.Examples makes it, without numbers; keys and shapes are the same."""
-    B, side, (context, pooled) = config.train_batch_size, config.resolution // 8, widths(unet)
+    B, (context, pooled) = config.train_batch_size, widths(unet)
+    side = max(config.resolution) // 8  # no bucket is larger than the square
     latent = (B, unet.config.in_channels, side, side)
     return {
         **{name: torch.empty(latent) for name in ("mean", "std", "eps", "noise")},
@@ -482,7 +483,7 @@ def table(config: Config) -> str:
     dtype, free = model.DTYPES.get(config.mixed_precision, auto), int(card.gib * GIB)
     about = unet_config(config, dtype) if local else SDXL_UNET  # which needs no download
     card = in_dtype(card, dtype)
-    head = f"recipe {config.recipe} on {card.name}, {config.resolution} px, UNet in {dtype}"
+    head = f"recipe {config.recipe} on {card.name}, {max(config.resolution)} px, UNet in {dtype}"
     try:
         way, found = choose_plan(config, predictor(config, dtype, about), card, free)
     except Refusal as refusal:

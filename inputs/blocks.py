@@ -15,6 +15,7 @@ from tqdm import tqdm
 from inputs.files import digest, read_tensors, safetensors_bytes, sweep_parts, write_whole
 
 ROWS_PER_FILE = 16  # pictures or captions in one file: what an interruption may cost
+Place = tuple[Path, int]  # a file, and the row in it
 
 
 def cut(items: list | range, size: int) -> list:
@@ -31,10 +32,12 @@ def fill(
     folder: Path,
     kind: str,
     keys: list[str],
-    encode: Callable[[Iterable[range]], Iterator[dict[str, Tensor]]],
+    encode: Callable[[Iterable[list]], Iterator[dict[str, Tensor]]],
     claim: Callable[[str], bool] = every_block,
-) -> list[Path]:
-    """One file for each ROWS_PER_FILE of keys, encoding only the blocks that are not on disk yet.
+    alike: list[list[int]] | None = None,
+) -> list[Place]:
+    """Where the row of each key is: one file for each ROWS_PER_FILE of those that are `alike` (in
+    shape; without it all), encoding only the blocks that are not on disk yet.
 
     keys: what each row depends on (content, encoder, resolution); a block's file is named by its
     keys, so changed data or encoders give other files and nothing stale is ever read; a damaged one
@@ -43,7 +46,8 @@ def fill(
     claim(name): whether this process encodes that block. Of several, one that is told no leaves it
     to another; all files are there once each has ended.
     """
-    blocks = cut(range(len(keys)), ROWS_PER_FILE)
+    rows = alike or [list(range(len(keys)))]
+    blocks = [block for each in rows for block in cut(each, ROWS_PER_FILE)]
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     sweep_parts(folder)
     shown = tqdm(files, f"reading encoded {kind}s", leave=False, mininterval=1, delay=2)
@@ -52,17 +56,20 @@ def fill(
         total = sum(len(block) for _, block in todo)
         with tqdm(total=total, desc=f"encoding {kind}s", unit="", mininterval=1) as bar:
             write_blocks(todo, encode, claim, bar)
-    return files
+    places = {}
+    for file, block in zip(files, blocks, strict=True):
+        places |= {i: (file, row) for row, i in enumerate(block)}
+    return [places[i] for i in range(len(keys))]
 
 
-def write_blocks(todo: list[tuple[Path, range]], encode: Callable, claim: Callable, bar) -> None:
+def write_blocks(todo: list[tuple[Path, list]], encode: Callable, claim: Callable, bar) -> None:
     """Encode the blocks of `todo`, of each its file and numbers, and write each when it is whole.
 
     A block is claimed when encode() asks for its numbers: a process claims what it comes to, not
     all.
     """
 
-    def claimed() -> Iterator[tuple[Path, range]]:
+    def claimed() -> Iterator[tuple[Path, list]]:
         for file, block in todo:
             if claim(file.name):
                 yield file, block

@@ -17,7 +17,15 @@ import tyro
 
 from inputs import options as configuration
 from inputs.files import FILE_NAME, Refusal, data_section, digest, place
-from inputs.hub import OPTION, SDXL, fetch, read_config, unet_fingerprint, use_revision
+from inputs.hub import (
+    OPTION,
+    SDXL,
+    fetch,
+    read_config,
+    read_scheduler,
+    unet_fingerprint,
+    use_revision,
+)
 from inputs.options import RECIPES, Within
 
 
@@ -186,7 +194,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     revision = options.revision or commit * own  # another model has other commits
     try:
         use_revision(base, revision)
-        settings = read_config(fetch(base, "scheduler") / "scheduler_config.json")
+        settings = read_scheduler(base)
     except Refusal as refusal:
         if given:
             raise

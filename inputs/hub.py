@@ -1,6 +1,7 @@
 """Where an SDXL model's files are, what they may say, and what tells one model from another.
 
-A folder in diffusers' layout, or the Hub, of which only what is needed is downloaded, part by part.
+A folder in diffusers' layout, or the Hub, of which only what is needed is downloaded, part by part;
+or one file, with inputs/sdxl/ in the place of such a folder.
 """
 
 import functools
@@ -8,8 +9,11 @@ import hashlib
 import json
 import re
 import shutil
+import sys
+from collections.abc import Collection
 from pathlib import Path
 
+from inputs import one_file
 from inputs.download import asked, failures, say
 from inputs.files import Refusal, folder_of, open_safetensors, place, refuse, refusing
 
@@ -19,9 +23,9 @@ PARTS = {  # and the file without which each is nothing
     "scheduler": "scheduler_config.json",
 }
 SDXL, OPTION = "stabilityai/stable-diffusion-xl-base-1.0", "--pretrained-model-name-or-path"
-CONVERT = (
-    "a one-file checkpoint is converted with diffusers' "
-    "StableDiffusionXLPipeline.from_single_file(file).save_pretrained(folder)"
+EXPECTED = (
+    f"a Hub name such as {SDXL}, a folder in diffusers' layout, or one .safetensors file in SGM's, "
+    "here or as USER/REPOSITORY/FILE"
 )
 AGAIN = (
     "download the model again, or choose another SDXL model (no inpainting or refiner model), or "
@@ -62,15 +66,16 @@ def is_number(value) -> bool:
 def fetch(name: str, part: str, half: bool = False) -> Path:
     """The local folder of one part of an SDXL model, downloaded if `name` is a Hub name.
 
-    name: a folder in diffusers' layout or a Hub repository; part: "unet", "vae", ..., or "" for the
-    top; half: download the fp16 variant where there is one. Raises Refusal for what is no SDXL
-    model.
+    name: a folder in diffusers' layout, a Hub repository or a file, whose folder is the shipped
+    one; part: "unet", "vae", ..., or "" for the top; half: download the fp16 variant where there is
+    one. Raises Refusal for what is no SDXL model.
     """
-    expected = f"a Hub name such as {SDXL}, or a folder in diffusers' layout ({CONVERT})"
-    root = folder_of(name, OPTION, expected)
+    if file_of(name):
+        return one_file.SHIPPED / part
+    root = folder_of(name, OPTION, EXPECTED)
     if root is None:
         if name.count("/") != 1:
-            raise Refusal(f"there is no folder {name}", expected, f"correct {OPTION}")
+            raise Refusal(f"there is no folder {name}", EXPECTED, f"correct {OPTION}")
         root = fetch_from_hub(name, REVISIONS.get(name, "main"), part, half)
     needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
     lacking = [file for file in needed if not (root / file).is_file()]
@@ -81,9 +86,34 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
             f"{name} has {found}",
             "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and "
             f"the folders {', '.join(PARTS)}",
-            f"correct {OPTION}; {CONVERT}",
+            f"correct {OPTION}, or name a .safetensors file that holds all of a model",
         )
     return root / part
+
+
+@functools.cache  # read and said once
+def file_of(name: str) -> Path | None:
+    """The file, here or from the Hub, that holds all of the model `name`; None for a folder or a
+    repository. Raises Refusal for a file that is no SDXL model.
+    """
+    path = place(name)
+    if path.suffix != ".safetensors" or path.is_dir():
+        return None
+    if not path.is_file():
+        user, _, rest = name.partition("/")
+        repository, _, file = rest.partition("/")
+        if not file or name.startswith((".", "/", "~")):
+            raise Refusal(f"there is no file {name}", EXPECTED, f"correct {OPTION}")
+        path = file_from_hub(f"{user}/{repository}", REVISIONS.get(name, "main"), file)
+    # Not on stdout, where generate.py names its pictures and nothing else.
+    print(one_file.read_kind(path)[1], file=sys.stderr, flush=True)
+    return path
+
+
+def read_scheduler(name: str, **usual) -> dict:
+    """The model's scheduler_config.json on top of `usual`, with what a file says of itself."""
+    config = read_config(fetch(name, "scheduler") / "scheduler_config.json", **usual)
+    return config | (one_file.read_kind(file)[0] if (file := file_of(name)) else {})
 
 
 def read_config(path: Path, **usual) -> dict:
@@ -127,15 +157,32 @@ def use_revision(name: str, revision: str) -> None:
     """Take the model `name` as it is on that branch, tag or commit, in all of this process; "" is
     main. Raises Refusal for a revision of a folder.
     """
-    if revision and place(name).is_dir():
-        found = f"--revision {revision} with the folder {name}"
+    if revision and place(name).exists():
+        found = f"--revision {revision} with {name}, which is on this disk"
         raise Refusal(found, "a Hub model, which has revisions", "leave --revision out")
     REVISIONS[name] = revision or "main"
 
 
 def commit_of(name: str) -> str:
-    """The commit of a Hub model that this process takes; "" of a folder, which has none."""
-    return "" if place(name).is_dir() else fetch(name, "").name
+    """The commit of a Hub model that this process takes; "" of what is on this disk."""
+    if place(name).exists():
+        return ""
+    file = file_of(name)  # user/repository/... lies in snapshots/COMMIT/...
+    return file.parents[name.count("/") - 2].name if file else fetch(name, "").name
+
+
+def file_from_hub(name: str, revision: str, file: str) -> Path:
+    """One file of a Hub repository, downloaded if it is not here."""
+    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+
+    if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
+        ask = functools.partial(HfApi().get_paths_info, name, file, revision=revision)
+        found = asked("models", name, f"{name}/{file}", WAY_OUT, ask)
+        if not found:
+            raise Refusal(f"{name} has no {file}", "a file that it has", f"correct {OPTION}")
+        Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
+        check_room(found[0].size, f"{name}/{file}", Path(constants.HF_HUB_CACHE))
+    return resolve(name, revision, file) / file
 
 
 @functools.cache  # a branch means one commit in all of a run; and it asks for a part many times
@@ -181,19 +228,19 @@ def bring(name: str, revision: str, part: str, files: list[str], total: int = 0)
     return Path(asked("models", name, what, WAY_OUT, call, total))
 
 
-def resolve(name: str, revision: str) -> Path:
-    """The folder of the commit that `revision` means now, with its model_index.json; of an earlier
+def resolve(name: str, revision: str, file: str = "model_index.json") -> Path:
+    """The folder of the commit that `revision` means now, with that file of it; of an earlier
     download, which is said, where the Hub does not answer.
     """
     from huggingface_hub import try_to_load_from_cache
 
     try:
-        root = bring(name, revision, "", ["model_index.json"])
+        root = bring(name, revision, "", [file])
     except Refusal:
-        here = try_to_load_from_cache(name, "model_index.json", revision=revision)
+        here = try_to_load_from_cache(name, file, revision=revision)
         if not isinstance(here, str):
             raise
-        root = Path(here).parent
+        root = Path(here).parents[file.count("/")]
     if failures:
         say(f"{failures[0][1]}; {name} is taken as downloaded before, commit {root.name}")
     return root
@@ -228,14 +275,18 @@ def announce(name: str, root: Path, files: dict[str, int], half: bool) -> None:
     if root in announced:  # by the first part: of another the half that is asked for is its own
         return
     coming = {p: to_download(files, root, p, half and p != "vae").values() for p in PARTS}
-    total, free = sum(map(sum, coming.values())), shutil.disk_usage(folder).free
     parts = ", ".join(f"{p} {sum(each) / 1e9:.2f}" for p, each in coming.items() if sum(each) > 1e7)
-    said = f"{total / 1e9:.2f} GB of {name} ({parts}) into {folder}, "
-    said += f"where {free / 1e9:.2f} GB are free"
-    if total > free:
+    check_room(sum(map(sum, coming.values())), f"{name} ({parts})", folder)
+    announced.add(root)
+
+
+def check_room(size: int, what: str, folder: Path) -> None:
+    """Say that so many bytes come into `folder`. Raises Refusal where they have no room."""
+    free = shutil.disk_usage(folder).free
+    said = f"{size / 1e9:.2f} GB of {what} into {folder}, where {free / 1e9:.2f} GB are free"
+    if size > free:
         remedy = f"free some space, or HF_HUB_CACHE=FOLDER on a larger disk; or {WAY_OUT}"
         raise Refusal(f"this needs {said}", "room for the download", remedy)
-    announced.add(root)
     say(f"downloading {said}")
 
 
@@ -264,6 +315,25 @@ def weight_files(folder: Path, half: bool) -> list[Path]:
     return [folder / name for name in names]
 
 
+def unet_files(
+    name: str, half: bool, wanted: Collection[str] = ()
+) -> list[tuple[Path, dict[str, str]]]:
+    """Each file of the UNet's weights, with its own names by diffusers' names. wanted: those of the
+    UNet, which a one-file model must have exactly.
+    """
+    if file := file_of(name):
+        with open_safetensors(file) as opened:
+            names = one_file.names(opened.keys(), "unet")
+        if wanted:
+            one_file.check_names(file, "unet", names, set(wanted))
+        return [(file, {name: source.key for name, source in names.items()})]
+    found = []
+    for path in weight_files(fetch(name, "unet", half), half):
+        with open_safetensors(path) as opened:
+            found.append((path, {key: key for key in opened.keys()}))
+    return found
+
+
 def fingerprint(name: str, part: str, half: bool = False) -> str:
     """16 hex digits that tell one encoder or tokenizer from another: its small files whole, 64
     samples of its weights.
@@ -272,6 +342,8 @@ def fingerprint(name: str, part: str, half: bool = False) -> str:
     everywhere.
     """
     folder, sha = fetch(name, part, half), hashlib.sha256()
+    if (file := file_of(name)) and part in one_file.PREFIXES:
+        return one_file.fingerprint(file, part)
     for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt")):
         sha.update(path.read_bytes())
     for path in weight_files(folder, half) if "tokenizer" not in part else []:
@@ -296,15 +368,15 @@ def unet_fingerprint(name: str, half: bool) -> str:
     wrong base is noticed.
     """
     where = {}
-    for path in weight_files(fetch(name, "unet", half), half):
-        with open_safetensors(path) as file:
-            where |= dict.fromkeys(file.keys(), path)
+    for path, names in unet_files(name, half):
+        where |= {key: (path, theirs) for key, theirs in names.items()}
     keys = {"conv_in.weight", "conv_out.weight"} & where.keys()
     for ending in ("to_q.weight", "to_k.weight", "to_out.0.weight", "ff.net.2.weight"):
         same = sorted(key for key in where if key.endswith(ending))
         keys |= {*same[:1], *same[-1:]}
     sha = hashlib.sha256()
     for key in sorted(keys):
-        with open_safetensors(where[key]) as file:
-            sha.update(file.get_tensor(key).half().numpy().tobytes())
+        path, theirs = where[key]
+        with open_safetensors(path) as file:
+            sha.update(file.get_tensor(theirs).half().numpy().tobytes())
     return sha.hexdigest()[:16]

@@ -106,8 +106,14 @@ class Config:
     # on the command line go before it.
     config: str = ""
 
-    # Side of the training square in pixels; a multiple of 8, the VAE's factor.
-    resolution: Annotated[int, Within(8, 4096, step=8)] = 512
+    # Side of the training square in pixels; a multiple of 8, the VAE's factor. Of several, each
+    # picture has the largest that it fills without being enlarged.
+    resolution: Annotated[tuple[int, ...], Within(8, 4096, step=8)] = (512,)
+    # Train each picture in its own shape, one of several as large as the square (steps of 64
+    # pixels), so that less is cut away.
+    buckets: bool = False
+    # Enlarge pictures that are smaller than the smallest resolution; --no-upscale refuses them.
+    upscale: bool = True
     # Cut a random square, drawn once per picture, instead of the middle.
     random_crop: bool = False
     # Show every other example mirrored; wrong for writing and for faces that must not be mirrored.
@@ -121,7 +127,8 @@ class Config:
     # Everything random follows from it; two runs with one seed are one run.
     seed: Annotated[int, Within(0, 2**32 - 1)] = 42
 
-    # Examples in one forward and backward pass: more is faster and needs more memory.
+    # Examples in one forward and backward pass: more is faster and needs more memory. Of pictures
+    # in a smaller size than others as many as fill as much memory.
     train_batch_size: Annotated[int, Within(1, 4096)] = 1
     # Passes summed into one optimizer step; the run depends only on batch x accumulation.
     gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4
@@ -238,12 +245,12 @@ class Config:
 
 
 ORIGINAL = Config("original", gradient_checkpointing=True, attention="xformers", fused=False)
-T4 = Config("t4", mixed_precision="auto", memory_plan=True)
+T4 = Config("t4", buckets=True, mixed_precision="auto", memory_plan=True)
 POCKET = Config(
     "pocket",
     pretrained_model_name_or_path="pocket/model",
     dataset_name="pocket/ink",
-    resolution=128,
+    resolution=(128,),
     random_flip=False,
     lora_alpha=16,
     train_batch_size=16,
@@ -260,11 +267,12 @@ POCKET = Config(
     validation_prompts=POCKET_PROMPTS,
     guidance_scale=2.0,
 )
+NATIVE = replace(T4, recipe="native", resolution=(1024,))
 LOWMEM = replace(T4, recipe="lowmem", gradient_checkpointing=True, base_quantization="nf4")
 RECIPES = {
     "original": ("The published run: fp32, xFormers, gradient checkpointing, 512 px.", ORIGINAL),
     "t4": ("The same mathematics for a 16 GB T4: UNet in half precision, as fast as fits.", T4),
-    "native": ("t4 at 1024 px, SDXL's own size.", replace(T4, recipe="native", resolution=1024)),
+    "native": ("t4 at 1024 px, SDXL's own size.", NATIVE),
     "lowmem": ("t4 for 6 to 8 GB: the UNet in 4 bits; smallest with --no-memory-plan.", LOWMEM),
     "pocket": ("The small SDXL and its ink drawings: minutes on a CPU, no network.", POCKET),
 }
@@ -434,10 +442,13 @@ def check(config: Config) -> Config:
     too_long = config.quick and config.recipe not in QUICK
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
+    odd = [side for side in config.resolution if side % 64] if config.buckets else []
+    sides = " and ".join(map(str, odd))
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
+        (odd, f"--buckets with a resolution of {sides}", "a multiple of 64", "--no-buckets"),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun

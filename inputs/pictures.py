@@ -12,10 +12,10 @@ import re
 import warnings
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
-from inputs.files import Refusal
+from inputs.files import Refusal, refuse
 from inputs.sources import Picture, for_all, named, picture_formats
 
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
@@ -115,20 +115,51 @@ def all_damaged_named(pictures: list[Picture]):
         raise  # no picture is damaged: it is another trouble
 
 
-def strong_changes(pictures: list[Picture], resolution: int) -> str:
-    """Which pictures train as something else than a person sees, in words, by their headers."""
+@functools.cache  # by what is at hand: a run asks for it several times
+def upright_size(picture: Picture) -> tuple[int, int]:
+    """Height and width as decode() gives them, by the file's header; 1 x 1 for a damaged one, which
+    is refused by name when it is encoded.
+    """
+    try:
+        image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
+        turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        return image.size[:2] if turned else image.size[1::-1]
+    except Exception:  # Pillow raises nearly every class for damaged files
+        return 1, 1
+
+
+def refuse_small(pictures: list[Picture], sizes: list[tuple[int, int]]) -> None:
+    """Raise Refusal, naming them, where pictures are smaller than what they are trained at."""
+    troubles = []
+    for picture, size in zip(pictures, sizes, strict=True):
+        height, width = upright_size(picture)
+        if height < size[0] or width < size[1]:
+            found = f"{picture.name} of {width} x {height} pixels"
+            expected = f"at least {size[1]} x {size[0]}, since --no-upscale is asked for"
+            troubles.append((found, expected, "remove it, or leave --no-upscale out"))
+    refuse(troubles)
+
+
+def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]]) -> str:
+    """Which pictures train as something else than a person sees, in words, by their headers; before
+    that the sizes (height, width) at which they train, where these are several.
+    """
     found: dict[str, list[str]] = {}
-    for picture in tqdm(pictures, "looking at pictures", leave=False, mininterval=1, delay=2):
+    lost: dict[tuple[int, int], list[float]] = {}
+    pairs = zip(pictures, sizes, strict=True)
+    for picture, size in tqdm(list(pairs), "looking at pictures", leave=False, delay=2):
         with contextlib.suppress(Exception):  # a damaged one is refused by name when it is encoded
             image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
-            short, long = sorted(image.size)
+            height, width = upright_size(picture)
+            scale = max(size[0] / height, size[1] / width)
+            lost.setdefault(size, []).append(1 - size[0] * size[1] / (scale**2 * height * width))
             profile = image.info.get("icc_profile")
             # A phone's MPO has a preview behind the picture, a PSD its layers.
             frames = image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
             deep = image.mode[0] == "I" or re.search(r";16[BLN]", str(getattr(image, "tile", "")))
             for change, so in {
-                "lose over 30 % to the square crop": short < 0.7 * long,
-                "are enlarged over 1.5 times": resolution > 1.5 * short,
+                "lose over 30 % to the crop": lost[size][-1] > 0.3,
+                "are enlarged over 1.5 times": scale > 1.5,
                 "have several frames, of which the first is used": frames,
                 "have 16 bits, reduced to 8": deep,
                 "have a colour profile that does not fit, read as sRGB": profile
@@ -136,5 +167,10 @@ def strong_changes(pictures: list[Picture], resolution: int) -> str:
             }.items():
                 if so:
                     found.setdefault(change, []).append(picture.name)
+    table = [
+        f"  {size[1]:4} x {size[0]:4} px: {len(each):5} pictures, {sum(each) / len(each):4.0%} cut"
+        for size, each in sorted(lost.items(), key=lambda row: -len(row[1]))
+    ]
     said = "; ".join(f"{named(names)} {change}" for change, names in found.items())
-    return f"strongly changed: {said}" if said else ""
+    lines = table * (len(table) > 1) + [f"strongly changed: {said}"] * bool(said)
+    return "\n".join(lines)

@@ -13,11 +13,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from inputs import one_file
 from inputs.files import Refusal, refusing
-from inputs.hub import AGAIN, fetch, read_config, weight_files
+from inputs.hub import AGAIN, fetch, file_of, read_config, read_scheduler, weight_files
 
 # SDXL base's UNet, so that a plan needs no download.
-SDXL_UNET = json.loads((Path(__file__).parent / "sdxl_unet.json").read_text())
+SDXL_UNET = json.loads((Path(__file__).parent / "sdxl/unet/config.json").read_text())
 
 
 # Whatever is raised inside becomes a Refusal that begins with what it is given.
@@ -72,13 +73,17 @@ def load_encoder(
     transformers.utils.logging.disable_progress_bar()  # a file is read in a second
     folder = fetch(name, part, half)
     read_config(folder / "config.json")
-    variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
-    with refused(f"{folder} cannot be loaded"):
-        encoder, info = cls.from_pretrained(
-            folder, variant=variant, use_safetensors=True, output_loading_info=True
-        )
-        if missing := [key for key in info["missing_keys"] if "position_ids" not in key]:
-            raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
+    file = file_of(name)
+    with refused(f"{file or folder} cannot be loaded"):
+        if file:
+            encoder = one_file.build_encoder(cls, file, part, device)
+        else:
+            variant = "fp16" if ".fp16" in weight_files(folder, half)[0].name else None
+            encoder, info = cls.from_pretrained(
+                folder, variant=variant, use_safetensors=True, output_loading_info=True
+            )
+            if missing := [key for key in info["missing_keys"] if "position_ids" not in key]:
+                raise ValueError(f"it lacks {len(missing)} tensors, such as {min(missing)}")
         encoder = encoder.to(device).float().requires_grad_(False).eval()
         if part == "vae":
             latent = encoder.encode(torch.zeros(1, 3, 16, 16, device=device)).latent_dist.mean
@@ -131,9 +136,8 @@ def noise_settings(name: str, prediction_type: str = "auto") -> tuple[dict, str 
     """
     # Here, too, since it is met before anything is encoded: latents of another scale.
     read_config(fetch(name, "vae") / "config.json")
-    path, usual = fetch(name, "scheduler"), ("beta_schedule", "beta_start", "beta_end")
-    usual = dict.fromkeys(usual) | {"num_train_timesteps": 1000}
-    settings = read_config(path / "scheduler_config.json", **usual)
+    usual = dict.fromkeys(("beta_schedule", "beta_start", "beta_end"))
+    settings = read_scheduler(name, **usual, num_train_timesteps=1000)
     said = settings.get("prediction_type")
     predicts = prediction_type if prediction_type != "auto" else said or "epsilon"
     if predicts not in ("epsilon", "v_prediction"):  # in an adapter's header from anywhere
@@ -153,7 +157,7 @@ def load_sampler(name: str, wanted: str = "", steps: int = 30, prediction_type: 
     # Where nothing is said, some clip x0 to -1 ... 1, as pixels are; SDXL's latents go beyond.
     settings, said = noise_settings(name, prediction_type)
     if prediction_type not in ("auto", said or "epsilon"):
-        print(f"drawing with {prediction_type}: {name}'s scheduler_config.json says {said}")
+        print(f"drawing with {prediction_type}: {name} itself says {said}")
     settings = {"clip_sample": False} | settings
     kind = wanted or read_config(folder.parent / "model_index.json").get("scheduler", [""])[-1]
     if kind not in SAMPLERS:

@@ -38,7 +38,7 @@ WRITTEN_FOR = {
     "loop.unscale_and_clip": "514fbaf61f81d1cd5a6ffc75b7393b59",
     "loop.optimizer_step": "cb1b77caeff3635cdec4d407bb0f7119",
     "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
-    "loop.step_batches": "1c81a7f60d2111d1032b7bb37d1d2296",
+    "loop.step_batches": "522709fce811ad7922b1f39601d6cf0c",
     "loop.diffusion_loss": "ae25d325faadcd60ffbddd5838318301",
     "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
 }

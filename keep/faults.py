@@ -10,7 +10,6 @@ from collections.abc import Iterator
 import torch
 
 import data
-from inputs.blocks import ROWS_PER_FILE
 from inputs.files import Refusal
 
 AGAIN = (
@@ -65,13 +64,13 @@ def in_cache(run) -> tuple[str, str]:
     """
     cache = run.examples.source
     for e in examples(run) if isinstance(cache, data.Cache) else ():
-        prompt = run.examples.count if e.drop_caption else e.picture
-        for what, rows, files, row in (
-            ("latent", cache.latent(e.picture, e.flip), cache.latents, e.picture),
-            ("caption's embedding", cache.prompt(prompt), cache.prompts, prompt),
+        prompt = len(run.examples.names) if e.drop_caption else e.picture
+        for what, rows, file in (
+            ("latent", cache.latent(e.picture, e.flip), cache.latents[e.picture][0]),
+            ("caption's embedding", cache.prompt(prompt), cache.prompts[prompt][0]),
         ):
             if bad := next(filter(None, map(kind, rows)), ""):
-                name, file = run.examples.names[e.picture], files[row // ROWS_PER_FILE]
+                name = run.examples.names[e.picture]
                 found = f"the cached {what} of picture {name} has {bad} ({file})"
                 return found, ANEW.format(file)
     return "", ""

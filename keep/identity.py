@@ -100,11 +100,11 @@ def other_pictures(config: Config) -> str:
 
 
 def local_identity(config: Config, half: bool) -> dict[str, str]:
-    """identity() as far as it is of folders on this disk, which can be replaced in place and looked
-    at without a download.
+    """identity() as far as it is of folders and files on this disk, which can be replaced in place
+    and looked at without a download.
     """
     name, data = config.pretrained_model_name_or_path, config.dataset_name
-    found = of_base(name, half) if place(name).is_dir() else {}
+    found = of_base(name, half) if place(name).exists() else {}
     if place(data).is_dir():
         found["data"] = of_data(read_dataset(data, config))
     return found
@@ -166,7 +166,7 @@ def about(kept) -> dict[str, str]:
         "base_quantization": config.base_quantization,
         "dataset": public_name(config.dataset_name),
         "recipe": config.recipe,
-        "resolution": str(config.resolution),
+        "resolution": " ".join(map(str, config.resolution)),
         "prediction_type": kept.run.schedule.prediction_type,
         # ModelSpec's word for it: epsilon or v
         "modelspec.prediction_type": kept.run.schedule.prediction_type.split("_")[0],

@@ -1,8 +1,9 @@
-"""Whether the base predicts what its files say. With a wrong word in its scheduler_config.json a
+"""Whether the base predicts what its files say. With a wrong word there a
 model trains as smoothly as any, and its adapter draws noise.
 """
 
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -11,6 +12,7 @@ import loop
 import lora
 import model
 from inputs.files import Refusal
+from inputs.hub import file_of
 from inputs.options import Config
 from inputs.vetting import noise_settings
 
@@ -27,7 +29,7 @@ def losses(run: loop.Run) -> dict[str, list[float]]:
     memory is needed than in a step.
     """
     (factor, shift), schedule, device = run.latent_scaling, run.schedule, run.unet.device
-    count, length = min(PICTURES, run.examples.count), len(schedule.alphas_cumprod)
+    count, length = min(PICTURES, len(run.examples.names)), len(schedule.alphas_cumprod)
     middles = ((torch.arange(TIMESTEPS, device=device) + 0.5) / TIMESTEPS * length).long()
     both = [replace(schedule, prediction_type=kind) for kind in KINDS]
     sums = torch.zeros(2, 2, device=device)
@@ -57,8 +59,9 @@ def judge(config: Config, predicts: str, losses: dict[str, list[float]]) -> str:
     --prediction-type says it. Both errors must speak for the other, one by more than 4 to 1: the
     loss tells epsilon taken for v best, and x0 the reverse. Random weights predict neither.
     """
-    _, said = noise_settings(config.pretrained_model_name_or_path)
-    file, asked = "scheduler/scheduler_config.json", config.prediction_type != "auto"
+    name, asked = config.pretrained_model_name_or_path, config.prediction_type != "auto"
+    file = Path(name).name if file_of(name) else "scheduler/scheduler_config.json"
+    _, said = noise_settings(name)
     where = f"{file} says {said}" if said else f"diffusers' default, since {file} does not say"
     line = f"the UNet predicts {predicts} ({'--prediction-type; ' * asked}{where})"
     (other,) = {*KINDS} - {predicts}

@@ -167,16 +167,17 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     first = f" (the first: {bare[0]})" if bare else ""
     cut = count_cut(captions, config.pretrained_model_name_or_path)
     epochs = config.max_train_steps * n / len(pictures)
+    at = f"{', '.join(map(str, config.resolution))}{' px in buckets' if config.buckets else ' px'}"
     several = f", shared by {size} processes" if size > 1 else ""
     if size > n:
         several += f", of which {size - n} have no example: GPUS={n} would do as well"
     learning = sum(matrix.numel() for matrix in run.trained.values())
     lines = (
         f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
-        f"{len(pictures)} pictures at {config.resolution} px; captions: {len(bare)} missing or "
+        f"{len(pictures)} pictures at {at}; captions: {len(bare)} missing or "
         f"empty{first}, {cut} cut at the tokenizer's length",
         "; ".join(pictures.notes),
-        strong_changes(pictures, config.resolution),
+        strong_changes(pictures, run.examples.sizes),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{several}",
         describe_rate(config),

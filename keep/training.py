@@ -206,7 +206,7 @@ def draw(config: Config) -> None:
         raise Refusal(
             "the adapter is saved, but drawing its picture ran out of GPU memory",
             "room for the model at its own size",
-            f"python generate.py {config.out} --compare --resolution {config.resolution}",
+            f"python generate.py {config.out} --compare --resolution {max(config.resolution)}",
         ) from error
 
 

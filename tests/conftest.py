@@ -38,7 +38,7 @@ sys.path.insert(0, str(ROOT))
 
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
-SDXL = ROOT / "tests" / "sdxl"  # SDXL base's own config files, without weights
+SDXL = ROOT / "inputs" / "sdxl"  # SDXL base's own config files, without weights
 
 TINY = {
     "sample_size": 8,
@@ -103,6 +103,7 @@ def hub_asked_anew():
     from inputs import hub
 
     hub.fetch_from_hub.cache_clear()
+    hub.file_of.cache_clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

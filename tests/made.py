@@ -31,7 +31,7 @@ def picture(content: Image.Image | bytes, name: str = "a.png", caption: str = "a
 
 def one_view(picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool) -> tuple:
     """Pixels (3, R, R) and time ids (6,)."""
-    pixels, time_ids = data.views(picture, resolution, random_crop, seed, (flip,))
+    pixels, time_ids = data.views(picture, (resolution, resolution), random_crop, seed, (flip,))
     return pixels[0], time_ids[0]
 
 

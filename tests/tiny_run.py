@@ -17,7 +17,10 @@ SCHEDULE = model.NoiseSchedule(torch.linspace(0.999, 0.005, 1000), "epsilon")
 
 class Examples:
     source = SimpleNamespace(prompt=lambda index: (torch.zeros(7, 48), torch.zeros(24)))
-    names, count = ["a.png"], 1
+    names = ["a.png"]
+
+    def at_once(self, step, batch):
+        return batch
 
     def example(self, i):
         return SimpleNamespace(picture=0, flip=False, drop_caption=False)

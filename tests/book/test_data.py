@@ -210,7 +210,7 @@ class Counting(data.Encoder):
 
     def __init__(self, pictures=None, resolution=64, random_crop=False, seed=0, load_vae=fake_vae):
         pictures = ink() if pictures is None else pictures
-        crop = data.Crop(resolution, random_crop, seed)
+        crop = data.Crop((resolution,), False, random_crop, seed)
         super().__init__(pictures, load_vae, pocket_text, crop)
         self.latents, self.prompts = [], []
 
@@ -245,7 +245,7 @@ def fill(
 def examples_of(source, count=20, seed=3, flip=False, dropout=0.0, offset=0.0) -> data.Examples:
     names = [str(i) for i in range(count)]
     chances = data.Chances(flip, dropout, offset)
-    return data.Examples(source, names, seed, chances, 1000, (4, 8, 8))
+    return data.Examples(source, names, [(64, 64)] * count, 4, seed, chances, 1000)
 
 
 @pytest.mark.parametrize(
@@ -280,7 +280,7 @@ def test_cached_equals_uncached_to_the_bit(tmp_path, random_flip, random_crop):
 
 def test_both_views_are_cached_and_differ(tmp_path):
     cache, encoder = fill(tmp_path, Counting(random_crop=True), flip=True), Counting()
-    encoder.crop = data.Crop(64, True, 0)
+    encoder.crop = data.Crop((64,), False, True, 0)
     for index in range(20):
         for flip in (False, True):
             for got, want in zip(
@@ -314,7 +314,7 @@ def test_a_second_run_encodes_nothing_and_loads_no_encoder(tmp_path):
     def load():
         raise AssertionError("an encoder was loaded")
 
-    again = data.Encoder(ink(), load, load, data.Crop(64, False, 0))
+    again = data.Encoder(ink(), load, load, data.Crop((64,), False, False, 0))
     second = fill(tmp_path, again, flip=True)
     assert (second.latents, second.prompts) == (first.latents, first.prompts)
     assert torch.equal(second.latent(7, True)[0], first.latent(7, True)[0])
@@ -425,9 +425,14 @@ def files_in(folder: Path) -> set[str]:
     return {p.name for p in folder.iterdir()} if folder.exists() else set()
 
 
+def filled(*args) -> list[Path]:
+    """The files of data.fill(), in order."""
+    return list(dict.fromkeys(path for path, _ in data.fill(*args)))
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Refusal("a", "b", "c"), MemoryError])
 def test_an_interrupted_fill_leaves_whole_blocks_and_is_continued(tmp_path, error):
-    whole = data.fill(tmp_path / "whole", "latent", KEYS, each(row))
+    whole = filled(tmp_path / "whole", "latent", KEYS, each(row))
     done = []
 
     def encode(i):
@@ -438,10 +443,10 @@ def test_an_interrupted_fill_leaves_whole_blocks_and_is_continued(tmp_path, erro
 
     folder = tmp_path / "cut"
     with pytest.raises(type(error) if isinstance(error, Exception) else error):
-        data.fill(folder, "latent", KEYS, each(encode))
+        filled(folder, "latent", KEYS, each(encode))
     assert files_in(folder) == {whole[0].name} and done == list(range(20))
     done.clear()
-    rest = data.fill(folder, "latent", KEYS, each(lambda i: done.append(i) or row(i)))
+    rest = filled(folder, "latent", KEYS, each(lambda i: done.append(i) or row(i)))
     assert done == list(range(16, 40))
     assert [p.read_bytes() for p in rest] == [p.read_bytes() for p in whole]
     assert files_in(folder) == {p.name for p in whole}
@@ -451,8 +456,8 @@ def test_a_filled_block_is_not_encoded_again(tmp_path):
     def encode(i):
         raise AssertionError(f"row {i} was encoded")
 
-    files = data.fill(tmp_path, "latent", KEYS, each(row))
-    assert data.fill(tmp_path, "latent", KEYS, each(encode)) == files and len(files) == 3
+    files = filled(tmp_path, "latent", KEYS, each(row))
+    assert filled(tmp_path, "latent", KEYS, each(encode)) == files and len(files) == 3
     with pytest.raises(AssertionError, match="row 0"):
         data.fill(tmp_path, "prompt", KEYS, each(encode))  # another kind is another file
 
@@ -460,7 +465,7 @@ def test_a_filled_block_is_not_encoded_again(tmp_path):
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 33])
 def test_rows_come_back_by_their_index_whatever_their_number(tmp_path, count):
     cache = data.Cache(data.fill(tmp_path, "latent", KEYS[:count], each(row)), [])
-    assert [int(cache.row(cache.latents, i, "time_ids")) for i in range(count)] == list(
+    assert [int(cache.row(cache.latents[i], "time_ids")) for i in range(count)] == list(
         range(count)
     )
 
@@ -490,7 +495,7 @@ def test_ctrl_c_while_a_file_is_written_leaves_no_half_of_it(tmp_path, monkeypat
 @pytest.mark.parametrize("size", [0, 5, 100, -1])
 def test_a_cache_file_cut_short_is_refused_by_name(tmp_path, size):
     cache = fill(tmp_path, Counting())
-    file = cache.latents[1]
+    file, _ = cache.latents[16]
     os.truncate(file, size if size >= 0 else file.stat().st_size + size)
     cache.latent(0, False)
     with pytest.raises(Refusal, match=file.name) as refusal:
@@ -667,7 +672,7 @@ def pocket_config(folder: Path, **change):
         RECIPES["pocket"][1],
         pretrained_model_name_or_path=str(POCKET),
         cache_dir=str(folder / "cache"),
-        resolution=64,
+        resolution=(64,),
         **change,
     )
 
@@ -759,7 +764,8 @@ def test_more_dropout_drops_what_less_dropped_and_more():
 
 def test_what_is_drawn_has_the_distribution_that_the_method_asks_for():
     names = [str(i) for i in range(20)]
-    examples = data.Examples(None, names, 0, data.Chances(True, 0.3), 1000, (1, 1, 2))
+    chances = data.Chances(True, 0.3)
+    examples = data.Examples(None, names, [(8, 16)] * 20, 4, 0, chances, 1000)
     drawn = [examples.example(i) for i in range(20000)]
     t = torch.tensor([e.t for e in drawn]).double()
     assert t.min() == 0 and t.max() == 999
@@ -772,14 +778,16 @@ def test_what_is_drawn_has_the_distribution_that_the_method_asks_for():
     assert abs(drops.mean() - 0.3) < 4 * 0.46 / 20000**0.5
     table = torch.stack([torch.stack([e.eps, e.noise]).flatten() for e in drawn]).double()
     table = torch.cat([table, t[:, None], flips[:, None], drops[:, None]], dim=1)
-    assert table[:, :4].mean(0).abs().max() < 4 / 20000**0.5
-    assert (table[:, :4].std(0) - 1).abs().max() < 0.03
-    correlation = torch.corrcoef(table.T) - torch.eye(7)
+    assert table[:, :16].mean(0).abs().max() < 4 / 20000**0.5
+    assert (table[:, :16].std(0) - 1).abs().max() < 0.03
+    correlation = torch.corrcoef(table.T) - torch.eye(19)
     assert correlation.abs().max() < 4.5 / 20000**0.5  # all independent of each other
 
 
 def test_streams_of_different_purposes_never_coincide(monkeypatch):
-    """numpy's SeedSequence takes [a, b, 0] for [a, b]: a purpose of 0 would be no purpose."""
+    """numpy's SeedSequence takes [a, b, 0] for [a, b]: a purpose of 0 would be no purpose. The
+    first deck's number, 0, comes after the purpose.
+    """
     keys, default_rng = [], np.random.default_rng
 
     def noted(key):
@@ -796,7 +804,7 @@ def test_streams_of_different_purposes_never_coincide(monkeypatch):
             one_view(chosen, 8, True, seed, False)
     states = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
     assert len(keys) == 4 * 3 * 40 and len(set(states)) == len(states)
-    assert all(key[-1] for key in keys)
+    assert all(key[2] for key in keys)
 
 
 def test_caption_dropout_one_trains_the_unconditional_embedding_only():

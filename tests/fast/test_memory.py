@@ -17,7 +17,7 @@ from inputs.files import Refusal
 from inputs.options import RECIPES
 
 T4 = RECIPES["t4"][1]
-SMALL = replace(T4, resolution=64, lora_rank=4)  # as the tiny UNet has it
+SMALL = replace(T4, resolution=(64,), lora_rank=4)  # as the tiny UNet has it
 
 
 @pytest.fixture(scope="module")

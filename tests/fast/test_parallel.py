@@ -161,6 +161,7 @@ def tiny_run(team, n=4, precision="fp32", **changes) -> loop.Run:
     examples = types.SimpleNamespace(
         batch=batch,
         example=lambda i: types.SimpleNamespace(picture=i),
+        at_once=lambda step, batch: batch,
         names=[f"{i}.png" for i in range(100)],
         source=types.SimpleNamespace(prompt=lambda i: (torch.empty(7, 48), torch.empty(24))),
     )
@@ -300,16 +301,16 @@ def test_caching_is_shared_nobody_encodes_twice_and_all_leave_with_all_of_it(tog
     whole = blocks.fill(tmp_path / "alone", "latent", KEYS, slowly([]))
 
     def work(team):
-        files = blocks.fill(tmp_path / "shared", "latent", KEYS, slowly(mine := []), team.claim)
+        places = blocks.fill(tmp_path / "shared", "latent", KEYS, slowly(mine := []), team.claim)
         team.wait()
-        assert all(file.is_file() for file in files)
+        assert all(file.is_file() for file, _ in places)
         return mine
 
     done = together(3, work)
     assert done.codes == [0, 0, 0], done.said
     assert sorted(i for mine in done.results.values() for i in mine) == list(range(100))
     assert sum(bool(mine) for mine in done.results.values()) >= 2
-    for file in whole:
+    for file, _ in whole:
         assert (tmp_path / "shared" / file.name).read_bytes() == file.read_bytes()
 
 

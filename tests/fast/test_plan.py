@@ -8,14 +8,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import ROOT, SDXL, TINY
+from conftest import ROOT, TINY
 from fast import plan
 from fast.plan import GIB
 from inputs.files import Refusal
 from inputs.options import RECIPES
 
 T4 = RECIPES["t4"][1]
-SMALL = replace(T4, resolution=64, lora_rank=4)  # as the tiny UNet has it
+SMALL = replace(T4, resolution=(64,), lora_rank=4)  # as the tiny UNet has it
 
 
 @pytest.fixture(scope="module")
@@ -30,16 +30,6 @@ def sdxl():
 
 
 # ---- SDXL itself ---------------------------------------------------------------------------------
-
-
-def test_the_shipped_unet_is_sdxl_base():
-    theirs = plan.UNet2DConditionModel.load_config(SDXL / "unet")
-    with torch.device("meta"):
-        built = [plan.UNet2DConditionModel.from_config(c) for c in (plan.SDXL_UNET, theirs)]
-    one, other = ({n: p.shape for n, p in unet.named_parameters()} for unet in built)
-    assert one == other and sum(shape.numel() for shape in one.values()) == 2_567_463_684
-    for name, value in plan.SDXL_UNET.items():
-        assert list(value) == theirs[name] if isinstance(value, tuple) else value == theirs[name]
 
 
 def test_the_recipe_t4_needs_less_than_14_gib(sdxl):

@@ -466,7 +466,9 @@ def test_a_name_that_is_neither_folder_nor_hub_name_is_refused(name):
 def test_a_folder_that_is_no_model_is_refused(tmp_path):
     with pytest.raises(Refusal, match=r"has no model_index\.json") as refusal:
         hub.fetch(str(tmp_path), "unet")
-    assert str(tmp_path) in str(refusal.value) and "from_single_file" in str(refusal.value)
+    assert str(tmp_path) in str(refusal.value) and "a .safetensors file that holds all" in str(
+        refusal.value
+    )
 
 
 def test_a_model_of_another_kind_is_refused(tmp_path):

@@ -209,20 +209,21 @@ def test_a_profile_that_does_not_fit_changes_nothing_and_is_said(damaged):
         damaged = profile_of(b"GRAY", b"XYZ ", {b"wtpt": WHITE, b"kTRC": curve(LINEAR)})
     content = encoded(Image.new("RGB", (8, 8), (92, 196, 83)), icc_profile=damaged)
     assert left_and_right(content)[0] == (92, 196, 83)
-    said = pictures.strong_changes([picture(PNG), picture(content, "x/b.png")], 8)
+    said = pictures.strong_changes([picture(PNG), picture(content, "x/b.png")], [(8, 8)] * 2)
     assert "1 (the first: x/b.png) have a colour profile that does not fit, read as sRGB" in said
 
 
 def test_how_colours_are_read_is_part_of_a_kept_picture_s_name(tmp_path, monkeypatch):
     """An edit of the conversion, as of what else decodes, makes encoded pictures anew."""
     makers = ("decode", "to_srgb", "colours_of", "transform_to_srgb", "from_16_bits")
+    makers += ("upright_size",)
     whole = {f"inputs.pictures.{name}" for name in makers}
     whole |= {"data.Encoder", "data.views", "data.CROP"}
     whole |= {"model.encode_images", "model.add_time_ids"}
     asked = []
     monkeypatch.setattr(data, "together", lambda *names: asked.append(names) or "")
     monkeypatch.setattr(data, "fill", lambda *_: [])
-    encoder = data.Encoder([], None, None, data.Crop(8, False, 0))
+    encoder = data.Encoder([], None, None, data.Crop((8,), False, False, 0))
     monkeypatch.setattr(encoder, "caption", lambda i: "", raising=False)
     data.fill_cache(tmp_path, encoder, False, data.torch.float32, {"text": "", "vae": ""})
     assert set(asked[-1]) == whole and all(code.of_one(code.ROOT, name) for name in whole)
@@ -248,14 +249,16 @@ def test_strong_changes_are_said_with_the_first_pictures_name():
         "damaged.png": b"",
         "deep.png": sixteen_bit_png(deep),
     }
-    said = pictures.strong_changes([picture(v, name) for name, v in given.items()], 64)
+    said = pictures.strong_changes(
+        [picture(v, name) for name, v in given.items()], [(64, 64)] * len(given)
+    )
     assert said == (
-        "strongly changed: 2 (the first: long.png) lose over 30 % to the square crop; "
+        "strongly changed: 2 (the first: long.png) lose over 30 % to the crop; "
         "1 (the first: small.png) are enlarged over 1.5 times; "
         "1 (the first: moves.gif) have several frames, of which the first is used; "
         "3 (the first: grey.png) have 16 bits, reduced to 8"
     )
-    assert pictures.strong_changes([picture(given["fair.png"])], 64) == ""
+    assert pictures.strong_changes([picture(given["fair.png"])], [(64, 64)]) == ""
 
 
 def sixteen_bit_png(image: Image.Image) -> bytes:

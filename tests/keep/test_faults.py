@@ -112,7 +112,8 @@ def in_cache(kind: str, key: str):
     @contextlib.contextmanager
     def fault(value, train):
         names = [p.name for p in sources.read_dataset(str(train.few))]
-        examples = data.Examples(None, names, SEED, data.Chances(), 1000, (4, 8, 8))
+        sizes = [(64, 64)] * len(names)
+        examples = data.Examples(None, names, sizes, 2, SEED, data.Chances(), 1000)
         seen = [examples.example(i).picture for i in range(2 * FAULT)]
         row = next(row for row in seen[-2:] if row not in seen[:-2])
         (file,) = (train.root / "cache").glob(f"{kind}-*")

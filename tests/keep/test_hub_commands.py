@@ -193,7 +193,9 @@ def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     server.fail("/", 503)
     assert drawing.main([*draw, "--resolution", "64"]) == 1
     last = said().splitlines()[-1]
-    assert last.startswith(f"error: {NAME} (model_index.json) did not come: the Hub answers 503")
+    assert (
+        f"its base is {NAME}: {NAME} (model_index.json) did not come: the Hub answers 503" in last
+    )
     assert server.commit in last  # which was asked for
     sentence_is_whole(last)
     server.faults.clear()

@@ -247,7 +247,7 @@ def test_a_file_draws_by_what_it_was_trained_with_and_says_where_its_base_says_e
     tmp_path, capsys
 ):
     run, plain = drawable(tmp_path / "v", prediction_type=V), drawable(tmp_path / "plain")
-    said = f"drawing with {V}: {POCKET}'s scheduler_config.json says {EPSILON}"
+    said = f"drawing with {V}: {POCKET} itself says {EPSILON}"
     by_file = draw(tmp_path / "a", str(run / "kohya" / "v.safetensors"))
     assert said in capsys.readouterr().out
     asked = draw(tmp_path / "b", str(plain), "--prediction-type", V)

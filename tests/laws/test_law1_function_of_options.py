@@ -55,7 +55,7 @@ def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache
         RECIPES["pocket"][1],
         pretrained_model_name_or_path=str(POCKET),
         dataset_name=str(few),
-        resolution=64,
+        resolution=(64,),
         cache_dir=str(cache),
         output_dir=str(tmp_path / "g"),
         train_batch_size=4,

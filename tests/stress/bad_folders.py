@@ -112,7 +112,7 @@ def use(case: Case, pictures: list[sources.Picture]) -> None:
     """What a run does with captions and pictures before it trains."""
     identity.of_data(pictures)
     report.count_cut([p.caption for p in pictures if p.caption.strip()], str(MODEL))
-    encoder = data.Encoder(pictures, None, text_encoders, data.Crop(64, False, 0))
+    encoder = data.Encoder(pictures, None, text_encoders, data.Crop((64,), False, False, 0))
     for i in range(len(pictures) + 1):
         context, pooled = encoder.prompt(i)
         assert context.isfinite().all() and pooled.isfinite().all()

@@ -232,7 +232,7 @@ def compare(kind: str, got: np.ndarray, looks: np.ndarray) -> None:
 
 def look_at_views(case: Case, given: Picture, image: Image.Image) -> None:
     crop, side = case.rng.random() < 0.5, case.rng.choice((8, 64))
-    pixels, ids = data.views(given, side, crop, case.seed, (False, True))
+    pixels, ids = data.views(given, (side, side), crop, case.seed, (False, True))
     assert pixels.shape == (2, 3, side, side) and pixels.dtype == torch.float32
     assert pixels.isfinite().all() and pixels.min() >= -1 and pixels.max() <= 1
     # An odd rest has no middle: both views of a centre crop leave the larger half on one side.
