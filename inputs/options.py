@@ -334,6 +334,8 @@ def of_file(name: str, words: list[str]) -> list[str]:
         troubles.append((found, "one recipe", f"leave {named[0]} out"))
     for key in given.keys() - NOTES:
         value, usual = given[key], vars(T4).get(key)
+        if type(usual) is tuple and type(value) in (str, int):  # one of several that may be given
+            value = [value]
         kind, its = (of_numbers.get(type(each), type(each)) for each in (value, usual))
         if usual is not None and kind is not its:
             troubles.append((f"{key} is {value!r}", f"such as {json.dumps(usual)}", remedy))
@@ -433,7 +435,8 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
         remedy = f"--{field.name.replace('_', '-')} {str(good).strip('(,)')}"
         for bounds in getattr(field.type, "__metadata__", ()):
             if isinstance(bounds, Within) and not bounds.hold(value):
-                troubles.append((f"{field.name} is {value}", str(bounds), remedy))
+                said = " ".join(map(str, value)) if isinstance(value, tuple) else value
+                troubles.append((f"{field.name} is {said}", str(bounds), remedy))
     refuse(troubles)
 
 

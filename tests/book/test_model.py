@@ -167,7 +167,7 @@ def test_alphas_cumprod_equal_ddpm_schedulers_to_the_bit(tmp_path, name):
 
 def test_betas_that_are_not_in_the_file_are_refused_all_at_once(tmp_path):
     """diffusers' classes have each their own defaults, and flow matching and EDM have none."""
-    with pytest.raises(Refusal, match=r"beta_schedule None and .* beta_start None and .* beta_end"):
+    with pytest.raises(Refusal, match=r"beta_schedule None; .* beta_start None and .* beta_end"):
         schedule_of(tmp_path / "m", {"_class_name": "EulerDiscreteScheduler"})
 
 

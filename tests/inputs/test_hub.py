@@ -257,7 +257,7 @@ def test_a_repository_that_is_no_model_and_a_name_of_none_are_refused(server, na
 
 
 def test_a_revision_of_a_folder_is_refused():
-    with pytest.raises(Refusal, match=r"--revision main with the folder .*leave --revision out"):
+    with pytest.raises(Refusal, match=r"--revision main with .*on this disk.*leave --revision"):
         hub.use_revision(str(POCKET), "main")
 
 

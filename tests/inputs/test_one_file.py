@@ -7,17 +7,18 @@ import json
 import re
 from pathlib import Path
 
-import huggingface_hub
 import pytest
 import torch
 from diffusers import AutoencoderKL
 from diffusers.loaders import single_file_utils as theirs
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 import model
 from conftest import POCKET
 from fast import nf4
+from hub_server import serving
 from inputs import hub, one_file, vetting
 from inputs.files import Refusal
 from keep import drawing
@@ -202,7 +203,7 @@ def test_pictures_from_the_file_are_those_from_the_folder(train, whole, small, t
         out, few = str(tmp_path / f"{base.stem}.d"), ("--num-inference-steps", "2")
         argv = ["--pretrained-model-name-or-path", str(base), "--prompts", "a cat", *few]
         assert drawing.main([adapter, *argv, "--output-dir", out]) == 0
-        drawn.append([path.read_bytes() for path in sorted(Path(out).rglob("*.png"))])
+        drawn.append([Image.open(path).tobytes() for path in sorted(Path(out).rglob("*.png"))])
     assert drawn[0] == drawn[1] and drawn[0]
 
 
@@ -231,20 +232,31 @@ def test_a_file_that_is_nowhere_is_refused(name):
         hub.fetch(name, "unet")
 
 
-def test_a_file_on_the_hub_is_downloaded_whole_and_read(whole, small, monkeypatch):
-    asked = []
-    monkeypatch.setattr(
-        huggingface_hub, "hf_hub_download", lambda *what: asked.append(what) or str(whole)
-    )
-    name = "someone/models/v1/model.safetensors"
-    assert hub.file_of(name) == whole and asked == [("someone/models", "v1/model.safetensors")]
-    assert_same_weights(
-        model.load_unet(name, CPU, torch.float32), model.load_unet(str(POCKET), CPU, torch.float32)
-    )
-    hub.file_of.cache_clear()
-    monkeypatch.undo()
-    with pytest.raises(Refusal, match=r"v1/model\.safetensors is not here, nor did the Hub"):
-        hub.fetch(name, "vae")
+def test_a_file_on_the_hub_is_downloaded_at_one_commit_and_serves_offline(
+    whole, small, monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(hub, "REVISIONS", {})
+    with serving(monkeypatch, tmp_path / "here") as server:
+        commit = server.push("someone/models", {"v1/model.safetensors": whole})
+        name = "someone/models/v1/model.safetensors"
+        assert_same_weights(
+            model.load_unet(name, CPU, torch.float32),
+            model.load_unet(str(POCKET), CPU, torch.float32),
+        )
+        assert hub.commit_of(name) == commit and hub.commit_of(str(whole)) == ""
+        assert f"GB of {name} into" in capsys.readouterr().err
+        server.push("someone/models", {"v1/model.safetensors": b"another"})
+        server.fail("/", 503)
+        hub.file_of.cache_clear()
+        hub.use_revision(name, commit)
+        assert hub.file_of(name).read_bytes() == whole.read_bytes()
+        hub.file_of.cache_clear()
+        with pytest.raises(Refusal, match=r"models/v2\.safetensors did not come: .* 503"):
+            hub.fetch("someone/models/v2.safetensors", "vae")
+    with serving(monkeypatch, tmp_path / "here") as server:
+        server.push("someone/models", {"a.txt": b""})
+        with pytest.raises(Refusal, match=r"someone/models has no v2\.safetensors"):
+            hub.fetch("someone/models/v2.safetensors", "vae")
 
 
 # ---- the kind of model ---------------------------------------------------------------------------

@@ -201,8 +201,8 @@ WRONG = {  # in a file: what is said of it
     "fused": (1, "fused is 1"),
     "lora_rank": ("8", "lora_rank is '8'"),
     "learning_rate": (True, "learning_rate is True"),
-    "resolution": ([512], "resolution is [512]"),
-    "validation_prompts": ("a fox", "validation_prompts is 'a fox'"),
+    "resolution": ({}, "resolution is {}"),
+    "validation_prompts": (1.5, "validation_prompts is 1.5"),
     "dataset_name": (None, "dataset_name is None"),
     "cache_dir": (7, "cache_dir is 7"),
 }

@@ -569,7 +569,7 @@ def test_a_file_where_a_folder_is_meant_is_said_as_what_it_is(tmp_path, monkeypa
     monkeypatch.setattr(sources, "from_hub", None)
     monkeypatch.setattr(hub, "fetch_from_hub", None)
     monkeypatch.chdir(tmp_path)
-    names = ("x.zip", "x.png", "x.safetensors", "sub/x.jsonl")
+    names = ("x.zip", "x.png", "sub/x.jsonl")
     write_folder(tmp_path, dict.fromkeys(names, b"x"))
     for name in names:
         with pytest.raises(Refusal, match=rf"{name} is a \.\w+ file, no folder") as refusal:
