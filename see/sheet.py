@@ -2,50 +2,95 @@
 row.
 """
 
+import importlib.util
+import sys
+import unicodedata
+from pathlib import Path
+
 from PIL import Image, ImageDraw, ImageFont
 
 COLUMNS = 6  # more are hard to see on a screen
+LINES = 3  # of a title
 
 
 def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
     """One picture of many. rows: {label: its pictures, one for each title}, all of one size; where
-    there are more than COLUMNS, blocks of rows below each other.
+    there are more than COLUMNS, blocks of rows below each other. Says on stderr which of the
+    titles' characters the font lacks.
     """
+    font = load_font(max(11, max(next(iter(rows.values()))[0].size) // 22))  # grows with pictures
+    titles = [unicodedata.normalize("NFC", title) for title in titles]  # a letter and its accent
+    if lacking := sorted(c for c in set("".join(titles)) if not can_draw(c, font)):
+        codes = {ord(c): f" U+{ord(c):04X} " for c in lacking}
+        titles = [title.translate(codes) for title in titles]
+        first = " ".join(map(str.strip, [*codes.values()][:10]))
+        said = f"the titles' font lacks {len(codes)} characters, drawn as their numbers: {first}"
+        print(said, file=sys.stderr)
     blocks = -(-len(titles) // COLUMNS)
     wide = -(-len(titles) // blocks)
     cuts = [slice(x, x + wide) for x in range(0, len(titles), wide)]
-    made = [block({k: row[cut] for k, row in rows.items()}, titles[cut]) for cut in cuts]
+    made = [block({k: row[cut] for k, row in rows.items()}, titles[cut], font) for cut in cuts]
     sheet = Image.new("RGB", (made[0].width, sum(each.height for each in made)), "white")
     for y, each in enumerate(made):
         sheet.paste(each, (0, sum(above.height for above in made[:y])))
     return sheet
 
 
-def block(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
+def block(
+    rows: dict[str, list[Image.Image]], titles: list[str], font: ImageFont.FreeTypeFont
+) -> Image.Image:
     """A title above each column, a label before each row."""
     across, down = next(iter(rows.values()))[0].size
-    size = max(11, max(across, down) // 22)  # the letters grow with the pictures
-    font = ImageFont.load_default(size)
-    words = [wrap(title, font, across - size) for title in titles]
-    head = int(size * 1.3) * max(len(lines) for lines in words) + size // 2
+    size, line = int(font.size), int(font.size * 1.3)
+    column = max(across, 3 * size)  # a picture may be narrower than any word
+    words = [fit(title or "(no words)", font, column - size) for title in titles]
+    head = line * max(map(len, words)) + size // 2
     margin = int(size * 1.5)
     left = margin + int(max(font.getlength(label) for label in rows))
-    width, height = left + across * len(titles) + margin // 2, head + down * len(rows)
+    width, height = left + column * len(titles) + margin // 2, head + down * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for x, lines in enumerate(words):
-        place = (left + across * x + size // 2, 2)
-        pen.multiline_text(place, "\n".join(lines), fill="black", font=font)
+        for y, text in enumerate(lines):
+            pen.text((left + column * x + size // 2, 2 + line * y), text, fill="black", font=font)
     for y, (label, pictures) in enumerate(rows.items()):
         place = (margin // 3, head + down * y + down // 2)
         pen.text(place, label, fill="black", font=font, anchor="lm")
         for x, picture in enumerate(pictures):
-            sheet.paste(picture, (left + across * x, head + down * y))
+            sheet.paste(picture, (left + column * x, head + down * y))
     return sheet
 
 
+def load_font(size: int) -> ImageFont.FreeTypeFont:
+    """DejaVu Sans, which matplotlib brings along (https://dejavu-fonts.github.io/License.html), of
+    `size` pixels: it has the Latin, Greek and Cyrillic letters. Where that is not installed,
+    Pillow's own font, which has those of English.
+    """
+    found = importlib.util.find_spec("matplotlib")  # found, not imported: that takes a second
+    path = Path(found.origin if found else "").parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
+    return ImageFont.truetype(path, size) if path.is_file() else ImageFont.load_default(size)
+
+
+def can_draw(character: str, font: ImageFont.FreeTypeFont) -> bool:
+    """Whether the font has more than its sign for what it lacks."""
+    lacking = bytes(font.getmask("\U0010ffff"))  # no character, in no font
+    return character.isspace() or bytes(font.getmask(character)) not in (lacking, b"")
+
+
+def fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+    """`text` in at most LINES lines no wider than `width` pixels. What is too long loses its
+    middle, marked: prompts often differ at their end, and so do two seeds of one.
+    """
+    lines = wrap(text, font, width)
+    kept = min(len(text), 200)
+    while len(lines) > LINES and kept:
+        kept -= 1
+        lines = wrap(f"{text[: kept - kept // 3]} ... {text[len(text) - kept // 3 :]}", font, width)
+    return lines
+
+
 def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """`text` in at most three lines that are no wider than `width` pixels."""
+    """`text` in lines no wider than `width` pixels; a word that is wider is broken."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -53,4 +98,7 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
             lines.append(word)
         else:
             lines[-1] = longer
-    return lines[:3]
+        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
+            fits = [n for n in range(1, len(lines[-1])) if font.getlength(lines[-1][:n]) <= width]
+            lines[-1:] = lines[-1][: max(fits, default=1)], lines[-1][max(fits, default=1) :]
+    return lines

@@ -1,8 +1,14 @@
 """A sheet shows every picture whole, in its row and column, and no title leaves its column."""
 
-import numpy as np
-from PIL import Image, ImageFont
+import importlib.util
+import subprocess
+import sys
 
+import numpy as np
+import pytest
+from PIL import Image
+
+from conftest import ROOT
 from see import sheet
 
 
@@ -36,10 +42,81 @@ def test_many_columns_go_below_each_other_and_none_is_lost():
         assert red.any(0).sum() == want[0] * 40
 
 
-def test_titles_are_cut_after_three_lines_and_none_is_wider_than_its_column():
-    font = ImageFont.load_default(11)
-    assert sheet.wrap("a fox", font, 100) == ["a fox"]
-    assert sheet.wrap("", font, 100) == [""]
-    lines = sheet.wrap("a lighthouse in the evening sun " * 5, font, 80)
-    assert len(lines) == 3 and all(font.getlength(line) <= 80 for line in lines)
-    assert sheet.wrap("x" * 50, font, 20) == ["x" * 50]  # one word is not cut
+FONT = sheet.load_font(11)
+
+
+def test_a_title_has_three_lines_at_most_and_none_is_wider_than_its_column():
+    assert sheet.fit("a fox", FONT, 100) == ["a fox"]
+    assert sheet.wrap("", FONT, 100) == [""]
+    first, *rest, last = sheet.fit("a lighthouse " + "in the evening sun " * 9 + "end", FONT, 80)
+    assert first.startswith("a lighthouse") and last.endswith("end")
+    assert len(rest) == 1 and " ... " in " ".join([first, *rest, last])  # a cut is marked
+    assert all(FONT.getlength(line) <= 80 for line in (first, *rest, last))
+
+
+def test_a_word_that_is_wider_than_its_column_is_broken_and_loses_no_letter():
+    word = "Donaudampfschifffahrtsgesellschaft"
+    lines = sheet.wrap(f"a {word}", FONT, 60)
+    assert "".join(lines) == f"a{word}" and len(lines) > 3
+    assert all(FONT.getlength(line) <= 60 for line in lines)
+    assert sheet.wrap("xyz", FONT, 1) == ["x", "y", "z"]  # no column is too narrow to end
+
+
+def test_two_seeds_of_a_long_prompt_have_two_titles():
+    long = "a lighthouse in the evening sun over the sea " * 4
+    one, two = (sheet.fit(f"{long}, seed {seed}", FONT, 120) for seed in (1, 2))
+    assert one != two and one[-1].endswith("seed 1") and two[-1].endswith("seed 2")
+
+
+def test_the_font_has_latin_greek_and_cyrillic_letters_and_needs_no_matplotlib_import():
+    letters = "Café Zürich Łódź Đà Nẵng Huế ẤỀỘ Ο Οδυσσέας ταξιδεύει Кот с голубыми глазами їґў"
+    assert all(sheet.can_draw(c, FONT) for c in letters)
+    assert not any(sheet.can_draw(c, FONT) for c in "猫犬한न🚀\u200d")
+    code = "import sys; from see import sheet; sheet.load_font(11); assert 'matplotlib' not in "
+    code += "sys.modules and sheet.load_font(11).getname()[0] == 'DejaVu Sans'"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("lacks_matplotlib", [False, True])
+def test_what_the_font_lacks_is_drawn_as_its_number_and_said_once(
+    monkeypatch, capsys, lacks_matplotlib
+):
+    if lacks_matplotlib:
+        monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    picture = Image.new("RGB", (256, 256), "red")
+    given = ["猫 \u0436", "犬 e\u0301"]  # DejaVu has the second, and joined the third
+    lacking = ["\u0436", "猫", "犬"] if lacks_matplotlib else ["猫", "犬"]
+    spelt = given[0].replace("e\u0301", "é"), given[1].replace("e\u0301", "é")
+    for c in lacking:
+        spelt = [title.replace(c, f" U+{ord(c):04X} ") for title in spelt]
+    drawn = sheet.grid({"a": [picture] * 2}, given)
+    said = capsys.readouterr().err
+    if not lacks_matplotlib:  # Pillow's own may or may not have the accent
+        assert (
+            said == "the titles' font lacks 2 characters, drawn as their numbers: U+72AC U+732B\n"
+        )
+    assert said.count("\n") == 1 and all(f"U+{ord(c):04X}" in said for c in lacking)
+    if not lacks_matplotlib:
+        assert drawn.tobytes() == sheet.grid({"a": [picture] * 2}, list(spelt)).tobytes()
+    assert capsys.readouterr().err == ""  # nothing is lacking in the numbers
+
+
+@pytest.mark.parametrize("size", [(8, 512), (64, 256), (512, 64), (128, 128)])
+def test_no_title_covers_a_picture_or_leaves_its_column(size):
+    long = "Ẫ quick lighthouse in the gjpqy evening sun, Donaudampfschifffahrtsgesellschaft " * 3
+    picture = Image.new("RGB", size, "red")
+    for titles in ([long, "", ""], ["", long, ""], ["", "", long]):
+        titles = [title or "." for title in titles]
+        drawn = np.asarray(sheet.grid({"": [picture] * 3, "b": [picture] * 3}, titles)).astype(int)
+        red = (drawn == (255, 0, 0)).all(-1)
+        assert red.sum() == 6 * size[0] * size[1]
+        starts = np.flatnonzero(np.diff(red.any(0).astype(int), prepend=0) == 1)
+        column = (starts[1] - starts[0]) if len(starts) == 3 else size[0]
+        top, left = np.argwhere(red)[0][0], np.flatnonzero(red.any(0))[0]
+        head = drawn[:top].min(-1) < 128  # (height, width): where letters are
+        which = titles.index(long)
+        inside = head[:, left + column * which : left + column * (which + 1)]
+        dots = sum(head[:, left + column * i : left + column * (i + 1)].sum() for i in range(3))
+        assert inside.sum() > 50 and dots == head.sum()
+        others = head.sum() - inside.sum()
+        assert others <= 0.2 * inside.sum()  # the two full stops
