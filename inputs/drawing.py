@@ -12,7 +12,7 @@ import tyro
 from inputs import options as configuration
 from inputs.files import Refusal
 from inputs.hub import OPTION, SDXL, unet_fingerprint
-from inputs.options import RECIPES, Within
+from inputs.options import RECIPES, Config, Within
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     )
 
 
-def check_base(options: Options, path: Path, about: dict[str, str], half: bool) -> None:
+def check_base(options: Options | Config, path: Path, about: dict[str, str], half: bool) -> None:
     """Raise Refusal where no base is named, or where it is not the one that the header of the
     adapter file `path` tells of. half: whether the fp16 variant is meant.
     """
@@ -140,5 +140,5 @@ def check_base(options: Options, path: Path, about: dict[str, str], half: bool) 
         raise Refusal(
             f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is {here}",
             "the base that the adapter was trained on",
-            f"{OPTION} BASE, or --any-base to draw all the same",
+            f"{OPTION} BASE, or --any-base to take it all the same",
         )

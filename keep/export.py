@@ -17,7 +17,7 @@ from inputs.files import Refusal, sweep_parts, write_whole
 from inputs.options import Config
 from keep import faster
 from keep.checkpoint import remove_old, sum_of
-from keep.identity import about, check_same, fixed_options, local_identity
+from keep.identity import about, check_same, fixed_options, local_identity, start_of
 
 
 @torch.no_grad()
@@ -106,6 +106,7 @@ def finished(config: Config) -> str:
     except (OSError, ValueError, KeyError, TypeError):  # not ended yet, or damaged
         return ""
     mine = fixed_options(config) | local_identity(config, half)
+    mine["start_from"] = start_of(config, half, note)[1]
     if config.deterministic:  # a promise about how it was computed, from the first step on
         mine["deterministic"] = "True"
     check_same(config, mine, note)

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 import loop
 import model
+from adapters import start
 from inputs import code, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, write_whole
@@ -62,15 +63,17 @@ def set_up(
     pictures = read_dataset(config.dataset_name, config)
     schedule = model.load_noise_schedule(name, device)
     # Whether the folder holds this run is looked at before an hour of encoding.
+    state = checkpoint.newest_state(config.out / "checkpoints")
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
+    begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state)
     digests = faster.digests(config)
-    state = checkpoint.newest_state(config.out / "checkpoints")
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
     config, planned = faster.plan(config, device, dtype, team.size)
     if team.first:
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
+        told |= identity.started_from(config, same)
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
         write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     timesteps = len(schedule.alphas_cumprod)
@@ -79,6 +82,8 @@ def set_up(
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
     run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
+    # Of a begun run the checkpoint's numbers count.
+    started = start.start(run.adapter, begin) if begin and not state else ""
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
@@ -88,7 +93,7 @@ def set_up(
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
     how = "; ".join(filter(None, (reason, attention, faster_by)))
-    lines = [report.describe(kept, pictures, how), planned, changes, *notes]
+    lines = [report.describe(kept, pictures, how), planned, changes, started, *notes]
     return kept, "\n".join(filter(None, lines))
 
 

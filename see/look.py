@@ -66,7 +66,7 @@ def look(config: options.Config) -> bool:
     rows, every = {}, -(-len(whole) // MOST)
     for group in data.alike(sizes):
         (height, width), crops = sizes[group[0]], [*map(shown, group[::every])]
-        rows[f"{width} x {height} px: {len(crops)} of {len(group)}"] = crops
+        rows[f"{width} x {height} px: {len(crops)} of {len(group)} pictures"] = crops
     name = place(config.dataset_name).resolve().name
     path = config.out / "look.png" if config.output_dir else Path(f"runs/look-{name}.png")
     drawn(rows).save(file := io.BytesIO(), "PNG")
