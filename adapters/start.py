@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 import lora
 from adapters.files import by_our_names
@@ -23,7 +24,8 @@ def start(adapter: lora.Adapter, file: lora.AdapterFile) -> str:
     shapes = {f"{n}.lora_A": (file.rank, each.in_features) for n, each in layers.items()}
     shapes |= {f"{n}.lora_B": (each.out_features, file.rank) for n, each in layers.items()}
     check_fits(file.path, theirs, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
-    for name, layer in layers.items():
+    bar = tqdm(layers.items(), "starting from an adapter", leave=False, delay=2)
+    for name, layer in bar:
         A, B = theirs[f"{name}.lora_A"].float(), theirs[f"{name}.lora_B"].float()
         if file.rank > adapter.rank:
             A, B, squares = nearest(A, B, adapter.rank)

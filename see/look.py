@@ -108,15 +108,13 @@ def drawn(rows: dict[str, list[tuple[Image.Image, str]]]) -> Image.Image:
         words.append(((GAP, y), heading, bold))
         y += 2 * line
         for first in range(0, len(crops), COLUMNS):
-            lines = 0
             for column, (image, caption) in enumerate(crops[first : first + COLUMNS]):
                 x, under = GAP + column * (SIDE + GAP), y + image.height
                 letters = (c if sheet.can_draw(c, font) else f" U+{ord(c):04X} " for c in caption)
                 text = sheet.fit("".join(letters).strip() or "(no caption)", font, SIDE)
                 images.append((image, (x, y)))
                 words += [((x, under + line * n), each, font) for n, each in enumerate(text)]
-                lines = max(lines, len(text))
-            y += crops[0][0].height + line * lines + GAP
+            y += crops[0][0].height + line * sheet.LINES + GAP
         y += GAP
     picture = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), y), "white")
     for image, where in images:

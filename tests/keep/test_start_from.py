@@ -9,6 +9,7 @@ import safetensors.torch
 
 import lora
 from adapters import files
+from keep import checkpoint
 from runs import adapter, in_one, matrices
 
 STEPS = "--max-train-steps"
@@ -47,6 +48,9 @@ def test_a_run_begins_with_the_numbers_of_a_run_or_of_its_file(train, first, tmp
         assert name_ == start.name and len(digest) == 32  # where it lies is nobody's business
     assert train("of none", STEPS, "1") == 0
     assert "started_from" not in header(tmp_path / "of none")
+    for name, counts in {"of a run": True, "of none": False}.items():  # the code that cuts
+        made_by = checkpoint.newest_state(tmp_path / name / "checkpoints")["code"]
+        assert ("adapters.start.nearest" in made_by) == counts
 
 
 @pytest.mark.parametrize("rank", [8, 24])
