@@ -44,6 +44,9 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DA
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"
 	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)
 
+look: $(SETUP)  ## the set before training, no model needed: one picture of the crops, and what is odd; DATA=my_pictures RECIPE=native
+	$(PYTHON) -m see.look $(or $(RECIPE),t4) $(if $(DATA),--dataset-name "$(DATA)") $(ARGS)
+
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
 
@@ -75,5 +78,5 @@ clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train plan xformers generate bench test check notebooks stress slow check-all clean
+.PHONY: help setup train plan look xformers generate bench test check notebooks stress slow check-all clean
 .DEFAULT_GOAL := help

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 import lora
 from inputs.adapter_file import WHOLE, alpha_of_header, alpha_of_tensors, check_keys, check_matrices
@@ -73,6 +74,13 @@ def read(path: Path | str) -> lora.AdapterFile:
 
 def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:
     """Copy the numbers of a file that read() gave into `adapter`, as strictly as lora.load()."""
+    lora.load(adapter, replace(file, matrices=by_our_names(adapter, file)))
+
+
+def by_our_names(adapter: lora.Adapter, file: lora.AdapterFile) -> dict[str, Tensor]:
+    """The matrices of a file that read() gave, by the names that they have in `adapter`; those that
+    are not in it by the file's. Raises Refusal for a module that is there twice.
+    """
     sgm, spelt, matrices = sgm_names(adapter.layers), {}, {}
     for name in adapter.layers:
         # Which of kohya's underscores was a dot only the model knows: to_q has one of its own.
@@ -83,7 +91,7 @@ def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:
     if len(matrices) < len(file.matrices):
         found = f"{file.path} has some modules twice, under SGM's names and under diffusers'"
         raise Refusal(found, "every module once", WHOLE)
-    lora.load(adapter, replace(file, matrices=matrices))
+    return matrices
 
 
 def sgm_names(modules: Iterable[str]) -> dict[str, str]:

@@ -26,7 +26,7 @@ from inputs.hub import (
     unet_fingerprint,
     use_revision,
 )
-from inputs.options import RECIPES, Within
+from inputs.options import RECIPES, Config, Within
 
 
 @dataclass(frozen=True)
@@ -227,7 +227,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     )
 
 
-def check_base(options: Options, path: Path, about: dict[str, str], half: bool) -> None:
+def check_base(options: Options | Config, path: Path, about: dict[str, str], half: bool) -> None:
     """Raise Refusal where the base is not the one that the header of the adapter file `path` tells
     of. half: whether the fp16 variant is meant.
     """
@@ -237,7 +237,7 @@ def check_base(options: Options, path: Path, about: dict[str, str], half: bool) 
         raise Refusal(
             f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is {here}",
             "the base that the adapter was trained on",
-            f"{OPTION} BASE, or --any-base to draw all the same",
+            f"{OPTION} BASE, or --any-base to take it all the same",
         )
 
 

@@ -124,6 +124,11 @@ class Config:
     lora_rank: Annotated[int, Within(1, 640)] = 16
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
+    # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
+    # run's folder. A smaller rank is filled up, a larger one cut by SVD, with what is lost said.
+    start_from: str = ""
+    # Start from an adapter even though it was trained on another base.
+    any_base: bool = False
     # Everything random follows from it; two runs with one seed are one run.
     seed: Annotated[int, Within(0, 2**32 - 1)] = 42
 
@@ -315,7 +320,7 @@ def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> 
 
 
 # What a run's config.json says besides its options.
-NOTES = ("commit", "code_changes", "versions", "base_commit")
+NOTES = ("commit", "code_changes", "versions", "base_commit", "started_from")
 
 
 def of_file(name: str, words: list[str]) -> list[str]:
@@ -465,6 +470,7 @@ def check(config: Config) -> Config:
             (held, folder, "a folder without", "another --output-dir"),
             (config.plan_for, "--plain with --plan-for", ours, "leave one out"),
             (config.deterministic, "--plain with --deterministic", ours, "leave one out"),
+            (config.start_from, "--plain with --start-from", ours, "leave one out"),
             (config.compile, "--plain with --compile", ours, "leave one out"),
         ]
     elif not (Path(__file__).parent.parent / "keep").is_dir():

@@ -140,9 +140,9 @@ def refuse_small(pictures: list[Picture], sizes: list[tuple[int, int]]) -> None:
     refuse(troubles)
 
 
-def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]]) -> str:
+def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]], several: int = 2) -> str:
     """Which pictures train as something else than a person sees, in words, by their headers; before
-    that the sizes (height, width) at which they train, where these are several.
+    that the sizes (height, width) at which they train, where these are `several`.
     """
     found: dict[str, list[str]] = {}
     lost: dict[tuple[int, int], list[float]] = {}
@@ -172,5 +172,5 @@ def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]]) -> str
         for size, each in sorted(lost.items(), key=lambda row: -len(row[1]))
     ]
     said = "; ".join(f"{named(names)} {change}" for change, names in found.items())
-    lines = table * (len(table) > 1) + [f"strongly changed: {said}"] * bool(said)
+    lines = table * (len(table) >= several) + [f"strongly changed: {said}"] * bool(said)
     return "\n".join(lines)

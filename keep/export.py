@@ -18,7 +18,7 @@ from inputs.files import Refusal, sweep_parts, write_whole
 from inputs.options import Config
 from keep import faster
 from keep.checkpoint import remove_old, sum_of
-from keep.identity import about, check_same, fixed_options, local_identity, on_schedule
+from keep.identity import about, check_same, fixed_options, local_identity, on_schedule, start_of
 
 
 @torch.no_grad()
@@ -110,6 +110,7 @@ def finished(config: Config) -> str:
         return ""
     config = on_schedule(config, note)
     mine = fixed_options(config) | local_identity(config, half)
+    mine["start_from"] = start_of(config, half, note)[1]
     if config.deterministic:  # a promise about how it was computed, from the first step on
         mine["deterministic"] = "True"
     check_same(config, mine, note)

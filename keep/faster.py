@@ -157,10 +157,11 @@ def unet_loader(asked) -> Callable:
 
 
 def digests(config: Config) -> dict[str, str]:
-    """Those of all code that makes this run's numbers, in fast/, too, if it makes another run."""
-    if config.base_quantization != "nf4":
-        return code.digests()
-    return code.digests([*nf4().MAKERS, "fast.nf4.linear_4bit"])
+    """Those of all code that makes this run's numbers, of an option that makes it another, too."""
+    further = ["adapters.start.start", "adapters.start.nearest"] * bool(config.start_from)
+    if config.base_quantization == "nf4":
+        further += [*nf4().MAKERS, "fast.nf4.linear_4bit"]
+    return code.digests(further)
 
 
 def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:

@@ -2,15 +2,18 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import torch
 
+from adapters import files
 from inputs import hub
 from inputs.code import changed
-from inputs.drawing import of_run
+from inputs.drawing import check_base, of_run
 from inputs.files import Refusal, digest, place
 from inputs.options import Config
 from inputs.sources import Picture, read_dataset, ten
+from lora import AdapterFile
 from model import NoiseSchedule
 
 # What may change between two starts of one run; everything else is part of what the run is.
@@ -26,12 +29,14 @@ MAY_CHANGE = {
     *("pretrained_model_name_or_path", "revision", "dataset_name"),
     *("image_column", "caption_column", "dataset_split", "dataset_config"),
     *("caption", "caption_from_name", "mixed_precision"),
+    *("start_from", "any_base"),
 }
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 FINGERPRINTS = {  # of what the values of identity() are no options
     "base": "a base of fingerprint",
     "encoders": "text encoders, tokenizers and VAE of fingerprint",
     "data": "pictures and captions of fingerprint",
+    "start_from": "a start from the adapter of fingerprint",
 }
 
 
@@ -73,6 +78,27 @@ def use_revision(config: Config) -> None:
 def of_base(name: str, half: bool) -> dict[str, str]:
     encoders = digest(str(hub.encoder_fingerprints(name, half)))
     return {"base": hub.unet_fingerprint(name, half), "encoders": encoders}
+
+
+def start_of(config: Config, half: bool, state: dict | None) -> tuple[AdapterFile | None, str]:
+    """The adapter that a run starts from and its fingerprint; None and "" for none.
+
+    A begun run, of which `state` tells, goes on where the file is gone: all that it needs of it is
+    in its checkpoint. Raises Refusal for what is no adapter and for one of another base.
+    """
+    begun = (state or {}).get("identity", {}).get("start_from", "")
+    path = place(config.start_from)
+    if not config.start_from or (begun and not path.exists()):
+        return None, begun * bool(config.start_from)
+    file = files.read(path)
+    check_base(config, file.path, file.about, half)
+    return file, digest(file.path.read_bytes(), str(file.alpha))
+
+
+def started_from(config: Config, identity: dict[str, str]) -> dict[str, str]:
+    """What config.json and an adapter's header say of the start."""
+    told = f"{Path(config.start_from).name} {identity.get('start_from')}"
+    return {"started_from": told} if config.start_from else {}
 
 
 def of_data(pictures: list[Picture]) -> str:
@@ -120,7 +146,7 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
     theirs = {k: state["identity"].get(k, str(getattr(Config, k, "not set"))) for k in mine}
     if other := [key for key in mine if theirs[key] != mine[key]]:
         told = [
-            {key: f"{FINGERPRINTS.get(key, key)} {each[key]}" for key in other}
+            {key: f"{FINGERPRINTS.get(key, key)} {each[key] or '(none)'}" for key in other}
             for each in (theirs, mine)
         ]
         if "data" in other and (changes := other_pictures(config)):
@@ -174,6 +200,7 @@ def about(kept) -> dict[str, str]:
     }
     if commit := hub.commit_of(config.pretrained_model_name_or_path):
         header["base_commit"] = commit
+    header |= started_from(config, kept.identity)
     return header | ({"code_changes": kept.code_changes} if kept.code_changes else {})
 
 

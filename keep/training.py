@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 import loop
 import model
+from adapters import start
 from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
@@ -71,6 +72,7 @@ def set_up(
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
+    begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state)
     digests = faster.digests(config)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
@@ -83,6 +85,8 @@ def set_up(
     run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
     losses = state.get("losses", {}) if state else noise.losses(run)
     predicts = noise.judge(config, schedule.prediction_type, losses)
+    # Of a begun run the checkpoint's numbers count.
+    started = start.start(run.adapter, begin) if begin and not state else ""
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
@@ -96,13 +100,13 @@ def set_up(
         makers = ("torch", "diffusers", "transformers", "bitsandbytes")
         installed = [each for name in makers for each in metadata.distributions(name=name)]
         told["versions"] = {each.name: each.version for each in installed}
-        told["base_commit"] = commit
+        told |= {"base_commit": commit} | identity.started_from(config, same)
         told["validation_prompts"] = prompts_of(config, pictures)
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
         write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     at = f"{name} at commit {commit}" if commit else ""
-    lines = [report.describe(kept, pictures, how), at, predicts, planned, changes, *notes]
+    lines = [report.describe(kept, pictures, how), at, predicts, planned, changes, started, *notes]
     return kept, "\n".join(filter(None, lines))
 
 

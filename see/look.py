@@ -1,0 +1,139 @@
+"""The pictures and captions before any training: python -m see.look t4 --dataset-name FOLDER
+
+Takes a run's own options and cuts as that run will, without its model, network or GPU: a sheet of
+the crops, by the size at which they train, and what is odd about the set, by name.
+"""
+
+import collections
+import io
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from inputs import options
+from inputs.ahead import work_ahead
+from inputs.files import Refusal, place, write_whole
+from inputs.one_file import SHIPPED
+from inputs.pictures import decode, refuse_small, strong_changes, upright_size
+from inputs.sources import Picture, read_dataset, ten
+from see import sheet
+
+MOST = 120  # crops on the sheet, and one more of some sizes: a file of a few MB
+SIDE, GAP, COLUMNS = 144, 10, 8  # of a crop on the sheet in pixels, between two, in a row
+
+
+def look(config: options.Config) -> bool:
+    """Print what is odd about the set and where its sheet is. Returns whether there is a picture to
+    draw. Raises Refusal for a data set that a run cannot read at all.
+    """
+    import data  # here: it imports torch, and a wrong option is answered before that
+
+    pictures = read_dataset(config.dataset_name, config)
+    print(pictures)
+    crop = data.Crop(config.resolution, config.buckets, config.random_crop, config.seed)
+
+    def stops(picture: Picture) -> str:
+        """Why a run stops at it; "" where it does not."""
+        try:
+            decode(picture)
+            if not config.upscale:
+                refuse_small([picture], [crop.size(upright_size(picture))])
+        except Refusal as refusal:
+            return str(refusal).partition(". What to do")[0]
+        return ""
+
+    bar = tqdm(pictures, "checking pictures", leave=False, mininterval=1)
+    with work_ahead(stops, bar, 16) as found:
+        why = dict(zip(pictures, found, strict=True))
+    whole = [picture for picture in pictures if not why[picture]]
+    sizes = [crop.size(upright_size(picture)) for picture in whole]
+    for each in filter(None, why.values()):
+        print(f"a run stops at this: {each}")
+    if not whole:
+        return False
+    print(*odd(whole), strong_changes(whole, sizes, several=1), sep="\n")
+
+    def shown(i: int) -> tuple[Image.Image, str]:
+        pixels = data.views(whole[i], sizes[i], config.random_crop, config.seed, (False,))[0][0]
+        levels = (pixels.permute(1, 2, 0) + 1) * 127.5  # (3, H, W) of [-1, 1] to (H, W, 3) of 255
+        image = Image.fromarray(levels.round().byte().numpy())
+        image.thumbnail((SIDE, SIDE))
+        return image, whole[i].caption
+
+    rows, every = {}, -(-len(whole) // MOST)
+    for group in data.alike(sizes):
+        (height, width), crops = sizes[group[0]], [*map(shown, group[::every])]
+        rows[f"{width} x {height} px: {len(crops)} of {len(group)} pictures"] = crops
+    name = place(config.dataset_name).resolve().name
+    path = config.out / "look.png" if config.output_dir else Path(f"runs/look-{name}.png")
+    drawn(rows).save(file := io.BytesIO(), "PNG")
+    write_whole(path, file.getvalue())
+    count = sum(map(len, rows.values()))
+    print(f"{path}: {count} of {len(whole)} pictures as the run cuts them, none mirrored")
+    return True
+
+
+def odd(pictures: list[Picture]) -> Iterator[str]:
+    """What there is to know of a set's sizes, captions and files, a line for each."""
+    from transformers import CLIPTokenizer  # here, as above
+
+    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
+    most, captions = tokenizer.model_max_length, [p.caption.strip() for p in pictures]
+    tokens = tokenizer(captions, truncation=False, verbose=False).input_ids
+    files: dict[str, list[str]] = {}
+    for p in pictures:
+        files.setdefault(p.digest, []).append(p.name)
+    sizes = [(h * w, f"{w} x {h} px ({p.name})") for p in pictures for h, w in [upright_size(p)]]
+    yield f"sizes: from {min(sizes)[1]} to {max(sizes)[1]}"
+    counts = collections.Counter(filter(None, captions))
+    for what, names in {
+        "pictures without a caption": [p.name for p in pictures if not p.caption.strip()],
+        f"captions cut at {most} tokens": [
+            p.name for p, each in zip(pictures, tokens, strict=True) if len(each) > most
+        ],
+        "captions of several pictures": [f"{n} x {c}" for c, n in counts.items() if n > 1],
+        "files there several times": [" = ".join(each) for each in files.values() if each[1:]],
+    }.items():
+        yield f"{what}: {len(names)}" + f", {ten(names)}" * bool(names)
+
+
+def drawn(rows: dict[str, list[tuple[Image.Image, str]]]) -> Image.Image:
+    """The sheet. rows: by the heading above them crops of one size, each with its caption."""
+    font, bold, line = sheet.load_font(11), sheet.load_font(17), 14
+    images, words, y = [], [], GAP
+    for heading, crops in rows.items():
+        words.append(((GAP, y), heading, bold))
+        y += 2 * line
+        for first in range(0, len(crops), COLUMNS):
+            for column, (image, caption) in enumerate(crops[first : first + COLUMNS]):
+                x, under = GAP + column * (SIDE + GAP), y + image.height
+                letters = (c if sheet.can_draw(c, font) else f" U+{ord(c):04X} " for c in caption)
+                text = sheet.fit("".join(letters).strip() or "(no caption)", font, SIDE)
+                images.append((image, (x, y)))
+                words += [((x, under + line * n), each, font) for n, each in enumerate(text)]
+            y += crops[0][0].height + line * sheet.LINES + GAP
+        y += GAP
+    picture = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), y), "white")
+    for image, where in images:
+        picture.paste(image, where)
+    for where, text, its_font in words:
+        ImageDraw.Draw(picture).text(where, text, fill="black", font=its_font)
+    return picture
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command. Returns its exit code: 0 drawn, 1 nothing to draw, or refused (on stderr)."""
+    try:
+        config = options.parse(argv)
+        options.announce(f"looking at {config.dataset_name}")
+        return 0 if look(config) else 1
+    except Refusal as refusal:
+        print(f"error: {refusal}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
