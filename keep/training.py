@@ -20,7 +20,7 @@ from inputs import code, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, write_whole
 from inputs.options import Config
-from inputs.sources import read_dataset
+from inputs.sources import in_steps, read_datasets
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, report
 
@@ -59,7 +59,8 @@ def set_up(
     """
     team, name = team or faster.Alone(), config.pretrained_model_name_or_path
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    pictures = read_dataset(config.dataset_name, config)
+    pictures = read_datasets(config)
+    config = in_steps(config, pictures)
     schedule = model.load_noise_schedule(name, device)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
