@@ -61,10 +61,10 @@ def decode(picture: Picture) -> Image.Image:
 
 
 def mask_of(picture: Picture, size: tuple[int, int]) -> Image.Image:
-    """The picture's mask in 8 bits of grey; size: the picture's width and height. Raises Refusal
-    for a mask of another size and for one that hides the whole picture.
+    """The picture's mask in 8 bits of grey, white where it has none; size: the picture's width and
+    height. Raises Refusal for a mask of another size and for one that hides the whole picture.
     """
-    if picture.mask == WHITE:
+    if picture.mask in (None, WHITE):
         return Image.new("L", size, "white")
     if picture.mask.digest == ALPHA:
         image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
@@ -123,12 +123,7 @@ def check_pictures(pictures: list[Picture]) -> None:
     """
     bar = tqdm(pictures, "checking pictures", leave=False, mininterval=1)
 
-    def check(picture: Picture) -> None:
-        image = decode(picture)
-        if picture.mask:
-            mask_of(picture, image.size)
-
-    for_all(check, bar)
+    for_all(lambda picture: mask_of(picture, decode(picture).size), bar)
 
 
 @contextlib.contextmanager
