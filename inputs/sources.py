@@ -299,7 +299,7 @@ def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, 
     """
     names = [path.relative_to(folder).as_posix() for path in files]
     masks = {stem(name[: -len(MASK)] + "."): name for name in names if name.lower().endswith(MASK)}
-    pictures = [p for p, name in zip(files, names, strict=True) if name not in masks.values()]
+    pictures = [path for path in files if not path.name.lower().endswith(MASK)]
     there = {stem(path.relative_to(folder).as_posix()) for path in pictures}
     odd = [name for key, name in masks.items() if key not in there]
     found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"

@@ -66,7 +66,7 @@ def test_what_is_wrong_in_several_folders_is_said_at_once(tmp_path):
         assert part in said
 
 
-@pytest.mark.parametrize("given", ["3", "3 1 1", "3 0", "3 -1"])
+@pytest.mark.parametrize("given", ["3", "3 1 1", "3 0", "3 -1", "1000 1"])
 def test_weights_that_do_not_fit_are_refused(given, capsys):
     words = ["pocket", "--dataset-name", "a", "b", "--dataset-weights", *given.split()]
     with pytest.raises(Refusal, match=f"--dataset-weights {given} for 2 of --dataset-name; expec"):
