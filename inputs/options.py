@@ -77,7 +77,7 @@ class Config:
     dataset_name: tuple[str, ...] = ("lambdalabs/naruto-blip-captions",)
     # How many times each picture of these data sets is shown where another is shown once, a whole
     # number for each data set, as kohya's repeats; left empty, all alike.
-    dataset_weights: tuple[int, ...] = ()
+    dataset_weights: tuple[float, ...] = ()
     # In a folder with sub-folders like 10_style, kohya's layout, show what lies in them so many
     # times, and leave sub-folders out whose name begins with reg.
     folder_repeats: bool = True
@@ -386,8 +386,9 @@ def check(config: Config) -> Config:
     odd = [side for side in config.resolution if side % 64] if config.buckets else []
     sides = " and ".join(map(str, odd))
     sets, weights = len(config.dataset_name), config.dataset_weights
-    wrong = weights and (len(weights) != sets or min(weights) < 1 or max(weights) > 999)
-    given = f"--dataset-weights {' '.join(map(str, weights))} for {sets} of --dataset-name"
+    wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
+    told = " ".join(f"{weight:g}" for weight in weights)
+    given = f"--dataset-weights {told} for {sets} of --dataset-name"
     unseen = config.plan_for and config.max_train_epochs
     epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
     against = [
@@ -395,7 +396,7 @@ def check(config: Config) -> Config:
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
         (not sets, "--dataset-name without a name", "one or more", "--dataset-name FOLDER"),
-        (wrong, given, "one for each, from 1 to 999", "--dataset-weights 3 1, or leave it out"),
+        (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (odd, f"--buckets with a resolution of {sides}", "a multiple of 64", "--no-buckets"),
     ]

@@ -96,7 +96,7 @@ def read_datasets(options: Config) -> Pictures:
     names, found = options.dataset_name, Pictures()
     sets, several = for_all(lambda name: read_dataset(name, options), names), len(names) > 1
     found.notes = []
-    weights = options.dataset_weights or (1,) * len(names)
+    weights = [int(weight) for weight in options.dataset_weights] or [1] * len(names)
     for name, weight, each in zip(names, weights, sets, strict=True):
         of = f"{name.rstrip('/')}/" if several else ""
         found += [replace(p, name=of + p.name, weight=weight * p.weight) for p in each]

@@ -66,17 +66,14 @@ def test_what_is_wrong_in_several_folders_is_said_at_once(tmp_path):
         assert part in said
 
 
-@pytest.mark.parametrize("given", ["3", "3 1 1", "3 0", "3 -1", "1000 1"])
-def test_weights_that_do_not_fit_are_refused(given, capsys):
+@pytest.mark.parametrize("given", ["3", "3 1 1", "3 0", "3 -1", "1000 1", "1.5 1", "nan 1"])
+def test_weights_that_do_not_fit_are_refused(given):
     words = ["pocket", "--dataset-name", "a", "b", "--dataset-weights", *given.split()]
     with pytest.raises(Refusal, match=f"--dataset-weights {given} for 2 of --dataset-name; expec"):
         options.parse(words)
 
 
-def test_a_weight_that_is_no_whole_number_is_refused(capsys):
-    with pytest.raises(SystemExit) as left:
-        options.parse(["pocket", "--dataset-name", "a", "b", "--dataset-weights", "1.5", "1"])
-    assert left.value.code == 2 and "1.5" in capsys.readouterr().err
+def test_no_name_is_refused():
     with pytest.raises(Refusal, match="--dataset-name without a name"):
         options.parse(["pocket", "--dataset-name"])
 
@@ -194,7 +191,7 @@ def test_a_run_over_two_folders_for_an_epoch(train, tmp_path, capsys):
     assert adapter(tmp_path / "r") == adapter(tmp_path / "whole")
     other = ("--dataset-weights", "1", "1", "--max-train-epochs", "9")
     assert train.main("r", *other) == 1
-    assert "dataset_weights (3, 1)" in capsys.readouterr().err
+    assert "dataset_weights (3.0, 1.0)" in capsys.readouterr().err
 
 
 def test_the_books_own_lines_count_epochs_and_weights_alike(train, tmp_path, capsys):
