@@ -2,6 +2,7 @@
 
 import json
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -13,6 +14,7 @@ from conftest import ink_rows, trainer, write_pictures
 from inputs import options
 from inputs.files import Refusal, read_tensors
 from inputs.options import Config
+from inputs.pictures import mask_of
 from inputs.sources import in_steps, read_datasets
 from keep import identity, training
 from made import BLUE, RED, encoded, write_folder
@@ -54,6 +56,19 @@ def test_one_folder_is_as_it_was(two):
     old = identity.digest(*(part for p in pictures for part in (p.digest, p.caption)))
     assert identity.of_data(pictures) == old
     assert identity.of_data(read(two[0], dataset_weights=(4,))) != old
+
+
+def test_a_folder_and_a_table_of_rows_are_one_set(two, tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "datasets-cache")
+    clear = Image.new("RGBA", (8, 8), (255, 0, 0, 128))
+    rows = {"image": [{"bytes": encoded(clear)}, {"bytes": RED}], "text": ["clear", "red"]}
+    (tmp_path / "rows").mkdir()
+    datasets.Dataset.from_dict(rows).to_parquet(str(tmp_path / "rows" / "a.parquet"))
+    pictures = read(tmp_path / "rows", two[1], mask_from_alpha=True, dataset_weights=(1, 2))
+    names = [f"{tmp_path}/rows/row 0", f"{tmp_path}/rows/row 1", f"{two[1]}/x.png"]
+    assert weights(pictures) == dict(zip(names, (1, 1, 2), strict=True))
+    assert [p.mask.digest for p in pictures] == ["alpha", "white", "white"]
+    assert set(np.asarray(mask_of(pictures[0], (8, 8))).flatten()) == {128}
 
 
 def test_what_is_wrong_in_several_folders_is_said_at_once(tmp_path):
@@ -123,6 +138,23 @@ def test_in_each_round_a_picture_is_shown_as_often_as_its_weight_says():
     one = data.Decks([(64, 64)] * 3, 2, 1, [3, 1, 2])
     for at in range(0, 60, 6):
         assert np.bincount([one.picture(at + i) for i in range(6)]).tolist() == [3, 1, 2]
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_after_any_step_a_card_was_shown_as_often_as_any_other(seed):
+    """No picture's count, over its weight, is further from the mean than n / (its deck's cards) + 1
+    turn of that deck."""
+    stream = np.random.default_rng(seed)
+    kinds = stream.integers(0, stream.integers(1, 6), 40)
+    cards, n = stream.integers(1, 30, 40), int(stream.integers(1, 9))
+    given = data.Decks([(64, 64 * (1 + kind)) for kind in kinds], n, seed, cards.tolist())
+    in_deck = np.array([cards[kinds == kind].sum() for kind in kinds])
+    room, counts = n / in_deck + 1, np.zeros(40)
+    for step in range(1500):
+        for i in range(step * n, step * n + n):
+            counts[given.picture(i)] += 1
+        mean = (step + 1) * n / cards.sum()
+        assert (np.abs(counts / cards - mean) <= room + 1e-9).all()
 
 
 def test_weights_of_one_are_no_weights():
