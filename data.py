@@ -18,15 +18,16 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 import model
 from inputs.ahead import work_ahead
 from inputs.blocks import ROWS_PER_FILE, Place, cut, every_block, fill
 from inputs.code import makers, together
-from inputs.files import digest, open_safetensors
-from inputs.pictures import all_damaged_named, decode, upright_size
+from inputs.files import Refusal, digest, open_safetensors
+from inputs.pictures import all_damaged_named, decode, mask_of, upright_size
 from inputs.sources import Picture
 from inputs.vetting import check_finite
 
@@ -80,12 +81,14 @@ def share_kept(picture: Size, shape: Size) -> float:
 def views(
     picture: Picture, size: Size, random_crop: bool, seed: int, flips: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Pixels (F, 3, *size) in [-1, 1] and time ids (F, 6), one view for each of `flips`.
+    """Pixels (F, 3, *size) in [-1, 1] and time ids (F, 6), one view for each of `flips`; if the
+    picture has a mask, that is a fourth channel, 1 where it is white.
 
     Resize until the picture just covers `size` (Lanczos), flip, cut. The crop offset is in the
     frame of the picture that is cut: resized, and for a flipped view mirrored. From the middle it
     is the same for both (torchvision.transforms.functional.center_crop); a random crop shows the
-    same part in both. Raises Refusal for a damaged picture.
+    same part in both. Raises Refusal for a damaged picture or mask, and for a mask that hides all
+    that is cut out.
 
     numpy, not torch: threads do this side by side, and each would start torch's own threads.
     """
@@ -94,7 +97,8 @@ def views(
     wide = size[0] * image.width > size[1] * image.height  # wider than `size`: the height decides
     whole, part = (image.height, size[0]) if wide else (image.width, size[1])
     height, width = (side * part // whole for side in original)
-    image = image.resize((width, height), Image.Resampling.LANCZOS)
+    layers = [image, mask_of(picture, image.size)] if picture.mask else [image]
+    resized = [layer.resize((width, height), Image.Resampling.LANCZOS) for layer in layers]
     spare = (height - size[0], width - size[1])  # one of them is 0
     top, left = (round(room / 2) for room in spare)  # a half to the even number, as torchvision
     if random_crop:  # once a picture, not once an example: so it can be encoded once
@@ -102,16 +106,22 @@ def views(
         top, left = (int(stream.integers(0, room + 1)) for room in spare)
     lefts = [spare[1] - left if flip and random_crop else left for flip in flips]
     time_ids = [model.add_time_ids(original, (top, edge), size) for edge in lefts]
-    frames = [np.asarray(ImageOps.mirror(image) if flip else image) for flip in flips]
-    corners = [frame[top:, edge:] for frame, edge in zip(frames, lefts, strict=True)]
+    frame = np.dstack(resized)  # (height, width, channels)
+    frames = [frame[:, ::-1] if flip else frame for flip in flips]
+    corners = [each[top:, edge:] for each, edge in zip(frames, lefts, strict=True)]
     # Bytes (F, H, W, 3) to numbers (F, 3, H, W) in [-1, 1], as the VAE takes them. Into C order: a
     # VAE's bits depend on its input's layout, too.
     inside = np.stack([each[: size[0], : size[1]] for each in corners]).transpose(0, 3, 1, 2)
+    if picture.mask and not all(view[3].any() for view in inside):
+        found = f"the mask of {picture.name} is black in all that is cut out of it"
+        raise Refusal(found, "white where it is learned", "--buckets, or cut the picture yourself")
     pixels = np.ascontiguousarray(inside, np.float32) * np.float32(1 / 255) * 2 - 1
     return torch.from_numpy(pixels), torch.stack(time_ids)
 
 
 # ---- encoded at every step, or once --------------------------------------------------------------
+
+LATENT = ("mean", "std", "time_ids", "mask")  # of a picture; the last where the run has masks
 
 
 def in_batches(device: torch.device) -> bool:
@@ -156,26 +166,31 @@ class Encoder:
         """
         return max(1, 4 * 512**2 // (size[0] * size[1])) if in_batches(self.vae.device) else 1
 
-    def posterior(self, pixels: Tensor, names: list[str]) -> tuple[Tensor, Tensor]:
-        """mean, std (B, C, H, W) of the views (B, 3, 8H, 8W) of pictures `names`, on the CPU.
-        Raises Refusal, naming the picture, for NaN or Inf.
+    def posterior(self, pixels: Tensor, names: list[str]) -> tuple[Tensor, ...]:
+        """mean, std (B, C, H, W) of the views (B, 3, 8H, 8W) of pictures `names`, on the CPU; with
+        masks (B, 4, 8H, 8W) also these (B, 1, H, W), each number the mean of 8 x 8 pixels. Raises
+        Refusal, naming the picture, for NaN or Inf.
         """
+        pixels, mask = pixels[:, :3].contiguous(), pixels[:, 3:] / 2 + 0.5  # from [-1, 1] to [0, 1]
         parts = pixels.split(self.at_once(pixels.shape[2:]))
         each = [model.encode_images(part, self.vae) for part in parts]
         mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
         check_finite("the VAE gives NaN or Inf for picture", names, mean, std)
-        return mean, std
+        return mean, std, *([F.avg_pool2d(mask, 8)] if mask.numel() else [])
 
-    def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        """mean, std (C, H, W) of the picture's posterior and time ids (6,), fp32."""
+    def latent(self, index: int, flip: bool) -> tuple[Tensor, ...]:
+        """mean, std (C, H, W) of the picture's posterior, time ids (6,), and where the run has
+        masks the mask (1, H, W), fp32.
+        """
         pixels, time_ids = self.views(index, (flip,))
-        mean, std = self.posterior(pixels, [self.pictures[index].name])  # (1, C, H, W) each
-        return mean[0], std[0], time_ids[0]
+        mean, std, *mask = self.posterior(pixels, [self.pictures[index].name])  # (1, C, H, W) each
+        return mean[0], std[0], time_ids[0], *(each[0] for each in mask)
 
     def encode_pictures(self, blocks: Iterable[list], flips: tuple) -> Iterator[dict[str, Tensor]]:
-        """mean, std (F, C, H, W) and time ids (F, 6) of each picture of `blocks`, in order, each
-        block of one size; threads decode the next pictures meanwhile. No call of the VAE crosses a
-        block's end: its bits depend on what is in it.
+        """mean, std (F, C, H, W), time ids (F, 6) and a mask (F, 1, H, W) where the run has them,
+        of each picture of `blocks`, in order, each block of one size; threads decode the next
+        pictures meanwhile. No call of the VAE crosses a block's end: its bits depend on what is in
+        it.
         """
         work, count = (lambda i: self.views(i, flips)), len(flips)
         blocks, ahead = itertools.tee(blocks)
@@ -185,9 +200,10 @@ class Encoder:
                 for part in cut(block, size):
                     pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
                     names = [self.pictures[i].name for i in part for _ in flips]
-                    mean, std = self.posterior(torch.cat(pixels), names)  # (pictures x F, C, H, W)
-                    for row in zip(mean.split(count), std.split(count), time_ids, strict=True):
-                        yield dict(zip(("mean", "std", "time_ids"), row, strict=True))
+                    parts = self.posterior(torch.cat(pixels), names)  # (pictures x F, ., H, W) each
+                    mean, std, *mask = (each.split(count) for each in parts)
+                    for row in zip(mean, std, time_ids, *mask, strict=True):
+                        yield dict(zip(LATENT, row, strict=False))
 
     # A caption
 
@@ -245,8 +261,10 @@ class Cache:
         """Only that row's bytes are read."""
         return self.open(place[0]).get_slice(key)[place[1]]
 
-    def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:
-        rows = (self.row(self.latents[index], key) for key in ("mean", "std", "time_ids"))
+    def latent(self, index: int, flip: bool) -> tuple[Tensor, ...]:
+        place = self.latents[index]
+        there = self.open(place[0]).keys()
+        rows = (self.row(place, key) for key in LATENT if key in there)
         return tuple(row[int(flip)] for row in rows)  # (F, ...) -> the one view
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
@@ -282,8 +300,8 @@ def fill_cache(
     encoding = ("data.Encoder", "data.views", "data.CROP", "model.encode_images")
     by = together(*encoding, "model.add_time_ids", *makers("inputs.pictures"))
     latent_keys = [
-        digest(picture.digest, fingerprints["vae"], f"{size} {crop}", by)
-        for picture, size in zip(encoder.pictures, encoder.sizes, strict=True)
+        digest(p.digest, fingerprints["vae"], f"{size} {crop}", by, p.mask.digest if p.mask else "")
+        for p, size in zip(encoder.pictures, encoder.sizes, strict=True)
     ]
     prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")
@@ -312,13 +330,14 @@ class Example:
 
 @dataclass(frozen=True)
 class Chances:
-    """How often an example is mirrored (half the time, or never) and loses its caption, and how
-    strongly its noise is offset.
+    """How often an example is mirrored (half the time, or never) and loses its caption, how
+    strongly its noise is offset, and how much what a mask hides still counts.
     """
 
     random_flip: bool = False
     caption_dropout: float = 0.0
     noise_offset: float = 0.0
+    mask_floor: float = 0.1
 
 
 def offset_noise(noise: np.ndarray, stream: np.random.Generator, amount: float) -> np.ndarray:
@@ -326,6 +345,14 @@ def offset_noise(noise: np.ndarray, stream: np.random.Generator, amount: float) 
     learned, too (https://www.crosslabs.org/blog/diffusion-with-offset-noise).
     """
     return noise + np.float32(amount) * stream.standard_normal((len(noise), 1, 1), dtype=np.float32)
+
+
+def loss_weights(mask: Tensor, floor: float) -> Tensor:
+    """Of each latent pixel, (B, 1, H, W), from floor to 1 as its mask says, then scaled so that
+    each example's have the mean 1. Of a white mask they are 1 to the bit.
+    """
+    weights = 1 - (1 - floor) * (1 - mask)
+    return weights * (mask[0].numel() / weights.sum(dim=(1, 2, 3), keepdim=True))
 
 
 def drawn_timesteps(examples: list[Example]) -> Tensor:
@@ -348,12 +375,15 @@ def alike(sizes: list[Size]) -> list[list[int]]:
 
 class Decks:
     """Which picture an example shows. A step's examples are one tensor, so pictures of one size are
-    a deck, and each step takes its n examples from one deck, which is shuffled anew when it is used
-    up. Over the run every picture is shown equally often.
+    a deck, in which each lies as often as its weight says (once, without), and each step takes its
+    n examples from one deck, which is shuffled anew when it is used up. Over the run every card is
+    shown equally often.
     """
 
-    def __init__(self, sizes: list[Size], n: int, seed: int):
-        self.decks, self.n, self.seed, self.count = alike(sizes), n, seed, len(sizes)
+    def __init__(self, sizes: list[Size], n: int, seed: int, weights: list[int] | None = None):
+        cards = np.array(weights or [1] * len(sizes))
+        self.decks = [np.repeat(deck, cards[deck]) for deck in alike(sizes)]
+        self.n, self.seed, self.count = n, seed, int(cards.sum())
         self.turns: list[tuple[int, int]] = []  # of each step its deck, and that deck's turn number
         self.taken = [0] * len(self.decks)  # turns so far
         self.order = functools.lru_cache(maxsize=2 * len(self.decks))(self._order)
@@ -365,7 +395,7 @@ class Decks:
 
     def turn(self, step: int) -> tuple[int, int]:
         """The deck of a step, and how many steps have had it before. A deck with a share p of the
-        pictures has its k-th turn (from 0) between the steps k / p and (k + 1) / p: of those whose
+        cards has its k-th turn (from 0) between the steps k / p and (k + 1) / p: of those whose
         time has come, the one whose time ends first. So no deck is a whole turn behind or ahead
         (Stoica & Abdel-Wahab 1995, "Earliest Eligible Virtual Deadline First").
         """
@@ -388,8 +418,8 @@ class Decks:
 class Examples:
     """The run's examples, by number.
 
-    source: an Encoder or a Cache; names and sizes: of its pictures; n: examples per optimizer step;
-    num_train_timesteps: of the noise schedule.
+    source: an Encoder or a Cache; names, sizes and weights: of its pictures; n: examples per
+    optimizer step; num_train_timesteps: of the noise schedule.
     """
 
     def __init__(
@@ -401,10 +431,11 @@ class Examples:
         seed: int,
         chances: Chances,
         num_train_timesteps: int,
+        weights: list[int] | None = None,
     ):
         self.source, self.names, self.sizes, self.seed = source, names, sizes, seed
         self.chances, self.num_train_timesteps = chances, num_train_timesteps
-        self.decks = Decks(sizes, n, seed)
+        self.decks = Decks(sizes, n, seed, weights)
 
     def at_once(self, step: int, batch: int) -> int:
         """How many of a step's examples are in one pass: `batch`, or the largest divisor of n whose
@@ -434,15 +465,18 @@ class Examples:
 
     def batch(self, numbers: range, device: torch.device, timesteps=drawn_timesteps) -> dict:
         """Examples `numbers` (B of them) on `device`: mean, std, eps, noise (B, C, H, W), t (B,),
-        context (B, T, D), pooled (B, P), time_ids (B, 6). timesteps: t from the examples.
+        context (B, T, D), pooled (B, P), time_ids (B, 6), and where the run has masks the weights
+        (B, 1, H, W) of the loss, "mask". timesteps: t from the examples.
         """
         examples = [self.example(i) for i in numbers]
         # A dropped caption is the unconditional embedding: number len(names), after theirs.
         captions = [len(self.names) if e.drop_caption else e.picture for e in examples]
         latents = zip(*(self.source.latent(e.picture, e.flip) for e in examples), strict=True)
-        mean, std, time_ids = map(torch.stack, latents)
+        mean, std, time_ids, *mask = map(torch.stack, latents)
         context, pooled = map(torch.stack, zip(*map(self.source.prompt, captions), strict=True))
         eps, noise = map(torch.stack, zip(*((e.eps, e.noise) for e in examples), strict=True))
         batch = {"mean": mean, "std": std, "eps": eps, "noise": noise, "t": timesteps(examples)}
         batch |= {"context": context, "pooled": pooled, "time_ids": time_ids}
+        if mask:
+            batch["mask"] = loss_weights(*mask, self.chances.mask_floor)
         return {key: send(value, device) for key, value in batch.items()}

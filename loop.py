@@ -37,7 +37,7 @@ from inputs.files import Refusal
 from inputs.hub import encoder_fingerprints, use_revision
 from inputs.options import Config
 from inputs.pictures import check_pictures, refuse_small
-from inputs.sources import Picture, read_dataset
+from inputs.sources import Picture, in_steps, read_datasets
 from inputs.vetting import check_device, check_widths, load_bitsandbytes
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -51,8 +51,8 @@ def diffusion_loss(
     snr_gamma: float = 0.0,
 ) -> Tensor:
     """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and its
-    target, the noise (Ho et al. 2020, eq. 14) or v, times the min-SNR weight. batch: as
-    data.Examples.batch() gives it.
+    target, the noise (Ho et al. 2020, eq. 14) or v, each latent pixel weighted where the run has
+    masks, times the min-SNR weight. batch: as data.Examples.batch() gives it.
     """
     (scaling_factor, shift_factor), t, noise = latent_scaling, batch["t"], batch["noise"]
     latent = batch["mean"] + batch["std"] * batch["eps"]  # (B, C, H, W): one of the posterior
@@ -60,8 +60,10 @@ def diffusion_loss(
     x_t = model.add_noise(x0, noise, t, schedule)  # (B, C, H, W)
     answer = model.predict(unet, x_t, batch)  # (B, C, H, W) fp32
     target = model.training_target(x0, noise, t, schedule)
-    each = F.mse_loss(answer, target, reduction="none").mean(dim=(1, 2, 3))  # (B,)
-    return each * snr_weight(t, schedule, snr_gamma)
+    each = F.mse_loss(answer, target, reduction="none")  # (B, C, H, W)
+    if "mask" in batch:  # weights (B, 1, H, W) of mean 1: only where the run has masks
+        each = each * batch["mask"]
+    return each.mean(dim=(1, 2, 3)) * snr_weight(t, schedule, snr_gamma)  # (B,)
 
 
 def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor | float:
@@ -272,9 +274,10 @@ def examples_of(
         source = data.fill_cache(folder, source, config.random_flip, dtype, fingerprints, claim)
     else:
         check_pictures(pictures)
-    chances = data.Chances(config.random_flip, config.caption_dropout, config.noise_offset)
-    drawn = (config.examples_per_step, config.seed, chances, num_train_timesteps)
-    return data.Examples(source, [picture.name for picture in pictures], sizes, *drawn)
+    chances = (config.random_flip, config.caption_dropout, config.noise_offset, config.mask_floor)
+    drawn = (config.examples_per_step, config.seed, data.Chances(*chances), num_train_timesteps)
+    weights = [picture.weight for picture in pictures]
+    return data.Examples(source, [picture.name for picture in pictures], sizes, *drawn, weights)
 
 
 def assemble(
@@ -306,7 +309,8 @@ def train_plain(config: Config) -> None:
     use_revision(name, config.revision)
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     schedule = model.load_noise_schedule(name, device, config.prediction_type)
-    pictures = read_dataset(config.dataset_name, config)
+    pictures = read_datasets(config)
+    config = in_steps(config, pictures)
     examples = examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
     how = model.use_attention(unet, config.attention, device, dtype)

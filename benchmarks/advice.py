@@ -73,7 +73,7 @@ def grid(options: Options) -> list[dict]:
 def train(data: Path, adapter: Path, what: dict) -> None:
     """The recipe with `what` changed. Raises Refusal where it cannot be done, for NaN, say."""
     config = replace(
-        POCKET, dataset_name=str(data), cache_dir=f"{data}-cache", output_dir=str(adapter),
+        POCKET, dataset_name=(str(data),), cache_dir=f"{data}-cache", output_dir=str(adapter),
         lora_alpha=what["lora_rank"], checkpointing_steps=what["max_train_steps"],
         tensorboard=False, validation_prompts=(), **what,
     )  # fmt: skip

@@ -78,8 +78,15 @@ class Config:
     # Branch, tag or commit of a Hub model; empty takes main as it is at the start, and a begun run
     # goes on with the commit that it began with.
     revision: str = ""
-    # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg).
-    dataset_name: str = "lambdalabs/naruto-blip-captions"
+    # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg), or
+    # several of these.
+    dataset_name: tuple[str, ...] = ("lambdalabs/naruto-blip-captions",)
+    # How many times each picture of these data sets is shown where another is shown once, a whole
+    # number for each data set, as kohya's repeats; left empty, all alike.
+    dataset_weights: tuple[float, ...] = ()
+    # In a folder with sub-folders like 10_style, kohya's layout, show what lies in them so many
+    # times, and leave sub-folders out whose name begins with reg.
+    folder_repeats: bool = True
     # Split of the data set; of a folder, the sub-folder in which its metadata.jsonl may lie.
     dataset_split: str = "train"
     # Config of a data set that has several, also called subset; empty takes its default.
@@ -116,6 +123,10 @@ class Config:
     upscale: bool = True
     # Cut a random square, drawn once per picture, instead of the middle.
     random_crop: bool = False
+    # Take a picture's transparency as its mask where no NAME.mask.png lies beside it.
+    mask_from_alpha: bool = False
+    # How much what a mask hides (black) still counts in the loss, against 1 for white.
+    mask_floor: Annotated[float, Within(0, 1)] = 0.1
     # Show every other example mirrored; wrong for writing and for faces that must not be mirrored.
     random_flip: bool = True
 
@@ -139,6 +150,8 @@ class Config:
     gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4
     # Optimizer steps of the whole run.
     max_train_steps: Annotated[int, Within(1, 1e8)] = 1000
+    # In their place, how many times each picture is shown, its weight included; 0 is off.
+    max_train_epochs: Annotated[int, Within(0, 1e6)] = 0
     # Only as long as the change needs to be seen: about a minute after start-up, in the recipe
     # pocket. Changes options that are not given.
     quick: bool = False
@@ -254,7 +267,7 @@ T4 = Config("t4", buckets=True, mixed_precision="auto", memory_plan=True)
 POCKET = Config(
     "pocket",
     pretrained_model_name_or_path="pocket/model",
-    dataset_name="pocket/ink",
+    dataset_name=("pocket/ink",),
     resolution=(128,),
     random_flip=False,
     lora_alpha=16,
@@ -289,6 +302,7 @@ QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 def parse(argv: list[str] | None = None) -> Config:
     """The command line, and before it the --config file that it names, as a checked Config."""
     words = list(sys.argv[1:] if argv is None else argv)
+    given = typed(words)  # without what a file says: there, steps may be what epochs came to
     if file := re.findall("\0--config[=\0]([^\0]+)", "\0".join(["", *words])):
         words = of_file(file[-1], words)
     refuse_unknown(words, Config)
@@ -299,6 +313,9 @@ def parse(argv: list[str] | None = None) -> Config:
     asked = read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py")
     # A typed alpha of 16 is read as 16.0; as the recipe's own 16 it is the same run and file.
     same = {k: v for k, v in vars(recipes[first][1]).items() if v == getattr(asked, k)}
+    twice = asked.max_train_epochs and "max-train-steps" in given
+    found, remedy = "--max-train-steps with --max-train-epochs", "leave one out"
+    refuse([(found, "one of them", remedy)] if twice else [])
     return check(replace(asked, **same))
 
 
@@ -352,7 +369,6 @@ def of_file(name: str, words: list[str]) -> list[str]:
     return recipe + words
 
 
-STEPS = "--max-train-steps, which is epochs x pictures / 4 in t4"
 ELSEWHERE = {  # other trainers' names: ours
     "network-dim": "--lora-rank",
     "rank": "--lora-rank",
@@ -363,8 +379,8 @@ ELSEWHERE = {  # other trainers' names: ours
     "instance-data-dir": "--dataset-name FOLDER",
     "instance-prompt": "--caption",
     "dataset-config-name": "--dataset-config",
-    "num-train-epochs": STEPS,
-    "max-train-epochs": STEPS,
+    "num-train-epochs": "--max-train-epochs",
+    "dataset-repeats": "--dataset-weights",
     "output-name": "--output-dir",
     "save-every-n-steps": "--checkpointing-steps",
     "optimizer-type": "--use-8bit-adam",
@@ -375,15 +391,19 @@ ELSEWHERE = {  # other trainers' names: ours
 }
 
 
+def typed(words: list[str]) -> list[str]:
+    """The names of the options among the `words`, without their dashes."""
+    return [word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"]
+
+
 def refuse_unknown(words: list[str], options: type) -> None:
     """Raise one Refusal for every option among the `words` that the dataclass lacks, each with the
     one that is likely meant.
     """
     names = [field.name.replace("_", "-") for field in fields(options)]
     known = {"help", *names, *(f"no-{name}" for name in names)}
-    typed = [word[2:].partition("=")[0].replace("_", "-") for word in words if word[:2] == "--"]
     troubles = []
-    for name in (name for name in typed if name not in known):
+    for name in (name for name in typed(words) if name not in known):
         near = [f"--{each}" for each in difflib.get_close_matches(name, known, 1)]
         meant = ELSEWHERE.get(name) or "".join(near) or "nothing alike"
         found = f"the option --{name} (here: {meant})"
@@ -452,10 +472,19 @@ def check(config: Config) -> Config:
     in_any_order = config.deterministic and config.attention == "xformers"
     odd = [side for side in config.resolution if side % 64] if config.buckets else []
     sides = " and ".join(map(str, odd))
+    sets, weights = len(config.dataset_name), config.dataset_weights
+    wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
+    told = " ".join(f"{weight:g}" for weight in weights)
+    given = f"--dataset-weights {told} for {sets} of --dataset-name"
+    unseen = config.plan_for and config.max_train_epochs
+    epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
+        (not sets, "--dataset-name without a name", "one or more", "--dataset-name FOLDER"),
+        (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
+        (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (odd, f"--buckets with a resolution of {sides}", "a multiple of 64", "--no-buckets"),
     ]
     if config.plain:

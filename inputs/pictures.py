@@ -16,7 +16,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
 from tqdm import tqdm
 
 from inputs.files import Refusal, refuse
-from inputs.sources import Picture, for_all, named, picture_formats
+from inputs.sources import ALPHA, WHITE, Picture, for_all, named, picture_formats
 
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
 # decode() raises instead. Here, since a filter set and taken back in one thread unsettles others.
@@ -60,6 +60,27 @@ def decode(picture: Picture) -> Image.Image:
         ) from error
 
 
+def mask_of(picture: Picture, size: tuple[int, int]) -> Image.Image:
+    """The picture's mask in 8 bits of grey, white where it has none; size: the picture's width and
+    height. Raises Refusal for a mask of another size and for one that hides the whole picture.
+    """
+    if picture.mask in (None, WHITE):
+        return Image.new("L", size, "white")
+    if picture.mask.digest == ALPHA:
+        image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
+        mask = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
+    else:
+        mask = decode(picture.mask).convert("L")
+    name = f"the mask {picture.mask.name}"
+    if mask.size != size:
+        found = f"{name} of {mask.width} x {mask.height} pixels"
+        expected = f"{size[0]} x {size[1]}, the size of {picture.name}"
+        raise Refusal(found, expected, "draw it over the picture, or remove it")
+    if not mask.getbbox():
+        raise Refusal(f"{name} is all black", "white where the picture is learned", "remove it")
+    return mask
+
+
 def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
     """`image`, whose numbers mean what its ICC profile says, as sRGB: what the VAE was trained on.
     As it is where the profile is damaged or another mode's, which viewers pass over, too.
@@ -97,12 +118,12 @@ def from_16_bits(pixels: np.ndarray) -> np.ndarray:
 
 
 def check_pictures(pictures: list[Picture]) -> None:
-    """Decode every picture, so that all damaged ones are named at once, not one a run. Raises
-    Refusal.
+    """Decode every picture and mask, so that all damaged ones are named at once, not one a run.
+    Raises Refusal.
     """
-
     bar = tqdm(pictures, "checking pictures", leave=False, mininterval=1)
-    for_all(lambda picture: decode(picture).close(), bar)
+
+    for_all(lambda picture: mask_of(picture, decode(picture).size), bar)
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ import functools
 import importlib
 import io
 import json
+import math
 import re
 import sys
 import unicodedata
@@ -35,6 +36,12 @@ NO_PICTURES = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}
 NOT_MADE_BY_PEOPLE = {"__MACOSX", "@eaDir", "Thumbs.db"}  # and what begins with a dot
 TABLES = ("metadata.jsonl", "metadata.csv")
 BESIDE = (".txt", ".caption")  # how a caption's own file ends
+MASK = ".mask.png"  # how the mask of a picture ends, beside it
+# In a picture's path kohya's folders: how often what lies in 10_style is repeated (dates are no
+# repeats), and its pictures for prior preservation.
+NUMBERED = re.compile(r"(?:^|/)\d+_[^/]*/")
+REPEATS = re.compile(r"(?:^|/)0*([1-9]\d{0,2})_(?=[^/]*/)")
+REGULARISATION = re.compile(r"(?i)(?:^|/)(\d+_)?reg[^/]*/")
 # What may hold captions by its name: metadata.json1, kohya's meta_cap.json, train.csv, a.tags.
 ALIKE = re.compile(r"(?i)(meta|caption).*\.|.*\.(jsonl?|csv|tsv|tags)$")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
@@ -52,12 +59,20 @@ LARGEST = {"picture": 10**9, "metadata": 10**9, "caption": 10**6}
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the data set. read() gives the encoded file; digest tells its content."""
+    """One picture of the data set. read() gives the encoded file; digest tells its content; weight:
+    how often it is shown where another is shown once; mask: a picture of the same size, white where
+    it is to be learned; of digest ALPHA it is this picture's transparency.
+    """
 
     name: str
     caption: str
     digest: str
     read: Callable[[], bytes]
+    weight: int = 1
+    mask: "Picture | None" = None
+
+
+ALPHA, WHITE = "alpha", Picture("white", "", "white", bytes)  # masks without a file
 
 
 class Pictures(list[Picture]):
@@ -65,8 +80,65 @@ class Pictures(list[Picture]):
 
     notes: Sequence[str] = ()
 
+    @property
+    def cards(self) -> int:
+        """What one epoch shows: each picture as often as its weight says."""
+        return sum(picture.weight for picture in self)
+
     def __str__(self) -> str:
         return "; ".join([f"{len(self)} pictures", *self.notes])
+
+
+def read_datasets(options: Config) -> Pictures:
+    """The captioned pictures of all data sets that the options name, each with its weight and, in a
+    run with masks, a mask. Raises Refusal as read_dataset() does, for all of them at once, and
+    where no picture has the transparency that was asked for.
+    """
+    names, found = options.dataset_name, Pictures()
+    sets, several = for_all(lambda name: read_dataset(name, options), names), len(names) > 1
+    found.notes = []
+    weights = [int(weight) for weight in options.dataset_weights] or [1] * len(names)
+    for name, weight, each in zip(names, weights, sets, strict=True):
+        of = f"{name.rstrip('/')}/" if several else ""
+        found += [replace(p, name=of + p.name, weight=weight * p.weight) for p in each]
+        told = [f"{len(each)} pictures x {weight}"] if several or weight > 1 else []
+        found.notes += [f"{name}: {note}" if several else note for note in (*told, *each.notes)]
+    return with_masks(found, options)
+
+
+def with_masks(pictures: Pictures, options: Config) -> Pictures:
+    """`pictures`; where any has a mask, by a file or by its transparency if that is asked for, all
+    others have a white one. Raises Refusal where transparency is asked for and none has it.
+    """
+    if options.mask_from_alpha:
+        pictures[:] = [replace(p, mask=p.mask or transparency(p)) for p in pictures]
+        if not any(picture.mask for picture in pictures):
+            found = f"--mask-from-alpha, and none of {len(pictures)} pictures has transparency"
+            raise Refusal(found, "pictures with it", f"leave it out, or draw NAME{MASK}")
+    bare = [picture.name for picture in pictures if not picture.mask]
+    if len(bare) < len(pictures):
+        pictures[:] = [replace(p, mask=p.mask or WHITE) for p in pictures]
+        pictures.notes = [*pictures.notes, f"{len(pictures) - len(bare)} with a mask"]
+        pictures.notes += [f"{named(bare)} without a mask, learned whole"] if bare else []
+    return pictures
+
+
+def transparency(picture: Picture) -> Picture | None:
+    """The mask that a picture's own transparency is; None where it has none."""
+    with contextlib.suppress(Exception):  # a damaged one is refused by name when it is encoded
+        image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
+        if image.has_transparency_data and image.mode[0] != "I":  # with 16 bits none is read
+            return replace(picture, name=f"{picture.name}'s transparency", digest=ALPHA)
+    return None
+
+
+def in_steps(config: Config, pictures: Pictures) -> Config:
+    """`config` with the steps that its epochs are of these pictures, where it has epochs."""
+    if not (epochs := config.max_train_epochs):
+        return config
+    steps = math.ceil(epochs * pictures.cards / config.examples_per_step)
+    pictures.notes = [*pictures.notes, f"{epochs} epochs of {pictures.cards} are {steps} steps"]
+    return replace(config, max_train_steps=steps)
 
 
 def read_dataset(name: str, options: Config = USUAL) -> Pictures:
@@ -194,24 +266,62 @@ def from_folder(folder: Path, table: Path | None, options: Config) -> Pictures:
     beside = [p for p in paths if p.suffix.lower() in BESIDE]
     captions = for_all(row, rows_of(folder, table)) if table else for_all(caption, beside)
     pictures = [p for p in paths if is_picture(p) and (p.is_file() or p.is_symlink())]
+    pictures, masks = masks_apart(folder, pictures)
     left_out[f"lie outside {top.name}/"] = [p for p in pictures if top not in p.parents]
     pictures = [p for p in pictures if top in p.parents]
+    kohyas = options.folder_repeats and any(REPEATS.search(named_in(p)) for p in pictures)
+    spare = {p for p in pictures if kohyas and REGULARISATION.search(named_in(p))}
+    left_out["lie in folders like reg beside 10_style, kohya's regularisation"] = sorted(spare)
+    pictures = [p for p in pictures if p not in spare]
     unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
     captions = [each for each in captions if each[0] not in unused]
-    known = {table, *pictures, *beside}
+    known = {table, *beside}
     alike = [p for p in paths if ALIKE.match(p.name) and p.is_file() and top in p.parents]
-    alike, why = [p for p in alike if p not in known], "are not named as captions are"
+    alike = [p for p in alike if p not in known and not is_picture(p)]
+    why = "are not named as captions are"
     if table:
         why, stems = f"are captions beside {named_in(table)}", {p.with_suffix("") for p in pictures}
         alike += [p for p in beside if p.with_suffix("") in stems]
     left_out[why] = alike
     found = Pictures(paired(folder, [(key(p), p) for p in pictures], captions))
+    found[:] = for_all(lambda picture: with_more(picture, folder, masks, options), found)
     said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
-    kohya = "in folders like 10_style: each counts once, the number is no repeat"
-    said[kohya] = [p.name for p in found if re.match(r"\d+_", Path(p.name).parent.name)]
+    often = "so many times, up to 999 (--no-folder-repeats: once)"
+    kohya = f"in folders like 10_style, shown {often if options.folder_repeats else 'once each'}"
+    said[kohya] = [p.name for p in found if NUMBERED.search(p.name)]
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
     found.notes += [f"{named_in(table)} has no rows"] if table and not captions else []
     return found
+
+
+def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, str]]:
+    """Of the picture files of `folder` those that are no masks, and by the beginning of their
+    picture's name the names of those that are. Raises Refusal for masks without a picture.
+    """
+    names = [path.relative_to(folder).as_posix() for path in files]
+    masks = {stem(name[: -len(MASK)] + "."): name for name in names if name.lower().endswith(MASK)}
+    pictures = [path for path in files if not path.name.lower().endswith(MASK)]
+    there = {stem(path.relative_to(folder).as_posix()) for path in pictures}
+    odd = [name for key, name in masks.items() if key not in there]
+    found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"
+    refuse([(found, f"a.jpg beside a{MASK}", "add, rename or remove what is odd")] if odd else [])
+    return pictures, masks
+
+
+def stem(name: str) -> str:
+    return normal(name.rpartition(".")[0])
+
+
+def with_more(picture: Picture, folder: Path, masks: dict[str, str], options: Config) -> Picture:
+    """`picture` of a folder with its mask, if it has one, and shown as often as the nearest folder
+    like 10_style around it says.
+    """
+    repeats = REPEATS.findall(picture.name) if options.folder_repeats else []
+    mask = None
+    if name := masks.get(stem(picture.name)):
+        read = functools.partial(content_of, folder, name, "picture")
+        mask = Picture(name, "", digest(read()), read)
+    return replace(picture, mask=mask, weight=int(repeats[-1]) if repeats else 1)
 
 
 def normal(name: str) -> str:

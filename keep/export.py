@@ -86,7 +86,8 @@ def mark_finished(kept) -> None:
     run, config = kept.run, kept.run.config
     # Again, since the run may have been killed between its last checkpoint and this.
     remove_old(config.out / "checkpoints", run.step, config.checkpoints_total_limit)
-    note = {"steps": run.step, "files": exported_sums(config), "save_dtype": config.save_dtype}
+    note = {"steps": run.step, "epochs": config.max_train_epochs}
+    note |= {"files": exported_sums(config), "save_dtype": config.save_dtype}
     note |= {"identity": kept.identity, "code": kept.code, "commit": code.commit()}
     remove_renamed(config)
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
@@ -101,11 +102,13 @@ def finished(config: Config) -> str:
     from, base model or pictures, holds something else by now.
     """
     sweep_parts(config.out)
-    steps = config.max_train_steps
+    epochs, steps = config.max_train_epochs, config.max_train_steps
     try:
         note = json.loads((config.out / "finished.json").read_text())
         whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
-        half, enough = note["identity"]["dtype"] != "torch.float32", note["steps"] >= steps
+        half, done = note["identity"]["dtype"] != "torch.float32", note["steps"]
+        # Of the same pictures, as check_same() finds, as many epochs are as many steps.
+        enough = note.get("epochs", 0) >= epochs if epochs else done >= steps
     except (OSError, ValueError, KeyError, TypeError):  # not ended yet, or damaged
         return ""
     config = on_schedule(config, note)
@@ -119,7 +122,7 @@ def finished(config: Config) -> str:
     names = code.changed(faster.digests(config), note.get("code", {}))
     other = f", by other code ({', '.join(names)})" if names else ""
     return (
-        f"{config.out} is finished{other}: {note['steps']} steps on {config.dataset_name}. To go "
-        "on: a larger --max-train-steps; to start anew: another --output-dir; to draw: make "
-        "generate"
+        f"{config.out} is finished{other}: {done} steps on {' '.join(config.dataset_name)}. To go "
+        f"on: a larger --max-train-{'epochs' if epochs else 'steps'}; to start anew: another "
+        "--output-dir; to draw: make generate"
     )

@@ -39,7 +39,7 @@ WRITTEN_FOR = {
     "loop.optimizer_step": "cb1b77caeff3635cdec4d407bb0f7119",
     "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
     "loop.step_batches": "522709fce811ad7922b1f39601d6cf0c",
-    "loop.diffusion_loss": "ae25d325faadcd60ffbddd5838318301",
+    "loop.diffusion_loss": "fdbca68008a9de5805803483f86befe1",
     "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
 }
 # What may mean each matrix by itself, and would mean the one vector instead.

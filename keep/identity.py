@@ -12,14 +12,14 @@ from inputs.code import changed
 from inputs.drawing import check_base, of_run
 from inputs.files import Refusal, digest, place
 from inputs.options import Config
-from inputs.sources import Picture, read_dataset, ten
+from inputs.sources import Picture, read_datasets, ten
 from lora import AdapterFile
 from model import NoiseSchedule
 
 # What may change between two starts of one run; everything else is part of what the run is.
 MAY_CHANGE = {
-    *("max_train_steps", "checkpointing_steps", "checkpoints_total_limit", "save_dtype"),
-    *("tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
+    *("max_train_steps", "max_train_epochs", "checkpointing_steps", "checkpoints_total_limit"),
+    *("save_dtype", "tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
     *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
     *("ddp_timeout", "plain", "accept_code_change", "config"),
@@ -102,12 +102,18 @@ def started_from(config: Config, identity: dict[str, str]) -> dict[str, str]:
 
 
 def of_data(pictures: list[Picture]) -> str:
-    return digest(*(part for p in pictures for part in (p.digest, p.caption)))
+    return digest(*(part for p in pictures for part in (p.digest, p.caption, *more_of(p))))
+
+
+def more_of(picture: Picture) -> list[str]:
+    """What of a picture only some runs have, as text."""
+    weight = [f"shown {picture.weight} times"] if picture.weight > 1 else []
+    return weight + ([f"mask {picture.mask.digest}"] if picture.mask else [])
 
 
 def listed(pictures: list[Picture]) -> dict[str, list[str]]:
     """What OUT/pictures.json holds: by it a later start tells by name what has changed."""
-    return {p.name: [p.digest, digest(p.caption)] for p in pictures}
+    return {p.name: [p.digest, digest(p.caption), *more_of(p)] for p in pictures}
 
 
 def other_pictures(config: Config) -> str:
@@ -116,11 +122,12 @@ def other_pictures(config: Config) -> str:
         old = json.loads((config.out / PICTURES).read_text())
     except (OSError, ValueError):  # an early version wrote none
         return ""
-    new, found = listed(read_dataset(config.dataset_name, config)), {}
+    new, found = listed(read_datasets(config)), {}
     for name in (name for name in sorted(old | new) if old.get(name) != new.get(name)):
         how = "added" if name not in old else "gone" if name not in new else "changed"
         if how == "changed" and old[name][0] == new[name][0]:
-            how = "with another caption"
+            caption = old[name][1] != new[name][1]
+            how = "with another caption" if caption else "with another mask or weight"
         found.setdefault(how, []).append(name)
     return ", ".join(f"{len(names)} {how} ({ten(names)})" for how, names in found.items())
 
@@ -129,10 +136,10 @@ def local_identity(config: Config, half: bool) -> dict[str, str]:
     """identity() as far as it is of folders and files on this disk, which can be replaced in place
     and looked at without a download.
     """
-    name, data = config.pretrained_model_name_or_path, config.dataset_name
+    name = config.pretrained_model_name_or_path
     found = of_base(name, half) if place(name).exists() else {}
-    if place(data).is_dir():
-        found["data"] = of_data(read_dataset(data, config))
+    if all(place(data).is_dir() for data in config.dataset_name):
+        found["data"] = of_data(read_datasets(config))
     return found
 
 
@@ -190,7 +197,7 @@ def about(kept) -> dict[str, str]:
         "base_model": public_name(config.pretrained_model_name_or_path),
         "base_fingerprint": kept.identity["base"],
         "base_quantization": config.base_quantization,
-        "dataset": public_name(config.dataset_name),
+        "dataset": " ".join(map(public_name, config.dataset_name)),
         "recipe": config.recipe,
         "resolution": " ".join(map(str, config.resolution)),
         "prediction_type": kept.run.schedule.prediction_type,

@@ -166,7 +166,8 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     bare = [p.name for p in pictures if not p.caption.strip()]
     first = f" (the first: {bare[0]})" if bare else ""
     cut = count_cut(captions, config.pretrained_model_name_or_path)
-    epochs = config.max_train_steps * n / len(pictures)
+    epochs = config.max_train_steps * n / pictures.cards
+    cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
     at = f"{', '.join(map(str, config.resolution))}{' px in buckets' if config.buckets else ' px'}"
     several = f", shared by {size} processes" if size > 1 else ""
     if size > n:
@@ -179,7 +180,7 @@ def describe(kept, pictures: Pictures, how: str) -> str:
         "; ".join(pictures.notes),
         strong_changes(pictures, run.examples.sizes),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
-        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{several}",
+        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}",
         describe_rate(config),
         f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
     )

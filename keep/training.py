@@ -23,7 +23,7 @@ from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
-from inputs.sources import Pictures, read_dataset
+from inputs.sources import Pictures, in_steps, read_datasets
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
 
@@ -64,7 +64,8 @@ def set_up(
     """
     team, name = team or faster.Alone(), config.pretrained_model_name_or_path
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    pictures = read_dataset(config.dataset_name, config)
+    pictures = read_datasets(config)
+    config = in_steps(config, pictures)
     schedule = model.load_noise_schedule(name, device, config.prediction_type)
     commit = hub.commit_of(name)
     state = checkpoint.newest_state(config.out / "checkpoints")
@@ -174,7 +175,7 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
 def asks_for_own(config: Config) -> bool:
     """Whether the prompts are still the recipe's, and the pictures are others."""
     usual = (options.QUICK if config.quick else options.RECIPES)[config.recipe][1]
-    data, theirs = (place(each.dataset_name).resolve() for each in (config, usual))
+    data, theirs = ([place(n).resolve() for n in each.dataset_name] for each in (config, usual))
     return data != theirs and config.validation_prompts == usual.validation_prompts
 
 

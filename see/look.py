@@ -18,7 +18,7 @@ from inputs.ahead import work_ahead
 from inputs.files import Refusal, place, write_whole
 from inputs.one_file import SHIPPED
 from inputs.pictures import decode, refuse_small, strong_changes, upright_size
-from inputs.sources import Picture, read_dataset, ten
+from inputs.sources import Picture, read_datasets, ten
 from see import sheet
 
 MOST = 120  # crops on the sheet, and one more of some sizes: a file of a few MB
@@ -31,7 +31,7 @@ def look(config: options.Config) -> bool:
     """
     import data  # here: it imports torch, and a wrong option is answered before that
 
-    pictures = read_dataset(config.dataset_name, config)
+    pictures = read_datasets(config)
     print(pictures)
     crop = data.Crop(config.resolution, config.buckets, config.random_crop, config.seed)
 
@@ -67,7 +67,7 @@ def look(config: options.Config) -> bool:
     for group in data.alike(sizes):
         (height, width), crops = sizes[group[0]], [*map(shown, group[::every])]
         rows[f"{width} x {height} px: {len(crops)} of {len(group)} pictures"] = crops
-    name = place(config.dataset_name).resolve().name
+    name = "-".join(place(each).resolve().name for each in config.dataset_name)
     path = config.out / "look.png" if config.output_dir else Path(f"runs/look-{name}.png")
     drawn(rows).save(file := io.BytesIO(), "PNG")
     write_whole(path, file.getvalue())
@@ -128,7 +128,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code: 0 drawn, 1 nothing to draw, or refused (on stderr)."""
     try:
         config = options.parse(argv)
-        options.announce(f"looking at {config.dataset_name}")
+        options.announce(f"looking at {' and '.join(config.dataset_name)}")
         return 0 if look(config) else 1
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)

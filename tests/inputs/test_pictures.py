@@ -216,7 +216,7 @@ def test_a_profile_that_does_not_fit_changes_nothing_and_is_said(damaged):
 def test_how_colours_are_read_is_part_of_a_kept_picture_s_name(tmp_path, monkeypatch):
     """An edit of the conversion, as of what else decodes, makes encoded pictures anew."""
     makers = ("decode", "to_srgb", "colours_of", "transform_to_srgb", "from_16_bits")
-    makers += ("upright_size",)
+    makers += ("upright_size", "mask_of")
     whole = {f"inputs.pictures.{name}" for name in makers}
     whole |= {"data.Encoder", "data.views", "data.CROP"}
     whole |= {"model.encode_images", "model.add_time_ids"}

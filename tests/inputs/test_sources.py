@@ -495,12 +495,6 @@ def read_notes(folder: Path) -> list[str]:
     return list(read_dataset(str(folder)).notes)
 
 
-def test_that_kohyas_repeats_are_no_repeats_is_said(tmp_path):
-    files = {"10_style/a.png": RED, "10_style/a.txt": "a", "2024/b.png": BLUE, "2024/b.txt": "b"}
-    (note,) = read_notes(write_folder(tmp_path, files))
-    assert note.startswith("1 (the first: 10_style/a.png) in folders like 10_style")
-
-
 # ---- text in another encoding, and control characters --------------------------------------------
 
 

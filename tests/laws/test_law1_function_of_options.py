@@ -54,7 +54,7 @@ def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache
     config = dataclasses.replace(
         RECIPES["pocket"][1],
         pretrained_model_name_or_path=str(POCKET),
-        dataset_name=str(few),
+        dataset_name=(str(few),),
         resolution=(64,),
         cache_dir=str(cache),
         output_dir=str(tmp_path / "g"),

@@ -13,7 +13,7 @@ import lora
 import model
 from conftest import ROOT, trainer
 from inputs import options
-from inputs.sources import read_dataset
+from inputs.sources import read_datasets
 from keep import faster, training
 from runs import in_one, matrices, moved
 
@@ -105,7 +105,7 @@ def plain_run(config) -> loop.Run:
     """What loop.train_plain() steps."""
     name, device = config.pretrained_model_name_or_path, torch.device("cpu")
     dtype, _ = model.choose_dtype(config.mixed_precision, device)
-    schedule, pictures = model.load_noise_schedule(name, device), read_dataset(config.dataset_name)
+    schedule, pictures = model.load_noise_schedule(name, device), read_datasets(config)
     examples = loop.examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
     return loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
