@@ -39,6 +39,8 @@ class Options:
     height: Annotated[int, Within(0, 4096, step=8)] = 0
     # What pictures should not show; acts where the guidance scale is above 1.
     negative_prompt: str = ""
+    # Tokens of a prompt that are read: 75, 150 or 225; 0 takes what the adapter was trained with.
+    max_tokens: Literal[0, 75, 150, 225] = 0
     # diffusers' class that takes the denoising steps, such as DPMSolverMultistepScheduler; empty
     # takes the model's own.
     scheduler: str = ""
@@ -116,10 +118,15 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     if not base and named and "/" not in named and not Path(named).exists():
         found = f"{path} says that its base is called {named}, and not where that lies"
         raise Refusal(found, "the model that it was trained on", f"{OPTION} WHERE/IT/IS/{named}")
+    told = about.get("max_tokens", "75")
+    if not options.max_tokens and told not in ("75", "150", "225"):
+        found = f"{path} says max_tokens {told!r:.50}"
+        raise Refusal(found, "75, 150 or 225", "--max-tokens 75, or what it was trained with")
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
         prompts=tuple(prompts or recipe.validation_prompts),
+        max_tokens=options.max_tokens or int(told),
         guidance_scale=guidance if guidance >= 0 else recipe.guidance_scale,
         pretrained_model_name_or_path=base or named,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),

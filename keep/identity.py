@@ -56,12 +56,12 @@ def of_base(name: str, half: bool) -> dict[str, str]:
 
 
 def of_data(pictures: list[Picture]) -> str:
-    return digest(*(part for p in pictures for part in (p.digest, p.caption)))
+    return digest(*(part for p in pictures for part in (p.digest, *p.captions)))
 
 
 def listed(pictures: list[Picture]) -> dict[str, list[str]]:
     """What OUT/pictures.json holds: by it a later start tells by name what has changed."""
-    return {p.name: [p.digest, digest(p.caption)] for p in pictures}
+    return {p.name: [p.digest, digest(*p.captions)] for p in pictures}
 
 
 def other_pictures(config: Config) -> str:
@@ -149,6 +149,7 @@ def about(kept) -> dict[str, str]:
         "resolution": " ".join(map(str, config.resolution)),
         "steps": str(kept.run.step),
     }
+    header |= {"max_tokens": str(config.max_tokens)} if config.max_tokens > 75 else {}
     return header | ({"code_changes": kept.code_changes} if kept.code_changes else {})
 
 

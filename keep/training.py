@@ -73,6 +73,8 @@ def set_up(
         told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
         write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
+        if room := report.disk(config, pictures, dtype):
+            print(room, flush=True)  # before they are encoded
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()

@@ -200,8 +200,8 @@ def ink(count: int = 20) -> list[Picture]:
         image, less = Image.open(io.BytesIO(drawing.read())).convert("RGB"), 3 * i % 50
         size = (128 - less, 128) if i % 2 else (128, 128 - less)
         content = encoded(image.crop((0, 0, *size)))
-        caption = {3: "", 5: pictures[4].caption}.get(i, drawing.caption)
-        cuts.append(Picture(drawing.name, caption, digest(content), lambda c=content: c))
+        captions = {3: ("",), 5: pictures[4].captions}.get(i, drawing.captions)
+        cuts.append(Picture(drawing.name, captions, digest(content), lambda c=content: c))
     return cuts
 
 
@@ -529,12 +529,12 @@ def test_latents_that_are_not_finite_stop_with_the_pictures_name(tmp_path, value
 def test_embeddings_that_are_not_finite_stop_with_the_caption(tmp_path, monkeypatch, part):
     def encode_prompts(prompts, text):
         embeddings = torch.zeros(1, 32, 224), torch.zeros(1, 128)
-        if prompts == [ink()[2].caption]:
+        if prompts == [*ink()[2].captions]:
             embeddings[part][0, 0] = float("nan")
         return embeddings
 
     monkeypatch.setattr(model, "encode_prompts", encode_prompts)
-    with pytest.raises(Refusal, match=ink()[2].caption):
+    with pytest.raises(Refusal, match=ink()[2].captions[0]):
         fill(tmp_path, Counting())
     assert files_in(tmp_path) == set()
 
@@ -800,7 +800,7 @@ def test_streams_of_different_purposes_never_coincide(monkeypatch):
         examples = examples_of(None, count=1, seed=seed)  # one picture: every example an epoch
         for i in range(40):
             examples.example(i)
-            chosen = Picture("a", "a", f"{i:08x}{'0' * 24}", lambda: image)
+            chosen = Picture("a", ("a",), f"{i:08x}{'0' * 24}", lambda: image)
             one_view(chosen, 8, True, seed, False)
     states = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
     assert len(keys) == 4 * 3 * 40 and len(set(states)) == len(states)
