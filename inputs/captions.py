@@ -34,8 +34,7 @@ def variant(caption: str, k: int, options: Config) -> str:
         order = order if options.shuffle_tags else range(len(others))
         kept = kept + [others[i] for i in order if stays[i] >= options.tag_dropout]
         text = ", ".join(kept or tags[:1])
-    if not options.trigger or re.search(
-        rf"(?<!\w){re.escape(options.trigger)}(?!\w)", text, re.IGNORECASE
-    ):
+    word = rf"(?<!\w){re.escape(options.trigger)}(?!\w)"  # CLIP knows no capitals
+    if not options.trigger or re.search(word, text, re.IGNORECASE):
         return text
     return ", ".join(filter(None, (options.trigger, text.strip())))

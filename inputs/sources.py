@@ -8,6 +8,7 @@ import csv
 import functools
 import importlib
 import io
+import itertools
 import json
 import re
 import sys
@@ -171,7 +172,7 @@ def tables_of(folder: Path, options: Config) -> list[Path] | None:
     """
     paths, split = files_in(folder)[0], folder / options.dataset_split
     tables = [p for p in paths if TABLE.fullmatch(p.name) and p.is_file()]
-    found = [p for p in tables if p.parent in (folder, split) and is_beside(folder, p)]
+    found = [p for p in tables if p.parent in (folder, split)]
     parquet = [p for p in paths if p.suffix == ".parquet" and p not in found][:1]
     if found and parquet:
         told = " and ".join(p.relative_to(folder).as_posix() for p in found + parquet)
@@ -182,21 +183,6 @@ def tables_of(folder: Path, options: Config) -> list[Path] | None:
         remedy = "correct or leave out --dataset-split and --dataset-config, or name a sub-folder"
         raise Refusal(told, "SPLIT/metadata.jsonl, or parquet files", remedy)
     return None if parquet else found
-
-
-def is_beside(folder: Path, table: Path) -> bool:
-    """Whether a table names pictures beside it: a parquet file may hold them itself."""
-    return table.suffix != ".parquet" or "file_name" in of_parquet(folder, table, False)[0]
-
-
-def of_parquet(folder: Path, path: Path, rows: bool = True) -> tuple[list, list]:
-    """The columns' names and, if asked for, the rows. Raises Refusal for a damaged file."""
-    import pyarrow.parquet
-
-    name = path.relative_to(folder).as_posix()
-    with refusing(f"{name} is no table", "a whole parquet file", f"replace it in {folder}"):
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(content_of(folder, name, "parquet")))
-        return file.schema_arrow.names, file.read().to_pylist() if rows else []
 
 
 def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
@@ -212,27 +198,24 @@ def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
         return normal(named_in(path if tables else path.with_suffix("")))
 
     def caption(path: Path) -> tuple[str, str, tuple]:
-        text, stem = content_of(folder, named_in(path), "caption").strip(), path.with_suffix("")
+        text = content_of(folder, named_in(path), "caption").strip()
         lines = [line.strip() for line in text.splitlines() if line.strip()]
-        several = tuple(lines) if options.caption_lines and lines else (text,)
-        return key(stems.get(stem, path)), named_in(path), several
+        texts = tuple(lines) if options.caption_lines and lines else (text,)
+        return key(stems.get(path.with_suffix(""), path)), named_in(path), texts
 
     pictures = [p for p in paths if is_picture(p) and (p.is_file() or p.is_symlink())]
     left_out[f"lie outside {top.name}/"] = [p for p in pictures if top not in p.parents]
     pictures = [p for p in pictures if top in p.parents]
     stems = {p.with_suffix(""): p for p in pictures}
     beside = [p for p in paths if p.suffix.lower() in BESIDE]
-    unread = [p for p in beside if tables and p.with_suffix("") in stems]
-    captions = for_all(caption, unread if tables else beside)
-    if tables:
-        told = {named_in(table): rows_of(folder, table, pictures, options) for table in tables}
-        captions = agreed(folder, told, captions)
+    read = [p for p in beside if not tables or p.with_suffix("") in stems]
+    told = {named_in(table): rows_of(folder, table, pictures, options) for table in tables}
+    captions = agreed(folder, told | {"files beside pictures": for_all(caption, read)})
     unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
     captions = [each for each in captions if each[0] not in unused]
     alike = [p for p in paths if ALIKE.match(p.name) and p.is_file() and top in p.parents]
-    alike = [p for p in alike if p not in {*tables, *pictures, *beside}]
-    why = f"captions beside {named_in(tables[0])}" if tables else "not named as captions are"
-    left_out[f"are {why}"] = alike + unread
+    known = {*tables, *pictures, *beside}
+    left_out["are not named as captions are"] = [p for p in alike if p not in known]
     found = Pictures(paired(folder, [(key(p), p) for p in pictures], captions))
     said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
     kohya = "in folders like 10_style: each counts once, the number is no repeat"
@@ -255,21 +238,16 @@ def rows_of(
     folder: Path, table: Path, pictures: list[Path], options: Config
 ) -> list[tuple[str, str, tuple]]:
     """The rows of a table: the picture's key, its name there, and its captions."""
-    top = table.parent.relative_to(folder)
-    names = {normal(p.relative_to(folder).as_posix()): p for p in pictures}
-    known = collections.defaultdict(set)  # kohya's keys have no ending, or another machine's folder
-    for name, path in names.items() if table.suffix == ".json" else ():
-        for alias in (name, name.removesuffix(path.suffix), path.name, path.stem):
-            known[normal(alias)].add(name)
+    top, kohya = table.parent.relative_to(folder), collections.defaultdict(set)
+    for path in pictures if table.suffix == ".json" else ():
+        for name in (path.name, path.stem):  # their keys have no ending, or another machine's path
+            kohya[normal(name)].add(normal(path.relative_to(folder).as_posix()))
 
     def row(line: tuple[str, str]) -> tuple[str, str, tuple]:
         name, texts = row_of(*line, options, folder)
         name = (top / name).as_posix()
-        key = normal(name)
-        for alias in (key, Path(key).name):
-            if key not in names and len(known[alias]) == 1:
-                (key,) = known[alias]
-        return key, name, texts
+        own = kohya[normal(Path(name).name)]
+        return next(iter(own)) if len(own) == 1 else normal(name), name, texts
 
     return for_all(row, lines_of(folder, table))
 
@@ -277,12 +255,15 @@ def rows_of(
 def lines_of(folder: Path, table: Path) -> list[tuple[str, str]]:
     """The rows of a table as JSON, and where each stands."""
     name = table.relative_to(folder).as_posix()
-    if table.suffix == ".parquet":
-        rows = of_parquet(folder, table)[1]
-        return [(json.dumps(row, default=str), f"{name} row {i}") for i, row in enumerate(rows, 1)]
-    text = content_of(folder, name, "metadata")
+    text = content_of(folder, name, "parquet" if table.suffix == ".parquet" else "metadata")
     if table.suffix == ".jsonl":
         numbered: Iterable = enumerate(text.split("\n"), 1)
+    elif table.suffix == ".parquet":
+        import pyarrow.parquet  # here, since it takes a while
+
+        with refusing(f"{name} is no table", "a whole parquet file", f"replace it in {folder}"):
+            rows = pyarrow.parquet.read_table(io.BytesIO(text)).to_pylist()
+            numbered = [(i, json.dumps(row, default=str)) for i, row in enumerate(rows, 1)]
     elif table.suffix == ".json":
         expected = '{"a.png": {"caption": "a caption", "tags": "one, two"}}'
         with refusing(f"{name} is no table", expected, f"correct or rename it in {folder}"):
@@ -306,26 +287,20 @@ def kohyas(key: str, row: dict) -> str:
     return json.dumps({"file_name": key.replace("\\", "/"), **row, "text": text})
 
 
-def agreed(folder: Path, told: dict[str, list[tuple]], beside: list[tuple]) -> list[tuple]:
-    """The rows of the first of the tables `told`, by their names. Raises Refusal where another's
-    are not there, too, or a file beside a picture has another caption.
+def agreed(folder: Path, told: dict[str, list[tuple]]) -> list[tuple]:
+    """The rows of the first of `told`, by where they are. Raises Refusal for a caption in another
+    that is not there.
     """
-
-    def bare(texts: tuple[str, ...]) -> list[str]:
-        return [text.strip() for text in texts if text.strip()]
-
-    first, *others = told
-    texts = {key: bare(each) for key, _, each in told[first]}
-    odd = {n: [k for k, _, each in told[n] if bare(each) != texts.get(k)] for n in others}
-    read = [(texts[key], bare(each), name) for key, name, each in beside if key in texts]
-    odd["files beside pictures"] = [name for a, b, name in read if a and b and a != b]
-    expected, remedy = "one caption file, or equal ones", "rename or remove the others"
-    refuse(
-        (f"{folder} holds {first} and {name}, which disagree: {ten(names)}", expected, remedy)
-        for name, names in odd.items()
-        if names
-    )
-    return told[first]
+    bare = lambda texts: [text.strip() for text in texts if text.strip()]  # noqa: E731
+    first, *others = told.values()
+    texts = {key: bare(each) for key, _, each in first}
+    rows = itertools.chain.from_iterable(others)
+    odd = {name for key, name, each in rows if bare(each) and bare(each) != texts.get(key)}
+    if odd:
+        found = f"{folder} holds {' and '.join(name for name, rows in told.items() if rows)}, "
+        remedy = "correct them, or rename or remove all but one"
+        raise Refusal(f"{found}which disagree: {ten(list(odd))}", "the same captions", remedy)
+    return first
 
 
 def row_of(line: str, where: str, options: Config, folder: Path) -> tuple[str, tuple[str, ...]]:
@@ -456,9 +431,8 @@ def content_of(folder: Path, name: str, kind: str) -> bytes | str:
 
 def captions_of(value: Any, where: str) -> tuple[str, ...]:
     """The captions in a cell of a table: a text, or a list of texts. Raises Refusal."""
-    return tuple(
-        caption_of(each, where) for each in (value if isinstance(value, list) else [value])
-    ) or ("",)
+    texts = value if value and isinstance(value, list) else [value]
+    return tuple(caption_of(text, where) for text in texts)
 
 
 def caption_of(value: Any, where: str) -> str:

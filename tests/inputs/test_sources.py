@@ -213,6 +213,9 @@ def test_a_caption_is_given_to_every_picture_that_has_none_of_its_own(tmp_path):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "class": "red"}')
     with pytest.raises(Refusal, match=r"metadata\.jsonl line 1 has the columns file_name, class"):
         read(folder)
+    with pytest.raises(Refusal, match=r"which disagree: 'b\.txt'"):
+        read(folder, caption="x")
+    (folder / "b.txt").unlink()
     assert [p.captions[0] for p in read(folder, caption="x")] == ["x", "x", "x"]
     with pytest.raises(Refusal, match="expected title"):
         read(folder, caption="x", caption_column="title")
@@ -256,13 +259,14 @@ def test_what_looks_like_captions_is_said_where_an_option_gives_them(tmp_path):
     assert found[0].captions[0] == "a" and found.notes[0] == note
 
 
-def test_captions_beside_a_table_are_said_to_be_unread(tmp_path):
+def test_a_caption_beside_a_table_that_lacks_it_is_refused(tmp_path):
     files = {"a.png": RED, "b.png": BLUE, "metadata.jsonl": [GOOD], "b.txt": "b", "LICENSE.txt": ""}
-    found = read(write_folder(tmp_path, files))
-    assert [p.captions[0] for p in found] == ["a", ""]
-    assert found.notes == [
-        "1 (the first: b.txt) left out, since they are captions beside metadata.jsonl"
-    ]
+    folder = write_folder(tmp_path, files)
+    with pytest.raises(Refusal, match=r"jsonl and files beside pictures, .*: 'b\.txt'"):
+        read(folder)
+    (folder / "b.txt").write_text("")
+    found = read(folder)
+    assert [p.captions[0] for p in found] == ["a", ""] and not found.notes
 
 
 @pytest.mark.parametrize(
