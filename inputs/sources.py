@@ -297,9 +297,9 @@ def agreed(folder: Path, told: dict[str, list[tuple]]) -> list[tuple]:
     rows = itertools.chain.from_iterable(others)
     odd = {name for key, name, each in rows if bare(each) and bare(each) != texts.get(key)}
     if odd:
-        found = f"{folder} holds {' and '.join(name for name, rows in told.items() if rows)}, "
-        remedy = "correct them, or rename or remove all but one"
-        raise Refusal(f"{found}which disagree: {ten(list(odd))}", "the same captions", remedy)
+        held = " and ".join(name for name, rows in told.items() if rows)
+        found = f"{folder} holds {held}, which disagree: {ten(list(odd))}"
+        raise Refusal(found, "the same captions", "correct, rename or remove all but one of them")
     return first
 
 
