@@ -134,9 +134,10 @@ def in_batches(device: torch.device) -> bool:
 class Encoder:
     """Encodes at every call: the reference, and what --no-cache trains from.
 
-    Index len(pictures) of prompt() is the unconditional embedding. sizes: at which each picture is
-    trained. The VAE ("vae") and the text encoders ("text") are loaded when they are first needed,
-    and stay until free().
+    Index i of prompt() is captions[i]: all of the first picture's, then of the second's, ..., and
+    last "", the unconditional embedding; captions_of: which of them are a picture's. sizes: at
+    which each picture is trained. The VAE ("vae") and the text encoders ("text") are loaded when
+    they are first needed, and stay until free().
     """
 
     def __init__(
@@ -144,6 +145,9 @@ class Encoder:
     ):
         self.pictures, self.crop = pictures, crop
         self.sizes = [crop.size(upright_size(picture)) for picture in pictures]
+        self.captions = [each.strip() for picture in pictures for each in picture.captions] + [""]
+        ends = itertools.accumulate((len(picture.captions) for picture in pictures), initial=0)
+        self.captions_of = list(itertools.starmap(range, itertools.pairwise(ends)))
         self.load_vae, self.load_text = load_vae, load_text
 
     vae = functools.cached_property(lambda self: self.load_vae())
@@ -207,10 +211,6 @@ class Encoder:
 
     # A caption
 
-    def caption(self, index: int) -> str:
-        """Empty where there is none: the unconditional embedding is meant."""
-        return self.pictures[index].caption.strip() if index < len(self.pictures) else ""
-
     def embed(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """context (B, T, D) and pooled (B, P) of captions, on the CPU; unconditional for [""].
         Raises Refusal, naming the caption, for NaN or Inf.
@@ -224,10 +224,8 @@ class Encoder:
         return context, pooled
 
     def prompt(self, index: int) -> tuple[Tensor, Tensor]:
-        """context (T, D) and pooled (P,) of a picture's caption, fp32; unconditional where there is
-        no caption.
-        """
-        context, pooled = self.embed([self.caption(index)])
+        """context (T, D) and pooled (P,) of a caption, fp32; unconditional where it is empty."""
+        context, pooled = self.embed([self.captions[index]])
         return context[0], pooled[0]
 
     def encode_captions(self, blocks: Iterable[list]) -> Iterator[tuple[Tensor, Tensor]]:
@@ -235,13 +233,13 @@ class Encoder:
         encoded once, on a GPU all of a block in one call, on a CPU one by one.
         """
         for block in blocks:
-            captions = list(dict.fromkeys(self.caption(i) for i in block))
+            captions = list(dict.fromkeys(self.captions[i] for i in block))
             texts = [caption for caption in captions if caption]
             size = ROWS_PER_FILE if in_batches(self.text.encoders[0].device) else 1
             known = {}
             for group in cut(texts, size) + [[""]] * ("" in captions):
                 known |= dict(zip(group, zip(*self.embed(group), strict=True), strict=True))
-            yield from (known[self.caption(i)] for i in block)
+            yield from (known[self.captions[i]] for i in block)
 
 
 class Cache:
@@ -249,8 +247,8 @@ class Cache:
     context and pooled in the UNet's dtype then.
     """
 
-    def __init__(self, latents: list[Place], prompts: list[Place]):
-        self.latents, self.prompts = latents, prompts
+    def __init__(self, latents: list[Place], prompts: list[Place], captions_of: list[range]):
+        self.latents, self.prompts, self.captions_of = latents, prompts, captions_of
 
     @staticmethod
     @functools.lru_cache(maxsize=128)
@@ -293,9 +291,9 @@ def fill_cache(
         for context, pooled in encoder.encode_captions(blocks):
             yield {"context": context.to(dtype), "pooled": pooled.to(dtype)}
 
-    captions = [encoder.caption(i) for i in range(len(encoder.pictures) + 1)]
-    by = together("data.Encoder", "model.encode_prompts", "model.encode_unconditional")
-    prompt_keys = [digest(caption, fingerprints["text"], str(dtype), by) for caption in captions]
+    encoding = ("data.Encoder", "model.tokens_of", "model.encode_prompts")
+    by, like = together(*encoding, "model.encode_unconditional"), (fingerprints["text"], str(dtype))
+    prompt_keys = [digest(caption, *like, by) for caption in encoder.captions]
     crop = f"{f'random {encoder.crop.seed}' if encoder.crop.random_crop else 'centre'} {flips}"
     encoding = ("data.Encoder", "data.views", "data.CROP", "model.encode_images")
     by = together(*encoding, "model.add_time_ids", *makers("inputs.pictures"))
@@ -309,7 +307,7 @@ def fill_cache(
     with all_damaged_named(encoder.pictures):
         latents = fill(folder, "latent", latent_keys, encode, claim, alike(encoder.sizes))
     encoder.free("vae")
-    return Cache(latents, prompts)
+    return Cache(latents, prompts, encoder.captions_of)
 
 
 # ---- what example i of the run is ----------------------------------------------------------------
@@ -317,7 +315,9 @@ def fill_cache(
 
 @dataclass
 class Example:
-    """Everything random about one example of the run. eps and noise: (C, H, W) fp32."""
+    """Everything random about one example of the run. eps and noise: (C, H, W) fp32; caption: which
+    of its picture's, as a share of their count, [0, 1).
+    """
 
     number: int
     picture: int
@@ -326,6 +326,7 @@ class Example:
     t: int
     eps: Tensor
     noise: Tensor
+    caption: float
 
 
 @dataclass(frozen=True)
@@ -461,7 +462,16 @@ class Examples:
         noise = offset_noise(noise, stream, self.chances.noise_offset)
         flip = bool(self.chances.random_flip and flip < 0.5)
         drop = bool(drop < self.chances.caption_dropout)
-        return Example(i, picture, flip, drop, t, *map(torch.from_numpy, (eps, noise)))
+        eps, noise = map(torch.from_numpy, (eps, noise))
+        return Example(i, picture, flip, drop, t, eps, noise, stream.random())
+
+    def prompt(self, example: Example) -> int:
+        """The number of its embedding: of one of its picture's captions, or, where that is dropped,
+        the unconditional one, which comes after all of them.
+        """
+        own = self.source.captions_of[example.picture]
+        last = self.source.captions_of[-1].stop
+        return last if example.drop_caption else own[int(example.caption * len(own))]
 
     def batch(self, numbers: range, device: torch.device, timesteps=drawn_timesteps) -> dict:
         """Examples `numbers` (B of them) on `device`: mean, std, eps, noise (B, C, H, W), t (B,),
@@ -469,8 +479,7 @@ class Examples:
         (B, 1, H, W) of the loss, "mask". timesteps: t from the examples.
         """
         examples = [self.example(i) for i in numbers]
-        # A dropped caption is the unconditional embedding: number len(names), after theirs.
-        captions = [len(self.names) if e.drop_caption else e.picture for e in examples]
+        captions = map(self.prompt, examples)
         latents = zip(*(self.source.latent(e.picture, e.flip) for e in examples), strict=True)
         mean, std, time_ids, *mask = map(torch.stack, latents)
         context, pooled = map(torch.stack, zip(*map(self.source.prompt, captions), strict=True))

@@ -39,17 +39,22 @@ from inputs import drawing, vetting
 
 @torch.no_grad()
 def encode(
-    name: str, prompts: Sequence[str], negative_prompt: str, device: torch.device, half: bool
+    name: str,
+    prompts: Sequence[str],
+    negative_prompt: str,
+    device: torch.device,
+    half: bool,
+    max_tokens: int = 75,
 ) -> list[dict[str, Tensor]]:
     """For each prompt its "context" (2, T, D) and "pooled" (2, P), on the CPU. Row 0 is what
     guidance leads away from, the negative prompt or, if that is empty, the model's own
     unconditional embedding; row 1 is the prompt's. The encoders are freed, so that they and the
     UNet never share the memory.
     """
-    text = model.load_text_encoders(name, device, half)
-    tokens, most = text.tokenizers[0], text.tokenizers[0].model_max_length
-    told = dict.fromkeys([*prompts, negative_prompt])
-    if cut := [each for each in told if len(tokens(each, verbose=False).input_ids) > most]:
+    text = model.load_text_encoders(name, device, half, max_tokens)
+    told = list(dict.fromkeys([*prompts, negative_prompt]))
+    if cut := model.too_long(told, text.tokenizers[0], text.chunks):
+        most = text.chunks * text.tokenizers[0].model_max_length
         print(f"{len(cut)} prompts lose their end, beyond {most} tokens, such as {cut[0][:60]!r}")
     away = model.encode_prompts([negative_prompt], text) if negative_prompt else None
     away = away or model.encode_unconditional(text)
@@ -171,7 +176,7 @@ def draw_at(
     check_base(options, file.path, file.about, half)
     sampler = vetting.load_sampler(name, options.scheduler, steps, options.prediction_type)
     prompts, seeds = zip(*options.pictures, strict=True)
-    embeddings = encode(name, prompts, options.negative_prompt, device, half)
+    embeddings = encode(name, prompts, options.negative_prompt, device, half, options.max_tokens)
     unet = load_unet(name, device, dtype)
     vetting.check_widths(unet, *embeddings[0].values())
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)

@@ -263,7 +263,7 @@ def examples_of(
     """
     name, half = config.pretrained_model_name_or_path, dtype != torch.float32
     vae = partial(model.load_vae, name, device)
-    text = partial(model.load_text_encoders, name, device, half)
+    text = partial(model.load_text_encoders, name, device, half, config.max_tokens)
     crop = data.Crop(config.resolution, config.buckets, config.random_crop, config.seed)
     source = data.Encoder(pictures, vae, text, crop)
     sizes = source.sizes
@@ -271,6 +271,7 @@ def examples_of(
         refuse_small(pictures, sizes)
     if config.cache:
         folder, fingerprints = Path(config.cache_dir), encoder_fingerprints(name, half)
+        fingerprints["text"] += f" {config.max_tokens} tokens"
         source = data.fill_cache(folder, source, config.random_flip, dtype, fingerprints, claim)
     else:
         check_pictures(pictures)
@@ -323,6 +324,7 @@ def train_plain(config: Config) -> None:
     path = config.out / lora.FILE_NAME
     about = {"base_model": name, "recipe": config.recipe, "steps": str(run.step)}
     about |= {"prediction_type": schedule.prediction_type}
+    about |= {"max_tokens": str(config.max_tokens)} if config.max_tokens > 75 else {}
     lora.save(run.adapter, path, model.DTYPES[config.save_dtype], about)
     print(f"saved {path}")
 

@@ -5,7 +5,8 @@ SDXL (Podell et al. 2023, https://arxiv.org/abs/2307.01952) is a VAE, two CLIP t
 UNet. Nothing here knows of LoRA: the UNet that load_unet() returns is diffusers' own.
 
 Letters: `B` batch, `C` latent channels (4), `H W` latent size (picture size / 8), `T` tokens of a
-prompt (77), `D` width of the context (768 + 1280 = 2048), `P` width of the pooled embedding (1280).
+prompt (77 in each of its chunks), `D` width of the context (768 + 1280 = 2048), `P` width of the
+pooled embedding (1280).
 """
 
 from __future__ import annotations
@@ -189,24 +190,28 @@ def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -
 @dataclass
 class TextEncoders:
     """Both CLIPs with their tokenizers. zero_unconditional: the model's
-    force_zeros_for_empty_prompt.
+    force_zeros_for_empty_prompt; chunks: how many a prompt is cut into, T = 77 x chunks.
     """
 
     tokenizers: list[CLIPTokenizer]
     encoders: tuple[CLIPTextModel, CLIPTextModelWithProjection]
     zero_unconditional: bool
+    chunks: int = 1
 
 
-def load_text_encoders(name: str, device: torch.device, half: bool = False) -> TextEncoders:
+def load_text_encoders(
+    name: str, device: torch.device, half: bool = False, max_tokens: int = 75
+) -> TextEncoders:
     """Both text encoders on `device`, computing in fp32. half: read the fp16 files where there are
-    some.
+    some; max_tokens: 75 for each chunk of a prompt.
     """
     classes = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
     encoders = [load_encoder(cls, name, part, half, device) for part, cls in classes.items()]
     tokenizers = load_tokenizers(name)
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
         vetting.check_tokenizer(name, tokenizer, encoder)
-    return TextEncoders(tokenizers, tuple(encoders), zeros_for_empty_prompt(name))
+    zeros = zeros_for_empty_prompt(name)
+    return TextEncoders(tokenizers, tuple(encoders), zeros, max_tokens // 75)
 
 
 def load_tokenizers(name: str) -> list[CLIPTokenizer]:
@@ -215,27 +220,46 @@ def load_tokenizers(name: str) -> list[CLIPTokenizer]:
         return [CLIPTokenizer.from_pretrained(folder) for folder in folders]
 
 
+def too_long(prompts: list[str], tokenizer: CLIPTokenizer, chunks: int) -> list[str]:
+    """Those of `prompts` that lose their end."""
+    ids = tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids if prompts else []
+    room = chunks * (tokenizer.model_max_length - 2)  # each chunk has a begin and an end
+    return [prompt for prompt, each in zip(prompts, ids, strict=True) if len(each) > room]
+
+
+def tokens_of(prompts: list[str], tokenizer: CLIPTokenizer, chunks: int) -> Tensor:
+    """(B x chunks, 77): each prompt's tokens cut into chunks of 75, each between its own begin and
+    end, padded; what goes beyond the last is lost.
+    """
+    length, rows = tokenizer.model_max_length, []
+    begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    for ids in tokenizer(prompts, add_special_tokens=False, verbose=False).input_ids:
+        for at in range(0, chunks * (length - 2), length - 2):
+            row = [begin, *ids[at : at + length - 2], end]
+            rows.append(row + [pad] * (length - len(row)))
+    return torch.tensor(rows)
+
+
 @torch.no_grad()
 def encode_prompts(prompts: list[str], text: TextEncoders) -> tuple[Tensor, Tensor]:
     """What StableDiffusionXLPipeline.encode_prompt gives: context (B, T, D) and pooled (B, P),
     fp32.
 
     The context is the penultimate hidden state of both encoders side by side; pooled is the
-    second's projection.
+    second's projection. Of several chunks, each encoded by itself, the contexts follow one another,
+    and pooled is the first's, as the programs that draw with long prompts have it:
+    https://github.com/AUTOMATIC1111/stable-diffusion-webui/blob/5ad03e65/modules/sd_hijack_clip.py
+    (TextConditionalModel.forward).
     """
     states = []
     for tokenizer, encoder in zip(text.tokenizers, text.encoders, strict=True):
-        tokens = tokenizer(
-            prompts,
-            padding="max_length",
-            max_length=tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        ).input_ids.to(encoder.device)  # (B, T)
+        tokens = tokens_of(prompts, tokenizer, text.chunks).to(encoder.device)  # (B x chunks, 77)
         output = encoder(tokens, output_hidden_states=True)
-        states.append(output.hidden_states[-2])  # (B, T, 768), then (B, T, 1280)
+        states.append(output.hidden_states[-2])  # (B x chunks, 77, 768), then (.., 1280)
+    context = torch.cat(states, dim=-1)
+    context = context.reshape(len(prompts), -1, context.shape[-1])  # (B, T, 2048)
     # The second encoder alone ends in a projection, so the last output is the one that has it.
-    return torch.cat(states, dim=-1), output.text_embeds  # (B, T, 2048), (B, 1280)
+    return context, output.text_embeds[:: text.chunks]  # (B, 1280)
 
 
 def encode_unconditional(text: TextEncoders) -> tuple[Tensor, Tensor]:

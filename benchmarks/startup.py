@@ -50,7 +50,7 @@ FUNCTIONS = {
     "model": ("load_unet", "build_unet", "fill_unet", "load_noise_schedule", "count_cut"),
     "lora": ("inject",),
     "fast.layers": ("use", "disagreement", "wrap"),
-    "keep.report": ("count_cut", "describe", "Log.__init__"),
+    "keep.report": ("cut_captions", "describe", "Log.__init__"),
     "fast.graph": ("Recorded.record",),
 }
 # What an earlier version called them, when all modules lay side by side.

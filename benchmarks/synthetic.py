@@ -82,6 +82,7 @@ class RandomPictures:
         self.context = torch.randn(count + 1, 77, config.cross_attention_dim, generator=g)
         self.context = self.context.to(unet.dtype)  # as the cache keeps it
         self.pooled = torch.randn(count + 1, pooled, generator=g).to(unet.dtype)
+        self.captions_of = [range(i, i + 1) for i in range(count)]
         self.time_ids = model.add_time_ids((683, 1024), (0, 128), (side, side))
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, Tensor, Tensor]:

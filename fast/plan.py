@@ -152,7 +152,7 @@ class Prediction:
         return sum(self.parts.values())
 
 
-def fake_batch(config: Config, unet: UNet2DConditionModel, tokens: int = 77) -> dict[str, Tensor]:
+def fake_batch(config: Config, unet: UNet2DConditionModel) -> dict[str, Tensor]:
     """A batch as data.Examples makes it, without numbers; keys and shapes are the same."""
     B, (context, pooled) = config.train_batch_size, widths(unet)
     side = max(config.resolution) // 8  # no bucket is larger than the square
@@ -160,7 +160,7 @@ def fake_batch(config: Config, unet: UNet2DConditionModel, tokens: int = 77) -> 
     return {
         **{name: torch.empty(latent) for name in ("mean", "std", "eps", "noise")},
         "t": torch.empty(B, dtype=torch.int64),
-        "context": torch.empty(B, tokens, context),
+        "context": torch.empty(B, 77 * (config.max_tokens // 75), context),
         "pooled": torch.empty(B, pooled),
         "time_ids": torch.empty(B, 6),
     }

@@ -53,6 +53,8 @@ class Options:
     height: Annotated[int, Within(0, 4096, step=8)] = 0
     # What pictures should not show; acts where the guidance scale is above 1.
     negative_prompt: str = ""
+    # Tokens of a prompt that are read: 75, 150 or 225; 0 takes what the adapter was trained with.
+    max_tokens: Literal[0, 75, 150, 225] = 0
     # diffusers' class that takes the denoising steps, such as DPMSolverMultistepScheduler; empty
     # takes the model's own.
     scheduler: str = ""
@@ -211,11 +213,16 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         print(said, file=sys.stderr)
     else:
         few, little = recipe.num_inference_steps, recipe.guidance_scale
+    told = about.get("max_tokens", "75")
+    if not options.max_tokens and told not in ("75", "150", "225"):
+        found = f"{path} says max_tokens {told!r:.50}"
+        raise Refusal(found, "75, 150 or 225", "--max-tokens 75, or what it was trained with")
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
         adapter=str(path),
         prompts=tuple(prompts or recipe.validation_prompts),
+        max_tokens=options.max_tokens or int(told),
         prediction_type=predicts if predicts != "auto" else trained.get("prediction_type", "auto"),
         scheduler=options.scheduler or sampler,
         num_inference_steps=steps or few,

@@ -102,6 +102,23 @@ class Config:
     # Let the file's name be the caption of every picture that has none of its own, without ending
     # and a number at its end: red_apple (2).png is red apple.
     caption_from_name: bool = False
+    # Let each line of a caption's own file be a caption, of which every example draws one; as it
+    # does of a list in a table.
+    caption_lines: bool = False
+    # Show a caption's comma-separated tags in many orders.
+    shuffle_tags: bool = False
+    # How many tags in front keep their place and are never left out.
+    keep_tags: Annotated[int, Within(0, 1000)] = 0
+    # Chance of each other tag to be left out; one of them always stays.
+    tag_dropout: Annotated[float, Within(0, 1)] = 0.0
+    # Word to put in front of every caption that lacks it.
+    trigger: str = ""
+    # Texts made of each caption where its tags are shuffled or left out; all are encoded before the
+    # first step, and each example draws one.
+    caption_variants: Annotated[int, Within(1, 1000)] = 8
+    # Tokens of a caption that are read, in parts of 75 that are encoded one by one; 75 is CLIP's
+    # own limit. Pictures are drawn with as many.
+    max_tokens: Literal[75, 150, 225] = 75
     # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
     # -plain behind it where these are asked for.
     output_dir: str = ""
@@ -382,6 +399,10 @@ ELSEWHERE = {  # other trainers' names: ours
     "num-train-epochs": "--max-train-epochs",
     "dataset-repeats": "--dataset-weights",
     "output-name": "--output-dir",
+    "shuffle-caption": "--shuffle-tags",
+    "keep-tokens": "--keep-tags",
+    "caption-tag-dropout-rate": "--tag-dropout",
+    "max-token-length": "--max-tokens",
     "save-every-n-steps": "--checkpointing-steps",
     "optimizer-type": "--use-8bit-adam",
     "min-snr-gamma": "--snr-gamma",
@@ -478,6 +499,7 @@ def check(config: Config) -> Config:
     given = f"--dataset-weights {told} for {sets} of --dataset-name"
     unseen = config.plan_for and config.max_train_epochs
     epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
+    kept = config.keep_tags and not (config.shuffle_tags or config.tag_dropout)
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
@@ -485,6 +507,7 @@ def check(config: Config) -> Config:
         (not sets, "--dataset-name without a name", "one or more", "--dataset-name FOLDER"),
         (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
+        (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
         (odd, f"--buckets with a resolution of {sides}", "a multiple of 64", "--no-buckets"),
     ]
     if config.plain:

@@ -8,6 +8,7 @@ import csv
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import re
@@ -21,6 +22,7 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
+from inputs.captions import variants
 from inputs.download import asked
 from inputs.files import Refusal, digest, folder_of, refuse, refusing, sayable
 from inputs.options import Config
@@ -34,7 +36,8 @@ MEDIA = set(
 # of the others it knows the name alone.
 NO_PICTURES = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}
 NOT_MADE_BY_PEOPLE = {"__MACOSX", "@eaDir", "Thumbs.db"}  # and what begins with a dot
-TABLES = ("metadata.jsonl", "metadata.csv")
+# metadata.jsonl and its like, and meta_cap.json, meta_lat.json, ... of kohya's tools.
+TABLE = re.compile(r"metadata\.(jsonl|csv|parquet)|meta_[\w-]+\.json")
 BESIDE = (".txt", ".caption")  # how a caption's own file ends
 MASK = ".mask.png"  # how the mask of a picture ends, beside it
 # In a picture's path kohya's folders: how often what lies in 10_style is repeated (dates are no
@@ -42,7 +45,7 @@ MASK = ".mask.png"  # how the mask of a picture ends, beside it
 NUMBERED = re.compile(r"(?:^|/)\d+_[^/]*/")
 REPEATS = re.compile(r"(?:^|/)0*([1-9]\d{0,2})_(?=[^/]*/)")
 REGULARISATION = re.compile(r"(?i)(?:^|/)(\d+_)?reg[^/]*/")
-# What may hold captions by its name: metadata.json1, kohya's meta_cap.json, train.csv, a.tags.
+# What may hold captions by its name: metadata.json1, Meta_cap.json, train.csv, a.tags.
 ALIKE = re.compile(r"(?i)(meta|caption).*\.|.*\.(jsonl?|csv|tsv|tags)$")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all of ASCII's but tab and line ends
@@ -54,25 +57,31 @@ WAYS_OUT += "picture files, --caption-from-name"
 USUAL = Config()  # no column, split, config or caption is asked for
 MEND = "in {}, for each file named, FILE: {} FILE > FILE.new && mv FILE.new FILE"
 # Bytes. Files are read whole; decode() takes no picture over 89 megapixels, 0.7 GB in 16 bits.
-LARGEST = {"picture": 10**9, "metadata": 10**9, "caption": 10**6}
+LARGEST = {"picture": 10**9, "parquet": 10**9, "metadata": 10**9, "caption": 10**6}
 
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture of the data set. read() gives the encoded file; digest tells its content; weight:
-    how often it is shown where another is shown once; mask: a picture of the same size, white where
-    it is to be learned; of digest ALPHA it is this picture's transparency.
+    """One picture of the data set, with the texts it is trained under: ("",) where it has none.
+    read() gives the encoded file; digest tells its content; weight: how often it is shown where
+    another is shown once; mask: a picture of the same size, white where it is to be learned; of
+    digest ALPHA it is this picture's transparency.
     """
 
     name: str
-    caption: str
+    captions: tuple[str, ...]
     digest: str
     read: Callable[[], bytes]
     weight: int = 1
     mask: "Picture | None" = None
 
+    @property
+    def bare(self) -> bool:
+        """Whether it has no caption."""
+        return not any(caption.strip() for caption in self.captions)
 
-ALPHA, WHITE = "alpha", Picture("white", "", "white", bytes)  # masks without a file
+
+ALPHA, WHITE = "alpha", Picture("white", ("",), "white", bytes)  # masks without a file
 
 
 class Pictures(list[Picture]):
@@ -145,18 +154,19 @@ def read_dataset(name: str, options: Config = USUAL) -> Pictures:
     """The captioned pictures of a local folder or a Hub data set; options: which of its columns,
     splits and configs, and the caption of pictures without one.
 
-    A folder holds metadata.jsonl or .csv (file_name and a caption column), also in the split's own
-    folder, or name.txt or .caption beside name.jpg, or files that the `datasets` library reads
-    (parquet). A folder's pictures come sorted by name, so that the order on disk is nothing. A link
-    to a file, laid into the folder, is followed; a name that leads outside and a link to a folder
-    are not. Raises Refusal for what is said, for a caption without a picture, a column, split or
-    config that is not there, two tables, no caption at all, and an empty set.
+    A folder holds metadata.jsonl, .csv or .parquet (file_name and a caption column) or kohya's
+    meta_cap.json, also in the split's own folder, or name.txt or .caption beside name.jpg, or files
+    that the `datasets` library reads (parquet). A folder's pictures come sorted by name, so that
+    the order on disk is nothing. A link to a file, laid into the folder, is followed; a name that
+    leads outside and a link to a folder are not. Raises Refusal for what is said, for a caption
+    without a picture, a column, split or config that is not there, captions that disagree, no
+    caption at all, and an empty set.
     """
     expected = "metadata.jsonl and its pictures, name.txt beside name.jpg, or a Hub data set"
     folder = folder_of(name, "--dataset-name", expected)
-    table = folder and table_of(folder, options)
-    if folder and (not table or table.suffix != ".parquet"):
-        pictures = from_folder(folder, table, options)
+    tables = tables_of(folder, options) if folder else None
+    if folder and tables is not None:
+        pictures = from_folder(folder, tables, options)
     elif options.caption_from_name:
         found = f"--caption-from-name with {name}, whose pictures are rows of a table"
         raise Refusal(found, "files with names", '--caption-column NAME or --caption "TEXT"')
@@ -173,28 +183,32 @@ def read_dataset(name: str, options: Config = USUAL) -> Pictures:
 
 
 def with_captions(pictures: Pictures, name: str, options: Config) -> Pictures:
-    """`pictures`, those without a caption of their own with what the options say instead. Raises
-    Refusal where none has one, unless it is said that this is meant.
+    """`pictures`, those without a caption of their own with what the options say instead, each with
+    the variants of its captions. Raises Refusal where none has one, unless it is said that this is
+    meant.
     """
 
     def called(picture: Picture) -> Picture:
         words = name_in_words(picture.name) if options.caption_from_name else options.caption
-        if picture.caption.strip() or not words:
-            return picture
-        return replace(picture, caption=caption_of(words, picture.name))
+        return replace(picture, captions=(words,)) if picture.bare and words else picture
 
-    found = Pictures(for_all(called, pictures))
-    found.notes = list(pictures.notes)
-    if new := [now for now, was in zip(found, pictures, strict=True) if now is not was]:
-        note = f"{named([p.name for p in new])} without a caption of their own, called "
-        note += repr(new[0].caption) + " and so on, by their names" * options.caption_from_name
-        found.notes.append(note)
-    bare = [picture.name for picture in found if not picture.caption.strip()]
-    if options.caption is None and len(bare) == len(found):
+    def varied(picture: Picture) -> Picture:
+        texts = variants(picture.captions, options)
+        return replace(picture, captions=tuple(caption_of(text, picture.name) for text in texts))
+
+    told = [called(picture) for picture in pictures]
+    bare = [picture.name for picture in told if picture.bare]
+    if options.caption is None and len(bare) == len(told):
         said = f"none of the {len(bare)} pictures of {name} has a caption, such as {ten(bare)}"
         expected = "captions: metadata.jsonl (of other JSON make one line a picture) or .csv at "
         expected += "the top or in train/, a.txt beside a.jpg (not a.jpg.txt), a data set's column"
-        raise Refusal("; ".join([said, *found.notes]), expected, f"write some, or {WAYS_OUT}")
+        raise Refusal("; ".join([said, *pictures.notes]), expected, f"write some, or {WAYS_OUT}")
+    found = Pictures(for_all(varied, told))
+    found.notes = list(pictures.notes)
+    if new := [now for now, was in zip(found, pictures, strict=True) if was.bare and not now.bare]:
+        note = f"{named([p.name for p in new])} without a caption of their own, called "
+        note += repr(new[0].captions[0]) + " and so on, by their names" * options.caption_from_name
+        found.notes.append(note)
     return found
 
 
@@ -223,48 +237,44 @@ def for_all(work: Callable, items: Iterable) -> list:
 # ---- a folder ------------------------------------------------------------------------------------
 
 
-def table_of(folder: Path, options: Config) -> Path | None:
-    """The one file in which a folder's captions are: a table at its top or in the split's folder,
-    or, for all of them, a parquet file; None where captions lie beside the pictures. Raises Refusal
-    where there are several, and for a split or a config that a folder of pictures does not have.
+def tables_of(folder: Path, options: Config) -> list[Path] | None:
+    """The files in which a folder's captions are: tables at its top or in the split's folder; none
+    where captions lie beside the pictures; None where they are in parquet files with the pictures.
+    Raises Refusal for both, and for a split or a config that a folder of pictures does not have.
     """
     paths, split = files_in(folder)[0], folder / options.dataset_split
-    tables = [p for p in paths if p.name in TABLES and p.is_file()]
-    parquet = [p for p in paths if p.suffix == ".parquet"][:1]
-    found = [p for p in tables if p.parent in (folder, split)] + parquet
-    if len(found) > 1:
-        told = " and ".join(p.relative_to(folder).as_posix() for p in found)
+    tables = [p for p in paths if TABLE.fullmatch(p.name) and p.is_file()]
+    found = [p for p in tables if p.parent in (folder, split)]
+    parquet = [p for p in paths if p.suffix == ".parquet" and p not in found][:1]
+    if found and parquet:
+        told = " and ".join(p.relative_to(folder).as_posix() for p in found + parquet)
         raise Refusal(f"{folder} holds {told}", "one table", "rename or remove the others")
     there = sorted({p.parent.name for p in tables if p.parent.parent == folder})
     if not parquet and (options.dataset_config or split.name not in ("train", *there)):
         told = f"{folder} has no configs, and the splits {', '.join(there) or '(none)'}"
         remedy = "correct or leave out --dataset-split and --dataset-config, or name a sub-folder"
         raise Refusal(told, "SPLIT/metadata.jsonl, or parquet files", remedy)
-    return next(iter(found), None)
+    return None if parquet else found
 
 
-def from_folder(folder: Path, table: Path | None, options: Config) -> Pictures:
-    """The pictures of a folder whose captions are in the file `table`, or in one each."""
+def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
+    """The pictures of a folder whose captions are in each of `tables`, or in one file each."""
     paths, left_out = files_in(folder)
-    top = table.parent if table else folder
+    top = tables[0].parent if tables else folder
 
     def named_in(path: Path) -> str:
         return path.relative_to(folder).as_posix()
 
     def key(path: Path) -> str:
         """By what a picture and its caption find each other; Macs write accents as two letters."""
-        return normal(named_in(path if table else path.with_suffix("")))
+        return normal(named_in(path if tables else path.with_suffix("")))
 
-    def caption(path: Path) -> tuple[str, str, str]:
-        return key(path), named_in(path), content_of(folder, named_in(path), "caption").strip()
+    def caption(path: Path) -> tuple[str, str, tuple]:
+        text = content_of(folder, named_in(path), "caption").strip()
+        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        texts = tuple(lines) if options.caption_lines and lines else (text,)
+        return key(stems.get(path.with_suffix(""), path)), named_in(path), texts
 
-    def row(line: tuple[str, str]) -> tuple[str, str, str]:
-        name, text = row_of(*line, options, folder)
-        name = (top.relative_to(folder) / name).as_posix()
-        return normal(name), name, text
-
-    beside = [p for p in paths if p.suffix.lower() in BESIDE]
-    captions = for_all(row, rows_of(folder, table)) if table else for_all(caption, beside)
     pictures = [p for p in paths if is_picture(p) and (p.is_file() or p.is_symlink())]
     pictures, masks = masks_apart(folder, pictures)
     left_out[f"lie outside {top.name}/"] = [p for p in pictures if top not in p.parents]
@@ -273,16 +283,17 @@ def from_folder(folder: Path, table: Path | None, options: Config) -> Pictures:
     spare = {p for p in pictures if kohyas and REGULARISATION.search(named_in(p))}
     left_out["lie in folders like reg beside 10_style, kohya's regularisation"] = sorted(spare)
     pictures = [p for p in pictures if p not in spare]
+    stems = {p.with_suffix(""): p for p in pictures}
+    beside = [p for p in paths if p.suffix.lower() in BESIDE]
+    read = [p for p in beside if not tables or p.with_suffix("") in stems]
+    told = {named_in(table): rows_of(folder, table, pictures, options) for table in tables}
+    captions = agreed(folder, told | {"files beside pictures": for_all(caption, read)})
     unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
     captions = [each for each in captions if each[0] not in unused]
-    known = {table, *beside}
     alike = [p for p in paths if ALIKE.match(p.name) and p.is_file() and top in p.parents]
-    alike = [p for p in alike if p not in known and not is_picture(p)]
-    why = "are not named as captions are"
-    if table:
-        why, stems = f"are captions beside {named_in(table)}", {p.with_suffix("") for p in pictures}
-        alike += [p for p in beside if p.with_suffix("") in stems]
-    left_out[why] = alike
+    alike = [p for p in alike if not is_picture(p)]
+    known = {*tables, *beside}
+    left_out["are not named as captions are"] = [p for p in alike if p not in known]
     found = Pictures(paired(folder, [(key(p), p) for p in pictures], captions))
     found[:] = for_all(lambda picture: with_more(picture, folder, masks, options), found)
     said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
@@ -290,7 +301,7 @@ def from_folder(folder: Path, table: Path | None, options: Config) -> Pictures:
     kohya = f"in folders like 10_style, shown {often if options.folder_repeats else 'once each'}"
     said[kohya] = [p.name for p in found if NUMBERED.search(p.name)]
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
-    found.notes += [f"{named_in(table)} has no rows"] if table and not captions else []
+    found.notes += [f"{named_in(tables[0])} has no rows"] if tables and not captions else []
     return found
 
 
@@ -320,7 +331,7 @@ def with_more(picture: Picture, folder: Path, masks: dict[str, str], options: Co
     mask = None
     if name := masks.get(stem(picture.name)):
         read = functools.partial(content_of, folder, name, "picture")
-        mask = Picture(name, "", digest(read()), read)
+        mask = Picture(name, ("",), digest(read()), read)
     return replace(picture, mask=mask, weight=int(repeats[-1]) if repeats else 1)
 
 
@@ -333,12 +344,40 @@ def named(names: list[str]) -> str:
     return f"{len(names)} (the first: {sayable(names[0])})"
 
 
-def rows_of(folder: Path, table: Path) -> list[tuple[str, str]]:
-    """The rows of metadata.jsonl or metadata.csv as JSON, and where each stands."""
+def rows_of(
+    folder: Path, table: Path, pictures: list[Path], options: Config
+) -> list[tuple[str, str, tuple]]:
+    """The rows of a table: the picture's key, its name there, and its captions."""
+    top, kohya = table.parent.relative_to(folder), collections.defaultdict(set)
+    for path in pictures if table.suffix == ".json" else ():
+        for name in (path.name, path.stem):  # their keys have no ending, or another machine's path
+            kohya[normal(name)].add(normal(path.relative_to(folder).as_posix()))
+
+    def row(line: tuple[str, str]) -> tuple[str, str, tuple]:
+        name, texts = row_of(*line, options, folder)
+        name = (top / name).as_posix()
+        own = kohya[normal(Path(name).name)]
+        return next(iter(own)) if len(own) == 1 else normal(name), name, texts
+
+    return for_all(row, lines_of(folder, table))
+
+
+def lines_of(folder: Path, table: Path) -> list[tuple[str, str]]:
+    """The rows of a table as JSON, and where each stands."""
     name = table.relative_to(folder).as_posix()
-    text = content_of(folder, name, "metadata")
+    text = content_of(folder, name, "parquet" if table.suffix == ".parquet" else "metadata")
     if table.suffix == ".jsonl":
         numbered: Iterable = enumerate(text.split("\n"), 1)
+    elif table.suffix == ".parquet":
+        import pyarrow.parquet  # here, since it takes a while
+
+        with refusing(f"{name} is no table", "a whole parquet file", f"replace it in {folder}"):
+            rows = pyarrow.parquet.read_table(io.BytesIO(text)).to_pylist()
+            numbered = [(i, json.dumps(row, default=str)) for i, row in enumerate(rows, 1)]
+    elif table.suffix == ".json":
+        expected = '{"a.png": {"caption": "a caption", "tags": "one, two"}}'
+        with refusing(f"{name} is no table", expected, f"correct or rename it in {folder}"):
+            numbered = [(key, kohyas(key, row)) for key, row in dict(json.loads(text)).items()]
     else:
         remedy = f'in {folder}, quotes around a caption with commas: a.png,"red, round"'
         with refusing(f"{name} is no table", "file_name,text and one row a picture", remedy):
@@ -350,18 +389,42 @@ def rows_of(folder: Path, table: Path) -> list[tuple[str, str]]:
     return [(line, f"{name} line {number}") for number, line in numbered if line.strip()]
 
 
-def row_of(line: str, where: str, options: Config, folder: Path) -> tuple[str, str]:
-    """The name of the picture and the caption in a line of metadata.jsonl. Raises Refusal."""
+def kohyas(key: str, row: dict) -> str:
+    """An entry of kohya's JSON as a row; its caption is the caption and the tags, as there:
+    https://github.com/kohya-ss/sd-scripts/blob/6edbe005/library/train_util.py (FineTuningDataset).
+    """
+    text = ", ".join(filter(None, (row.get("caption"), row.get("tags"))))
+    return json.dumps({"file_name": key.replace("\\", "/"), **row, "text": text})
+
+
+def agreed(folder: Path, told: dict[str, list[tuple]]) -> list[tuple]:
+    """The rows of the first of `told`, by where they are. Raises Refusal for a caption in another
+    that is not there.
+    """
+    bare = lambda texts: [text.strip() for text in texts if text.strip()]  # noqa: E731
+    first, *others = told.values()
+    texts = {key: bare(each) for key, _, each in first}
+    rows = itertools.chain.from_iterable(others)
+    odd = {name for key, name, each in rows if bare(each) and bare(each) != texts.get(key)}
+    if odd:
+        held = " and ".join(name for name, rows in told.items() if rows)
+        found = f"{folder} holds {held}, which disagree: {ten(list(odd))}"
+        raise Refusal(found, "the same captions", "correct, rename or remove all but one of them")
+    return first
+
+
+def row_of(line: str, where: str, options: Config, folder: Path) -> tuple[str, tuple[str, ...]]:
+    """The name of the picture and its captions in a line of metadata.jsonl. Raises Refusal."""
     expected = '{"file_name": "a.png", "text": "a caption"}'
     with refusing(f"{where} is not a row", expected, f"correct that in {folder}"):
         row = json.loads(line)
         name = Path(row["file_name"]).as_posix()
-    return name, caption_of(row.get(caption_column(list(row), options, where)), where)
+    return name, captions_of(row.get(caption_column(list(row), options, where)), where)
 
 
 def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[Picture]:
     """The pictures of a folder, sorted by name, each with its caption, empty where it has none.
-    pictures: (key, path); captions: (key, name, text). Raises Refusal where a key
+    pictures: (key, path); captions: (key, name, texts). Raises Refusal where a key
     stands twice and where captions lack their picture.
     """
     here = collections.Counter(key for key, _ in pictures)
@@ -377,20 +440,20 @@ def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[P
             name for key, name, _ in captions if told[key] > here[key] or told[key] > 1
         ],
     }
-    expected = "one caption for each picture: metadata.jsonl, metadata.csv or a.txt (not a.jpg.txt)"
+    expected = "captions for each picture: metadata.jsonl, metadata.csv or a.txt (not a.jpg.txt)"
     remedy = "add, rename or remove what is odd"
     refuse(
         (f"{len(names)} {wrong} of their own in {folder}, such as {ten(names)}", expected, remedy)
         for wrong, names in odd.items()
         if names
     )
-    texts = {key: text for key, _, text in captions}
+    texts = {key: each for key, _, each in captions}
 
     def picture(item: tuple[str, Path]) -> Picture:
         key, path = item
         name = path.relative_to(folder).as_posix()
         read = functools.partial(content_of, folder, name, "picture")
-        return Picture(name, texts.get(key, ""), digest(read()), read)
+        return Picture(name, texts.get(key, ("",)), digest(read()), read)
 
     return for_all(picture, sorted(pictures, key=lambda item: item[1]))
 
@@ -445,12 +508,13 @@ def picture_formats() -> list[str]:
 
 
 def content_of(folder: Path, name: str, kind: str) -> bytes | str:
-    """The bytes of the picture `name` in `folder`, or the text of a caption or metadata file,
-    without its byte order mark. Raises Refusal for what cannot be read, is no file (opening a pipe
-    would wait for ever), is too large to be one of its kind, is text in another encoding than UTF-8
-    or has control characters.
+    """The bytes of the picture or parquet file `name` in `folder`, or the text of a caption or
+    metadata file, without its byte order mark. Raises Refusal for what cannot be read, is no file
+    (opening a pipe would wait for ever), is too large to be one of its kind, is text in another
+    encoding than UTF-8 or has control characters.
     """
-    what = "a file" if kind == "picture" else "text in UTF-8"
+    binary = kind in ("picture", "parquet")
+    what = "a file" if binary else "text in UTF-8"
     expected = f"{what} of at most {LARGEST[kind] / 1e6:.0f} MB"
     path, found = folder / name, f"{name} ({kind}) cannot be read"
     with refusing(found, expected, f"replace or remove it in {folder}"):
@@ -460,7 +524,7 @@ def content_of(folder: Path, name: str, kind: str) -> bytes | str:
         if size > LARGEST[kind]:
             raise OSError(f"{size / 1e6:.1f} MB")
         content = path.read_bytes()
-    if kind == "picture":
+    if binary:
         return content
     wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # Windows' "Unicode"
     mend = MEND.format(folder, f"iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8")
@@ -473,6 +537,12 @@ def content_of(folder: Path, name: str, kind: str) -> bytes | str:
         if control := CONTROL.search(text):
             raise OSError(f"it holds the control character {control[0]!r}")
     return text
+
+
+def captions_of(value: Any, where: str) -> tuple[str, ...]:
+    """The captions in a cell of a table: a text, or a list of texts. Raises Refusal."""
+    texts = value if value and isinstance(value, list) else [value]
+    return tuple(caption_of(text, where) for text in texts)
 
 
 def caption_of(value: Any, where: str) -> str:
@@ -519,8 +589,8 @@ def from_hub(name: str, options: Config) -> Pictures:
 
     def picture(i: int) -> Picture:
         row = f"row {i}"  # without the data set's name, under which it may be gone tomorrow
-        caption = caption_of(captions[i], row)
-        return Picture(row, caption, digest(read(i)), functools.partial(read, i))
+        texts = captions_of(captions[i], row)
+        return Picture(row, texts, digest(read(i)), functools.partial(read, i))
 
     bar = tqdm(range(len(table)), "reading pictures", leave=False, mininterval=1)
     pictures = Pictures(for_all(picture, bar))

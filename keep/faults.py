@@ -64,7 +64,7 @@ def in_cache(run) -> tuple[str, str]:
     """
     cache = run.examples.source
     for e in examples(run) if isinstance(cache, data.Cache) else ():
-        prompt = len(run.examples.names) if e.drop_caption else e.picture
+        prompt = run.examples.prompt(e)
         for what, rows, file in (
             ("latent", cache.latent(e.picture, e.flip), cache.latents[e.picture][0]),
             ("caption's embedding", cache.prompt(prompt), cache.prompts[prompt][0]),

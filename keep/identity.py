@@ -102,7 +102,7 @@ def started_from(config: Config, identity: dict[str, str]) -> dict[str, str]:
 
 
 def of_data(pictures: list[Picture]) -> str:
-    return digest(*(part for p in pictures for part in (p.digest, p.caption, *more_of(p))))
+    return digest(*(part for p in pictures for part in (p.digest, *p.captions, *more_of(p))))
 
 
 def more_of(picture: Picture) -> list[str]:
@@ -113,7 +113,7 @@ def more_of(picture: Picture) -> list[str]:
 
 def listed(pictures: list[Picture]) -> dict[str, list[str]]:
     """What OUT/pictures.json holds: by it a later start tells by name what has changed."""
-    return {p.name: [p.digest, digest(p.caption), *more_of(p)] for p in pictures}
+    return {p.name: [p.digest, digest(*p.captions), *more_of(p)] for p in pictures}
 
 
 def other_pictures(config: Config) -> str:
@@ -208,6 +208,7 @@ def about(kept) -> dict[str, str]:
     if commit := hub.commit_of(config.pretrained_model_name_or_path):
         header["base_commit"] = commit
     header |= started_from(config, kept.identity)
+    header |= {"max_tokens": str(config.max_tokens)} if config.max_tokens > 75 else {}
     return header | ({"code_changes": kept.code_changes} if kept.code_changes else {})
 
 

@@ -16,7 +16,8 @@ import torch
 from tqdm import tqdm
 
 import model
-from inputs.files import write_whole
+from inputs.files import sayable, write_whole
+from inputs.hub import fetch, read_config
 from inputs.options import Config
 from inputs.pictures import strong_changes
 from inputs.sources import Pictures
@@ -162,10 +163,11 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     n, device = config.examples_per_step, run.unet.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
-    captions = [p.caption for p in pictures if p.caption.strip()]
-    bare = [p.name for p in pictures if not p.caption.strip()]
+    captions = [each for p in pictures for each in p.captions if each.strip()]
+    bare = [p.name for p in pictures if not all(map(str.strip, p.captions))]
     first = f" (the first: {bare[0]})" if bare else ""
-    cut = count_cut(captions, config.pretrained_model_name_or_path)
+    cut = cut_captions(captions, config)
+    such = f" (the first: {sayable(cut[0], 60)})" if cut else ""
     epochs = config.max_train_steps * n / pictures.cards
     cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
     at = f"{', '.join(map(str, config.resolution))}{' px in buckets' if config.buckets else ' px'}"
@@ -176,7 +178,7 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     lines = (
         f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
         f"{len(pictures)} pictures at {at}; captions: {len(bare)} missing or "
-        f"empty{first}, {cut} cut at the tokenizer's length",
+        f"empty{first}, {len(cut)} cut at the tokenizer's length{such}",
         "; ".join(pictures.notes),
         strong_changes(pictures, run.examples.sizes),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
@@ -200,12 +202,28 @@ def describe_rate(config: Config) -> str:
     return stays if turn < steps else ""
 
 
-def count_cut(prompts: list[str], name: str) -> int:
-    """How many prompts are longer than the tokenizer's model_max_length (77) and will lose their
-    end.
-    """
-    if not prompts:
-        return 0
-    tokenizer = model.load_tokenizers(name)[0]  # both cut at one length
-    ids = tokenizer(prompts, truncation=False, verbose=False).input_ids
-    return sum(len(tokens) > tokenizer.model_max_length for tokens in ids)
+def cut_captions(captions: list[str], config: Config) -> list[str]:
+    """Those that are longer than the tokenizer's chunks and will lose their end."""
+    if not captions:
+        return []
+    tokenizer = model.load_tokenizers(config.pretrained_model_name_or_path)[0]  # both cut alike
+    return model.too_long(captions, tokenizer, config.max_tokens // 75)
+
+
+def disk(config: Config, pictures: Pictures, dtype: torch.dtype) -> str:
+    """What the cache will hold of captions, in words; "" where that is one chunk for a picture."""
+    rows, chunks = sum(len(p.captions) for p in pictures), config.max_tokens // 75
+    if not config.cache or rows * chunks == len(pictures):
+        return ""
+    name = config.pretrained_model_name_or_path
+    first, second = (
+        read_config(fetch(name, part) / "config.json")
+        for part in ("text_encoder", "text_encoder_2")
+    )
+    tokens = chunks * model.load_tokenizers(name)[0].model_max_length
+    width = first["hidden_size"] + second["hidden_size"]
+    each = (tokens * width + second["projection_dim"]) * dtype.itemsize
+    return (
+        f"{rows} captions of {len(pictures)} pictures, {each / 1e3:.0f} kB each when encoded: "
+        f"{rows * each / 1e9:.2f} GB in {config.cache_dir}"
+    )

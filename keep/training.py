@@ -78,6 +78,8 @@ def set_up(
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
     config, planned = faster.plan(config, device, dtype, team.size)
+    if team.first and (room := report.disk(config, pictures, dtype)):
+        print(room, flush=True)  # before they are encoded
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()
@@ -185,7 +187,9 @@ def prompts_of(config: Config, pictures: Pictures) -> list[str]:
     """
     if not asks_for_own(config):
         return list(config.validation_prompts)
-    captions = list(dict.fromkeys(filter(None, (p.caption.strip() for p in pictures)))) or [""]
+    captions = list(
+        dict.fromkeys(filter(None, (c.strip() for p in pictures for c in p.captions)))
+    ) or [""]
     few = random.Random(config.seed).sample(range(len(captions)), min(3, len(captions)))
     return [captions[i] for i in sorted(few)]
 

@@ -54,14 +54,14 @@ def look(config: options.Config) -> bool:
         print(f"a run stops at this: {each}")
     if not whole:
         return False
-    print(*odd(whole), strong_changes(whole, sizes, several=1), sep="\n")
+    print(*odd(whole, config.max_tokens // 75), strong_changes(whole, sizes, several=1), sep="\n")
 
     def shown(i: int) -> tuple[Image.Image, str]:
         pixels = data.views(whole[i], sizes[i], config.random_crop, config.seed, (False,))[0][0]
         levels = (pixels.permute(1, 2, 0) + 1) * 127.5  # (3, H, W) of [-1, 1] to (H, W, 3) of 255
         image = Image.fromarray(levels.round().byte().numpy())
         image.thumbnail((SIDE, SIDE))
-        return image, whole[i].caption
+        return image, " | ".join(whole[i].captions)
 
     rows, every = {}, -(-len(whole) // MOST)
     for group in data.alike(sizes):
@@ -76,13 +76,14 @@ def look(config: options.Config) -> bool:
     return True
 
 
-def odd(pictures: list[Picture]) -> Iterator[str]:
+def odd(pictures: list[Picture], chunks: int) -> Iterator[str]:
     """What there is to know of a set's sizes, captions and files, a line for each."""
     from transformers import CLIPTokenizer  # here, as above
 
+    import model
+
     tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
-    most, captions = tokenizer.model_max_length, [p.caption.strip() for p in pictures]
-    tokens = tokenizer(captions, truncation=False, verbose=False).input_ids
+    captions = [each.strip() for p in pictures for each in p.captions]
     files: dict[str, list[str]] = {}
     for p in pictures:
         files.setdefault(p.digest, []).append(p.name)
@@ -90,9 +91,9 @@ def odd(pictures: list[Picture]) -> Iterator[str]:
     yield f"sizes: from {min(sizes)[1]} to {max(sizes)[1]}"
     counts = collections.Counter(filter(None, captions))
     for what, names in {
-        "pictures without a caption": [p.name for p in pictures if not p.caption.strip()],
-        f"captions cut at {most} tokens": [
-            p.name for p, each in zip(pictures, tokens, strict=True) if len(each) > most
+        "pictures without a caption": [p.name for p in pictures if p.bare],
+        f"captions cut after {75 * chunks} tokens": [
+            p.name for p in pictures if model.too_long([*p.captions], tokenizer, chunks)
         ],
         "captions of several pictures": [f"{n} x {c}" for c, n in counts.items() if n > 1],
         "files there several times": [" = ".join(each) for each in files.values() if each[1:]],

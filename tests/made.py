@@ -24,9 +24,14 @@ def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
     return buffer.getvalue()
 
 
+def cell(content: bytes | None) -> dict:
+    """A picture in a column of a data set."""
+    return {"bytes": content, "path": None}
+
+
 def picture(content: Image.Image | bytes, name: str = "a.png", caption: str = "a") -> Picture:
     content = content if isinstance(content, bytes) else encoded(content)
-    return Picture(name, caption, digest(content), lambda: content)
+    return Picture(name, (caption,), digest(content), lambda: content)
 
 
 def one_view(picture: Picture, resolution: int, random_crop: bool, seed: int, flip: bool) -> tuple:

@@ -200,8 +200,8 @@ def ink(count: int = 20) -> list[Picture]:
         image, less = Image.open(io.BytesIO(drawing.read())).convert("RGB"), 3 * i % 50
         size = (128 - less, 128) if i % 2 else (128, 128 - less)
         content = encoded(image.crop((0, 0, *size)))
-        caption = {3: "", 5: pictures[4].caption}.get(i, drawing.caption)
-        cuts.append(Picture(drawing.name, caption, digest(content), lambda c=content: c))
+        captions = {3: ("",), 5: pictures[4].captions}.get(i, drawing.captions)
+        cuts.append(Picture(drawing.name, captions, digest(content), lambda c=content: c))
     return cuts
 
 
@@ -344,9 +344,9 @@ def other_content() -> dict:
     ("options", "fill_options", "latents", "prompts"),
     [
         pytest.param({}, {}, [], [], marks=LONG),
-        ({"pictures": lambda: changed(ink(), 2, caption="other")}, {}, [], BLOCK0),
+        ({"pictures": lambda: changed(ink(), 2, captions=("other",))}, {}, [], BLOCK0),
         pytest.param(
-            {"pictures": lambda: changed(ink(), 17, caption="other")},
+            {"pictures": lambda: changed(ink(), 17, captions=("other",))},
             {},
             [],
             [16, 17, 18, 19, 20],
@@ -464,7 +464,7 @@ def test_a_filled_block_is_not_encoded_again(tmp_path):
 
 @pytest.mark.parametrize("count", [1, 15, 16, 17, 32, 33])
 def test_rows_come_back_by_their_index_whatever_their_number(tmp_path, count):
-    cache = data.Cache(data.fill(tmp_path, "latent", KEYS[:count], each(row)), [])
+    cache = data.Cache(data.fill(tmp_path, "latent", KEYS[:count], each(row)), [], [])
     assert [int(cache.row(cache.latents[i], "time_ids")) for i in range(count)] == list(
         range(count)
     )
@@ -529,12 +529,12 @@ def test_latents_that_are_not_finite_stop_with_the_pictures_name(tmp_path, value
 def test_embeddings_that_are_not_finite_stop_with_the_caption(tmp_path, monkeypatch, part):
     def encode_prompts(prompts, text):
         embeddings = torch.zeros(1, 32, 224), torch.zeros(1, 128)
-        if prompts == [ink()[2].caption]:
+        if prompts == [*ink()[2].captions]:
             embeddings[part][0, 0] = float("nan")
         return embeddings
 
     monkeypatch.setattr(model, "encode_prompts", encode_prompts)
-    with pytest.raises(Refusal, match=ink()[2].caption):
+    with pytest.raises(Refusal, match=ink()[2].captions[0]):
         fill(tmp_path, Counting())
     assert files_in(tmp_path) == set()
 
@@ -800,7 +800,7 @@ def test_streams_of_different_purposes_never_coincide(monkeypatch):
         examples = examples_of(None, count=1, seed=seed)  # one picture: every example an epoch
         for i in range(40):
             examples.example(i)
-            chosen = Picture("a", "a", f"{i:08x}{'0' * 24}", lambda: image)
+            chosen = Picture("a", ("a",), f"{i:08x}{'0' * 24}", lambda: image)
             one_view(chosen, 8, True, seed, False)
     states = [tuple(np.random.SeedSequence(key).generate_state(4)) for key in keys]
     assert len(keys) == 4 * 3 * 40 and len(set(states)) == len(states)
@@ -815,6 +815,31 @@ def test_caption_dropout_one_trains_the_unconditional_embedding_only():
     encoder = Counting()
     examples_of(encoder, dropout=0.0).batch(range(20), CPU)
     assert sorted(encoder.prompts) == ALL
+
+
+def test_of_several_captions_each_example_draws_one_and_each_equally_often(tmp_path):
+    """Without a byte of all else that is drawn: dropping is drawn before, the caption after it."""
+    pictures = changed(ink()[:3], 1, captions=("red", "  ", "blue"))
+    encoder = Counting(pictures)
+    assert encoder.captions == [*ink()[0].captions, "red", "", "blue", *ink()[2].captions, ""]
+    assert encoder.captions_of == [range(1), range(1, 4), range(4, 5)]
+    examples, one = (examples_of(each, count=3) for each in (encoder, Counting(ink()[:3])))
+    dropping = examples_of(encoder, count=3, dropout=0.5)
+    drawn = [examples.example(i) for i in range(3000)]
+    assert all(same(e, one.example(e.number)) for e in drawn[:60])
+    rows = [(e.picture, examples.prompt(e)) for e in drawn]
+    counts = {row: rows.count(row) for row in set(rows)}
+    assert counts.keys() == {(0, 0), (1, 1), (1, 2), (1, 3), (2, 4)}
+    assert all(abs(counts[1, row] - 333) < 60 for row in (1, 2, 3))
+    for e in map(dropping.example, range(60)):
+        assert dropping.prompt(e) == (5 if e.drop_caption else examples.prompt(e))
+    cache = fill(tmp_path, encoder)
+    want = Counting(pictures)
+    for row in range(6):
+        assert all(map(torch.equal, cache.prompt(row), want.prompt(row)))
+    assert torch.equal(cache.prompt(2)[0], cache.prompt(5)[0])  # an empty one is unconditional
+    batches = [examples_of(each, count=3).batch(range(40), CPU) for each in (cache, want)]
+    assert all(torch.equal(batches[0][key], value) for key, value in batches[1].items())
 
 
 def test_noise_offset_shifts_each_channels_mean_and_nothing_else():

@@ -180,6 +180,32 @@ def test_prompts_that_are_cut_are_counted(run, tmp_path, capsys):
     )
 
 
+def test_prompt_negative_and_unconditional_have_as_many_chunks_as_asked(capsys):
+    prompt = "a red fox " * 12  # 36 tokens: more than one chunk of 30
+    for negative in ("", "blue"):
+        (one,), (two,) = (
+            generate.encode(str(POCKET), [prompt], negative, CPU, False, tokens)
+            for tokens in (75, 150)
+        )
+        assert one["context"].shape == (2, 32, 224) and two["context"].shape == (2, 64, 224)
+        torch.testing.assert_close(two["context"][:, :32], one["context"], atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(two["pooled"], one["pooled"], atol=1e-4, rtol=1e-4)
+    assert capsys.readouterr().out.count("1 prompts lose their end, beyond 32 tokens") == 2
+
+
+def test_as_many_tokens_are_read_as_the_adapter_was_trained_with_unless_asked(tmp_path):
+    def tokens(about, *words):
+        given = drawing.parse(["a.safetensors", *words])
+        return drawing.complete(given, tmp_path / "a.safetensors", about).max_tokens
+
+    assert tokens({}) == 75 and tokens({"max_tokens": "150"}) == 150
+    assert tokens({"max_tokens": "150"}, "--max-tokens", "225") == 225
+    assert tokens({"max_tokens": "x"}, "--max-tokens", "75") == 75
+    for said in ("x", "76", "0", ""):
+        with pytest.raises(Refusal, match=f"says max_tokens '{said}'.*--max-tokens 75"):
+            tokens({"max_tokens": said})
+
+
 def test_what_cannot_be_written_is_met_before_drawing(run, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setattr(generate, "draw_at", None)

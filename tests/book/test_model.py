@@ -1,6 +1,7 @@
 """SDXL's parts are diffusers' own to the bit: prompts, latents, weights, schedule; and each refusal
 of model.py says what was found."""
 
+import dataclasses
 import json
 import sys
 import types
@@ -50,6 +51,42 @@ def test_prompt_embeddings_equal_the_pipelines(text):
     assert context.dtype == pooled.dtype == torch.float32
     assert torch.equal(context, want) and torch.equal(pooled, want_pooled)
     assert not torch.equal(context[0], context[1])
+
+
+def by_hand(prompt: str, text: model.TextEncoders, chunks: int) -> tuple:
+    """Written from the definition, one chunk at a time: (T, D) and (P,)."""
+    contexts, pooled = [], []
+    for chunk in range(chunks):
+        states = []
+        for tokenizer, encoder in zip(text.tokenizers, text.encoders, strict=True):
+            length = tokenizer.model_max_length
+            words = tokenizer.tokenize(prompt)[chunk * (length - 2) : (chunk + 1) * (length - 2)]
+            row = [tokenizer.bos_token, *words, tokenizer.eos_token]
+            row += [tokenizer.pad_token] * (length - len(row))
+            with torch.no_grad():
+                ids = torch.tensor([tokenizer.convert_tokens_to_ids(row)])
+                answer = encoder(ids, output_hidden_states=True)
+            states.append(answer.hidden_states[-2][0])
+        contexts.append(torch.cat(states, dim=-1))
+        pooled.append(answer.text_embeds[0])
+    return torch.cat(contexts), pooled[0]
+
+
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_long_prompts_are_encoded_in_chunks_and_pooled_is_the_firsts(text, chunks):
+    longer = dataclasses.replace(text, chunks=chunks)
+    prompts = [*PROMPTS, "a rocket " * 14, "a cat, " * 26 + "a red house"]
+    context, pooled = model.encode_prompts(prompts, longer)
+    assert context.shape == (7, 32 * chunks, 224) and pooled.shape == (7, 128)
+    for i, prompt in enumerate(prompts):
+        want, first = by_hand(prompt, text, chunks)
+        torch.testing.assert_close(context[i], want, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(pooled[i], first, atol=1e-4, rtol=1e-4)
+        alone, _ = model.encode_prompts([prompt], longer)
+        torch.testing.assert_close(context[i], alone[0], atol=1e-4, rtol=1e-4)
+    away = model.encode_unconditional(longer)
+    assert [each.shape for each in away] == [(1, 32 * chunks, 224), (1, 128)]
+    assert not any(each.any() for each in away)  # as the pocket model says
 
 
 @pytest.mark.parametrize("zeros", [True, False])

@@ -8,7 +8,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from conftest import ROOT, TINY
+from conftest import ROOT, TINY, make_unet
 from fast import plan
 from fast.plan import GIB
 from inputs.files import Refusal
@@ -44,6 +44,13 @@ def test_the_recipe_t4_needs_less_than_14_gib(sdxl):
 
 
 @pytest.mark.slow
+def test_long_captions_are_planned_for():
+    """The plan's batch has the run's tokens: 77 for each of a caption's chunks."""
+    for tokens, length in ((75, 77), (150, 154), (225, 231)):
+        config = replace(SMALL, max_tokens=tokens)
+        assert plan.fake_batch(config, make_unet())["context"].shape[1:] == (length, 48)
+
+
 def test_the_recipe_native_needs_less_than_14_and_a_half_gib(sdxl):
     native = RECIPES["native"][1]
     assert 8 * GIB < sdxl(plan.shaped(native, 1, None)).peak < 14.5 * GIB

@@ -66,11 +66,13 @@ def test_a_name_in_metadata_cannot_lead_outside_and_a_linked_file_may(folder, tm
     lines = folder / "metadata.jsonl"
     names = ("../outside/b.png", str(outside), "x/../../outside/b.png", "..\\outside\\b.png")
     for name in (*names, "a.png/../../outside/b.png", "b\0.png", "\ud800", "x" * 5000, ""):
-        rows = [{"file_name": "a.png", "text": "x"}, {"file_name": name, "text": "y"}]
+        rows = [{"file_name": "a.png", "text": "a fox"}, {"file_name": name, "text": "y"}]
         lines.write_text("\n".join(map(json.dumps, rows)))
         refused(lambda: read(folder), "1 captions without a picture")
     (folder / "b.png").symlink_to(outside)  # the user's own act
-    lines.write_text("\n".join(json.dumps({"file_name": n, "text": n}) for n in ("a.png", "b.png")))
+    lines.write_text(
+        "\n".join(json.dumps({"file_name": n, "text": "a fox"}) for n in ("a.png", "b.png"))
+    )
     assert [p.read() for p in read(folder)][1] == outside.read_bytes()
 
 

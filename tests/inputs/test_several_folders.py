@@ -44,7 +44,7 @@ def test_several_folders_are_one_set_each_with_its_weight(two):
     a, b = two
     pictures = read(a, f"{b}/", dataset_weights=(3, 1))
     assert weights(pictures) == {f"{a}/x.png": 3, f"{a}/y.png": 3, f"{b}/x.png": 1}
-    assert [p.caption for p in pictures] == ["red", "blue", "green"] and pictures.cards == 7
+    assert [p.captions[0] for p in pictures] == ["red", "blue", "green"] and pictures.cards == 7
     assert pictures.notes[0] == f"{a}: 2 pictures x 3" and f"{b}/: 1 pictures x 1" in str(pictures)
     assert set(weights(read(a, b)).values()) == {1}
 
@@ -53,7 +53,7 @@ def test_one_folder_is_as_it_was(two):
     pictures = read(two[0])
     assert weights(pictures) == {"x.png": 1, "y.png": 1} and list(pictures.notes) == []
     assert weights(read(two[0], dataset_weights=(4,))) == {"x.png": 4, "y.png": 4}
-    old = identity.digest(*(part for p in pictures for part in (p.digest, p.caption)))
+    old = identity.digest(*(part for p in pictures for part in (p.digest, *p.captions)))
     assert identity.of_data(pictures) == old
     assert identity.of_data(read(two[0], dataset_weights=(4,))) != old
 

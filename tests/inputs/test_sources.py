@@ -19,7 +19,7 @@ from inputs.files import Refusal, digest
 from inputs.options import RECIPES, Config
 from inputs.sources import Picture, read_dataset
 from keep import identity
-from made import BLUE, PNG, RED, encoded, noisy, write_folder
+from made import BLUE, PNG, RED, cell, encoded, noisy, write_folder
 
 
 def read(folder: Path | str, **options) -> sources.Pictures:
@@ -27,7 +27,7 @@ def read(folder: Path | str, **options) -> sources.Pictures:
 
 
 def contents(pictures: list[Picture]) -> list[tuple]:
-    return [(p.name, p.caption, p.digest) for p in pictures]
+    return [(p.name, p.captions[0], p.digest) for p in pictures]
 
 
 # ---- sources -------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ def test_name_txt_beside_name_jpg(tmp_path):
 def test_the_ink_pictures_are_160_and_captioned():
     pictures = read_dataset(str(INK))
     assert len(pictures) == len({p.digest for p in pictures}) == 160
-    assert all(p.caption.strip() for p in pictures)
+    assert all(p.captions[0].strip() for p in pictures)
     assert [p.name for p in pictures] == sorted(p.name for p in pictures)
 
 
@@ -86,22 +86,22 @@ def test_a_missing_caption_is_an_empty_one(tmp_path):
     rows = [{"file_name": n, "text": t} for n, t in zip(names, (None, "", "c"), strict=True)]
     files = dict.fromkeys(names, RED)
     folder = write_folder(tmp_path / "m", {"metadata.jsonl": rows} | files)
-    assert [p.caption for p in read_dataset(str(folder))] == told
+    assert [p.captions[0] for p in read_dataset(str(folder))] == told
     files |= {"a.txt": "", "b.txt": "\n", "c.txt": "c"}
-    assert [p.caption for p in read_dataset(str(write_folder(tmp_path / "t", files)))] == told
+    assert [p.captions[0] for p in read_dataset(str(write_folder(tmp_path / "t", files)))] == told
 
 
 @pytest.mark.parametrize("column", ["text", "caption", "prompt"])
 def test_the_usual_caption_columns_are_found(tmp_path, column):
     rows = [{"other": "no", "file_name": "a.png", column: "yes"}]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read(folder)[0].caption == "yes"
+    assert read(folder)[0].captions[0] == "yes"
 
 
 def test_a_named_caption_column_is_taken(tmp_path):
     rows = [{"file_name": "a.png", "text": "no", "title": "yes"}]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read(folder, caption_column="title")[0].caption == "yes"
+    assert read(folder, caption_column="title")[0].captions[0] == "yes"
 
 
 def test_a_wrong_caption_column_is_refused_with_those_that_are_there(tmp_path):
@@ -141,7 +141,8 @@ GOOD = {"file_name": "a.png", "text": "a"}
             "1 captions without a picture .*such as '/etc/hostname'",
         ),
         ('{"file_name": "a.png", "text": 7}', "line 2 has the caption 7"),
-        ('{"file_name": "a.png", "text": ["a"]}', "line 2 has the caption"),
+        ('{"file_name": "a.png", "text": ["a", 7]}', "line 2 has the caption 7"),
+        ('{"file_name": "a.png", "text": [["a"]]}', "line 2 has the caption"),
         ('{"file_name": "a.png"}', "line 2 has the columns file_name"),
     ],
 )
@@ -173,10 +174,10 @@ def test_blank_lines_in_metadata_are_nothing(tmp_path):
 def test_of_some_pictures_without_a_caption_each_gets_an_empty_one(tmp_path):
     files = {"metadata.jsonl": [GOOD], "a.png": RED, "sub/b.png": BLUE}
     read = read_dataset(str(write_folder(tmp_path / "m", files)))
-    assert [(p.name, p.caption) for p in read] == [("a.png", "a"), ("sub/b.png", "")]
+    assert [(p.name, p.captions[0]) for p in read] == [("a.png", "a"), ("sub/b.png", "")]
     files = {"a.png": RED, "a.txt": "a", "b.png": BLUE}
     read = read_dataset(str(write_folder(tmp_path / "t", files)))
-    assert [(p.name, p.caption) for p in read] == [("a.png", "a"), ("b.png", "")]
+    assert [(p.name, p.captions[0]) for p in read] == [("a.png", "a"), ("b.png", "")]
 
 
 @pytest.mark.parametrize("more", [{}, {"metadata.jsonl": ""}])
@@ -198,21 +199,24 @@ def test_captions_that_are_all_empty_are_as_good_as_none(tmp_path, own):
     with pytest.raises(Refusal, match=r"none of the 1 pictures .*such as 'a\.png'"):
         read(folder)
     (found,) = read(folder, caption="")
-    assert found.caption == "" and not read(folder, caption="").notes
+    assert found.captions[0] == "" and not read(folder, caption="").notes
 
 
 def test_a_caption_is_given_to_every_picture_that_has_none_of_its_own(tmp_path):
     files = {"a.png": RED, "b.png": BLUE, "b.txt": "own", "x/c.png": RED, "x/c.txt": " "}
     folder = write_folder(tmp_path, files)
     found = read(folder, caption="a photo of sks dog")
-    assert [p.caption for p in found] == ["a photo of sks dog", "own", "a photo of sks dog"]
+    assert [p.captions[0] for p in found] == ["a photo of sks dog", "own", "a photo of sks dog"]
     assert found.notes == [
         "2 (the first: a.png) without a caption of their own, called 'a photo of sks dog'"
     ]
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "class": "red"}')
     with pytest.raises(Refusal, match=r"metadata\.jsonl line 1 has the columns file_name, class"):
         read(folder)
-    assert [p.caption for p in read(folder, caption="x")] == ["x", "x", "x"]
+    with pytest.raises(Refusal, match=r"which disagree: 'b\.txt'"):
+        read(folder, caption="x")
+    (folder / "b.txt").unlink()
+    assert [p.captions[0] for p in read(folder, caption="x")] == ["x", "x", "x"]
     with pytest.raises(Refusal, match="expected title"):
         read(folder, caption="x", caption_column="title")
     with pytest.raises(Refusal, match="without control characters"):
@@ -234,7 +238,7 @@ def test_a_caption_is_given_to_every_picture_that_has_none_of_its_own(tmp_path):
 def test_a_files_name_can_be_its_caption(tmp_path, name, caption):
     files = {name: RED, "own.png": BLUE, "own.txt": "mine", "0012.png": BLUE}
     found = read(write_folder(tmp_path, files), caption_from_name=True)
-    told = {p.name: p.caption for p in found}
+    told = {p.name: p.captions[0] for p in found}
     assert told == {name: caption, "own.png": "mine", "0012.png": ""}
     assert found.notes == [
         f"1 (the first: {name}) without a caption of their own, called {caption!r} and so on, by "
@@ -249,19 +253,20 @@ def test_names_that_are_numbers_are_no_captions(tmp_path):
 
 
 def test_what_looks_like_captions_is_said_where_an_option_gives_them(tmp_path):
-    folder = write_folder(tmp_path, {"a.png": RED, "meta_cap.json": "{}"})
+    folder = write_folder(tmp_path, {"a.png": RED, "a.json": "{}"})
     found = read(folder, caption="a")
-    note = "1 (the first: meta_cap.json) left out, since they are not named as captions are"
-    assert found[0].caption == "a" and found.notes[0] == note
+    note = "1 (the first: a.json) left out, since they are not named as captions are"
+    assert found[0].captions[0] == "a" and found.notes[0] == note
 
 
-def test_captions_beside_a_table_are_said_to_be_unread(tmp_path):
+def test_a_caption_beside_a_table_that_lacks_it_is_refused(tmp_path):
     files = {"a.png": RED, "b.png": BLUE, "metadata.jsonl": [GOOD], "b.txt": "b", "LICENSE.txt": ""}
-    found = read(write_folder(tmp_path, files))
-    assert [p.caption for p in found] == ["a", ""]
-    assert found.notes == [
-        "1 (the first: b.txt) left out, since they are captions beside metadata.jsonl"
-    ]
+    folder = write_folder(tmp_path, files)
+    with pytest.raises(Refusal, match=r"jsonl and files beside pictures, .*: 'b\.txt'"):
+        read(folder)
+    (folder / "b.txt").write_text("")
+    found = read(folder)
+    assert [p.captions[0] for p in found] == ["a", ""] and not found.notes
 
 
 @pytest.mark.parametrize(
@@ -272,7 +277,7 @@ def test_of_two_tables_none_is_taken_in_silence(tmp_path, tables):
     text = {"jsonl": [GOOD], "csv": "file_name,text\na.png,other"}
     files = {name: text[name.rpartition(".")[2]] for name in tables}
     folder = write_folder(tmp_path, {"a.png": RED, "train/a.png": BLUE} | files)
-    with pytest.raises(Refusal, match=rf"holds {tables[0]} and {tables[1]}; expected one table"):
+    with pytest.raises(Refusal, match=rf"holds {tables[0]} and {tables[1]}, which disagree: '"):
         read(folder)
 
 
@@ -291,7 +296,7 @@ def test_a_folders_split_is_its_sub_folder_with_a_table(tmp_path):
     folder = write_folder(tmp_path, files | tables)
     for split in ("train", "test"):
         found = read(folder, dataset_split=split)
-        assert [(p.name, p.caption) for p in found] == [(f"{split}/{split}.png", split)]
+        assert [(p.name, p.captions[0]) for p in found] == [(f"{split}/{split}.png", split)]
         assert f"2 (the first: more/more.png) left out, since they lie outside {split}/" in str(
             found
         )
@@ -304,7 +309,7 @@ def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_pa
     rows = [{"file_name": "a.png", "text": "first"}, {"file_name": "a.png", "text": "second"}]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
     try:
-        captions = sorted(p.caption for p in read_dataset(str(folder)))
+        captions = sorted(p.captions[0] for p in read_dataset(str(folder)))
     except Refusal as refusal:
         assert "a.png" in str(refusal)
     else:
@@ -339,9 +344,9 @@ def test_two_pictures_that_share_a_caption_file_are_never_reduced_to_one_in_sile
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
     bom = b"\xef\xbb\xbf"  # as Windows' editors write it
     files = {"a.png": RED, "a.txt": bom + b"a red square"}
-    assert read_dataset(str(write_folder(tmp_path / "t", files)))[0].caption == "a red square"
+    assert read_dataset(str(write_folder(tmp_path / "t", files)))[0].captions[0] == "a red square"
     files = {"a.png": RED, "metadata.jsonl": bom + json.dumps(GOOD).encode()}
-    assert read_dataset(str(write_folder(tmp_path / "m", files)))[0].caption == "a"
+    assert read_dataset(str(write_folder(tmp_path / "m", files)))[0].captions[0] == "a"
 
 
 @pytest.mark.parametrize(
@@ -363,7 +368,7 @@ def test_captions_of_a_table_and_of_train_are_read(tmp_path, table, text):
     files = {table: text, f"{top}a.png": RED, f"{top}sub/b.png": BLUE}
     files |= {"test/c.png": BLUE} if top else {}
     read = read_dataset(str(write_folder(tmp_path, files)))
-    captions = [(p.name, p.caption) for p in read]
+    captions = [(p.name, p.captions[0]) for p in read]
     assert captions == [(f"{top}a.png", "red, round"), (f"{top}sub/b.png", "blue")]
     assert ("1 (the first: test/c.png) left out, since they lie outside train/" in str(read)) == (
         top != ""
@@ -380,7 +385,7 @@ def test_a_comma_without_quotes_never_cuts_a_caption(tmp_path, row):
 def test_other_endings_of_caption_files_are_read(tmp_path):
     files = {"a.png": RED, "a.TXT": "red", "b.png": BLUE, "b.caption": "blue"}
     read = read_dataset(str(write_folder(tmp_path, files)))
-    assert [p.caption for p in read] == ["red", "blue"]
+    assert [p.captions[0] for p in read] == ["red", "blue"]
 
 
 @pytest.mark.parametrize("kind", ["metadata", "txt"])
@@ -390,7 +395,7 @@ def test_names_match_though_their_accents_are_written_in_two_ways(tmp_path, kind
     rows = [{"file_name": f"{told}.png", "text": "red"}]
     captions = {"metadata.jsonl": rows} if kind == "metadata" else {f"{told}.txt": "red"}
     files = {f"{on_disk}.png": RED} | captions
-    assert read_dataset(str(write_folder(tmp_path, files)))[0].caption == "red"
+    assert read_dataset(str(write_folder(tmp_path, files)))[0].captions[0] == "red"
     both = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
     twice = {f"{name}.png": RED for name in both} | {f"{name}.txt": name for name in both}
     with pytest.raises(Refusal, match=r"2 pictures without .* and 2 captions without"):
@@ -400,7 +405,7 @@ def test_names_match_though_their_accents_are_written_in_two_ways(tmp_path, kind
 @pytest.mark.parametrize(
     ("near", "content"),
     [
-        *(("meta_cap.json", "{}"), ("metadata.json1", "{}"), ("captions.csv", "")),
+        *(("Meta_cap.json", "{}"), ("metadata.json1", "{}"), ("captions.csv", "")),
         *(("Metadata.JSONL", "{}"), ("train.csv", "x"), ("a.json", "{}"), ("a.tags", "x")),
         ("cats/metadata.jsonl", "{}"),
     ],
@@ -423,7 +428,7 @@ def test_pictures_whose_names_begin_as_a_tables_are_pictures(tmp_path):
     names = ("metal plate.png", "caption.png", "meta.jpg")
     files = dict.fromkeys(names, RED) | {"metal plate.txt": "grey", "captions.v1/b.png": BLUE}
     found = read_dataset(str(write_folder(tmp_path, files)))
-    assert {p.name: p.caption for p in found}["metal plate.png"] == "grey"
+    assert {p.name: p.captions[0] for p in found}["metal plate.png"] == "grey"
     assert len(found) == 4 and not found.notes
 
 
@@ -443,9 +448,9 @@ def test_hidden_names_and_other_programs_copies_are_left_out_and_counted(tmp_pat
         "1 pictures; 7 (the first: .Trash-0/b.png) left out, since they are hidden or another "
         "program's own"
     )
-    rows = [{"file_name": name, "text": "x"} for name in ("a.png", "._a.png")]
+    rows = [{"file_name": name, "text": "a"} for name in ("a.png", "._a.png")]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    assert [p.caption for p in read_dataset(str(folder))] == ["x"]
+    assert [p.captions[0] for p in read_dataset(str(folder))] == ["a"]
 
 
 @pytest.mark.parametrize(
@@ -518,7 +523,7 @@ def test_all_texts_in_another_encoding_are_named_with_the_command_that_mends(
     for name in "ab":
         typed = command.replace("FILE", str(folder / f"{name}.txt"))
         subprocess.run(typed, shell=True, check=True)
-    assert [p.caption for p in read_dataset(str(folder))] == ["café", "café", "good"]
+    assert [p.captions[0] for p in read_dataset(str(folder))] == ["café", "café", "good"]
 
 
 def test_of_many_unreadable_files_ten_are_named_and_the_rest_counted(tmp_path):
@@ -548,7 +553,7 @@ def test_control_characters_are_refused_with_the_command_that_mends(tmp_path):
     for name in "ab":
         typed = command.replace("FILE", str(folder / f"{name}.txt"))
         subprocess.run(typed, shell=True, check=True)
-    assert [p.caption for p in read_dataset(str(folder))] == ["a fox", "[31mred\tb"]
+    assert [p.captions[0] for p in read_dataset(str(folder))] == ["a fox", "[31mred\tb"]
     rows = [{"file_name": "a.png", "text": "a\x07"}, {"file_name": "b.png", "text": "b\x08"}]
     folder = write_folder(tmp_path / "m", {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE})
     with pytest.raises(Refusal, match=r"line 1 has .* line 2 has .*without control characters"):
@@ -593,7 +598,7 @@ def test_the_repositorys_own_folders_are_found_from_everywhere(tmp_path, monkeyp
     assert identity.local_identity(config, False) == here and len(here) == 3
     write_folder(tmp_path / "pocket" / "ink", {"a.png": RED, "a.txt": "mine"})
     monkeypatch.chdir(tmp_path)  # what lies here comes first
-    assert [p.caption for p in read_dataset("pocket/ink")] == ["mine"]
+    assert [p.captions[0] for p in read_dataset("pocket/ink")] == ["mine"]
 
 
 @pytest.mark.parametrize("files", [{}, {"metadata.jsonl": ""}, {"notes.md": "nothing here"}])
@@ -626,14 +631,13 @@ def parquet(tmp_path, monkeypatch):
     return write
 
 
-def cell(content: bytes | None) -> dict:
-    return {"bytes": content, "path": None}
-
-
 def test_a_parquet_folder_is_read_with_its_columns_found(parquet):
     name = parquet(image=[cell(RED), cell(BLUE)], text=["red", None])
     pictures = read_dataset(name)
-    assert [(p.caption, p.digest) for p in pictures] == [("red", digest(RED)), ("", digest(BLUE))]
+    assert [(p.captions[0], p.digest) for p in pictures] == [
+        ("red", digest(RED)),
+        ("", digest(BLUE)),
+    ]
     assert [p.read() for p in pictures] == [RED, BLUE]
     assert len({p.name for p in pictures}) == 2 and all("row" in p.name for p in pictures)
 
@@ -647,7 +651,7 @@ def test_a_parquet_folders_columns_can_be_named(parquet):
     )
     pictures = read(name, image_column="second", caption_column="title")
     assert [p.read() for p in pictures] == [RED, RED]
-    assert [p.caption for p in pictures] == ["yes", "yes"]
+    assert [p.captions[0] for p in pictures] == ["yes", "yes"]
     assert [p.read() for p in read(name, caption_column="title")] == [BLUE, BLUE]
 
 
@@ -677,7 +681,7 @@ def test_splits_are_read_and_a_wrong_one_lists_what_there_is(parquet):
         name = parquet(file=f"data/{split}-0.parquet", image=[cell(content)], text=[split])
     for split, captions in (("train", ["train"]), ("test", ["test"]), ("train+test", None)):
         found = read(name, dataset_split=split)
-        assert [p.caption for p in found] == (captions or ["train", "test"])
+        assert [p.captions[0] for p in found] == (captions or ["train", "test"])
     with pytest.raises(Refusal, match=r"\['train', 'test'\].*--dataset-split NAME"):
         read(name, dataset_split="validation")
 
@@ -690,7 +694,7 @@ def test_configs_are_read_and_a_wrong_or_missing_one_lists_what_there_is(parquet
     (tmp_path / "set" / "README.md").write_text(f"---\nconfigs:\n{entries}---\n")
     for config, content in (("red", RED), ("blue", BLUE)):
         (found,) = read(name, dataset_config=config)
-        assert (found.caption, found.read()) == (config, content)
+        assert (found.captions[0], found.read()) == (config, content)
     for config in ("", "green"):
         with pytest.raises(Refusal, match=r"\['red', 'blue'\].*--dataset-config NAME"):
             read(name, dataset_config=config)
@@ -720,7 +724,7 @@ def test_columns_of_bytes_and_of_bytes_with_a_path_are_read(parquet, tmp_path):
         name = plain(tmp_path / kind, images)
         (tmp_path / kind / "b.png").write_bytes(BLUE)
         found = read(name)
-        assert [(p.caption, p.read()) for p in found] == [("a", RED), ("b", BLUE)], kind
+        assert [(p.captions[0], p.read()) for p in found] == [("a", RED), ("b", BLUE)], kind
         assert [p.digest for p in found] == [digest(RED), digest(BLUE)]
     for kind, path in (("url", "https://example.com/a.png"), ("outside", "../a.png")):
         name = plain(tmp_path / kind, [cell(RED), {"bytes": None, "path": path}])
@@ -772,20 +776,20 @@ def test_pictures_beside_parquet_files_are_counted(parquet, tmp_path):
 
 def test_rows_without_a_caption_take_the_options(parquet):
     name = parquet(image=[cell(RED), cell(BLUE)], text=["own", None])
-    assert [p.caption for p in read(name, caption="sks")] == ["own", "sks"]
+    assert [p.captions[0] for p in read(name, caption="sks")] == ["own", "sks"]
     with pytest.raises(Refusal, match="whose pictures are rows of a table"):
         read(name, caption_from_name=True)
 
 
 def test_a_table_without_captions_takes_the_options(parquet):
     name = parquet(image=[cell(RED)], label=["x"])
-    assert [p.caption for p in read(name, caption="sks")] == ["sks"]
+    assert [p.captions[0] for p in read(name, caption="sks")] == ["sks"]
     with pytest.raises(Refusal, match=r"columns image, label.*--caption \"a photo of sks dog\""):
         read(name)
 
 
 def test_a_parquet_caption_that_is_no_text_is_refused(parquet, tmp_path):
-    for i, captions in enumerate([[1, 2], [["a"], ["b", "c"]]]):
+    for i, captions in enumerate([[1, 2], [[["a"]], [["b", "c"]]]]):
         name = parquet(tmp_path / f"set{i}", image=[cell(RED), cell(BLUE)], text=captions)
         with pytest.raises(Refusal, match="text"):
             read_dataset(name)

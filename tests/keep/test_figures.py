@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -9,8 +10,9 @@ import torch
 
 import loop
 import model
-from conftest import POCKET
+from conftest import POCKET, SDXL
 from inputs.options import RECIPES, replace
+from inputs.sources import Picture
 from keep import report
 
 GPU = torch.device("cuda:0")
@@ -75,13 +77,30 @@ def test_a_log_says_what_the_watch_says(tmp_path, monkeypatch, capsys):
     assert [row["gib"] for row in rows] == [0.0, 2.0]
 
 
-def test_a_prompt_is_counted_as_cut_when_its_tokens_exceed_the_tokenizers_length():
+@pytest.mark.parametrize("chunks", [1, 2, 3])
+def test_a_caption_counts_as_cut_when_its_tokens_exceed_its_chunks(chunks):
     tokenizer, _ = model.load_tokenizers(str(POCKET))
     length = tokenizer.model_max_length  # with begin and end
     word = "a"
     assert len(tokenizer(word).input_ids) == 3
-    fits, too_long = " ".join([word] * (length - 2)), " ".join([word] * (length - 1))
-    assert report.count_cut([fits], str(POCKET)) == 0
-    assert report.count_cut([too_long], str(POCKET)) == 1
-    assert report.count_cut(["", fits, too_long, too_long], str(POCKET)) == 2
-    assert report.count_cut([], str(POCKET)) == 0
+    config, room = replace(RECIPES["pocket"][1], max_tokens=75 * chunks), chunks * (length - 2)
+    fits, too_long = " ".join([word] * room), " ".join([word] * (room + 1))
+    cut = partial(report.cut_captions, config=config)
+    assert cut([fits]) == cut([]) == [] and cut([too_long]) == [too_long]
+    assert cut(["", fits, too_long, too_long]) == [too_long, too_long]
+
+
+def test_the_disk_that_captions_take_is_said_where_a_picture_has_several(monkeypatch):
+    """At SDXL's size, in half precision: 77 x 2048 + 1280 numbers of 2 bytes, for each chunk."""
+    monkeypatch.setattr(report, "fetch", lambda name, part: SDXL / part)
+    monkeypatch.setattr(
+        model, "load_tokenizers", lambda name: [SimpleNamespace(model_max_length=77)]
+    )
+    one, three = (Picture("a", ("a",) * n, "", bytes) for n in (1, 3))
+    config = replace(RECIPES["t4"][1], cache_dir="/c")
+    assert report.disk(config, [one, one], torch.float16) == ""
+    said = report.disk(config, [one, three] * 1000, torch.float16)
+    assert said == "4000 captions of 2000 pictures, 318 kB each when encoded: 1.27 GB in /c"
+    long = replace(config, max_tokens=150)
+    assert "1 captions of 1 pictures, 633 kB each" in report.disk(long, [one], torch.float16)
+    assert report.disk(replace(config, cache=False), [three], torch.float16) == ""

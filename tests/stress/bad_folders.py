@@ -14,6 +14,7 @@ import model
 from inputs import pictures as decoding
 from inputs import sources
 from inputs.files import Refusal, digest
+from inputs.options import Config
 from keep import identity, report
 from stress import bad_pictures
 from stress.case import Case
@@ -111,7 +112,8 @@ def text_encoders() -> model.TextEncoders:
 def use(case: Case, pictures: list[sources.Picture]) -> None:
     """What a run does with captions and pictures before it trains."""
     identity.of_data(pictures)
-    report.count_cut([p.caption for p in pictures if p.caption.strip()], str(MODEL))
+    captions = [each for p in pictures for each in p.captions if each.strip()]
+    report.cut_captions(captions, Config(pretrained_model_name_or_path=str(MODEL)))
     encoder = data.Encoder(pictures, None, text_encoders, data.Crop((64,), False, False, 0))
     for i in range(len(pictures) + 1):
         context, pooled = encoder.prompt(i)
@@ -191,7 +193,7 @@ def caption(case: Case):
             assert not good, "a good folder was refused"
             raise
         assert bad is not True, "accepted"
-        got = {str(case.folder / p.name): p.caption for p in pictures}
+        got = {str(case.folder / p.name): p.captions[0] for p in pictures}
         got.pop(str(case.folder / "odd.png"), None)
         assert got == want
 
@@ -267,7 +269,7 @@ def metadata(case: Case):
         if how != "junk":
             assert how.startswith("good"), "accepted"
             texts = {x["file_name"]: x["text"] or "" for x in lines if isinstance(x, dict)}
-            got = {p.name: p.caption for p in pictures}
+            got = {p.name: p.captions[0] for p in pictures}
             assert all(got[name] == text for name, text in texts.items())
 
     return act

@@ -201,7 +201,7 @@ def picture(case: Case):
     """decode() and views() of one picture."""
     whole = case.turn % 2 == 0
     blob, looks = known(case) if whole else (any_bytes(case), None)
-    given = Picture("a.png", "", digest(blob), lambda: blob)
+    given = Picture("a.png", ("",), digest(blob), lambda: blob)
     kind = case.what
 
     def act():

@@ -15,6 +15,7 @@ import model
 from adapters import files
 from inputs import hub, vetting
 from inputs.files import Refusal
+from inputs.options import Config
 from keep import drawing, report, training
 from stress import bad_folders, bad_pictures
 from stress.case import Case, command
@@ -206,7 +207,7 @@ def walk_model(name: str) -> None:
     context, _ = model.encode_prompts(["a fox"], text)
     empty, _ = model.encode_unconditional(text)
     assert context.shape == empty.shape
-    report.count_cut(["a fox"], name)
+    report.cut_captions(["a fox"], Config(pretrained_model_name_or_path=name))
     factor, shift = model.latent_scaling(name)
     assert factor > 0 and abs(shift) < 1e6
     vae = model.load_vae(name, CPU)
