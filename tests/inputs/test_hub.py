@@ -1,5 +1,6 @@
 """Of a model only what is needed is downloaded, and what is no model is refused by its part."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -316,6 +317,20 @@ def test_a_data_set_that_does_not_come_is_told_with_the_first_error(server, monk
     name = "someone/sdxl"
     refused(lambda: read_dataset(name), f"the data set {name}", "--dataset-name FOLDER", *words)
     assert time.monotonic() - began < 8
+
+
+def test_what_the_client_asks_about_itself_is_no_reason(server):
+    server.fail("/api/agent-harnesses", 401)
+    server.fail("/api/telemetry", 503)
+
+    def ask():
+        for path in ("agent-harnesses", "telemetry/x"):
+            assert huggingface_hub.get_session().get(f"{server.url}/api/{path}").is_error
+        return huggingface_hub.HfApi().model_info("someone/else")
+
+    act = functools.partial(download.asked, "models", "someone/else", "it", "a way", ask)
+    refused(act, "the Hub answers 401 Invalid", "/api/models/someone/else")
+    assert len(download.failures) == 1
 
 
 LARGE = bytes(range(256)) * 1000  # as LFS keeps it
