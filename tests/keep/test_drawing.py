@@ -354,6 +354,16 @@ def test_a_runs_own_picture_leaves_steps_and_guidance_to_the_base_unless_asked(
         assert drawn[-1].prompts == POCKET_PROMPTS and drawn[-1].compare
 
 
+def test_a_run_whose_picture_cannot_be_drawn_says_that_the_adapter_is_saved(
+    train, base, tmp_path, capsys
+):
+    model = base("TCDScheduler", "Hyper")
+    options = ("--pretrained-model-name-or-path", model, "--validation-prompts", "a cat")
+    said = f"python generate.py {tmp_path / 'a'} --compare, with what helps: --scheduler Euler"
+    refused((train("a", *options), capsys.readouterr().err), "the adapter is saved, but", said)
+    assert (tmp_path / "a" / files.FILE_NAME).is_file()
+
+
 # ---- which adapter, which base -------------------------------------------------------------------
 
 
