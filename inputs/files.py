@@ -73,6 +73,9 @@ def folder_of(name: str, option: str, expected: str) -> Path | None:
         remedy = CONVERT if path.suffix.lower() in PICKLES else remedy
         kind = f"a {path.suffix} file" if path.suffix else "a file"
         raise Refusal(f"{name} is {kind}, no folder", expected, f"{remedy}: {option} FOLDER")
+    if "://" in name:
+        hub_name = "/".join(re.sub(r"^\w+://[^/]*/(datasets/)?", "", name).split("/")[:2])
+        raise Refusal(f"{name} is an address", expected, f"{option} {hub_name}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise Refusal(f"there is no folder {name}", expected, f"correct {option} FOLDER")
     return None

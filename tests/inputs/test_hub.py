@@ -257,6 +257,14 @@ def test_a_repository_that_is_no_model_and_a_name_of_none_are_refused(server, na
     refused(lambda: hub.fetch(name, "unet"), name, words, "correct --pretrained-model-name-or-path")
 
 
+def test_of_a_model_of_another_family_nothing_more_is_downloaded(server):
+    other = {"model_index.json": b'{"_class_name": "StableDiffusionPipeline"}'}
+    server.push(HUB_NAME, dummies(SDXL_BASE_FILES) | other)
+    refused(lambda: hub.fetch(HUB_NAME, "vae"), "a model_index.json of StableDiffusionPipeline")
+    brought = [each for each in server.asked if "/resolve/" in each]
+    assert brought and all(each.endswith("/model_index.json") for each in brought)
+
+
 def test_a_revision_of_a_folder_is_refused():
     with pytest.raises(Refusal, match=r"--revision main with .*on this disk.*leave --revision"):
         hub.use_revision(str(POCKET), "main")

@@ -580,6 +580,13 @@ def test_a_file_where_a_folder_is_meant_is_said_as_what_it_is(tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
+@pytest.mark.parametrize("path", ["some/one", "datasets/some/one", "some/one/tree/main?x=1"])
+def test_an_address_is_answered_with_the_name_in_it(take, path):
+    with pytest.raises(Refusal, match=r"is an address; .*: --[a-z-]+ some/one$"):
+        take(f"https://huggingface.co/{path}")
+
+
+@pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
 @pytest.mark.parametrize(
     "name", ["/no/where", "./nowhere", "~/no/where", "~nobody-here/x", "a/b/c"]
 )
