@@ -22,10 +22,19 @@ WHOLE = "use a whole adapter file that is not quantised"
 # What other models' keys, with their shapes, have and SDXL's never.
 FAMILIES = {
     "Flux": r"(single|double)_blocks|single_transformer_blocks",
-    "Stable Diffusion 3": r"joint_blocks|\btransformer_blocks\.\d+\.attn\.",
+    "Stable Diffusion 3 or Qwen-Image": r"joint_blocks|\btransformer_blocks\.\d+\.attn\.",
     "a transformer, such as Wan or Z-Image": r"^transformer\.|^diffusion_model\.(blocks|layers)\.",
     "Stable Diffusion 1": r"(up_blocks[._]3|output_blocks[._]9).*attn2[._]to_k.* \(\d+, 768\)",
     "Stable Diffusion 2": r"(up_blocks[._]3|output_blocks[._]9).*attn2[._]to_k.* \(\d+, 1024\)",
+}
+# What SDXL's files may hold besides plain LoRA of the UNet.
+KINDS = {
+    "a text encoder's LoRA": r"^lora_te|text_encoder|text_model",
+    "DoRA": r"dora_scale|magnitude_vector",
+    "LoHa": r"\.hada_",
+    "LoKr": r"\.lokr_",
+    "an embedding (textual inversion)": r"^clip_[gl]$|^emb_params$",
+    "a whole model": r"^model\.diffusion_model\.|^(first_stage|conditioner)",
 }
 # Fields of PEFT's config that do not touch the numbers, and what others say when they do not.
 SILENT = {"r", "lora_alpha", "task_type", "auto_mapping", "peft_version", "revision"}
@@ -47,20 +56,29 @@ def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str
 
 
 def check_keys(path: Path, tensors: dict[str, Tensor], pattern: str) -> None:
-    """Raise Refusal, naming the first, for keys of another model or not of the file's layout."""
+    """Raise Refusal, naming the first, for keys of another model, of more than the UNet's LoRA, and
+    not of the file's layout; and for none at all.
+    """
+    if not tensors:
+        raise Refusal(f"{path} holds no tensors", "an adapter", WHOLE)
     keys = {f"{key} {tuple(tensor.shape)}": key for key, tensor in tensors.items()}
     for family, mark in FAMILIES.items():
         if theirs := [key for shaped, key in keys.items() if re.search(mark, shaped)]:
             found = f"{path} is a LoRA of {family}, since it has the key {theirs[0]}"
             raise Refusal(found, "one of SDXL's UNet", "use an adapter that was trained on SDXL")
+    for kind, mark in KINDS.items():
+        if theirs := [key for key in tensors if re.search(mark, key)]:
+            found = f"{path} holds {kind}, since it has {len(theirs)} keys such as {theirs[0]}"
+            remedy = "use an adapter that was trained on the UNet alone, without DoRA, LoHa or LoKr"
+            raise Refusal(found, "plain LoRA of SDXL's UNet and nothing else", remedy)
     for key in tensors:
         if not re.fullmatch(pattern, key):
+            plain = "draw without --plain, which reads PEFT's keys only, or "
             raise Refusal(
                 f"{path} has the key {key}",
                 "unet.<module>.lora_A.weight and .lora_B.weight (PEFT), or lora_unet_<module>"
                 ".lora_down.weight, .lora_up.weight and .alpha (kohya), of plain LoRA on Linears",
-                "draw without --plain, which reads PEFT's keys only, or convert the adapter; "
-                "text-encoder, DoRA, LoHa and LoKr keys are not read",
+                plain * (pattern == PEFT_KEY) + "convert the adapter",
             )
 
 

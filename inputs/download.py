@@ -35,6 +35,8 @@ ERROR = {  # what to do about an error, by what it says
     "(?i)certificate": f"{PORTAL}; behind a company's proxy, SSL_CERT_FILE=its certificate",
     "": "check the network, and HTTPS_PROXY where it is set",
 }
+# What the clients ask on their own account, about themselves and not about any repository.
+ASIDE = re.compile("/api/(agent-|telemetry)")
 # What went wrong since the last good answer: in which thread, in words, and what to do.
 failures: list[tuple[int, str, str]] = []
 received = [0]  # bytes; the clients' bars count them, shown or not, Xet's too
@@ -67,6 +69,8 @@ def watched(plain: Callable) -> Callable:
     """An HTTP client's send() within the time, which notes what goes wrong and tries twice."""
 
     def send(request, **options):
+        if ASIDE.search(f"{request.url}"):
+            return plain(request, **options)
         times = {"connect": CONNECT, "pool": CONNECT, "read": READ, "write": READ}
         request.extensions["timeout"] = times
         me = threading.get_ident()  # several threads download at once, and each tries again

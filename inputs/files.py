@@ -18,6 +18,9 @@ from safetensors import safe_open
 
 # An adapter's: what diffusers' load_lora_weights(folder) looks for.
 FILE_NAME = "pytorch_lora_weights.safetensors"
+# torch.save's files, which run code when they are read.
+PICKLES = (".ckpt", ".pt", ".pth", ".bin")
+CONVERT = "such files may run code when they are read: take its .safetensors, or convert it"
 
 
 class Refusal(Exception):
@@ -67,8 +70,12 @@ def folder_of(name: str, option: str, expected: str) -> Path | None:
     if path.is_file():
         packed = path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
         remedy = "unpack it" if packed else "name the folder that it lies in"
+        remedy = CONVERT if path.suffix.lower() in PICKLES else remedy
         kind = f"a {path.suffix} file" if path.suffix else "a file"
         raise Refusal(f"{name} is {kind}, no folder", expected, f"{remedy}: {option} FOLDER")
+    if "://" in name:
+        hub_name = "/".join(re.sub(r"^\w+://[^/]*/(datasets/)?", "", name).split("/")[:2])
+        raise Refusal(f"{name} is an address", expected, f"{option} {hub_name}")
     if name.startswith((".", "/", "~")) or name.count("/") > 1 or "\\" in name:
         raise Refusal(f"there is no folder {name}", expected, f"correct {option} FOLDER")
     return None
@@ -238,6 +245,8 @@ def open_safetensors(path: Path, device: str = "cpu"):
     size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
     found = f"{path} is not a whole safetensors file ({size})"
     remedy = "copy or download it again, or delete it if this project wrote it (it is made anew)"
+    if path.suffix.lower() in PICKLES:
+        remedy = CONVERT
     with refusing(found, "a file as its writer left it", remedy):
         if not path.is_file():  # opening a pipe would wait for ever
             raise OSError("not a file")

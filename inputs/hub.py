@@ -76,6 +76,8 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     if root is None:
         if name.count("/") != 1:
             raise Refusal(f"there is no folder {name}", EXPECTED, f"correct {OPTION}")
+        if part:  # of another family no gigabytes
+            fetch(name, "")
         root = fetch_from_hub(name, REVISIONS.get(name, "main"), part, half)
     needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
     lacking = [file for file in needed if not (root / file).is_file()]

@@ -387,6 +387,9 @@ def of_file(name: str, words: list[str]) -> list[str]:
 
 
 ELSEWHERE = {  # other trainers' names: ours
+    "enable-bucket": "--buckets",
+    "cache-latents": "--cache, which is on",
+    "optimizer": "--use-8bit-adam",
     "network-dim": "--lora-rank",
     "rank": "--lora-rank",
     "network-alpha": "--lora-alpha",
@@ -422,10 +425,12 @@ def refuse_unknown(words: list[str], options: type) -> None:
     one that is likely meant.
     """
     names = [field.name.replace("_", "-") for field in fields(options)]
-    known = {"help", *names, *(f"no-{name}" for name in names)}
+    opposite = [f"no-{name}" for name in names]
+    known = {"help", *names, *opposite}
     troubles = []
     for name in (name for name in typed(words) if name not in known):
-        near = [f"--{each}" for each in difflib.get_close_matches(name, known, 1)]
+        likely = opposite if name[:3] == "no-" else names
+        near = [f"--{each}" for each in difflib.get_close_matches(name, likely, 1)]
         meant = ELSEWHERE.get(name) or "".join(near) or "nothing alike"
         found = f"the option --{name} (here: {meant})"
         troubles.append((found, "options that docs/options.md lists", "correct that"))

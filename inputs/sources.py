@@ -30,12 +30,14 @@ from inputs.options import Config
 # Media that Pillow's own list of endings does not know without a plug-in, or at all.
 MEDIA = set(
     ".heic .heif .hif .jxl .svg .xcf .psb .cr2 .cr3 .nef .arw .dng .raw "
-    ".mp4 .m4v .mov .webm .mkv .avi".split()
+    ".orf .raf .rw2 .mp4 .m4v .mov .webm .mkv .avi .wmv .flv .3gp .mts .m2ts".split()
 )
 # Of Pillow's formats: for PostScript it would start Ghostscript, a program that the picture writes;
 # of the others it knows the name alone.
 NO_PICTURES = {"EPS", "MPEG", "HDF5", "GRIB", "BUFR", "WMF"}
-NOT_MADE_BY_PEOPLE = {"__MACOSX", "@eaDir", "Thumbs.db"}  # and what begins with a dot
+# And what begins with a dot: Macs', NAS boxes' and Windows' previews and waste-paper baskets.
+NOT_MADE_BY_PEOPLE = {"__MACOSX", "@eaDir", "@Recycle", "@Recently-Snapshot", "@__thumb"}
+NOT_MADE_BY_PEOPLE |= {"#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db"}
 # metadata.jsonl and its like, and meta_cap.json, meta_lat.json, ... of kohya's tools.
 TABLE = re.compile(r"metadata\.(jsonl|csv|parquet)|meta_[\w-]+\.json")
 BESIDE = (".txt", ".caption")  # how a caption's own file ends
@@ -418,6 +420,8 @@ def row_of(line: str, where: str, options: Config, folder: Path) -> tuple[str, t
     expected = '{"file_name": "a.png", "text": "a caption"}'
     with refusing(f"{where} is not a row", expected, f"correct that in {folder}"):
         row = json.loads(line)
+        if not isinstance(row, dict) or "file_name" not in row:
+            raise OSError(f"no file_name in {line:.100}")  # a list, or columns called otherwise
         name = Path(row["file_name"]).as_posix()
     return name, captions_of(row.get(caption_column(list(row), options, where)), where)
 
@@ -595,7 +599,7 @@ def from_hub(name: str, options: Config) -> Pictures:
     bar = tqdm(range(len(table)), "reading pictures", leave=False, mininterval=1)
     pictures = Pictures(for_all(picture, bar))
     if taken not in ("image", options.image_column):
-        pictures.notes = [f"taken from the column {taken}"]
+        pictures.notes = [f"pictures taken from the column {taken}"]
     return pictures
 
 

@@ -198,24 +198,28 @@ def draw(config: Config) -> None:
     """The before/after picture, drawn from the exported file as anyone would draw with it."""
     if not config.validation_prompts or (config.out / "pictures" / "before-after.png").is_file():
         return
-    usual = options.RECIPES[config.recipe][1]
+    usual, again = options.RECIPES[config.recipe][1], f"python generate.py {config.out} --compare"
     given = {"device": config.device, "mixed_precision": config.mixed_precision}
     given |= {"seeds": (config.seed,), "compare": True}  # the rest says config.json
     for name in ("num_inference_steps", "guidance_scale"):  # a distilled base has others
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
-        again = f"python generate.py {config.out} --compare --prompts 'YOUR PROMPT'"
-        print(f"the picture at the end shows captions that were trained on; others: {again}")
+        said = "the picture at the end shows captions that were trained on; others: "
+        print(f"{said}{again} --prompts 'YOUR PROMPT'")
     else:
         given["prompts"] = config.validation_prompts
     try:
         drawing.run(Options(str(config.out), **given))
+    except Refusal as refusal:  # of a sampler, say: it speaks of generate.py's options
+        found, expected, remedy = refusal.parts
+        found = f"the adapter is saved, but its picture is not drawn: {found}"
+        raise Refusal(found, expected, f"{again}, with what helps: {remedy}") from refusal
     except torch.cuda.OutOfMemoryError as error:
         raise Refusal(
             "the adapter is saved, but drawing its picture ran out of GPU memory",
             "room for the model at its own size",
-            f"python generate.py {config.out} --compare --resolution {max(config.resolution)}",
+            f"{again} --resolution {max(config.resolution)}",
         ) from error
 
 

@@ -121,6 +121,7 @@ def peft_header(**changes):
 STRAY_A, STRAY_B = torch.ones(4, 48), torch.ones(64, 4)
 TE_KEY = "text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"
 PLAIN = "expected unet.<module>.lora_A.weight and .lora_B.weight"
+TE = "holds a text encoder's LoRA, "
 PAIR = "expected a"  # pair of matrices
 MODULES = "expected exactly this model's 128 matrices"
 ONE_RANK = "expected one rank for all modules"
@@ -168,11 +169,11 @@ CASES = {
         put(**{f"unet.{PEFT_MODULE}.bias": STRAY_A}),
         [f"the key unet.{PEFT_MODULE}.bias;", PLAIN],
     ),
-    "unused: a text encoder": ("peft", put(**{TE_KEY: STRAY_A}), [f"the key {TE_KEY};", PLAIN]),
+    "unused: a text encoder": ("peft", put(**{TE_KEY: STRAY_A}), [f"as {TE_KEY};", TE]),
     "unused: a kohya text encoder": (
         "kohya",
         put(**{"lora_te1_text_model.lora_down.weight": STRAY_A}),
-        ["the key lora_te1_text_model.lora_down.weight;", PLAIN],
+        ["such as lora_te1_text_model.lora_down.weight;", TE],
     ),
     "unused: the other layout's keys": (
         "peft",
@@ -225,13 +226,17 @@ CASES = {
         rename(lambda key: key.removeprefix("unet.")),
         ["the key down_blocks.1.attentions.0", PLAIN],
     ),
-    "LoHa": ("kohya", hada, [".hada_w1_a;", PLAIN]),
-    "LoKr": ("kohya", each(".lokr_w1", torch.ones(2, 2)), [".lokr_w1;", PLAIN]),
-    "kohya DoRA": ("kohya", each(".dora_scale", torch.ones(64, 1)), [".dora_scale;", PLAIN]),
+    "LoHa": ("kohya", hada, [".hada_w1_a;", "holds LoHa, "]),
+    "LoKr": ("kohya", each(".lokr_w1", torch.ones(2, 2)), [".lokr_w1;", "holds LoKr, "]),
+    "kohya DoRA": (
+        "kohya",
+        each(".dora_scale", torch.ones(64, 1)),
+        ["_scale;", "holds DoRA, "],
+    ),
     "PEFT DoRA": (
         "peft",
         put(**{f"unet.{PEFT_MODULE}.lora_magnitude_vector": torch.ones(64)}),
-        [f"unet.{PEFT_MODULE}.lora_magnitude_vector;", PLAIN],
+        [f"unet.{PEFT_MODULE}.lora_magnitude_vector;", "holds DoRA, "],
     ),
     "mixed ranks": (
         "peft",
@@ -260,7 +265,11 @@ CASES = {
         lambda t, m: m.pop("lora_adapter_metadata") and None,
         ["rank 4 and alpha 4; expected rank 4 and alpha 6", "--lora-alpha 4"],
     ),
-    "no tensors at all": ("peft", lambda t, m: t.clear(), ["ranks []", ONE_RANK]),
+    "no tensors at all": (
+        "peft",
+        lambda t, m: t.clear(),
+        ["holds no tensors; "],
+    ),
 }
 
 

@@ -150,7 +150,7 @@ def test_every_field_at_rest_passes(tmp_path, init):
     [
         ("Flux", "lora_unet_double_blocks_0_img_attn_proj", 3072),
         ("Flux", "transformer.single_transformer_blocks.0.attn.to_q", 3072),
-        ("Stable Diffusion 3", "transformer.transformer_blocks.0.attn.to_q", 1536),
+        ("Stable Diffusion 3 or Qwen-Image", "transformer.transformer_blocks.0.attn.to_q", 1536),
         ("Stable Diffusion 1", "lora_unet_up_blocks_3_attentions_0_x_attn2_to_k", 768),
         ("Stable Diffusion 2", "unet.up_blocks.3.attentions.0.x.attn2.to_k", 1024),
     ],
@@ -160,6 +160,33 @@ def test_another_family_is_told(tmp_path, family, stem, width):
     shapes = zip(ends, ((4, width), (8, 4)), strict=True)
     save_file({f"{stem}.{e}.weight": torch.ones(s) for e, s in shapes}, tmp_path / "a.safetensors")
     refused(lambda: files.read(tmp_path), f"is a LoRA of {family}, since", "trained on SDXL")
+
+
+@pytest.mark.parametrize(
+    "kind, key",
+    [
+        ("a text encoder's LoRA", "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_down.weight"),
+        ("a text encoder's LoRA", "text_encoder.layers.0.self_attn.q_proj.lora_A.weight"),
+        ("DoRA", "lora_unet_down_blocks_0_attn1_to_q.dora_scale"),
+        ("DoRA", "unet.down_blocks.0.attn1.to_q.lora_magnitude_vector"),
+        ("LoHa", "lora_unet_down_blocks_0_attn1_to_q.hada_w1_a"),
+        ("LoKr", "lora_unet_down_blocks_0_attn1_to_q.lokr_w1"),
+        ("an embedding", "clip_g"),
+        ("a whole model", "model.diffusion_model.input_blocks.0.0.weight"),
+    ],
+)
+@pytest.mark.parametrize("beside", [True, False])
+def test_what_is_more_than_the_unets_lora_is_told_by_its_name(tmp_path, kind, key, beside):
+    tensors = {f"unet.{name}.weight": each.detach() for name, each in trained().matrices().items()}
+    save_file((tensors if beside else {}) | {key: torch.ones(4, 4)}, tmp_path / "a.safetensors")
+    refused(lambda: files.read(tmp_path), f"holds {kind}", f"has 1 keys such as {key}")
+
+
+def test_a_file_of_nothing_and_one_of_another_kind_are_told(tmp_path):
+    save_file({}, tmp_path / "a.safetensors")
+    refused(lambda: files.read(tmp_path / "a.safetensors"), "holds no tensors")
+    torch.save({"a": torch.ones(2)}, tmp_path / "a.bin")
+    refused(lambda: files.read(tmp_path / "a.bin"), "is not a whole safetensors", "convert it")
 
 
 def test_more_than_attention_is_told_with_counts(tmp_path):

@@ -25,7 +25,7 @@ import data
 import loop
 import model
 from conftest import INK, POCKET
-from inputs import ahead, files, hub
+from inputs import ahead, blocks, files, hub
 from inputs.files import Refusal, digest
 from inputs.options import RECIPES
 from inputs.sources import Picture, read_dataset
@@ -428,6 +428,20 @@ def files_in(folder: Path) -> set[str]:
 def filled(*args) -> list[Path]:
     """The files of data.fill(), in order."""
     return list(dict.fromkeys(path for path, _ in data.fill(*args)))
+
+
+def test_the_bar_of_one_of_several_processes_ends_full(tmp_path, monkeypatch):
+    bars = []
+
+    class Bar(blocks.tqdm):
+        def __init__(self, *args, **options):
+            super().__init__(*args, **options)
+            bars.append(self)
+
+    monkeypatch.setattr(blocks, "tqdm", Bar)
+    turns = iter([True, False, True])  # of 16, 16 and 8 rows
+    data.fill(tmp_path, "latent", KEYS, each(row), lambda name: next(turns))
+    assert (bars[-1].n, bars[-1].total) == (24, 24)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, Refusal("a", "b", "c"), MemoryError])

@@ -195,7 +195,8 @@ def test_prompt_negative_and_unconditional_have_as_many_chunks_as_asked(capsys):
 
 def test_as_many_tokens_are_read_as_the_adapter_was_trained_with_unless_asked(tmp_path):
     def tokens(about, *words):
-        given = drawing.parse(["a.safetensors", *words])
+        base = ("--pretrained-model-name-or-path", str(POCKET))
+        given = drawing.parse(["LICENSE", *base, *words])
         return drawing.complete(given, tmp_path / "a.safetensors", about).max_tokens
 
     assert tokens({}) == 75 and tokens({"max_tokens": "150"}) == 150
@@ -311,7 +312,7 @@ def test_the_script_draws_plainly_without_any_wing(run, tmp_path):
     [
         (["--plain", "--compare"], 1, "error: --plain with --compare"),
         (["runs/nothere"], 1, "error: runs/nothere: no such file or folder; expected an adapter"),
-        (["--seeds", "-1"], 1, "error: seeds is (-1,)"),
+        (["--seeds", "-1"], 1, "error: seeds is -1"),
         (["--sedes", "1"], 1, "error: the option --sedes (here: --seeds)"),
     ],
 )

@@ -1,5 +1,6 @@
 """Of a model only what is needed is downloaded, and what is no model is refused by its part."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -256,6 +257,14 @@ def test_a_repository_that_is_no_model_and_a_name_of_none_are_refused(server, na
     refused(lambda: hub.fetch(name, "unet"), name, words, "correct --pretrained-model-name-or-path")
 
 
+def test_of_a_model_of_another_family_nothing_more_is_downloaded(server):
+    other = {"model_index.json": b'{"_class_name": "StableDiffusionPipeline"}'}
+    server.push(HUB_NAME, dummies(SDXL_BASE_FILES) | other)
+    refused(lambda: hub.fetch(HUB_NAME, "vae"), "a model_index.json of StableDiffusionPipeline")
+    brought = [each for each in server.asked if "/resolve/" in each]
+    assert brought and all(each.endswith("/model_index.json") for each in brought)
+
+
 def test_a_revision_of_a_folder_is_refused():
     with pytest.raises(Refusal, match=r"--revision main with .*on this disk.*leave --revision"):
         hub.use_revision(str(POCKET), "main")
@@ -316,6 +325,20 @@ def test_a_data_set_that_does_not_come_is_told_with_the_first_error(server, monk
     name = "someone/sdxl"
     refused(lambda: read_dataset(name), f"the data set {name}", "--dataset-name FOLDER", *words)
     assert time.monotonic() - began < 8
+
+
+def test_what_the_client_asks_about_itself_is_no_reason(server):
+    server.fail("/api/agent-harnesses", 401)
+    server.fail("/api/telemetry", 503)
+
+    def ask():
+        for path in ("agent-harnesses", "telemetry/x"):
+            assert huggingface_hub.get_session().get(f"{server.url}/api/{path}").is_error
+        return huggingface_hub.HfApi().model_info("someone/else")
+
+    act = functools.partial(download.asked, "models", "someone/else", "it", "a way", ask)
+    refused(act, "the Hub answers 401 Invalid", "/api/models/someone/else")
+    assert len(download.failures) == 1
 
 
 LARGE = bytes(range(256)) * 1000  # as LFS keeps it

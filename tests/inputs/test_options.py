@@ -82,6 +82,9 @@ def test_options_of_other_trainers_and_slips_are_answered_with_ours_all_at_once(
         "--train-batch-sise",
         "2",
         "--zzz",
+        "--enable_bucket",
+        "--buckets-on",
+        "--no-bucket",
         "--seed",
         "1",
     ]
@@ -93,6 +96,9 @@ def test_options_of_other_trainers_and_slips_are_answered_with_ours_all_at_once(
         ("network-dim", "--lora-rank"),
         ("train-batch-sise", "--train-batch-size"),
         ("zzz", "nothing alike"),
+        ("enable-bucket", "--buckets"),
+        ("buckets-on", "--buckets"),  # not its opposite
+        ("no-bucket", "--no-buckets"),
     ):
         assert f"the option --{typed} (here: {ours})" in said
     assert "--seed " not in said

@@ -123,9 +123,10 @@ GOOD = {"file_name": "a.png", "text": "a"}
         ("{", "line 2 is not a row"),
         ('{"file_name": "a.png", "text": "a"', "line 2 is not a row"),
         ("a.png a red square", "line 2 is not a row"),
-        ("[]", "line 2 is not a row"),
+        ("[]", r"line 2 is not a row \(no file_name in \[\]\)"),
         ("7", "line 2 is not a row"),
-        ('{"text": "a"}', "line 2 is not a row.*file_name"),
+        ('{"text": "a"}', r"line 2 is not a row \(no file_name in {\"text\": \"a\"}\)"),
+        ('{"file_name;text": "a.png;a"}', "no file_name in .*file_name;text"),  # of a .csv
         ('{"file_name": 7, "text": "a"}', "line 2 is not a row"),
         ('{"file_name": "", "text": "a"}', "1 captions without a picture .*such as '\\.'"),
         (
@@ -438,14 +439,14 @@ def test_pictures_whose_names_begin_as_a_tables_are_pictures(tmp_path):
 def test_hidden_names_and_other_programs_copies_are_left_out_and_counted(tmp_path):
     ours = {"a.png": RED, "a.txt": "a"}
     names = ("._a", ".ipynb_checkpoints/a-checkpoint", ".Trash-0/b", ".thumbnails/c")
-    names += ("__MACOSX/a", "x/@eaDir/a", "x/.hidden/d/e")
+    names += ("__MACOSX/a", "x/@eaDir/a", "x/.hidden/d/e", "#recycle/f", "$RECYCLE.BIN/S-1-5/g")
     others = {f"{name}.{ending}": BLUE for name in names for ending in ("png", "txt")}
     folder = write_folder(tmp_path / ".inside", ours | others | {"Thumbs.db": b"", ".x": b""})
     (folder / ".linked").symlink_to(folder)
     read = read_dataset(str(folder))
     assert contents(read) == [("a.png", "a", digest(RED))]
     assert str(read) == (
-        "1 pictures; 7 (the first: .Trash-0/b.png) left out, since they are hidden or another "
+        "1 pictures; 9 (the first: #recycle/f.png) left out, since they are hidden or another "
         "program's own"
     )
     rows = [{"file_name": name, "text": "a"} for name in ("a.png", "._a.png")]
@@ -568,12 +569,20 @@ def test_a_file_where_a_folder_is_meant_is_said_as_what_it_is(tmp_path, monkeypa
     monkeypatch.setattr(sources, "from_hub", None)
     monkeypatch.setattr(hub, "fetch_from_hub", None)
     monkeypatch.chdir(tmp_path)
-    names = ("x.zip", "x.png", "sub/x.jsonl")
+    names = ("x.zip", "x.png", "sub/x.jsonl", "x.ckpt")
     write_folder(tmp_path, dict.fromkeys(names, b"x"))
     for name in names:
         with pytest.raises(Refusal, match=rf"{name} is a \.\w+ file, no folder") as refusal:
             take(name)
-        assert ("unpack it" if name == "x.zip" else "name the folder") in str(refusal.value)
+        remedy = {"x.zip": "unpack it", "x.ckpt": "take its .safetensors"}
+        assert remedy.get(name, "name the folder that it lies in") in str(refusal.value)
+
+
+@pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
+@pytest.mark.parametrize("path", ["some/one", "datasets/some/one", "some/one/tree/main?x=1"])
+def test_an_address_is_answered_with_the_name_in_it(take, path):
+    with pytest.raises(Refusal, match=r"is an address; .*: --[a-z-]+ some/one$"):
+        take(f"https://huggingface.co/{path}")
 
 
 @pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
@@ -762,7 +771,7 @@ def test_the_column_called_image_is_taken_and_any_other_is_said(parquet, tmp_pat
     columns = {"blob": [b"sound"], "image": urls, "photo": [cell(BLUE)], "text": ["a"]}
     name = parquet(tmp_path / "other", **columns)
     found = read(name)
-    assert found[0].read() == BLUE and found.notes == ["taken from the column photo"]
+    assert found[0].read() == BLUE and found.notes == ["pictures taken from the column photo"]
     assert not read(name, image_column="photo").notes
 
 

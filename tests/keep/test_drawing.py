@@ -239,10 +239,10 @@ def test_own_pictures_end_with_a_few_of_their_own_captions(train, few, tmp_path,
 
 
 def test_captions_are_distinct_not_empty_and_chosen_by_the_seed():
-    config = replace(RECIPES["t4"][1], dataset_name="mine")
+    config = replace(RECIPES["t4"][1], dataset_name=("mine",))
 
     def chosen(*captions: str, **options) -> list[str]:
-        pictures = [SimpleNamespace(caption=caption) for caption in captions]
+        pictures = [SimpleNamespace(captions=(caption,)) for caption in captions]
         return training.prompts_of(replace(config, **options), pictures)
 
     many = [f"caption {i}" for i in range(100)]
@@ -352,6 +352,16 @@ def test_a_runs_own_picture_leaves_steps_and_guidance_to_the_base_unless_asked(
         training.draw(replace(config, **given))
         assert (drawn[-1].num_inference_steps, drawn[-1].guidance_scale) == want
         assert drawn[-1].prompts == POCKET_PROMPTS and drawn[-1].compare
+
+
+def test_a_run_whose_picture_cannot_be_drawn_says_that_the_adapter_is_saved(
+    train, base, tmp_path, capsys
+):
+    model = base("TCDScheduler", "Hyper")
+    options = ("--pretrained-model-name-or-path", model, "--validation-prompts", "a cat")
+    said = f"python generate.py {tmp_path / 'a'} --compare, with what helps: --scheduler Euler"
+    refused((train("a", *options), capsys.readouterr().err), "the adapter is saved, but", said)
+    assert (tmp_path / "a" / files.FILE_NAME).is_file()
 
 
 # ---- which adapter, which base -------------------------------------------------------------------

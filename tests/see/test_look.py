@@ -39,7 +39,7 @@ def test_every_oddity_is_told_by_name_and_the_rest_is_shown(odd, capsys):
     assert len(stops) == 2 and "cut.jpg" in stops[0] and "text.png" in stops[1]  # all, and no more
     assert "sizes: from 60 x 90 px (small.png) to 300 x 200 px (wide.png)" in lines
     assert "pictures without a caption: 2, 'bare.png', 'small.png'" in lines
-    assert "captions cut at 77 tokens: 1, 'again.png'" in lines
+    assert "captions cut after 75 tokens: 1, 'again.png'" in lines
     assert "captions of several pictures: 1, '2 x a fox'" in lines
     assert "files there several times: 1, 'again.png = wide.png'" in lines
     assert "(the first: small.png) are enlarged over 1.5 times" in said
@@ -67,7 +67,9 @@ def test_the_crops_are_those_that_a_run_encodes(odd, monkeypatch, crop):
     for i, picture in enumerate(pictures):
         want, (height, width) = encoder.views(i, (False,))[0][0], encoder.sizes[i]
         of_size = [crops for head, crops in shown.items() if head.startswith(f"{width} x {height}")]
-        images = [np.asarray(image) for image, caption in of_size[0] if caption == picture.caption]
+        images = [
+            np.asarray(image) for image, caption in of_size[0] if caption == picture.captions[0]
+        ]
         levels = ((want + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
         assert any(np.array_equal(levels, image) for image in images), picture.name
     assert sum(map(len, shown.values())) == len(pictures)
