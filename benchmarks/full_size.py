@@ -9,7 +9,8 @@ Runs, each a process of its own that may use 14.5 GiB of the GPU, 50 steps each:
 killed (SIGKILL) after step 27 and started again; native; lowmem without its plan, and once more for
 its second start; lowmem as it plans for 5.5 GiB; original; t4 uninterrupted. Where it is named,
 also buckets: t4 at 512, 768 and 1024 px in buckets, 400 steps (PHOTOS are photographs of all shapes
-then: 76 of https://github.com/EliSchwartz/imagenet-sample-images). Then diffusers'
+then: 76 of https://github.com/EliSchwartz/imagenet-sample-images), and one_file: t4 from the same
+model as one file of 6.9 GB, 20 steps. Then diffusers'
 load_lora_weights reads the adapter of t4, in both layouts, and is compared with ours.
 """
 
@@ -100,6 +101,16 @@ def make(folder: Path, photos: Path) -> None:
         unet = diffusers.UNet2DConditionModel.from_config(configs / "unet").half()
         unet.save_pretrained(folder / "unet", variant="fp16", max_shard_size="20GB")
     draw_pictures(photos, 240)
+
+
+def write_one_file(folder: Path, path: Path) -> None:
+    """The model of `folder` as one file in the original layout, in fp16."""
+    sys.path.insert(0, str(ROOT / "tests"))
+    from safetensors.torch import save_file
+
+    from one_file_names import checkpoint
+
+    save_file({name: tensor.half() for name, tensor in checkpoint(folder).items()}, path)
 
 
 def draw_pictures(folder: Path, count: int) -> None:
@@ -213,6 +224,8 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
     half = "--mixed-precision fp16 --checkpointing-steps 20".split()
     t4, blank, least = ["t4", *common, *half], ["--validation-prompts"], "--no-memory-plan"
     drawn = ["--validation-prompts", "a dog on a beach", "--num-inference-steps", "10"]
+    one_file = out / "model.safetensors"
+    from_one_file = ["--pretrained-model-name-or-path", str(one_file), "--max-train-steps", "20"]
     file, results = out / "full_size.json", {}
     if only and file.is_file():
         results = json.loads(file.read_text())
@@ -229,12 +242,15 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
         ("lowmem_planned", ["lowmem", *small, *half, *drawn], "lowmem_planned", 0),
         ("t4_uninterrupted", [*t4, *blank], "t4_uninterrupted", 0),
         ("buckets", ["t4", *common, *half, *blank, *IN_BUCKETS], "buckets", 0),
+        ("one_file", ["t4", *common, *half, *blank, *from_one_file], "one_file", 0),
     )
     if wrong := set(only) - {name for name, *_ in runs}:
         sys.exit(f"no run is called {', '.join(wrong)}; there are {[name for name, *_ in runs]}")
     for name, argv, into, kill_at in runs:
-        if name not in (only or [name for name, *_ in runs[:-1]]):
+        if name not in (only or [name for name, *_ in runs[:-2]]):
             continue
+        if name == "one_file" and not one_file.is_file():
+            write_one_file(folder, one_file)
         results[name] = one(out, name, argv, into, kill_at)
         if name in SMALL:
             results[name]["cap_gib"] = SMALL_GIB
@@ -256,12 +272,13 @@ def by_size(photos: Path, out: Path) -> dict:
     without the first two, the second of which is recorded.
     """
     import data
+    from inputs.options import Config
     from inputs.pictures import upright_size
     from inputs.sources import read_dataset
 
     config = json.loads((out / "config.json").read_text())
     crop = data.Crop(tuple(config["resolution"]), config["buckets"], False, config["seed"])
-    sizes = [crop.size(upright_size(each)) for each in read_dataset(str(photos), "", "")]
+    sizes = [crop.size(upright_size(each)) for each in read_dataset(str(photos), Config())]
     n = config["train_batch_size"] * config["gradient_accumulation_steps"]
     decks, seconds = data.Decks(sizes, n, config["seed"]), {}
     for line in (out / "log.jsonl").read_text().splitlines():

@@ -4,6 +4,7 @@ takes some ten seconds.
 """
 
 import difflib
+import functools
 import io
 import json
 import logging
@@ -21,7 +22,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
-from inputs.files import Refusal, refuse, refusing
+from inputs.files import Refusal, folder_of, refuse, refusing
 
 # How long an idle OpenMP thread spins before it sleeps. With libgomp's default and another program
 # on the same cores, a step of the pocket recipe took up to 10 s; so it takes 0.3 s, and alone no
@@ -325,8 +326,9 @@ def parse(argv: list[str] | None = None) -> Config:
     refuse_unknown(words, Config)
     recipes = RECIPES | QUICK if "--quick" in words else RECIPES
     if (first := "".join(words[:1])) not in (*recipes, "-h", "--help"):
-        found = f"the first word is {first}" if first else "no recipe"
-        raise Refusal(found, f"one of {', '.join(recipes)}", "python loop.py t4, or make train")
+        near = difflib.get_close_matches(first, recipes, 1) or ["t4"]
+        found = f"the recipe {first}" if first else "no recipe"
+        raise Refusal(found, f"one of {', '.join(recipes)}", f"loop.py {near[0]}, or make train")
     asked = read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py")
     # A typed alpha of 16 is read as 16.0; as the recipe's own 16 it is the same run and file.
     same = {k: v for k, v in vars(recipes[first][1]).items() if v == getattr(asked, k)}
@@ -462,6 +464,8 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
             time.sleep(10)  # torchrun ends all with the first that leaves
             raise
     config = or_leave(parse, argv)
+    for name in config.dataset_name:  # a mistyped folder is answered now
+        or_leave(functools.partial(folder_of, name, "--dataset-name"), "a folder of pictures")
     what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
     announce(f"recipe {config.recipe}, {what}")
     return config

@@ -170,7 +170,9 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     such = f" (the first: {sayable(cut[0], 60)})" if cut else ""
     epochs = config.max_train_steps * n / pictures.cards
     cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
-    at = f"{', '.join(map(str, config.resolution))}{' px in buckets' if config.buckets else ' px'}"
+    at, used = f"{', '.join(map(str, config.resolution))} px", len(set(run.examples.sizes))
+    if config.buckets:
+        at += f" in {used} bucket{'s' * (used > 1)}"
     several = f", shared by {size} processes" if size > 1 else ""
     if size > n:
         several += f", of which {size - n} have no example: GPUS={n} would do as well"

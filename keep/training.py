@@ -122,6 +122,8 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if device.type == "cpu" and config.recipe != "pocket":
         slow = "full-size SDXL takes minutes a step on a CPU (pocket is made for one)"
         print(f"no GPU is used: {slow}", flush=True)  # before a download of gigabytes
+    if config.recipe == "pocket" and asks_for_own(config):
+        print("the small model knows emoji alone: of photographs it makes blots", flush=True)
     kept, lines = set_up(config, device, team)
     run = kept.run
     team.asked = lambda: bool(interrupts.caught)

@@ -218,6 +218,6 @@ def test_what_has_nothing_to_act_on_or_cannot_be_is_refused():
         parse(["pocket", "--keep-tags", "1"])
     with pytest.raises(Refusal, match=r"tag_dropout is 2\.0"):
         parse(["pocket", "--tag-dropout", "2"])
-    with pytest.raises(SystemExit):
+    with pytest.raises(Refusal, match="invalid choice '77' for argument '--max-tokens'"):
         parse(["pocket", "--max-tokens", "77"])
     assert check(parse(["pocket", "--max-tokens", "150"])).max_tokens == 150

@@ -93,7 +93,7 @@ def test_law_5_plain_equals_the_product(train, tmp_path):
 def test_law_6_the_start_says_what_is_cut_from_which_shape(train, capsys):
     assert train("said", "--max-train-steps", "1") == 0
     said = capsys.readouterr().out
-    assert "11 pictures at 128 px in buckets" in said
+    assert "11 pictures at 128 px in 4 buckets" in said
     for row in ("128 x  128 px:     4 pictures,   0% cut", "256 x   64 px:     3 pictures,"):
         assert row in said
     assert "64 x  256 px:     1 pictures,   6% cut" in said
