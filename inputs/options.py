@@ -417,12 +417,11 @@ def keep_speaking() -> None:
     closed one leads nowhere.
     """
     for name, number in (("stdout", 1), ("stderr", 2)):
-        old = getattr(sys, f"__{name}__")
-        if old is not getattr(sys, name):  # what a process that does not speak says
-            continue
+        old = getattr(sys, name)
+        own = old is getattr(sys, f"__{name}__")  # else a test's, or a silent process's
         if old is None:
             setattr(sys, name, open(os.devnull, "w"))
-        elif isinstance(getattr(old.buffer, "raw", old.buffer), io.FileIO):
+        elif own and isinstance(getattr(old.buffer, "raw", old.buffer), io.FileIO):
             old.flush()
             raw = Outlet(number, "w", closefd=False)
             if hasattr(old.buffer, "raw"):  # not with PYTHONUNBUFFERED
@@ -430,7 +429,7 @@ def keep_speaking() -> None:
             lines = old.line_buffering or old.isatty()
             how = (old.encoding, "backslashreplace", None, lines, old.write_through)
             setattr(sys, name, io.TextIOWrapper(raw, *how))
-        else:  # a test's
+        elif hasattr(old, "reconfigure"):
             old.reconfigure(errors="backslashreplace")
 
 
@@ -448,6 +447,7 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
     """The command line's Config, and the run's first line: what is going to be done. Leaves with an
     error now if it has one; of several processes the first says it.
     """
+    keep_speaking()
     if not SPEAKS:
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
