@@ -135,7 +135,10 @@ def alpha_of_tensors(
     refuse(
         (f"{path}: {before}{module}.alpha holds {numbers[:3]}", expected, WHOLE)
         for module, numbers in alphas.items()
-        if module not in modules or len(numbers) != 1 or not math.isfinite(numbers[0])
+        if module not in modules
+        or len(numbers) != 1
+        or type(numbers[0]) is complex
+        or not math.isfinite(numbers[0])
     )
     different = {alphas.get(module, [float(rank)])[0] for module in modules}
     if len(different) != 1:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import os
 import re
 import sys
 import unicodedata
@@ -95,23 +96,19 @@ def parse(argv: list[str] | None = None) -> Options:
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     options = configuration.read_words(tyro.cli, Options, argv, "generate.py")
     plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
-    typed = " ".join([*options.prompts, options.negative_prompt])
-    text = typed.encode(errors="ignore").decode() == typed  # a shell passes any bytes on
     against = [
         (plain and options.compare, "--plain with --compare", "single pictures", "leave one out"),
         (plain and not options.adapter, "--plain without an adapter", "a file or a run", remedy),
-        (not text, "a prompt that is no UTF-8", "text", "type it in a UTF-8 terminal"),
     ]
     configuration.refuse_wrong(options, Options(), against)
-    return options
+    # No shell does so behind --output-dir=.
+    return replace(options, output_dir=os.path.expanduser(options.output_dir))
 
 
 def parse_or_leave(argv: list[str] | None = None) -> Options:
     """The command line's Options, with the adapter's file in them, and the command's first line.
     Leaves with an error now if it has one.
     """
-    for stream in (sys.stdout, sys.stderr):  # a picture's path may have any letter
-        stream.reconfigure(errors="backslashreplace")
     options = configuration.or_leave(parse, argv)
     path = configuration.or_leave(find_adapter, options.adapter)
     configuration.announce(f"drawing with {path}")

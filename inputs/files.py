@@ -255,5 +255,6 @@ def open_safetensors(path: Path, device: str = "cpu"):
 
 def read_tensors(path: Path) -> tuple[dict, dict[str, str]]:
     """A safetensors file's tensors, sorted by name, and what its header says. Raises Refusal."""
-    with open_safetensors(path) as file:
+    expected, remedy = "numbers that this torch and this safetensors know", "use another file"
+    with open_safetensors(path) as file, refusing(f"{path} cannot be read", expected, remedy):
         return {key: file.get_tensor(key) for key in sorted(file.keys())}, file.metadata() or {}

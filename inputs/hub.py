@@ -36,10 +36,9 @@ AGAIN = (
 # both would train to the end, and draw nonsense.
 DDPM = "a sampler for DDPM's noise, as SDXL's EulerDiscreteScheduler is"
 ENTRIES = {
-    **dict.fromkeys(
-        ("_class_name", "scheduler"),  # as the scheduler's own file and as model_index.json has it
-        (DDPM, lambda v: "EDM" not in str(v) and "FlowMatch" not in str(v)),
-    ),
+    # As the scheduler's own file has it, and model_index.json with the library before it.
+    "_class_name": (DDPM, lambda v: is_ddpm(v)),
+    "scheduler": (DDPM, lambda v: type(v) is list and len(v) == 2 and is_ddpm(v)),
     "use_flow_sigmas": ("false", lambda v: not v),
     "timestep_type": ("discrete", lambda v: v in (None, "discrete")),  # continuous ones are EDM's
     "rescale_betas_zero_snr": ("true or false", lambda v: v in (None, True, False)),
@@ -57,6 +56,10 @@ ENTRIES = {
     "sample_size": ("a size such as 128", lambda v: type(v) is int and 0 < v <= 4096),
     "force_zeros_for_empty_prompt": ("true or false", lambda v: type(v) is bool),
 }
+
+
+def is_ddpm(sampler) -> bool:
+    return "EDM" not in str(sampler) and "FlowMatch" not in str(sampler)
 
 
 def is_number(value) -> bool:
@@ -99,7 +102,7 @@ def file_of(name: str) -> Path | None:
     repository. Raises Refusal for a file that is no SDXL model.
     """
     path = place(name)
-    if path.suffix != ".safetensors" or path.is_dir():
+    if path.suffix.lower() != ".safetensors" or path.is_dir():
         return None
     if not path.is_file():
         user, _, rest = name.partition("/")
@@ -309,8 +312,8 @@ def pick_weights(files: list[str], half: bool) -> list[str]:
 
 def weight_files(folder: Path, half: bool) -> list[Path]:
     """The safetensors files of `folder`, all of one variant. Raises Refusal for none."""
-    names = pick_weights(sorted(path.name for path in folder.glob("*")), half)
-    if not names:
+    there = sorted(path.name for path in folder.glob("*") if path.is_file())  # no pipe: it waits
+    if not (names := pick_weights(there, half)):
         expected = "the weights of an SDXL model in diffusers' layout"
         remedy = "download the model again, or write it with pipe.save_pretrained(folder)"
         raise Refusal(f"{folder} has no .safetensors file", expected, remedy)
@@ -331,9 +334,23 @@ def unet_files(
         return [(file, {name: source.key for name, source in names.items()})]
     found = []
     for path in weight_files(fetch(name, "unet", half), half):
+        check_numbers(path)
         with open_safetensors(path) as opened:
             found.append((path, {key: key for key in opened.keys()}))
     return found
+
+
+def check_numbers(path: Path) -> None:
+    """Raise Refusal for weights that are no numbers with a point: quantised ones mean nothing
+    without their scales, and loaders cast them without a word.
+    """
+    with open_safetensors(path) as file:
+        weights = [key for key in file.keys() if key.endswith((".weight", ".bias"))]
+        dtypes = {key: file.get_slice(key).get_dtype() for key in weights}
+    odd = [key for key, dtype in dtypes.items() if dtype not in ("F64", *one_file.NUMBERS)]
+    if odd:
+        found = f"{path} has {len(odd)} weights such as {min(odd)} in {dtypes[min(odd)]}"
+        raise Refusal(found, ", ".join(one_file.NUMBERS), one_file.REMEDIES["quantised"])
 
 
 def fingerprint(name: str, part: str, half: bool = False) -> str:
@@ -346,9 +363,11 @@ def fingerprint(name: str, part: str, half: bool = False) -> str:
     folder, sha = fetch(name, part, half), hashlib.sha256()
     if (file := file_of(name)) and part in one_file.PREFIXES:
         return one_file.fingerprint(file, part)
-    for path in sorted(p for p in folder.iterdir() if p.suffix in (".json", ".txt")):
+    small = [p for p in folder.iterdir() if p.suffix in (".json", ".txt") and p.is_file()]
+    for path in sorted(small):
         sha.update(path.read_bytes())
     for path in weight_files(folder, half) if "tokenizer" not in part else []:
+        check_numbers(path)
         with open(path, "rb") as file:
             for i in range(64):
                 file.seek(path.stat().st_size * i // 64)

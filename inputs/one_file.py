@@ -187,7 +187,9 @@ def read(file, source: Source):
     """One tensor of an open file as diffusers and transformers have it, in the file's dtype."""
     if source.cut in tuple("qkv"):
         third, fused = "qkv".index(source.cut), file.get_slice(source.key)
-        rows = fused.get_shape()[0] // 3
+        rows, odd = divmod(fused.get_shape()[0], 3)
+        if odd:
+            raise ValueError(f"{source.key} has {fused.get_shape()[0]} rows for q, k and v")
         return fused[rows * third : rows * (third + 1)]
     tensor = file.get_tensor(source.key)
     if source.cut == "T":
@@ -231,14 +233,19 @@ def build_encoder(cls: type, path: Path, part: str, device):
 
 
 def fingerprint(path: Path, part: str) -> str:
-    """16 hex digits that tell one part from another: the first row of 64 of its tensors."""
+    """16 hex digits that tell one part from another: what all of its tensors are, and the first row
+    of 64 of them.
+    """
     import torch
 
     sha = hashlib.sha256()
     with open_safetensors(path) as file:
         found = sorted({source.key for source in names(file.keys(), part).values()})
+        for key in found:
+            about = file.get_slice(key)
+            sha.update(f"{key} {about.get_dtype()} {about.get_shape()}".encode())
         for key in found[:: -(-len(found) // 64)]:
-            row = file.get_slice(key)[:1].contiguous()
-            sha.update(f"{key} {row.dtype}".encode())
+            about = file.get_slice(key)
+            row = (about[:1] if about.get_shape() else file.get_tensor(key)[None]).contiguous()
             sha.update(row.view(torch.uint8).numpy().tobytes())
     return sha.hexdigest()[:16]

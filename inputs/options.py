@@ -4,6 +4,7 @@ takes some ten seconds.
 """
 
 import difflib
+import errno
 import functools
 import io
 import json
@@ -335,6 +336,8 @@ def parse(argv: list[str] | None = None) -> Config:
     twice = asked.max_train_epochs and "max-train-steps" in given
     found, remedy = "--max-train-steps with --max-train-epochs", "leave one out"
     refuse([(found, "one of them", remedy)] if twice else [])
+    # No shell does so behind --output-dir=.
+    same |= {k: os.path.expanduser(getattr(asked, k)) for k in ("output_dir", "cache_dir")}
     return check(replace(asked, **same))
 
 
@@ -373,13 +376,24 @@ def of_file(name: str, words: list[str]) -> list[str]:
     if named not in ([], recipe):
         found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
         troubles.append((found, "one recipe", f"leave {named[0]} out"))
+    if given.get("config") and "versions" not in given:  # a run's config.json holds its all
+        found = f"--config {given['config']} in {path}"
+        troubles.append((found, "one file of options", "put its options in here"))
     for key in given.keys() - NOTES:
         value, usual = given[key], vars(T4).get(key)
+        if usual is None and value is not None and key in vars(T4):  # null, or a text
+            usual = ""
         if type(usual) is tuple and type(value) in (str, int):  # one of several that may be given
             value = [value]
         kind, its = (of_numbers.get(type(each), type(each)) for each in (value, usual))
         if usual is not None and kind is not its:
-            troubles.append((f"{key} is {value!r}", f"such as {json.dumps(usual)}", remedy))
+            troubles.append((f"{key} is {value!r:.200}", f"such as {json.dumps(usual)}", remedy))
+        elif kind is tuple:
+            its = type((*usual, "")[0])
+            dash = lambda each, its=its: its is str and each[:1] == "-"  # noqa: E731
+            wrong = [each for each in value if type(each) is not its or dash(each)]
+            expected = "whole numbers" if its is int else "texts that begin with no hyphen"
+            troubles += [(f"{key} holds {each!r:.200}", expected, remedy) for each in wrong]
         option = f"--no-{key}" if value is False else f"--{key}"
         if kind not in (bool, tuple):
             option = f"{option}={value}"
@@ -439,14 +453,44 @@ def refuse_unknown(words: list[str], options: type) -> None:
     refuse(troubles)
 
 
+class Outlet(io.FileIO):
+    """A terminal or pipe: what is said when its reader has gone goes nowhere, and ends no run."""
+
+    def write(self, data) -> int | None:
+        try:
+            return super().write(data)
+        except OSError as error:
+            if error.errno not in (errno.EPIPE, errno.EIO):  # a file on a full disk, say
+                raise
+            return len(data)
+
+
+def keep_speaking() -> None:
+    """Let stdout and stderr show a letter that they have not as its number, and need no reader; a
+    closed one leads nowhere.
+    """
+    for name, number in (("stdout", 1), ("stderr", 2)):
+        old = getattr(sys, name)
+        own = old is getattr(sys, f"__{name}__")  # else a test's, or a silent process's
+        if old is None:
+            setattr(sys, name, open(os.devnull, "w"))
+        elif own and isinstance(getattr(old.buffer, "raw", old.buffer), io.FileIO):
+            old.flush()
+            raw = Outlet(number, "w", closefd=False)
+            if hasattr(old.buffer, "raw"):  # not with PYTHONUNBUFFERED
+                raw = io.BufferedWriter(raw)
+            lines = old.line_buffering or old.isatty()
+            how = (old.encoding, "backslashreplace", None, lines, old.write_through)
+            setattr(sys, name, io.TextIOWrapper(raw, *how))
+        elif hasattr(old, "reconfigure"):
+            old.reconfigure(errors="backslashreplace")
+
+
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
     """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
-    for stream in (sys.__stdout__, sys.__stderr__):  # a name that has no letters there ends no run
-        stream.reconfigure(errors="backslashreplace")
+    keep_speaking()
     try:
         return parse(argv)
-    except BrokenPipeError:  # --help | head
-        os._exit(0)  # Python would flush again and complain
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         sys.exit(1)
@@ -456,6 +500,7 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
     """The command line's Config, and the run's first line: what is going to be done. Leaves with an
     error now if it has one; of several processes the first says it.
     """
+    keep_speaking()
     if not SPEAKS:
         try:
             with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
@@ -485,6 +530,13 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
     what to do.
     """
     troubles = [words for so, *words in against if so]
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, tuple) else (value,):
+            text = str(text)  # a shell passes any bytes on, and JSON half a letter
+            if text.encode(errors="ignore").decode() != text or "\0" in text:
+                found = f"{name.replace('_', ' ')} {text!r}, which is no UTF-8"
+                remedy = "type it in a UTF-8 terminal, rename what is called so"
+                troubles.append((found, "text that every program reads", remedy))
     for field in fields(options):
         value, good = getattr(options, field.name), getattr(usual, field.name)
         remedy = f"--{field.name.replace('_', '-')} {str(good).strip('(,)')}"

@@ -144,6 +144,9 @@ def upright_size(picture: Picture) -> tuple[int, int]:
     try:
         image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
         turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+        if turned and image.format == "TIFF":  # Pillow turns these itself, and their size earlier
+            image.load()
+            turned = False
         return image.size[:2] if turned else image.size[1::-1]
     except Exception:  # Pillow raises nearly every class for damaged files
         return 1, 1

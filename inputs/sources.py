@@ -11,11 +11,13 @@ import io
 import itertools
 import json
 import math
+import os
 import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -247,7 +249,7 @@ def tables_of(folder: Path, options: Config) -> list[Path] | None:
     paths, split = files_in(folder)[0], folder / options.dataset_split
     tables = [p for p in paths if TABLE.fullmatch(p.name) and p.is_file()]
     found = [p for p in tables if p.parent in (folder, split)]
-    parquet = [p for p in paths if p.suffix == ".parquet" and p not in found][:1]
+    parquet = [p for p in paths if p.suffix == ".parquet" and p.is_file() and p not in found][:1]
     if found and parquet:
         told = " and ".join(p.relative_to(folder).as_posix() for p in found + parquet)
         raise Refusal(f"{folder} holds {told}", "one table", "rename or remove the others")
@@ -476,7 +478,11 @@ def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     unread = "are no pictures that Pillow opens here (HEIC: pip install pillow-heif, JPEG XL: "
     unread += "pip install pillow-jxl-plugin, others: convert them to PNG)"
     left_out: dict[str, list[Path]] = {hidden: [], unread: []}
-    for path in sorted(folder.rglob("*")):
+    closed, no_files = "are folders that this user may not read", "are pipes, sockets or devices"
+    left_out |= {closed: [], no_files: []}
+    # Not rglob(): it passes over a folder that it may not read.
+    walk = os.walk(folder, onerror=lambda error: left_out[closed].append(Path(error.filename)))
+    for path in sorted(Path(top, name) for top, *names in walk for name in chain(*names)):
         parts = path.relative_to(folder).parts
         by_itself = any(part[0] == "." or part in NOT_MADE_BY_PEOPLE for part in parts)
         ending = path.suffix.lower()
@@ -485,6 +491,7 @@ def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             left_out[hidden] += [path] * medium
             continue
         left_out[unread] += [path] * (medium and not is_picture(path))
+        left_out[no_files] += [path] * (path.exists() and not path.is_file() and not path.is_dir())
         shown.append(path)
     refuse(
         (f"{path} is a link to a folder", "links to single files only", "move its pictures here")

@@ -95,7 +95,9 @@ def load_encoder(
 
 
 def check_tokenizer(name: str, tokenizer, encoder: torch.nn.Module) -> None:
-    """Raise Refusal where a tokenizer gives more tokens, or others, than its encoder has."""
+    """Raise Refusal where a tokenizer gives more tokens, or others, than its encoder has, or more
+    than the model's other one.
+    """
     places, words = encoder.config.max_position_embeddings, encoder.config.vocab_size
     longest = tokenizer.model_max_length
     if type(longest) is not int or not 1 < longest <= places or len(tokenizer) > words:
@@ -105,6 +107,11 @@ def check_tokenizer(name: str, tokenizer, encoder: torch.nn.Module) -> None:
             "a tokenizer and a text encoder of one model",
             AGAIN,
         )
+    files = [fetch(name, part) / "tokenizer_config.json" for part in ("tokenizer", "tokenizer_2")]
+    lengths = [read_config(file).get("model_max_length", longest) for file in files]
+    if lengths[0] != lengths[1]:
+        found = f"{name}'s two tokenizers have a model_max_length of {lengths[0]} and {lengths[1]}"
+        raise Refusal(found, "one length, 77 in SDXL", AGAIN)
 
 
 # diffusers' samplers for DDPM's noise that need no further package; each gives the pipeline's

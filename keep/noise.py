@@ -22,8 +22,9 @@ PICTURES, TIMESTEPS, KINDS = 8, 16, ("epsilon", "v_prediction")
 @torch.no_grad()
 def losses(run: loop.Run) -> dict[str, list[float]]:
     """The bare base's mean loss as one that predicts epsilon, and as one that predicts v; and with
-    each the mean squared error of the picture (x0) that its answers then mean. Over the run's first
-    8 pictures, each with its example's noise at the middles of 16 equal parts of the timesteps.
+    each the mean squared error of the picture (x0) that its answers then mean, and what the loss of
+    no answer at all would be. Over the run's first 8 pictures, each with its example's noise at the
+    middles of 16 equal parts of the timesteps.
 
     run: loop.assemble()'s, not yet made faster. No generator of the run's is drawn from, and less
     memory is needed than in a step.
@@ -32,7 +33,7 @@ def losses(run: loop.Run) -> dict[str, list[float]]:
     count, length = min(PICTURES, len(run.examples.names)), len(schedule.alphas_cumprod)
     middles = ((torch.arange(TIMESTEPS, device=device) + 0.5) / TIMESTEPS * length).long()
     both = [replace(schedule, prediction_type=kind) for kind in KINDS]
-    sums = torch.zeros(2, 2, device=device)
+    sums = torch.zeros(2, 3, device=device)
     lora.set_strength(run.adapter, 0.0)
     for i in tqdm(range(count), "what the base predicts", mininterval=1, leave=False):
         one = run.examples.batch(range(i, i + 1), device)
@@ -45,7 +46,8 @@ def losses(run: loop.Run) -> dict[str, list[float]]:
             each = torch.stack([(answer - y).square().mean((1, 2, 3)) for y in targets])  # (2, B)
             abar = schedule.alphas_cumprod[t]
             x0_error = each * (1 - abar) / torch.stack([abar, torch.ones_like(abar)])
-            sums += torch.stack([each.sum(1), x0_error.sum(1)], 1)
+            silent = torch.stack([y.square().mean((1, 2, 3)) for y in targets])
+            sums += torch.stack([each.sum(1), x0_error.sum(1), silent.sum(1)], 1)
     lora.set_strength(run.adapter, 1.0)
     model.free_memory()
     return dict(zip(KINDS, (sums / count / TIMESTEPS).tolist(), strict=True))
@@ -57,7 +59,8 @@ def judge(config: Config, predicts: str, losses: dict[str, list[float]]) -> str:
 
     Raises Refusal where the files say one thing and the losses the other; it is only told where
     --prediction-type says it. Both errors must speak for the other, one by more than 4 to 1: the
-    loss tells epsilon taken for v best, and x0 the reverse. Random weights predict neither.
+    loss tells epsilon taken for v best, and x0 the reverse. Random weights predict neither: they do
+    not halve the loss of no answer at all.
     """
     name, asked = config.pretrained_model_name_or_path, config.prediction_type != "auto"
     file = Path(name).name if file_of(name) else "scheduler/scheduler_config.json"
@@ -65,9 +68,9 @@ def judge(config: Config, predicts: str, losses: dict[str, list[float]]) -> str:
     where = f"{file} says {said}" if said else f"diffusers' default, since {file} does not say"
     line = f"the UNet predicts {predicts} ({'--prediction-type; ' * asked}{where})"
     (other,) = {*KINDS} - {predicts}
-    mine, theirs = losses.get(predicts, [1.0, 1.0]), losses.get(other, [1.0, 1.0])
-    ratios = [a / max(b, 1e-9) for a, b in zip(mine, theirs, strict=True)]
-    if min(mine[0], theirs[0]) > 0.5 or not (min(ratios) > 1 and max(ratios) > 4):
+    mine, theirs = losses.get(predicts, [1.0] * 3), losses.get(other, [1.0] * 3)
+    ratios = [a / max(b, 1e-9) for a, b in zip(mine[:2], theirs[:2], strict=True)]
+    if theirs[0] > 0.5 * theirs[2] or not (min(ratios) > 1 and max(ratios) > 4):
         return line
     found = f"{line}, but the base's answers are {max(ratios):.3g} times nearer to {other} (their "
     found += f"loss is {theirs[0]:.3g} so, not {mine[0]:.3g}, on the first pictures)"

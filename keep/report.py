@@ -132,15 +132,19 @@ def less_memory(config: Config) -> str:
 
 
 class Interrupts:
-    """Ctrl-C and SIGTERM. While `gently` is set they let the step finish, else they leave at once:
-    nothing is lost, since encoded blocks and checkpoints are whole. A second one leaves anyway.
+    """Ctrl-C, SIGTERM and, without nohup, a closed terminal. While `gently` is set they let the
+    step finish, else they leave at once: nothing is lost, since encoded blocks and checkpoints are
+    whole. A second one leaves anyway, but for a terminal's, which comes twice: of shell and kernel.
     """
 
     def __init__(self):
         self.gently, self.caught, self.raised = False, 0, False
 
     def __enter__(self):
-        self.old = {s: signal.signal(s, self._handle) for s in (signal.SIGINT, signal.SIGTERM)}
+        heard, hangup = {signal.SIGINT, signal.SIGTERM}, getattr(signal, "SIGHUP", None)
+        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
+            heard.add(hangup)
+        self.old = {s: signal.signal(s, self._handle) for s in heard}
         return self
 
     def __exit__(self, _, error, __):
@@ -151,7 +155,8 @@ class Interrupts:
             raise KeyboardInterrupt(self.caught) from error
 
     def _handle(self, number, _frame):
-        second_time, self.caught = bool(self.caught), number
+        second_time = bool(self.caught) and number != getattr(signal, "SIGHUP", None)
+        self.caught = number
         if not self.gently or second_time:
             self.raised = True
             raise KeyboardInterrupt(number)

@@ -65,3 +65,19 @@ def test_numbers_that_are_not_fp32_fp16_or_bf16_are_refused(tmp_path, read, dtyp
 def test_an_adapter_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path, read):
     os.mkfifo(tmp_path / "a.safetensors")
     refused(lambda: read(tmp_path / "a.safetensors"), "not a file")
+
+
+@READERS
+def test_numbers_that_torch_does_not_know_are_refused(tmp_path, read):
+    entry = {"dtype": "F6_E2M3", "shape": [2, 2], "data_offsets": [0, 3]}
+    header = json.dumps({"unet.a.to_q.lora_A.weight": entry}).encode()
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(len(header).to_bytes(8, "little") + header + bytes(3))
+    refused(lambda: read(path), "a.safetensors cannot be read", "F6_E2M3")
+
+
+def test_an_alpha_that_is_complex_is_refused(tmp_path):
+    key, path = "lora_unet_a_to_q", tmp_path / "a.safetensors"
+    tensors = {f"{key}.lora_down.weight": torch.ones(2, 4), f"{key}.alpha": torch.tensor(4 + 0j)}
+    save_file(tensors | {f"{key}.lora_up.weight": torch.ones(4, 2)}, path)
+    refused(lambda: files.read(path), f"{key}.alpha holds [(4+0j)]")

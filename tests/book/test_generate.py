@@ -312,7 +312,7 @@ def test_the_script_draws_plainly_without_any_wing(run, tmp_path):
     [
         (["--plain", "--compare"], 1, "error: --plain with --compare"),
         (["runs/nothere"], 1, "error: runs/nothere: no such file or folder; expected an adapter"),
-        (["--seeds", "-1"], 1, "error: seeds is -1"),
+        (["--seeds", "-1"], 1, "error: seeds is -1;"),
         (["--sedes", "1"], 1, "error: the option --sedes (here: --seeds)"),
     ],
 )

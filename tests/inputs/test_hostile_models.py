@@ -1,14 +1,20 @@
 """Models from strangers: what their files say is looked at before anything is built from it."""
 
 import json
+import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 import model
 from conftest import POCKET, make_unet
 from inputs import hub, vetting
+from inputs.files import Refusal
+from keep import identity
+from made import pocket_with
 from sentences import refused
 
 
@@ -90,3 +96,41 @@ def test_a_unet_made_for_other_embeddings_is_refused():
 def test_a_configuration_that_is_no_json_object_is_refused(tmp_path, content):
     (tmp_path / "model_index.json").write_bytes(content)
     refused(lambda: hub.fetch(str(tmp_path), ""), "model_index.json is no configuration")
+
+
+def copied(tmp_path, part: str) -> tuple[Path, Path]:
+    """The pocket model with that part its own, and the part's weights."""
+    name = pocket_with(tmp_path / "m", part)
+    return name, next((name / part).glob("*.safetensors"))
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_weights_that_are_no_numbers_with_a_point_are_refused(tmp_path, part):
+    name, path = copied(tmp_path, part)
+    save_file({k: v.to(torch.int8) for k, v in load_file(path).items()}, path)
+    with pytest.raises(Refusal, match=r"has \d+ weights such as .* in I8; expected F32"):
+        identity.of_base(str(name), False)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, part):
+    name, path = copied(tmp_path, part)
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(Refusal, match=r"has no \.safetensors file"):
+        identity.of_base(str(name), False)
+
+
+def test_two_tokenizers_of_two_lengths_are_refused_by_both(tmp_path):
+    name = pocket_with(tmp_path / "m", "tokenizer")
+    path = name / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 5}))
+    with pytest.raises(Refusal, match="two tokenizers have a model_max_length of 5 and 32"):
+        model.load_text_encoders(str(name), torch.device("cpu"))
+
+
+@pytest.mark.parametrize("sampler", [[], None, "EulerDiscreteScheduler"])
+def test_a_sampler_that_is_named_oddly_is_refused_at_the_start(tmp_path, sampler):
+    name = pocket_with(tmp_path / "m", scheduler=sampler)
+    with pytest.raises(Refusal, match=r"model_index\.json has scheduler"):
+        hub.fetch(str(name), "unet")

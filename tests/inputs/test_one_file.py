@@ -415,3 +415,17 @@ def test_a_projection_that_lies_as_transformers_has_it_is_not_turned(whole, smal
     save_file(tensors | {f"{key}.weight": turned}, path)
     ours = dict(one_file.tensors(path, "text_encoder_2", CPU))
     assert torch.equal(ours["text_projection.weight"], turned)
+
+
+def test_a_parts_fingerprint_tells_shapes_and_takes_any(whole, small, tmp_path):
+    """By it encoded captions are found again: of another shape they are another encoder's."""
+    path, tensors, part = tmp_path / "shape.safetensors", load_file(whole), "text_encoder_2"
+    key = "conditioner.embedders.1.model.transformer.resblocks.0.attn.in_proj_weight"
+    more = torch.cat([tensors[key], tensors[key][:1]])
+    found = {one_file.fingerprint(whole, part)}
+    for wrong in (more, torch.tensor(1.0)):
+        save_file(tensors | {key: wrong.clone()}, path)
+        found.add(one_file.fingerprint(path, part))
+        with pytest.raises(Refusal, match="no text_encoder_2 of SDXL's shape"):
+            one_file.build_encoder(CLIPTextModelWithProjection, path, part, CPU)
+    assert len(found) == 3

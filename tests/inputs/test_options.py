@@ -251,6 +251,38 @@ def test_a_file_that_cannot_be_used_is_refused(file, name, content, typed, words
     refused(lambda: options.parse([*typed, "--config", path]), *words)
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"caption": 5}, ("caption is 5",)),
+        ({"caption": {"a": 1}}, ("caption is {'a': 1}",)),
+        ({"validation_prompts": ["a", None]}, ("validation_prompts holds None", "texts that")),
+        ({"validation_prompts": ["--seed"]}, ("validation_prompts holds '--seed'",)),
+        ({"resolution": [[64]]}, ("resolution holds [64]", "whole numbers")),
+        ({"config": "b.json"}, ("--config b.json in ", "one file of options")),
+        ({"output_dir": "a\0b"}, ("output dir 'a\\x00b'", "no UTF-8")),
+        ({"dataset_name": "\ud800"}, ("dataset name '\\ud800'", "no UTF-8")),
+    ],
+)
+def test_a_files_value_of_another_kind_is_never_made_a_text_in_silence(file, given, words):
+    path = file("a.json", json.dumps(given))
+    refused(lambda: options.parse(["t4", "--config", path]), *words)
+
+
+def test_null_is_no_caption_and_an_empty_one_is_one(file):
+    for value in (None, "", "a"):
+        path = file("a.json", json.dumps({"caption": value}))
+        assert options.parse(["t4", "--config", path]).caption == value
+
+
+def test_a_prompt_that_is_no_utf8_is_refused_before_the_run(monkeypatch):
+    argv = ["t4", "--validation-prompts", "a", "\udcff"]
+    refused(lambda: options.parse(argv), "validation prompts '\\udcff'", "no UTF-8")
+    monkeypatch.setenv("HOME", "/home/x")
+    found = options.parse(["t4", "--output-dir=~/y", "--cache-dir", "~/z"])
+    assert (str(found.out), found.cache_dir) == ("/home/x/y", "/home/x/z")
+
+
 # ---- streams -------------------------------------------------------------------------------------
 
 

@@ -355,3 +355,13 @@ def test_all_damaged_pictures_are_named_at_once():
         pictures.check_pictures(many)
     with pytest.raises(Refusal, match=r"^picture bad1\.png cannot be read"):
         pictures.check_pictures([picture(PNG), picture(b"", "bad1.png")])
+
+
+@pytest.mark.parametrize("kind", ["TIFF", "PNG", "JPEG", "WEBP"])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_the_size_told_by_the_header_is_the_decoded_ones(kind, orientation):
+    """Pillow turns a TIFF by itself: by its shape it would be put into the wrong bucket."""
+    exif = Image.Exif()
+    exif[274] = orientation
+    given = picture(encoded(noisy(96, 48), kind, exif=exif))
+    assert pictures.upright_size(given) == pictures.decode(given).size[::-1]

@@ -1,6 +1,7 @@
 """A data set is read whole, in an order of its own, or refused by the name of what does not fit."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -837,3 +838,22 @@ def test_a_large_folder_is_read_in_time_that_grows_as_it_does(tmp_path, monkeypa
     monkeypatch.setattr(sources, "normal", lambda name: names.append(name) or name)
     assert len(read_dataset(str(tmp_path))) == count
     assert len(names) <= 6 * count  # once for each pair of picture and caption would be 3,600
+
+
+def test_what_is_no_file_or_may_not_be_looked_into_is_said(tmp_path, monkeypatch):
+    """As root every folder may be read, so that one is refused by hand."""
+    folder = write_folder(tmp_path / "d", {"a.png": RED, "a.txt": "a", "shut/b.png": BLUE})
+    for name in ("b.png", "metadata.jsonl", "x.parquet"):
+        os.mkfifo(folder / name)
+    scan = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("shut"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    said = str(read_dataset(str(folder)))
+    assert said.startswith("1 pictures; ")
+    assert "1 (the first: shut) left out, since they are folders that this user may not" in said
+    assert "3 (the first: b.png) left out, since they are pipes, sockets or devices" in said

@@ -175,3 +175,21 @@ def test_options_are_read_without_torch_and_numpy():
     code = "import sys; from keep import command; from inputs import drawing, options; "
     code += "sys.exit(any(m in sys.modules for m in ('torch', 'numpy')))"
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@pytest.mark.parametrize("words", ["loop.py orignal", "generate.py nothing"])
+def test_a_command_without_a_stdout_says_its_refusal(words):
+    code = f"exec {sys.executable} {words} >&-"
+    done = subprocess.run(["bash", "-c", code], cwd=ROOT, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 1 and done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_what_nobody_reads_any_more_ends_no_run():
+    code = "from inputs.options import or_leave; or_leave(str, ''); print('x' * 9, flush=True)"
+    reader, writer = os.pipe()
+    os.close(reader)
+    argv = [sys.executable, "-c", f"{code}; import os; os._exit(7)"]
+    done = subprocess.run(argv, cwd=ROOT, stdout=writer, stderr=subprocess.PIPE)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (7, b"")

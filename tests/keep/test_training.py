@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import threading
 from dataclasses import fields, replace
 from importlib import metadata
@@ -396,3 +397,23 @@ def test_what_was_exported_under_the_folders_old_name_goes_and_nothing_else(
     assert train("newer", "--max-train-steps", "2") == 0
     assert "removed" not in capsys.readouterr().out
     assert {path.stem for path in others.iterdir()} == {"copy", "new", "newer"}
+
+
+# ---- signals -------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGHUP"), reason="Windows has none")
+def test_a_closed_terminal_lets_the_step_finish_unless_nohup_keeps_it_away():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with report.Interrupts() as interrupts:
+            interrupts.gently = True
+            for _ in range(2):  # of the kernel, and of the shell
+                signal.raise_signal(signal.SIGHUP)
+        assert interrupts.caught == signal.SIGHUP
+        assert signal.signal(signal.SIGHUP, signal.SIG_IGN) == signal.SIG_DFL
+        with report.Interrupts() as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+        assert not interrupts.caught and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
