@@ -10,7 +10,16 @@ import sys
 import pytest
 import torch
 
-from benchmarks import curves, exactness, int8, old_and_new, step_profile, synthetic, two_gpus
+from benchmarks import (
+    buckets,
+    curves,
+    exactness,
+    int8,
+    old_and_new,
+    step_profile,
+    synthetic,
+    two_gpus,
+)
 from benchmarks import ladder as bench
 from conftest import ROOT, SDXL
 
@@ -381,6 +390,7 @@ def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monk
         (int8, ["train", "--steps", "0", "--seeds", "-1"], ("steps is 0", "seeds is (-1,)")),
         (curves, ["--steps", "-1"], ("steps is -1", "expected 1 to")),
         (old_and_new, [".", "--turns", "0"], ("turns is 0",)),
+        (buckets, ["--steps", "0", "--away", "158"], ("steps is 0", "away is 158", "3 to 157")),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_all_at_once(monkeypatch, capsys, script, words, said):
