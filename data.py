@@ -1,9 +1,9 @@
 """From captioned pictures to the batch of optimizer step s.
 
 Whatever the frozen encoders give for a picture or a caption is the same at every step, so it is
-computed once and kept on disk. Whatever is random about example number i of a run is drawn from
-(seed, i) alone, so a run needs no data-loader state to be continued, and its batches do not depend
-on how they are cut up.
+computed once and kept on disk. Whatever is random about example number i of a run follows from the
+pictures, n, the seed and i alone, so a run needs no data-loader state to be continued, and its
+batches do not depend on how they are cut up.
 
 Letters: `R` training resolution in pixels, `F` views of a picture (2 with flips, else 1), `n`
 examples per optimizer step, `B C H W T D P` as in model.py.
@@ -42,9 +42,9 @@ Size = tuple[int, int]  # height and width in pixels
 
 
 class Crop(NamedTuple):
-    """Which part of a picture is trained on: of each of the `resolutions` a square, or with
-    `buckets` one of several shapes as large as it; from the picture's middle, or from where (seed,
-    picture) says.
+    """Which part of a picture is trained on: a square of one of the `resolutions`, or with
+    `buckets` one of several shapes of at most its area; from the picture's middle, or with
+    `random_crop` from where (seed, picture) says.
     """
 
     resolutions: tuple[int, ...]
@@ -53,8 +53,8 @@ class Crop(NamedTuple):
     seed: int
 
     def shapes(self, resolution: int) -> list[Size]:
-        """Those of a resolution R: R x R alone, or the widths from R / 2 to 2 R in steps of 64,
-        each with the greatest height in such steps that leaves the area within R x R.
+        """Those of a resolution R: R x R alone, or as width each multiple of 64 from R / 2 to 2 R,
+        and as height the greatest multiple of 64 that keeps the area within R x R.
         """
         if not self.buckets:
             return [(resolution, resolution)]
@@ -73,16 +73,16 @@ class Crop(NamedTuple):
 
 
 def share_kept(picture: Size, shape: Size) -> float:
-    """How much of a picture is inside when it just covers `shape`."""
-    across, down = picture[1] * shape[0], picture[0] * shape[1]  # the two aspects, without division
+    """The share of a picture that is left when it is made to just cover `shape` and is cut."""
+    across, down = picture[1] * shape[0], picture[0] * shape[1]  # aspects times both heights
     return min(across, down) / max(across, down)
 
 
 def views(
     picture: Picture, size: Size, random_crop: bool, seed: int, flips: tuple[bool, ...]
 ) -> tuple[Tensor, Tensor]:
-    """Pixels (F, 3, *size) in [-1, 1] and time ids (F, 6), one view for each of `flips`; if the
-    picture has a mask, that is a fourth channel, 1 where it is white.
+    """Pixels (F, 3, *size) in [-1, 1] and time ids (F, 6), one view for each of `flips`. With
+    a mask (F, 4, *size): the fourth channel is 1 where the mask is white, -1 where it is black.
 
     Resize until the picture just covers `size` (Lanczos), flip, cut. The crop offset is in the
     frame of the picture that is cut: resized, and for a flipped view mirrored. From the middle it
@@ -93,7 +93,7 @@ def views(
     numpy, not torch: threads do this side by side, and each would start torch's own threads.
     """
     image = decode(picture)
-    original = (image.height, image.width)  # told to the UNet: small pictures are blurred by now
+    original = (image.height, image.width)  # told to the UNet: a small picture will be blurred
     wide = size[0] * image.width > size[1] * image.height  # wider than `size`: the height decides
     whole, part = (image.height, size[0]) if wide else (image.width, size[1])
     height, width = (side * part // whole for side in original)
@@ -109,8 +109,8 @@ def views(
     frame = np.dstack(resized)  # (height, width, channels)
     frames = [frame[:, ::-1] if flip else frame for flip in flips]
     corners = [each[top:, edge:] for each, edge in zip(frames, lefts, strict=True)]
-    # Bytes (F, H, W, 3) to numbers (F, 3, H, W) in [-1, 1], as the VAE takes them. Into C order: a
-    # VAE's bits depend on its input's layout, too.
+    # Bytes (F, 8H, 8W, 3) to numbers (F, 3, 8H, 8W) in [-1, 1], as the VAE takes them; 4 for 3
+    # with a mask. Into C order: a VAE's bits depend on its input's layout, too.
     inside = np.stack([each[: size[0], : size[1]] for each in corners]).transpose(0, 3, 1, 2)
     if picture.mask and not all(view[3].any() for view in inside):
         found = f"the mask of {picture.name} is black in all that is cut out of it"
@@ -135,9 +135,9 @@ class Encoder:
     """Encodes at every call: the reference, and what --no-cache trains from.
 
     Index i of prompt() is captions[i]: all of the first picture's, then of the second's, ..., and
-    last "", the unconditional embedding; captions_of: which of them are a picture's. sizes: at
-    which each picture is trained. The VAE ("vae") and the text encoders ("text") are loaded when
-    they are first needed, and stay until free().
+    last "", the unconditional embedding; captions_of: the range of each picture's. sizes: height
+    and width at which each is trained. The VAE ("vae") and the text encoders ("text") are loaded
+    when they are first needed, and stay until free().
     """
 
     def __init__(
@@ -349,8 +349,8 @@ def offset_noise(noise: np.ndarray, stream: np.random.Generator, amount: float) 
 
 
 def loss_weights(mask: Tensor, floor: float) -> Tensor:
-    """Of each latent pixel, (B, 1, H, W), from floor to 1 as its mask says, then scaled so that
-    each example's have the mean 1. Of a white mask they are 1 to the bit.
+    """Of each latent pixel, (B, 1, H, W): from floor where its mask is 0 to 1 where it is 1, then
+    scaled so that each example's have the mean 1. Of a white mask they are 1 to the bit.
     """
     weights = 1 - (1 - floor) * (1 - mask)
     return weights * (mask[0].numel() / weights.sum(dim=(1, 2, 3), keepdim=True))
@@ -375,10 +375,10 @@ def alike(sizes: list[Size]) -> list[list[int]]:
 
 
 class Decks:
-    """Which picture an example shows. A step's examples are one tensor, so pictures of one size are
-    a deck, in which each lies as often as its weight says (once, without), and each step takes its
-    n examples from one deck, which is shuffled anew when it is used up. Over the run every card is
-    shown equally often.
+    """Which picture an example shows. A step's examples may be one tensor, so pictures of one size
+    are a deck, in which each lies as often as its weight says (once, without), and each step takes
+    its n examples from one deck, shuffled anew when it is used up, in mid-step, too. In as many
+    steps as there are cards each is shown n times; in fewer, one alone in its deck may never be.
     """
 
     def __init__(self, sizes: list[Size], n: int, seed: int, weights: list[int] | None = None):
@@ -390,15 +390,15 @@ class Decks:
         self.order = functools.lru_cache(maxsize=2 * len(self.decks))(self._order)
 
     def _order(self, deck: int, round_: int) -> np.ndarray:
-        # The deck last: numpy takes [a, b, c, 0] for [a, b, c].
+        # numpy takes [a, b, c, 0] for [a, b, c]: a lone deck has the order it had before decks.
         stream = np.random.default_rng([self.seed, round_, EPOCH, deck])
         return stream.permutation(self.decks[deck])
 
     def turn(self, step: int) -> tuple[int, int]:
         """The deck of a step, and how many steps have had it before. A deck with a share p of the
-        cards has its k-th turn (from 0) between the steps k / p and (k + 1) / p: of those whose
-        time has come, the one whose time ends first. So no deck is a whole turn behind or ahead
-        (Stoica & Abdel-Wahab 1995, "Earliest Eligible Virtual Deadline First").
+        cards has its k-th turn (from 0) in the time from k / p to (k + 1) / p; step s is that from
+        s to s + 1. Of the turns begun before its end, it is the one that ends first: no deck is a
+        whole turn behind or ahead (EEVDF, Stoica & Abdel-Wahab 1995).
         """
         while len(self.turns) <= step:
             sizes = [len(deck) for deck in self.decks]
@@ -439,16 +439,16 @@ class Examples:
         self.decks = Decks(sizes, n, seed, weights)
 
     def at_once(self, step: int, batch: int) -> int:
-        """How many of a step's examples are in one pass: `batch`, or the largest divisor of n whose
-        pixels are no more than those of `batch` pictures of the largest size.
+        """How many of a step's examples are in one pass: `batch`, or, if more, the largest divisor
+        of n whose pixels are no more than those of `batch` pictures of the largest size.
         """
         n, pixels = self.decks.n, [height * width for height, width in self.sizes]
         room = batch * max(pixels) // pixels[self.decks.picture(step * n)]
         return max(batch, *(size for size in range(1, min(n, room) + 1) if n % size == 0))
 
     def example(self, i: int) -> Example:
-        """Example number i of the run, from (seed, i) alone. numpy's generator: the same on every
-        device.
+        """Example number i of the run: its picture as the decks say, all else from (seed, i) alone.
+        numpy's generator: the same on every device.
 
         All is drawn whether used or not, so that switching flips or dropout off leaves t, eps and
         noise as they are.
@@ -466,8 +466,8 @@ class Examples:
         return Example(i, picture, flip, drop, t, eps, noise, stream.random())
 
     def prompt(self, example: Example) -> int:
-        """The number of its embedding: of one of its picture's captions, or, where that is dropped,
-        the unconditional one, which comes after all of them.
+        """The number of the example's caption, for source.prompt(): one of its picture's, or, where
+        that is dropped, the unconditional one, which comes after all of them.
         """
         own = self.source.captions_of[example.picture]
         last = self.source.captions_of[-1].stop

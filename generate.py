@@ -81,8 +81,8 @@ def sample(
     """One latent (1, C, H, W), fp32: the noise of `seed`, denoised in `steps` steps under one of
     encode()'s embeddings, as StableDiffusionXLPipeline does. sampler: diffusers calls it scheduler.
 
-    size: (H, W). guidance_scale: 1 + w of classifier-free guidance (Ho & Salimans 2022,
-    https://arxiv.org/abs/2207.12598, eq. 6); at 1 or less there is none.
+    size: (H, W). guidance_scale: of classifier-free guidance, 1 + w of Ho & Salimans (2022,
+    https://arxiv.org/abs/2207.12598, eq. 6), the README's w; at 1 or less there is none.
     """
     device, guided = unet.device, guidance_scale > 1
     # One generator for the first noise and for noise that a sampler adds later; on the CPU and in
@@ -138,8 +138,8 @@ def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
 
 
 def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
-    """Write a PNG that says how it was drawn, whole or not at all, and print where it is: beside a
-    picture of other parameters.
+    """Write a PNG that says how it was drawn, whole or not at all, and print where: at `path`, or
+    beside it if a picture of other parameters has that name.
     """
     png, said = io.BytesIO(), PngImagePlugin.PngInfo()
     said.add_text("parameters", parameters)

@@ -55,13 +55,13 @@ def diffusion_loss(
     masks, times the min-SNR weight. batch: as data.Examples.batch() gives it.
     """
     (scaling_factor, shift_factor), t, noise = latent_scaling, batch["t"], batch["noise"]
-    latent = batch["mean"] + batch["std"] * batch["eps"]  # (B, C, H, W): one of the posterior
+    latent = batch["mean"] + batch["std"] * batch["eps"]  # (B, C, H, W): a sample of the posterior
     x0 = (latent - shift_factor) * scaling_factor
     x_t = model.add_noise(x0, noise, t, schedule)  # (B, C, H, W)
     answer = model.predict(unet, x_t, batch)  # (B, C, H, W) fp32
     target = model.training_target(x0, noise, t, schedule)
     each = F.mse_loss(answer, target, reduction="none")  # (B, C, H, W)
-    if "mask" in batch:  # weights (B, 1, H, W) of mean 1: only where the run has masks
+    if "mask" in batch:  # weights (B, 1, H, W) of mean 1, the same in all channels
         each = each * batch["mask"]
     return each.mean(dim=(1, 2, 3)) * snr_weight(t, schedule, snr_gamma)  # (B,)
 
@@ -83,7 +83,7 @@ def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor
 
 def learning_rate(step: int, config: Config) -> float:
     """The rate of step `step` (from 0): it rises over the warm-up, then stays, or falls along a
-    cosine towards lr_end of itself, where it is one step after the schedule's last, and stays.
+    cosine to lr_end times itself, which it has one step after the schedule's last, and keeps.
     """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
@@ -123,7 +123,7 @@ class LossScale:
 def step_batches(
     run: "Run", step: int, share: Callable[[range], range] = lambda numbers: numbers
 ) -> Iterator[dict[str, Tensor]]:
-    """The n examples of step `step`, train_batch_size in each batch, or more of a smaller size.
+    """The n examples of step `step`, train_batch_size in each batch, or more if they are small.
     share: which of them this process computes where there are several; alone, all.
     """
     n = run.config.examples_per_step

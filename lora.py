@@ -119,7 +119,7 @@ def inject(
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
     """Every parameter that requires a gradient, by its name: after inject() all A and B, and what
-    else LoRALinear is given to learn.
+    else an edit of LoRALinear adds to learn.
     """
     return {name: each for name, each in model.named_parameters() if each.requires_grad}
 

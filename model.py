@@ -6,7 +6,7 @@ UNet. Nothing here knows of LoRA: the UNet that load_unet() returns is diffusers
 
 Letters: `B` batch, `C` latent channels (4), `H W` latent size (picture size / 8), `T` tokens of a
 prompt (77 in each of its chunks), `D` width of the context (768 + 1280 = 2048), `P` width of the
-pooled embedding (1280).
+pooled embedding (1280). The small model of `pocket` has 32 for 77, and other `D` and `P`.
 """
 
 from __future__ import annotations
@@ -69,10 +69,10 @@ READERS = 4  # threads that copy weights: one alone copies slower than a GPU tak
 
 def load_unet(name: str, device: torch.device, dtype: torch.dtype) -> UNet2DConditionModel:
     """SDXL's UNet on `device` in `dtype`, each weight straight from its file: the host never holds
-    the model.
+    the model. name: a Hub model, a folder, or one .safetensors file, which has names of its own.
 
-    It is built without memory (meta device), then every tensor is read, cast on the device, and
-    assigned.
+    It is built without memory (meta device), then every tensor is read under its name in the file,
+    cast on the device, and assigned under diffusers' name.
     """
     half = dtype != torch.float32
     folder = fetch(name, "unet", half)
@@ -229,7 +229,7 @@ def too_long(prompts: list[str], tokenizer: CLIPTokenizer, chunks: int) -> list[
 
 def tokens_of(prompts: list[str], tokenizer: CLIPTokenizer, chunks: int) -> Tensor:
     """(B x chunks, 77): each prompt's tokens cut into chunks of 75, each between its own begin and
-    end, padded; what goes beyond the last is lost.
+    end, then padded. A short prompt's last chunks are empty; a long one's end is lost.
     """
     length, rows = tokenizer.model_max_length, []
     begin, end, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
