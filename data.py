@@ -164,7 +164,7 @@ class Encoder:
         picture, size = self.pictures[index], self.sizes[index]
         return views(picture, size, crop.random_crop, crop.seed, flips)
 
-    def at_once(self, size: Size) -> int:
+    def views_at_once(self, size: Size) -> int:
         """Views in one call of the VAE: on a GPU 4 at 512 px, 1 from 1024 px up, so that fp32
         activations stay within a few GiB.
         """
@@ -176,7 +176,7 @@ class Encoder:
         Refusal, naming the picture, for NaN or Inf.
         """
         pixels, mask = pixels[:, :3].contiguous(), pixels[:, 3:] / 2 + 0.5  # from [-1, 1] to [0, 1]
-        parts = pixels.split(self.at_once(pixels.shape[2:]))
+        parts = pixels.split(self.views_at_once(pixels.shape[2:]))
         each = [model.encode_images(part, self.vae) for part in parts]
         mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
         check_finite("the VAE gives NaN or Inf for picture", names, mean, std)
@@ -200,7 +200,7 @@ class Encoder:
         blocks, ahead = itertools.tee(blocks)
         with work_ahead(work, itertools.chain.from_iterable(ahead), ROWS_PER_FILE) as prepared:
             for block in blocks:
-                size = max(1, self.at_once(self.sizes[block[0]]) // count)  # pictures
+                size = max(1, self.views_at_once(self.sizes[block[0]]) // count)  # pictures
                 for part in cut(block, size):
                     pixels, time_ids = zip(*itertools.islice(prepared, len(part)), strict=True)
                     names = [self.pictures[i].name for i in part for _ in flips]

@@ -54,7 +54,7 @@ def encode(
     text = model.load_text_encoders(name, device, half, max_tokens)
     told = list(dict.fromkeys([*prompts, negative_prompt]))
     if cut := model.too_long(told, text.tokenizers[0], text.chunks):
-        most = text.chunks * text.tokenizers[0].model_max_length
+        most = text.chunks * (text.tokenizers[0].model_max_length - 2)
         print(f"{len(cut)} prompts lose their end, beyond {most} tokens, such as {cut[0][:60]!r}")
     away = model.encode_prompts([negative_prompt], text) if negative_prompt else None
     away = away or model.encode_unconditional(text)

@@ -20,7 +20,7 @@ from inputs.files import sayable, write_whole
 from inputs.hub import fetch, read_config
 from inputs.options import Config
 from inputs.pictures import strong_changes
-from inputs.sources import Pictures
+from inputs.sources import Pictures, named
 from loop import Run, learning_rate
 
 SPILL = (
@@ -178,6 +178,7 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     at, used = f"{', '.join(map(str, config.resolution))} px", len(set(run.examples.sizes))
     if config.buckets:
         at += f" in {used} bucket{'s' * (used > 1)}"
+    rare = never_shown(run)
     several = f", shared by {size} processes" if size > 1 else ""
     if size > n:
         several += f", of which {size - n} have no example: GPUS={n} would do as well"
@@ -190,10 +191,24 @@ def describe(kept, pictures: Pictures, how: str) -> str:
         strong_changes(pictures, run.examples.sizes),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}",
+        f"{named(rare)} come in none of these steps: few are of their size" if rare else "",
         describe_rate(config),
         f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
     )
     return "\n".join(filter(None, lines))
+
+
+def never_shown(run: Run) -> list[str]:
+    """The pictures that no step shows though the run has an epoch of steps: of a size that only few
+    have, whose turn comes late.
+    """
+    decks, n = run.examples.decks, run.config.examples_per_step
+    steps = min(run.config.max_train_steps, decks.count)
+    if steps * n < decks.count:
+        return []
+    decks.turn(steps - 1)
+    left = [decks.order(deck, 0)[taken * n :] for deck, taken in enumerate(decks.taken)]
+    return [run.examples.names[i] for each in left for i in dict.fromkeys(each.tolist())]
 
 
 def describe_rate(config: Config) -> str:

@@ -1,6 +1,7 @@
 """Pictures in their own shapes: which one each takes, where it is cut, and whose turn it is."""
 
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import data
 from inputs.files import Refusal
 from inputs.options import parse
 from inputs.pictures import refuse_small, upright_size
+from keep import report
 from made import encoded, noisy, picture
 
 
@@ -182,3 +184,21 @@ def test_a_pass_holds_as_many_small_pictures_as_fill_the_memory_of_the_large_one
     for (height, width), each in passes.items():
         for batch, size in enumerate(each, 1):
             assert size * height * width <= batch * 1024**2
+
+
+def test_pictures_that_no_step_shows_are_named_where_the_run_is_an_epoch_long():
+    def unseen(steps: int, *decks: int) -> list[str]:
+        sizes = [(64, 64 * k) for k, count in enumerate(decks, 1) for _ in range(count)]
+        names = [f"{size[1]}-{i}" for i, size in enumerate(sizes)]
+        config = SimpleNamespace(max_train_steps=steps, examples_per_step=4)
+        examples = data.Examples(None, names, sizes, 4, 0, data.Chances(), 1000)
+        seen = {examples.example(i).picture for i in range(4 * steps)}
+        found = report.never_shown(SimpleNamespace(config=config, examples=examples))
+        assert steps * 4 < len(names) or {*found} == {
+            n for i, n in enumerate(names) if i not in seen
+        }
+        return found
+
+    assert unseen(30, 40, 1) == ["128-40"] and unseen(41, 40, 1) == []
+    assert unseen(5, 40, 1) == []  # less than an epoch
+    assert len(unseen(12, 30, 10, 2, 2)) > 0

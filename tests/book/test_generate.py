@@ -176,7 +176,7 @@ def test_prompts_that_are_cut_are_counted(run, tmp_path, capsys):
         tmp_path / "drawn", str(run), "--prompts", "a red fox " * 60, "rocket", "--seeds", "1", "2"
     )
     assert (
-        "1 prompts lose their end, beyond 32 tokens, such as 'a red fox" in capsys.readouterr().out
+        "1 prompts lose their end, beyond 30 tokens, such as 'a red fox" in capsys.readouterr().out
     )
 
 
@@ -190,7 +190,7 @@ def test_prompt_negative_and_unconditional_have_as_many_chunks_as_asked(capsys):
         assert one["context"].shape == (2, 32, 224) and two["context"].shape == (2, 64, 224)
         torch.testing.assert_close(two["context"][:, :32], one["context"], atol=1e-4, rtol=1e-4)
         torch.testing.assert_close(two["pooled"], one["pooled"], atol=1e-4, rtol=1e-4)
-    assert capsys.readouterr().out.count("1 prompts lose their end, beyond 32 tokens") == 2
+    assert capsys.readouterr().out.count("1 prompts lose their end, beyond 30 tokens") == 2
 
 
 def test_as_many_tokens_are_read_as_the_adapter_was_trained_with_unless_asked(tmp_path):
