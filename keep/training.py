@@ -66,7 +66,7 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_datasets(config)
     config = in_steps(config, pictures)
-    schedule = model.load_noise_schedule(name, device, config.prediction_type)
+    schedule = model.load_noise_schedule(name, device, *config.noise)
     commit = hub.commit_of(name)
     state = checkpoint.newest_state(config.out / "checkpoints")
     config = identity.on_schedule(config, state)
