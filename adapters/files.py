@@ -32,7 +32,10 @@ KINDS |= {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}  # kohya's
 # What an SDXL LoRA says of itself, by https://github.com/Stability-AI/ModelSpec, in sd-scripts'
 # words, which are the same for every kind of noise:
 # https://github.com/kohya-ss/sd-scripts/blob/10bfcb9a/library/sai_model_spec.py
-# (determine_architecture, determine_implementation). Lists, as SwarmUI's and Forge's, sort by it.
+# (determine_architecture, determine_implementation). Not written: kohya's ss_v2, by which A1111
+# tells SD 2 where it is True, after our ss_base_model_version has told SDXL
+# (extensions-builtin/Lora/network.py at 0a0efa3f, detect_version), and ss_v_parameterization, which
+# neither A1111's nor Forge's network.py (at 6f2171a1) reads.
 MODELSPEC = {
     "modelspec.sai_model_spec": "1.0.0",
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",

@@ -215,10 +215,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         found = f"{path} says, in its header or its run's config.json, that its base is {base}: "
         remedy += f"; where it lies elsewhere, {OPTION} WHERE/IT/IS/{Path(base).name}"
         raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
-    told = trained.get("zero_terminal_snr", "auto")
-    zero = options.zero_terminal_snr if options.zero_terminal_snr != "auto" else told
-    whether = zero == "yes" or (zero == "auto" and settings.get("rescale_betas_zero_snr"))
-    rescale = options.guidance_rescale if options.guidance_rescale >= 0 else 0.7 * bool(whether)
+    zero, rescale = zero_snr(options, trained.get("zero_terminal_snr", "auto"), settings)
     sampler = read_config(fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
     steps, guidance = options.num_inference_steps, options.guidance_scale
     kind, few, little = few_steps(base, sampler, settings)
@@ -250,6 +247,16 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
         cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )
+
+
+def zero_snr(options: Options, trained: str, settings: dict) -> tuple[str, float]:
+    """--zero-terminal-snr, where it is open as `trained` with, and the guidance rescale that goes
+    with it, or with what the model's `settings` say (Lin et al. 2023, section 3.4).
+    """
+    asked, rescale = options.noise[1], options.guidance_rescale
+    asked = trained if asked == "auto" else asked
+    zero = asked == "yes" or (asked == "auto" and settings.get("rescale_betas_zero_snr"))
+    return asked, rescale if rescale >= 0 else 0.7 * bool(zero)
 
 
 def take_vae(options: Options, base: str, revision: str, path: Path, told: str) -> str:

@@ -236,13 +236,12 @@ def file_from_hub(name: str, revision: str, file: str) -> Path:
 def vae_from_hub(name: str, revision: str) -> Path:
     """The folder of a VAE that is a Hub repository, or that is in a model's."""
     try:
-        folder, part = file_from_hub(name, revision, "config.json").parent, ""
-        commit = folder.name
+        part, config = "", file_from_hub(name, revision, "config.json")
     except Refusal:
-        folder, part = file_from_hub(name, revision, "vae/config.json").parent, "vae/"
-        commit = folder.parent.name
+        part, config = "vae/", file_from_hub(name, revision, "vae/config.json")
+    commit = config.parents[len(part) // 4].name
     file_from_hub(name, commit, f"{part}diffusion_pytorch_model.safetensors")
-    return check_vae(folder)
+    return check_vae(config.parent)
 
 
 @functools.cache  # a branch means one commit in all of a run; and it asks for a part many times

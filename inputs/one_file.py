@@ -42,9 +42,7 @@ KINDS = {
 }
 A_VAE = "SDXL's kind of VAE (AutoencoderKL, 4 channels, not SD 1's or 2's): its folder, a model's "
 A_VAE += "or a Hub name of either, or a .safetensors file"
-VAE = (
-    ": its VAE is taken to have SDXL's scaling 0.13025, which no file tells; SD 1's looks the same"
-)
+VAE = ": a VAE, taken to have SDXL's scaling 0.13025, which no file tells; SD 1's looks the same"
 MARKS = {  # of a file with all of SDXL's parts, too
     "a model of EDM's noise, as CosXL and Playground 2.5": r"^edm_(mean|std|vpred\.)",
     "quantised with scales of its own, as scaled fp8 is": r"(^|\.)(scaled_fp8|scale_weight|"
@@ -141,8 +139,8 @@ def keys_of(part: str, keys: Iterable[str]) -> dict[str, str]:
     keys, prefix = list(keys), PREFIXES[part]
     if part == "vae" and not any(key.startswith(prefix) for key in keys):
         return {key: key for key in keys if BARE_VAE.match(key)}
-    used = (key for key in keys if key.startswith(prefix) and not UNUSED.search(key))
-    return {key.removeprefix(prefix): key for key in used}
+    keys = (key for key in keys if key.startswith(prefix) and not UNUSED.search(key))
+    return {key.removeprefix(prefix): key for key in keys}
 
 
 def names(keys: Collection[str], part: str) -> dict[str, Source]:

@@ -72,7 +72,7 @@ def test_a_vae_is_read_from_a_folder_a_model_and_each_kind_of_file(form, places,
     assert_same_weights(model.load_vae(name, CPU), other)
     assert model.latent_scaling(name)[0] == pytest.approx(0.7502, abs=1e-4)
     assert hub.encoder_fingerprints(name, False)["vae"] != want
-    said = "its VAE is taken to have SDXL's scaling 0.13025, which no file tells"
+    said = "a VAE, taken to have SDXL's scaling 0.13025, which no file tells"
     assert capsys.readouterr().err.count(said) == places[form].is_file()
     hub.use_revision(name, "")
     assert hub.encoder_fingerprints(name, False)["vae"] == want
@@ -89,6 +89,7 @@ def test_a_run_with_another_vae_is_another_and_its_files_draw_with_it(
     shutil.copy(places["bare"], vae)
     asked = (*few, "--vae", str(vae))
     assert train("own", *few) == train("bare", *asked) == 0
+    assert f"the VAE is {vae}\n" in capsys.readouterr().out
     assert train("folder", *few, "--vae", str(places["folder"])) == 0
     assert train("plain", *asked, "--plain", "--no-fused") == train("r", *asked, "--no-fused") == 0
     runs = ("own", "bare", "folder", "plain", "r")
@@ -148,6 +149,10 @@ def written(top: Path, tensors: dict) -> Path:
     return top / "x.safetensors"
 
 
+def twice(tensor: torch.Tensor) -> torch.Tensor:
+    return 2 * torch.cat([tensor, tensor])
+
+
 def bare(places, **instead) -> dict:
     tensors = load_file(places["bare"])
     return tensors | {key: instead.get(key[:7], lambda t: t)(each) for key, each in tensors.items()}
@@ -181,7 +186,7 @@ WRONG = {
         "is one part in diffusers' layout",
     ),
     "other shapes": (
-        lambda p, top: written(top, bare(p, decoder=lambda t: 2 * t.repeat(2, *[1] * (t.ndim - 1)))),
+        lambda p, top: written(top, bare(p, decoder=twice)),
         "holds no vae of SDXL's shape",
     ),
     "half of it": (

@@ -174,7 +174,9 @@ def test_zero_terminal_snr_by_option_is_the_run_of_a_model_that_says_so(train, t
     assert any(not torch.equal(asked[name], usual[name]) for name in asked)
     for run, zero in zip(runs, ("yes", "yes", "no", "no"), strict=True):
         for path in (tmp_path / run, tmp_path / run / "kohya"):
-            assert files.read(path).about["zero_terminal_snr"] == zero
+            about = files.read(path).about
+            assert about["zero_terminal_snr"] == zero
+            assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert train("asked", *few) == 1
     told = capsys.readouterr().err
     assert "zero_terminal_snr yes, and this command has zero_terminal_snr auto" in told
