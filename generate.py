@@ -77,12 +77,15 @@ def sample(
     size: tuple[int, int],
     steps: int,
     guidance_scale: float,
+    guidance_rescale: float = 0.0,
 ) -> Tensor:
     """One latent (1, C, H, W), fp32: the noise of `seed`, denoised in `steps` steps under one of
     encode()'s embeddings, as StableDiffusionXLPipeline does. sampler: diffusers calls it scheduler.
 
     size: (H, W). guidance_scale: of classifier-free guidance, 1 + w of Ho & Salimans (2022,
     https://arxiv.org/abs/2207.12598, eq. 6), the README's w; at 1 or less there is none.
+    guidance_rescale: how much of the contrast that guidance adds is taken back (Lin et al. 2023,
+    https://arxiv.org/abs/2305.08891, eq. 15 and 16).
     """
     device, guided = unet.device, guidance_scale > 1
     # One generator for the first noise and for noise that a sampler adds later; on the CPU and in
@@ -102,6 +105,9 @@ def sample(
         if guided:
             away, towards = answer.chunk(2)
             answer = away + guidance_scale * (towards - away)  # beyond the prompt's own answer
+            if guidance_rescale > 0:
+                calm = answer * (towards.std() / answer.std())  # as varied as the prompt's own
+                answer = guidance_rescale * calm + (1 - guidance_rescale) * answer
         x = sampler.step(answer, t, x, **more).prev_sample  # to the next lower noise
     return x
 
@@ -120,14 +126,10 @@ def decode(
     for latent in latents:
         pixels = vae.decode(latent.to(vae.device) / factor + shift).sample  # (1, 3, 8H, 8W)
         if not pixels.isfinite().all():
-            raise Refusal(
-                "a picture came out as NaN or Inf",
-                "finite pixels",
-                "draw with --mixed-precision fp32, or with an earlier checkpoint's adapter",
-            )
+            remedy = "draw with --mixed-precision fp32, or with an earlier checkpoint's adapter"
+            raise Refusal("a picture came out as NaN or Inf", "finite pixels", remedy)
         pixels = (pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)  # (8H, 8W, 3) in [0, 1]
-        pixels = (pixels * 255).round().byte()
-        pictures.append(Image.fromarray(pixels.cpu().numpy()))
+        pictures.append(Image.fromarray((pixels * 255).round().byte().cpu().numpy()))
     return pictures
 
 
@@ -174,7 +176,7 @@ def draw_at(
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half, name = dtype != torch.float32, options.pretrained_model_name_or_path
     check_base(options, file.path, file.about, half)
-    sampler = vetting.load_sampler(name, options.scheduler, steps, options.prediction_type)
+    sampler = vetting.load_sampler(name, options.scheduler, steps, *options.noise)
     prompts, seeds = zip(*options.pictures, strict=True)
     embeddings = encode(name, prompts, options.negative_prompt, device, half, options.max_tokens)
     unet = load_unet(name, device, dtype)
@@ -184,7 +186,7 @@ def draw_at(
     unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn
     side = options.resolution // 8 or unet.config.sample_size  # the size the model was made for
     size = (options.height // 8 or side, options.width // 8 or side)
-    how = (size, steps, options.guidance_scale)
+    how = (size, steps, options.guidance_scale, options.guidance_rescale)
     drawn = []
     for strength in strengths:
         lora.set_strength(adapter, strength)

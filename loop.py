@@ -33,6 +33,7 @@ from torch import Tensor
 import data
 import lora
 import model
+from inputs.drawing import header
 from inputs.files import Refusal
 from inputs.hub import encoder_fingerprints, use_revision
 from inputs.options import Config
@@ -307,9 +308,9 @@ def assemble(
 def train_plain(config: Config) -> None:
     """--plain: from the pictures to the adapter's file, by the lines of this book alone."""
     name, device = config.pretrained_model_name_or_path, check_device(config.device)
-    use_revision(name, config.revision)
+    use_revision(name, config.revision, config.vae)
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    schedule = model.load_noise_schedule(name, device, config.prediction_type)
+    schedule = model.load_noise_schedule(name, device, *config.noise)
     pictures = read_datasets(config)
     config = in_steps(config, pictures)
     examples = examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
@@ -323,8 +324,7 @@ def train_plain(config: Config) -> None:
         print(f"the file holds A and B alone, not {min(lost)}: it will act otherwise than trained")
     path = config.out / lora.FILE_NAME
     about = {"base_model": name, "recipe": config.recipe, "steps": str(run.step)}
-    about |= {"prediction_type": schedule.prediction_type}
-    about |= {"max_tokens": str(config.max_tokens)} if config.max_tokens > 75 else {}
+    about |= header(config, schedule)
     lora.save(run.adapter, path, model.DTYPES[config.save_dtype], about)
     print(f"saved {path}")
 

@@ -42,9 +42,8 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     sm = f"sm_{capability[0]}{capability[1]}" if capability else device.type
     if wanted == "bf16" and capability and capability < (8, 0):
-        raise Refusal(
-            f"bf16 on {sm}, which only emulates it", "sm_80 or newer", "--mixed-precision fp16"
-        )
+        found = f"bf16 on {sm}, which only emulates it"
+        raise Refusal(found, "sm_80 or newer", "--mixed-precision fp16")
     if wanted != "auto":
         return DTYPES[wanted], f"asked for, on {sm}"
     if capability is None:
@@ -322,13 +321,14 @@ class NoiseSchedule:
 
 
 def load_noise_schedule(
-    name: str, device: torch.device, prediction_type: str = "auto"
+    name: str, device: torch.device, prediction_type: str = "auto", zero_snr: str = "auto"
 ) -> NoiseSchedule:
     """The schedule that the model's scheduler_config.json describes (Ho et al. 2020,
-    https://arxiv.org/abs/2006.11239). prediction_type: overrules the file's where it is not "auto".
-    Raises Refusal for another objective, and for missing or impossible betas.
+    https://arxiv.org/abs/2006.11239). prediction_type, zero_snr ("yes", "no"): overrule the file's
+    where they are not "auto". Raises Refusal for another objective, and for missing or impossible
+    betas.
     """
-    config, _ = vetting.noise_settings(name, prediction_type)
+    config, *_ = vetting.noise_settings(name, prediction_type, zero_snr)
     start, end, steps = (config[k] for k in ("beta_start", "beta_end", "num_train_timesteps"))
     if config["beta_schedule"] == "linear":
         betas = torch.linspace(start, end, steps, dtype=torch.float32)  # (1000,)

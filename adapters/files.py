@@ -29,6 +29,18 @@ BEFORE = r"lora_unet_|unet\.|diffusion_model\.|base_model\.model\.|"
 KINDS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # PEFT's
 KINDS |= {"lora.down.weight": "lora_A", "lora.up.weight": "lora_B"}  # diffusers' training scripts'
 KINDS |= {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}  # kohya's
+# What an SDXL LoRA says of itself, by https://github.com/Stability-AI/ModelSpec, in sd-scripts'
+# words, which are the same for every kind of noise:
+# https://github.com/kohya-ss/sd-scripts/blob/10bfcb9a/library/sai_model_spec.py
+# (determine_architecture, determine_implementation). Not written: kohya's ss_v2, by which A1111
+# tells SD 2 where it is True, after our ss_base_model_version has told SDXL
+# (extensions-builtin/Lora/network.py at 0a0efa3f, detect_version), and ss_v_parameterization, which
+# neither A1111's nor Forge's network.py (at 6f2171a1) reads.
+MODELSPEC = {
+    "modelspec.sai_model_spec": "1.0.0",
+    "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
+    "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
+}
 BLOCK = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)"
 
 
@@ -132,13 +144,11 @@ def kohya_bytes(adapter: lora.Adapter, dtype: torch.dtype, about: dict[str, str]
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": str(float(adapter.alpha)),
-        "modelspec.sai_model_spec": "1.0.0",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
         "modelspec.title": about.get("dataset", "lora"),
         "sshs_model_hash": hashlib.sha256(data_section(safetensors_bytes(tensors, {}))).hexdigest(),
     }
     same = {"rank": str(adapter.rank), "alpha": str(float(adapter.alpha))}
-    return safetensors_bytes(tensors, header | same | about)
+    return safetensors_bytes(tensors, header | MODELSPEC | same | about)
 
 
 def save(

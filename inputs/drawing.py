@@ -62,16 +62,25 @@ class Options:
     # What the UNet predicts, epsilon (the noise) or v_prediction; auto is as the adapter was
     # trained, else as the model's scheduler_config.json says.
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    # Whether drawing begins at pure noise (zero terminal SNR): yes, no; auto is as the adapter was
+    # trained, else as the model says.
+    zero_terminal_snr: Literal["auto", "yes", "no"] = "auto"
     # Denoising steps; 0 takes the recipe's 30, or what a base that was distilled to few steps is
     # made for.
     num_inference_steps: Annotated[int, Within(0, 1000)] = 0
     # How strongly pictures follow their prompt; negative takes the recipe's, or what a base that
     # was distilled to few steps is made for.
     guidance_scale: Annotated[float, Within(-100, 100)] = -1.0
+    # How far the contrast that guidance adds is taken back, from 0 to 1; negative takes 0.7 with
+    # zero terminal SNR, as its paper does, else 0.
+    guidance_rescale: Annotated[float, Within(-1, 1)] = -1.0
     # The base model; empty takes the one that the adapter's header names.
     pretrained_model_name_or_path: str = ""
     # Branch, tag or commit of a Hub model; empty takes the one that the adapter was trained on.
     revision: str = ""
+    # Another VAE than the model's own, as in training: a folder, a Hub name, or a .safetensors
+    # file; empty takes the one that the adapter was trained with.
+    vae: str = ""
     # Draw even though the adapter was trained on another base.
     any_base: bool = False
     # auto, cpu or cuda.
@@ -84,6 +93,8 @@ class Options:
     cache_dir: str = ""
     # Draw by the lines of generate.py alone: single pictures, with a file in PEFT keys.
     plain: bool = False
+
+    noise = Config.noise
 
     @property
     def pictures(self) -> list[tuple[str, int]]:
@@ -192,7 +203,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     commit = of_run(path, "base_commit") or about.get("base_commit", "")
     revision = options.revision or commit * own  # another model has other commits
     try:
-        use_revision(base, revision)
+        vae = take_vae(options, base, revision, path, about.get("vae", ""))
         settings = read_scheduler(base)
     except Refusal as refusal:
         if given:
@@ -201,6 +212,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         found = f"{path} says, in its header or its run's config.json, that its base is {base}: "
         remedy += f"; where it lies elsewhere, {OPTION} WHERE/IT/IS/{Path(base).name}"
         raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
+    zero, rescale = zero_snr(options, trained.get("zero_terminal_snr", "auto"), settings)
     sampler = read_config(fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
     steps, guidance = options.num_inference_steps, options.guidance_scale
     kind, few, little = few_steps(base, sampler, settings)
@@ -224,11 +236,57 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         scheduler=options.scheduler or sampler,
         num_inference_steps=steps or few,
         guidance_scale=guidance if guidance >= 0 else little,
+        zero_terminal_snr=zero,
+        guidance_rescale=rescale,
+        vae=vae,
         pretrained_model_name_or_path=base,
         revision=revision,
         base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
         cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )
+
+
+def zero_snr(options: Options, trained: str, settings: dict) -> tuple[str, float]:
+    """--zero-terminal-snr, where it is open as `trained` with, and the guidance rescale that goes
+    with it, or with what the model's `settings` say (Lin et al. 2023, section 3.4).
+    """
+    asked, rescale = options.noise[1], options.guidance_rescale
+    asked = trained if asked == "auto" else asked
+    zero = asked == "yes" or (asked == "auto" and settings.get("rescale_betas_zero_snr"))
+    return asked, rescale if rescale >= 0 else 0.7 * bool(zero)
+
+
+def take_vae(options: Options, base: str, revision: str, path: Path, told: str) -> str:
+    """Take `base` from here on with the VAE that is asked for, else with the one of training, which
+    the run around `path` or its header, `told`, names; where that is gone, said, with its own, "".
+    """
+    trained = "" if options.any_base else of_run(path, "vae") or told
+    use_revision(base, revision, options.vae or trained)
+    if trained and not options.vae:
+        try:
+            fetch(base, "vae")
+        except Refusal as refusal:
+            found = f"the base's own VAE draws, not {trained}, with which {path} was trained"
+            print(f"{found}: {refusal.parts[0]} (--vae names another place)", file=sys.stderr)
+            use_revision(base, revision)
+            return ""
+    return options.vae or trained
+
+
+def header(config: Config, schedule) -> dict[str, str]:
+    """What of a run's options and noise schedule its adapter's header tells, so that complete()
+    draws as was trained.
+    """
+    zero = "no" if schedule.alphas_cumprod[-1] else "yes"
+    told = {"prediction_type": schedule.prediction_type, "zero_terminal_snr": zero}
+    told |= {"max_tokens": str(config.max_tokens)} if config.max_tokens > 75 else {}
+    return told | ({"vae": public_name(config.vae)} if config.vae else {})
+
+
+def public_name(name: str) -> str:
+    """A Hub name as it is; of a folder its last part, since where it lies is nobody's business."""
+    folder = place(name)
+    return folder.resolve().name if folder.exists() else name
 
 
 def check_base(options: Options | Config, path: Path, about: dict[str, str], half: bool) -> None:
@@ -268,6 +326,8 @@ def how_drawn(options: Options) -> dict[str, str]:
         "Steps": options.num_inference_steps,
         "Sampler": options.scheduler,
         "CFG scale": f"{options.guidance_scale:g}",
+        "CFG rescale": f"{options.guidance_rescale:g}" if options.guidance_rescale > 0 else "",
+        "VAE": public_name(options.vae) if options.vae else "",
         "Model": place(options.pretrained_model_name_or_path).resolve().name,
         "Lora": name,
         "Lora strength": f"{options.strength:g}",

@@ -73,6 +73,8 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     one; part: "unet", "vae", ..., or "" for the top; half: download the fp16 variant where there is
     one. Raises Refusal for what is no SDXL model.
     """
+    if source(name, part) != name:
+        return fetch_vae(VAES[name])
     if file_of(name):
         return one_file.SHIPPED / part
     root = folder_of(name, OPTION, EXPECTED)
@@ -96,10 +98,49 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     return root / part
 
 
+def fetch_vae(name: str) -> Path:
+    """The folder of a VAE that stands in the place of a model's own: `name` is that folder, or a
+    model's, here or on the Hub, or a file. Raises Refusal for another kind of VAE.
+    """
+    try:
+        if file_of(name):
+            return one_file.SHIPPED / "vae"
+        root = folder_of(name, OPTION, EXPECTED)
+        if root is None:
+            return vae_from_hub(name, REVISIONS.get(name, "main"))
+        return check_vae(root if (root / "config.json").is_file() else root / "vae")
+    except Refusal as refusal:
+        found, _, remedy = (part.replace(OPTION, "--vae") for part in refusal.parts)
+        remedy = f"name another VAE with --vae, or leave it out ({remedy})"
+        raise Refusal(found, one_file.A_VAE, remedy) from refusal
+
+
+def check_vae(folder: Path) -> Path:
+    """`folder`. Raises Refusal where its config.json describes no VAE that SDXL may have."""
+    config = read_config(folder / "config.json", scaling_factor=None)
+    kind, factor = config.get("_class_name"), config["scaling_factor"]
+    if kind != "AutoencoderKL" or factor == 0.18215:  # SD 1's and 2's, whose latents are others
+        found = f"{folder / 'config.json'} describes an {kind} with a scaling_factor of {factor}"
+        raise Refusal(found, one_file.A_VAE, AGAIN)
+    return folder
+
+
+def source(name: str, part: str) -> str:
+    """Where a part of the model `name` comes from: a VAE of use_revision(), else the model."""
+    return (part == "vae" and VAES.get(name)) or name
+
+
+def parts_of(name: str) -> list[str]:
+    """What a file called `name` must hold: it may be a model, one without its VAE, or a VAE."""
+    if name in VAES.values():
+        return ["vae"]
+    return [part for part in one_file.PREFIXES if source(name, part) == name]
+
+
 @functools.cache  # read and said once
 def file_of(name: str) -> Path | None:
-    """The file, here or from the Hub, that holds all of the model `name`; None for a folder or a
-    repository. Raises Refusal for a file that is no SDXL model.
+    """The file, here or from the Hub, that holds all of the model `name`, or a VAE of that name;
+    None for a folder or a repository. Raises Refusal for a file that is no SDXL model.
     """
     path = place(name)
     if path.suffix.lower() != ".safetensors" or path.is_dir():
@@ -111,14 +152,15 @@ def file_of(name: str) -> Path | None:
             raise Refusal(f"there is no file {name}", EXPECTED, f"correct {OPTION}")
         path = file_from_hub(f"{user}/{repository}", REVISIONS.get(name, "main"), file)
     # Not on stdout, where generate.py names its pictures and nothing else.
-    print(one_file.read_kind(path)[1], file=sys.stderr, flush=True)
+    print(one_file.read_kind(path, parts_of(name))[1], file=sys.stderr, flush=True)
     return path
 
 
 def read_scheduler(name: str, **usual) -> dict:
     """The model's scheduler_config.json on top of `usual`, with what a file says of itself."""
     config = read_config(fetch(name, "scheduler") / "scheduler_config.json", **usual)
-    return config | (one_file.read_kind(file)[0] if (file := file_of(name)) else {})
+    file = file_of(name)
+    return config | (one_file.read_kind(file, parts_of(name))[0] if file else {})
 
 
 def read_config(path: Path, **usual) -> dict:
@@ -154,14 +196,18 @@ def zeros_for_empty_prompt(name: str) -> bool:
 # ---- from the Hub --------------------------------------------------------------------------------
 
 REVISIONS: dict[str, str] = {}  # the branch, tag or commit of each Hub model; else main
+VAES: dict[str, str] = {}  # of each model the VAE to take in the place of its own, or ""
 announced: set[Path] = set()  # the downloads whose size was said
 WAY_OUT = f"copy the model here and pass {OPTION} FOLDER"
 
 
-def use_revision(name: str, revision: str) -> None:
-    """Take the model `name` as it is on that branch, tag or commit, in all of this process; "" is
-    main. Raises Refusal for a revision of a folder.
+def use_revision(name: str, revision: str, vae: str = "") -> None:
+    """Take the model `name` as it is on that branch, tag or commit, and `vae` in the place of its
+    VAE, in all of this process; "" is main, and its own. Raises Refusal for a revision of a folder.
     """
+    if VAES.get(name, "") != (vae := vae if vae != name else ""):
+        file_of.cache_clear()  # other parts are read of the same files
+        VAES[name] = vae
     if revision and place(name).exists():
         found = f"--revision {revision} with {name}, which is on this disk"
         raise Refusal(found, "a Hub model, which has revisions", "leave --revision out")
@@ -186,8 +232,21 @@ def file_from_hub(name: str, revision: str, file: str) -> Path:
         if not found:
             raise Refusal(f"{name} has no {file}", "a file that it has", f"correct {OPTION}")
         Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-        check_room(found[0].size, f"{name}/{file}", Path(constants.HF_HUB_CACHE))
+        if found[0].size > 1e6:
+            check_room(found[0].size, f"{name}/{file}", Path(constants.HF_HUB_CACHE))
     return resolve(name, revision, file) / file
+
+
+@functools.cache
+def vae_from_hub(name: str, revision: str) -> Path:
+    """The folder of a VAE that is a Hub repository, or that is in a model's."""
+    try:
+        part, config = "", file_from_hub(name, revision, "config.json")
+    except Refusal:
+        part, config = "vae/", file_from_hub(name, revision, "vae/config.json")
+    commit = config.parents[len(part) // 4].name
+    file_from_hub(name, commit, f"{part}diffusion_pytorch_model.safetensors")
+    return check_vae(config.parent)
 
 
 @functools.cache  # a branch means one commit in all of a run; and it asks for a part many times
@@ -305,6 +364,8 @@ def pick_weights(files: list[str], half: bool) -> list[str]:
     Names are diffusers': model.fp16.safetensors, model.fp16-00001-of-00002.safetensors, ...
     """
     weights = [f for f in files if f.endswith(".safetensors")]
+    # Beside a VAE's own there may lie the same in other layouts.
+    weights = [f for f in weights if "diffusion_pytorch_model" in f] or weights
     variant = [f for f in weights if ".fp16" in f]
     plain = [f for f in weights if ".fp16" not in f and not f.endswith("non_ema.safetensors")]
     return (variant or plain) if half else (plain or variant)
@@ -361,7 +422,7 @@ def fingerprint(name: str, part: str, half: bool = False) -> str:
     everywhere.
     """
     folder, sha = fetch(name, part, half), hashlib.sha256()
-    if (file := file_of(name)) and part in one_file.PREFIXES:
+    if part in one_file.PREFIXES and (file := file_of(source(name, part))):
         return one_file.fingerprint(file, part)
     small = [p for p in folder.iterdir() if p.suffix in (".json", ".txt") and p.is_file()]
     for path in sorted(small):

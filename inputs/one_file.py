@@ -9,7 +9,7 @@ What it says of itself, in tensors that are marks and in its header, is read and
 import hashlib
 import json
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,6 +23,7 @@ PREFIXES = {
     "text_encoder_2": "conditioner.embedders.1.model.",
 }
 # Under these prefixes, too, and not used by SDXL; the projection is one that ComfyUI adds.
+BARE_VAE = re.compile(r"(encoder|decoder|(post_)?quant_conv)\.")
 UNUSED = re.compile(r"position_ids$|logit_scale$|embedders\.0\.transformer\.text_projection\.")
 NUMBERS = ("F32", "F16", "BF16", "F8_E4M3", "F8_E5M2")
 EXPECTED = "a one-file SDXL model: UNet, VAE and both text encoders in SGM's layout"
@@ -39,6 +40,9 @@ KINDS = {
     "one part in diffusers' layout": r"^(down_blocks|mid_block|text_model)\.",
     "one part alone": r"^(diffusion_model|input_blocks|encoder|decoder)\.",
 }
+A_VAE = "SDXL's kind of VAE (AutoencoderKL, 4 channels, not SD 1's or 2's): its folder, a model's "
+A_VAE += "or a Hub name of either, or a .safetensors file"
+VAE = ": a VAE, taken to have SDXL's scaling 0.13025, which no file tells; SD 1's looks the same"
 MARKS = {  # of a file with all of SDXL's parts, too
     "a model of EDM's noise, as CosXL and Playground 2.5": r"^edm_(mean|std|vpred\.)",
     "quantised with scales of its own, as scaled fp8 is": r"(^|\.)(scaled_fp8|scale_weight|"
@@ -72,16 +76,20 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
     """
     with open_safetensors(path) as file:
         header, keys = file.metadata() or {}, sorted(file.keys())
-        used = {part: [key for key in keys if is_of(part, key)] for part in parts}
+        used = {part: keys_of(part, keys).values() for part in parts}
         lacking = [f"no {part}" for part, of_part in used.items() if not of_part]
-        for kind, mark in (KINDS | MARKS if lacking else MARKS).items():
-            for key in filter(re.compile(mark).search, keys):
+        known = {"v_pred", "ztsnr", *(key for of_part in used.values() for key in of_part)}
+        alone = not lacking and "unet" not in used  # a VAE, or the file that one is taken from
+        others = [key for key in keys if not alone or key not in known]
+        for kind, mark in (KINDS | MARKS if lacking or alone else MARKS).items():
+            for key in filter(re.compile(mark).search, others):
                 remedy = next((REMEDIES[k] for k in REMEDIES if kind.startswith(k)), OTHER)
                 raise Refusal(f"{path} is {kind}: it has {key}", EXPECTED, remedy)
         said = header.get("modelspec.architecture")
         more = f"; its header says {said}, its first tensor is {min(keys, default=None)}"
         if lacking:
-            raise Refusal(f"{path} has {', '.join(lacking)}{more}", EXPECTED, OTHER)
+            remedy = OTHER + "; without VAE: --vae NAME" * (lacking == ["no vae"])
+            raise Refusal(f"{path} has {', '.join(lacking)}{more}", EXPECTED, remedy)
         about = [file.get_slice(key) for of_part in used.values() for key in of_part]
         dtypes = [each.get_dtype() for each in about]
         first = PREFIXES["unet"] + "input_blocks.0.0.weight"
@@ -94,8 +102,8 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
         raise Refusal(found, ", ".join(NUMBERS), REMEDIES["quantised"])
     scheduler, why = noise(path, header, keys)
     left = [key for key in keys if not key.startswith(tuple(PREFIXES.values()))]
-    left = [key for key in left if key not in ("v_pred", "ztsnr")]
-    words = [f"{path.name} is SDXL in one file: {why}"]
+    left = [key for key in left if key not in known]
+    words = [f"{path.name}{VAE if alone else f' is SDXL in one file: {why}'}"]
     words += [f"{dtypes.count(dtype)} tensors in {dtype.lower()}" for dtype in sorted(set(dtypes))]
     words += [f"{len(left)} tensors of no part are not read, such as {m}" for m in left[:1]]
     return scheduler, ", ".join(words)
@@ -124,8 +132,15 @@ def noise(path: Path, header: dict[str, str], keys: Collection[str]) -> tuple[di
     return entries, why
 
 
-def is_of(part: str, key: str) -> bool:
-    return key.startswith(PREFIXES[part]) and not UNUSED.search(key)
+def keys_of(part: str, keys: Iterable[str]) -> dict[str, str]:
+    """Of a file's `keys` those of `part`, without its prefix: {"conv_in.weight": whole key}. A VAE
+    alone has none, as training code and ComfyUI save it.
+    """
+    keys, prefix = list(keys), PREFIXES[part]
+    if part == "vae" and not any(key.startswith(prefix) for key in keys):
+        return {key: key for key in keys if BARE_VAE.match(key)}
+    keys = (key for key in keys if key.startswith(prefix) and not UNUSED.search(key))
+    return {key.removeprefix(prefix): key for key in keys}
 
 
 def names(keys: Collection[str], part: str) -> dict[str, Source]:
@@ -135,13 +150,13 @@ def names(keys: Collection[str], part: str) -> dict[str, Source]:
     config, found = json.loads((SHIPPED / part / "config.json").read_text()), {}
     lines = (Path(__file__).parent / "sdxl" / "names.txt").read_text().splitlines()
     table = [line.split()[1:] for line in lines if line.startswith(f"{part} ")]
-    for key in keys:
-        if not is_of(part, key):
-            continue
-        name, cut = key.removeprefix(PREFIXES[part]), ""
-        for pattern, instead in table:
+    own = keys_of(part, keys)
+    theirs = part == "vae" and any("_blocks." in name for name in own)  # diffusers' own names
+    for name, key in own.items():
+        cut = ""
+        for pattern, instead in () if theirs else table:
             name = re.sub(pattern, instead, name)
-        if part in ("unet", "vae"):
+        if part in ("unet", "vae") and not theirs:
             name = count_in_blocks(name, config["layers_per_block"], config["block_out_channels"])
         if key.endswith(".model.text_projection"):
             cut = "T"

@@ -77,6 +77,9 @@ class Config:
 
     # The SDXL model to adapt: a Hub name, or a folder in diffusers' layout.
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    # Another VAE than the model's own: a folder, a Hub name, or a .safetensors file, here or as
+    # USER/REPOSITORY/FILE.
+    vae: str = ""
     # Branch, tag or commit of a Hub model; empty takes main as it is at the start, and a begun run
     # goes on with the commit that it began with.
     revision: str = ""
@@ -201,6 +204,10 @@ class Config:
     # What the UNet predicts, epsilon (the noise) or v_prediction; auto is what the model's
     # scheduler_config.json says.
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    # Whether the last timestep is pure noise (zero terminal SNR), so that darkest and brightest
+    # pictures are learned; auto is what the model's scheduler_config.json, or its file's mark
+    # ztsnr, says.
+    zero_terminal_snr: Literal["auto", "yes", "no"] = "auto"
     # Share of examples trained without caption, so that guidance keeps something to move away from.
     caption_dropout: Annotated[float, Within(0, 1)] = 0.0
 
@@ -269,6 +276,11 @@ class Config:
     def examples_per_step(self) -> int:
         """n: the examples whose loss one optimizer step sums."""
         return self.train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def noise(self) -> tuple[str, str]:
+        """What overrules the model's word on its noise, where it is not "auto"."""
+        return self.prediction_type, self.zero_terminal_snr
 
     @property
     def schedule_steps(self) -> int:
@@ -426,6 +438,7 @@ ELSEWHERE = {  # other trainers' names: ours
     "optimizer-type": "--use-8bit-adam",
     "min-snr-gamma": "--snr-gamma",
     "v-parameterization": "--prediction-type v_prediction",
+    "pretrained-vae-model-name-or-path": "--vae",
     "xformers": "--attention xformers",
     "validation-prompt": "--validation-prompts",
 }

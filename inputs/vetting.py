@@ -15,7 +15,7 @@ from torch import Tensor
 
 from inputs import one_file
 from inputs.files import Refusal, refusing
-from inputs.hub import AGAIN, fetch, file_of, read_config, read_scheduler, weight_files
+from inputs.hub import AGAIN, fetch, file_of, read_config, read_scheduler, source, weight_files
 
 # SDXL base's UNet, so that a plan needs no download.
 SDXL_UNET = json.loads((Path(__file__).parent / "sdxl/unet/config.json").read_text())
@@ -73,7 +73,7 @@ def load_encoder(
     transformers.utils.logging.disable_progress_bar()  # a file is read in a second
     folder = fetch(name, part, half)
     read_config(folder / "config.json")
-    file = file_of(name)
+    file = file_of(source(name, part))
     with refused(f"{file or folder} cannot be loaded"):
         if file:
             encoder = one_file.build_encoder(cls, file, part, device)
@@ -133,10 +133,13 @@ SAMPLERS = (
 )
 
 
-def noise_settings(name: str, prediction_type: str = "auto") -> tuple[dict, str | None]:
+def noise_settings(
+    name: str, prediction_type: str = "auto", zero_snr: str = "auto"
+) -> tuple[dict, str | None, bool]:
     """What the model's scheduler_config.json says of its noise, and what it says that the UNet
-    predicts, or None: diffusers then takes "epsilon". In the settings it is overruled by a
-    `prediction_type` that is not "auto".
+    predicts, or None: diffusers then takes "epsilon"; and whether of zero terminal SNR. In the
+    settings both are overruled by what is not "auto"; pure noise then goes with trailing
+    timesteps, which begin at it (Lin et al. 2023, https://arxiv.org/abs/2305.08891, section 3.3).
 
     Raises Refusal for what is not DDPM's noise, by the names of its entries. A file without betas
     is of another kind of noise, or means the defaults of one of diffusers' classes.
@@ -150,10 +153,18 @@ def noise_settings(name: str, prediction_type: str = "auto") -> tuple[dict, str 
     if predicts not in ("epsilon", "v_prediction"):  # in an adapter's header from anywhere
         found = f"prediction_type {predicts!r:.50}"
         raise Refusal(found, "epsilon or v_prediction", f"--prediction-type {said or 'epsilon'}")
-    return settings | {"prediction_type": predicts}, said
+    if zero_snr not in ("auto", "yes", "no"):
+        raise Refusal(f"zero_terminal_snr {zero_snr!r:.50}", "yes or no", "--zero-terminal-snr no")
+    zero = bool(settings.get("rescale_betas_zero_snr"))
+    if zero_snr == ("no" if zero else "yes"):
+        spacing = {} if zero else {"timestep_spacing": "trailing"}
+        settings |= {"rescale_betas_zero_snr": not zero} | spacing
+    return settings | {"prediction_type": predicts}, said, zero
 
 
-def load_sampler(name: str, wanted: str = "", steps: int = 30, prediction_type: str = "auto"):
+def load_sampler(
+    name: str, wanted: str = "", steps: int = 30, prediction_type: str = "auto", zero: str = "auto"
+):
     """The sampler that the model's model_index.json names, or the one of SAMPLERS that `wanted`
     names, with the model's settings. Raises Refusal for another, and for one that does not come
     through `steps` steps, as a try without a UNet shows.
@@ -162,9 +173,11 @@ def load_sampler(name: str, wanted: str = "", steps: int = 30, prediction_type: 
 
     folder = fetch(name, "scheduler")
     # Where nothing is said, some clip x0 to -1 ... 1, as pixels are; SDXL's latents go beyond.
-    settings, said = noise_settings(name, prediction_type)
+    settings, said, own = noise_settings(name, prediction_type, zero)
     if prediction_type not in ("auto", said or "epsilon"):
         print(f"drawing with {prediction_type}: {name} itself says {said}")
+    if zero == ("no" if own else "yes"):
+        print(f"drawing with{'out' * own} zero terminal SNR: {name} itself says otherwise")
     settings = {"clip_sample": False} | settings
     kind = wanted or read_config(folder.parent / "model_index.json").get("scheduler", [""])[-1]
     if kind not in SAMPLERS:

@@ -9,7 +9,7 @@ import torch
 from adapters import files
 from inputs import hub
 from inputs.code import changed
-from inputs.drawing import check_base, of_run
+from inputs.drawing import check_base, header, of_run, public_name
 from inputs.files import Refusal, digest, place
 from inputs.options import Config
 from inputs.sources import Picture, read_datasets, ten
@@ -28,7 +28,7 @@ MAY_CHANGE = {
     # base, data and dtype are told by content, not by the name they were asked for
     *("pretrained_model_name_or_path", "revision", "dataset_name"),
     *("image_column", "caption_column", "dataset_split", "dataset_config"),
-    *("caption", "caption_from_name", "mixed_precision"),
+    *("caption", "caption_from_name", "mixed_precision", "vae"),
     *("start_from", "any_base"),
 }
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
@@ -72,7 +72,7 @@ def use_revision(config: Config) -> None:
     name, run = config.pretrained_model_name_or_path, config.out / "config.json"
     same = of_run(run, "pretrained_model_name_or_path") == name
     same = same and config.revision in ("", of_run(run, "revision"))
-    hub.use_revision(name, (same and of_run(run, "base_commit")) or config.revision)
+    hub.use_revision(name, (same and of_run(run, "base_commit")) or config.revision, config.vae)
 
 
 def of_base(name: str, half: bool) -> dict[str, str]:
@@ -193,26 +193,20 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
 def about(kept) -> dict[str, str]:
     """What an adapter's header says. Nothing that depends on the clock or on where the run lies."""
     config = kept.run.config
-    header = {
+    told = {
         "base_model": public_name(config.pretrained_model_name_or_path),
         "base_fingerprint": kept.identity["base"],
         "base_quantization": config.base_quantization,
         "dataset": " ".join(map(public_name, config.dataset_name)),
         "recipe": config.recipe,
         "resolution": " ".join(map(str, config.resolution)),
-        "prediction_type": kept.run.schedule.prediction_type,
-        # ModelSpec's word for it: epsilon or v
+        # ModelSpec's words for it (epsilon or v), and for what it belongs to: kohya's files have
+        # more of them
         "modelspec.prediction_type": kept.run.schedule.prediction_type.split("_")[0],
+        **files.MODELSPEC,
         "steps": str(kept.run.step),
     }
     if commit := hub.commit_of(config.pretrained_model_name_or_path):
-        header["base_commit"] = commit
-    header |= started_from(config, kept.identity)
-    header |= {"max_tokens": str(config.max_tokens)} if config.max_tokens > 75 else {}
-    return header | ({"code_changes": kept.code_changes} if kept.code_changes else {})
-
-
-def public_name(name: str) -> str:
-    """A Hub name as it is; of a folder its last part, since where it lies is nobody's business."""
-    folder = place(name)
-    return folder.resolve().name if folder.exists() else name
+        told["base_commit"] = commit
+    told |= header(config, kept.run.schedule) | started_from(config, kept.identity)
+    return told | ({"code_changes": kept.code_changes} if kept.code_changes else {})

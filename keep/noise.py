@@ -64,9 +64,15 @@ def judge(config: Config, predicts: str, losses: dict[str, list[float]]) -> str:
     """
     name, asked = config.pretrained_model_name_or_path, config.prediction_type != "auto"
     file = Path(name).name if file_of(name) else "scheduler/scheduler_config.json"
-    _, said = noise_settings(name)
+    _, said, own = noise_settings(name)
     where = f"{file} says {said}" if said else f"diffusers' default, since {file} does not say"
     line = f"the UNet predicts {predicts} ({'--prediction-type; ' * asked}{where})"
+    zero, told = config.zero_terminal_snr, f"{file} says {'yes' if own else 'no'})"
+    if own or zero != "auto":
+        line += f", {'without' if zero == 'no' else 'with'} zero terminal SNR ("
+        line += told if zero == "auto" else f"--zero-terminal-snr; {told}"
+    if predicts == "epsilon" and (zero == "yes" or (own and zero == "auto")):
+        line += "; its last timestep, pure noise, teaches epsilon nothing"
     (other,) = {*KINDS} - {predicts}
     mine, theirs = losses.get(predicts, [1.0] * 3), losses.get(other, [1.0] * 3)
     ratios = [a / max(b, 1e-9) for a, b in zip(mine[:2], theirs[:2], strict=True)]

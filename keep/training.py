@@ -66,7 +66,7 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_datasets(config)
     config = in_steps(config, pictures)
-    schedule = model.load_noise_schedule(name, device, config.prediction_type)
+    schedule = model.load_noise_schedule(name, device, *config.noise)
     commit = hub.commit_of(name)
     state = checkpoint.newest_state(config.out / "checkpoints")
     config = identity.on_schedule(config, state)
@@ -108,8 +108,9 @@ def set_up(
         write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
         write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
     how = "; ".join(filter(None, (reason, attention, faster_by)))
-    at = f"{name} at commit {commit}" if commit else ""
-    lines = [report.describe(kept, pictures, how), at, predicts, planned, changes, started, *notes]
+    at = [f"{name} at commit {commit}"] * bool(commit)
+    at += [f"the VAE is {config.vae}"] * bool(config.vae)
+    lines = [report.describe(kept, pictures, how), *at, predicts, planned, changes, started, *notes]
     return kept, "\n".join(filter(None, lines))
 
 

@@ -104,6 +104,8 @@ def hub_asked_anew():
 
     hub.fetch_from_hub.cache_clear()
     hub.file_of.cache_clear()
+    hub.vae_from_hub.cache_clear()
+    hub.VAES.clear()
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -104,6 +104,27 @@ def test_a_picture_is_the_pipelines_to_the_bit(parts, kind):
         assert ours.tobytes() == theirs["pil"].tobytes() and ours.size == (width, height)
 
 
+@pytest.mark.parametrize("kind", ["EulerDiscreteScheduler", "DDIMScheduler"])
+def test_rescaled_guidance_is_the_pipelines_to_the_bit(parts, kind):
+    """As models of zero terminal SNR are drawn; and at 0 it is not there."""
+    unet, _, pipe = parts
+    told = (kind, 4, "v_prediction", "yes")
+    config = pipe.scheduler.config | {"rescale_betas_zero_snr": True, "prediction_type": told[2]}
+    config |= {"timestep_spacing": "trailing"}
+    pipe.scheduler = getattr(diffusers, kind).from_config(config)
+    latents = []
+    for rescale in (0.0, 0.7, 1.0):
+        sampler = vetting.load_sampler(str(POCKET), *told)
+        how = (encoded("rocket", ""), 7, (8, 8), 4, 5.0, rescale)
+        latents.append(generate.sample(unet, sampler, *how))
+        words = {"height": 64, "width": 64, "guidance_scale": 5.0, "num_inference_steps": 4}
+        words |= {"guidance_rescale": rescale, "generator": seeded(7)}
+        theirs = pipe("rocket", output_type="latent", **words).images[0]
+        assert torch.equal(latents[-1][0], theirs)
+    without = generate.sample(unet, vetting.load_sampler(str(POCKET), *told), *how[:-1])
+    assert torch.equal(without, latents[0]) and not torch.equal(latents[0], latents[1])
+
+
 def test_every_sampler_that_goes_with_eulers_is_drawn_with_or_refused_by_name():
     """Two need scipy and torchsde, and EDM's is made for another kind of model. TCD's is not drawn
     with, as its default eta is not the pipeline's.

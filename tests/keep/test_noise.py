@@ -150,6 +150,49 @@ def test_plain_trains_and_draws_the_same_target(train, tmp_path, capsys):
     assert plain.about["prediction_type"] == ours.about["prediction_type"] == V
 
 
+ZERO = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
+
+
+def test_zero_terminal_snr_by_option_is_the_run_of_a_model_that_says_so(train, tmp_path, capsys):
+    few = ("--max-train-steps", "2", "--prediction-type", V)
+    said = base(pocket_saying(tmp_path / "m", **ZERO))
+    file = "scheduler/scheduler_config.json"
+    assert train("asked", *few, "--zero-terminal-snr", "yes") == 0
+    line = f", with zero terminal SNR (--zero-terminal-snr; {file} says no)"
+    assert f"{line}\n" in capsys.readouterr().out.replace(", but the base", "\n")
+    assert train("said", *few, *said) == 0
+    assert f", with zero terminal SNR ({file} says yes)" in capsys.readouterr().out
+    assert train("overruled", *few, *said, "--zero-terminal-snr", "no") == 0
+    line = f", without zero terminal SNR (--zero-terminal-snr; {file} says yes)"
+    assert line in capsys.readouterr().out
+    assert train("usual", *few) == 0
+    assert "zero terminal SNR" not in capsys.readouterr().out
+    runs = ("asked", "said", "overruled", "usual")
+    asked, theirs, overruled, usual = (lora.read(tmp_path / run).matrices for run in runs)
+    for name in asked:
+        assert torch.equal(asked[name], theirs[name]) and torch.equal(overruled[name], usual[name])
+    assert any(not torch.equal(asked[name], usual[name]) for name in asked)
+    for run, zero in zip(runs, ("yes", "yes", "no", "no"), strict=True):
+        for path in (tmp_path / run, tmp_path / run / "kohya"):
+            about = files.read(path).about
+            assert about["zero_terminal_snr"] == zero
+            assert about["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
+    assert train("asked", *few) == 1
+    told = capsys.readouterr().err
+    assert "zero_terminal_snr yes, and this command has zero_terminal_snr auto" in told
+
+
+def test_plain_takes_zero_terminal_snr_too_and_epsilon_is_told_what_it_loses(
+    train, tmp_path, capsys
+):
+    asked = ("--zero-terminal-snr", "yes", "--no-fused", "--max-train-steps", "2")
+    assert train("plain", *asked, "--plain") == train("r", *asked) == 0
+    assert "; its last timestep, pure noise, teaches epsilon nothing" in capsys.readouterr().out
+    plain, ours = lora.read(tmp_path / "plain"), lora.read(tmp_path / "r")
+    assert all(torch.equal(plain.matrices[name], ours.matrices[name]) for name in ours.matrices)
+    assert plain.about["zero_terminal_snr"] == ours.about["zero_terminal_snr"] == "yes"
+
+
 def sums(predicted: str, run) -> dict:
     """losses() of a UNet that predicts so, 0.1 of it noise."""
     both = {kind: replace(run.schedule, prediction_type=kind) for kind in noise.KINDS}
@@ -263,6 +306,28 @@ def test_a_file_draws_by_what_it_was_trained_with_and_says_where_its_base_says_e
     quick = ("--num-inference-steps", "1", "--resolution", "32", "--prompts", "a")
     generate.draw_plain(parse(["--plain", str(run), *quick]))
     assert said in capsys.readouterr().out
+
+
+def test_a_file_of_zero_terminal_snr_is_drawn_so_with_guidance_rescaled(tmp_path, capsys):
+    run = drawable(tmp_path / "z", zero_terminal_snr="yes")
+    by_file = draw(tmp_path / "a", str(run))
+    assert f"drawing with zero terminal SNR: {POCKET} itself says otherwise" in (
+        capsys.readouterr().out
+    )
+    with Image.open(next((tmp_path / "a").glob("*.png"))) as picture:
+        assert "CFG rescale: 0.7, " in picture.info["parameters"]
+    asked = ("--zero-terminal-snr", "yes", "--guidance-rescale", "0.7")
+    plain = drawable(tmp_path / "plain", zero_terminal_snr="no")
+    assert np.array_equal(draw(tmp_path / "b", str(plain), *asked), by_file)
+    off = draw(tmp_path / "c", str(run), "--guidance-rescale", "0")
+    bare = draw(tmp_path / "d", str(plain))
+    assert np.abs(off - by_file).mean() > 0.1 and np.abs(off - bare).mean() > 1
+    said = pocket_saying(tmp_path / "m", **ZERO)
+    capsys.readouterr()
+    of_base = draw(tmp_path / "e", str(drawable(tmp_path / "old")), *base(said))
+    assert np.array_equal(of_base, by_file) and "drawing with" not in capsys.readouterr().out
+    assert drawing.main([str(drawable(tmp_path / "x", zero_terminal_snr="x"))]) == 1
+    assert "zero_terminal_snr 'x'; expected yes or no" in capsys.readouterr().err
 
 
 def test_a_file_that_says_what_nothing_predicts_is_refused(tmp_path, capsys):
