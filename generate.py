@@ -120,11 +120,8 @@ def decode(
     for latent in latents:
         pixels = vae.decode(latent.to(vae.device) / factor + shift).sample  # (1, 3, 8H, 8W)
         if not pixels.isfinite().all():
-            raise Refusal(
-                "a picture came out as NaN or Inf",
-                "finite pixels",
-                "draw with --mixed-precision fp32, or with an earlier checkpoint's adapter",
-            )
+            remedy = "draw with --mixed-precision fp32, or with an earlier checkpoint's adapter"
+            raise Refusal("a picture came out as NaN or Inf", "finite pixels", remedy)
         pixels = (pixels[0].permute(1, 2, 0) / 2 + 0.5).clamp(0, 1)  # (8H, 8W, 3) in [0, 1]
         pixels = (pixels * 255).round().byte()
         pictures.append(Image.fromarray(pixels.cpu().numpy()))
@@ -138,13 +135,13 @@ def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
 
 
 def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
-    """Write a PNG that says how it was drawn, whole or not at all, and print where it is: beside a
-    picture of other parameters.
+    """Write a PNG that says how it was drawn, whole or not at all, and print where it is: beside
+    another picture of that name.
     """
     png, said = io.BytesIO(), PngImagePlugin.PngInfo()
     said.add_text("parameters", parameters)
     picture.save(png, "PNG", pnginfo=said)
-    path = drawing.free_path(path, parameters)
+    path = drawing.free_path(path, png.getvalue())
     write_whole(path, png.getvalue())
     print(path)
 

@@ -42,9 +42,8 @@ def choose_dtype(wanted: str, device: torch.device) -> tuple[torch.dtype, str]:
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None
     sm = f"sm_{capability[0]}{capability[1]}" if capability else device.type
     if wanted == "bf16" and capability and capability < (8, 0):
-        raise Refusal(
-            f"bf16 on {sm}, which only emulates it", "sm_80 or newer", "--mixed-precision fp16"
-        )
+        found = f"bf16 on {sm}, which only emulates it"
+        raise Refusal(found, "sm_80 or newer", "--mixed-precision fp16")
     if wanted != "auto":
         return DTYPES[wanted], f"asked for, on {sm}"
     if capability is None:
@@ -107,12 +106,9 @@ def fill_unet(
     try:
         unet.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise Refusal(
-            f"{path}'s weights do not fit its config.json "
-            f"({str(error).splitlines()[1].strip()[:200]})",
-            "the UNet's own config and weights",
-            "download the model again",
-        ) from error
+        first = str(error).splitlines()[1].strip()[:200]
+        found, expected = f"{path}'s weights do not fit its config.json ({first})", "its own"
+        raise Refusal(found, expected, "download the model again") from error
     return unet.requires_grad_(False).eval()
 
 
@@ -145,11 +141,8 @@ def use_gradient_checkpointing(unet: UNet2DConditionModel, names: tuple[str, ...
     """
     able = checkpointable(unet)
     if wrong := [name for name in names if name not in able]:
-        raise Refusal(
-            f"checkpointed_blocks names {wrong[0]}",
-            ", ".join(able),
-            "--no-memory-plan --gradient-checkpointing, which recomputes all of them",
-        )
+        remedy = "--no-memory-plan --gradient-checkpointing, which recomputes all of them"
+        raise Refusal(f"checkpointed_blocks names {wrong[0]}", ", ".join(able), remedy)
     unet.enable_gradient_checkpointing(
         # No RNG state: nothing in SDXL's UNet is random, and to save it the host would wait for
         # the GPU.

@@ -121,7 +121,7 @@ def find_adapter(name: str | Path = "") -> Path:
     """
     runs = sorted(Path("runs").glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
     expected = "an adapter file, or the folder of a finished run"
-    remedy = "name a file or folder, or make train"
+    remedy = "name one, of a run that has not ended RUN/checkpoints/NUMBER, or make train"
     if not name and not runs:
         raise Refusal("there is no finished run under runs/", expected, remedy)
     path = place(str(name)) if name else runs[-1]
@@ -132,13 +132,9 @@ def find_adapter(name: str | Path = "") -> Path:
     if files:
         found = f"{path} has {len(files)} files that may be adapters"
         expected, remedy = "a folder with one", f"name one: {', '.join(map(str, files[:10]))}"
-    elif saved := sorted(path.glob(f"checkpoints/*/{FILE_NAME}")):
-        found, remedy = f"{path} is a run that has not ended", "the command that began it ends it"
-        remedy += f"; what it has saved so far: {saved[-1].parent}"
     else:
         what = "has no .safetensors file in it" if path.is_dir() else "no such file or folder"
         found = f"{path}: {what}"
-        remedy += f"; finished here: {', '.join(str(run.parent) for run in runs[-9:]) or 'none'}"
     raise Refusal(found, expected, remedy)
 
 
@@ -272,11 +268,8 @@ def how_drawn(options: Options) -> dict[str, str]:
         "Lora": name,
         "Lora strength": f"{options.strength:g}",
         "Lora hashes": f"{name}: {hashed}",
-        "Compared with": "strength 0" if options.compare else "",
-        "Precision": options.mixed_precision.replace("auto", ""),
-        "Base quantization": options.base_quantization.replace("none", ""),
     }
-    return {key: str(value) for key, value in said.items() if value != ""}
+    return {key: str(value) for key, value in said.items()}
 
 
 def parameters(
@@ -293,16 +286,10 @@ def parameters(
     return "\n".join([*prompts, *negative, ", ".join(map(": ".join, said.items()))])
 
 
-def free_path(path: Path, text: str) -> Path:
-    """`path`, or with the next free number where a picture of other parameters() has that name."""
-    from PIL import Image
-
+def free_path(path: Path, content: bytes) -> Path:
+    """`path`, or with the next free number where another picture has that name."""
     stem = path.stem
     for number in itertools.count(2):
-        there = None
-        with contextlib.suppress(Exception):  # a damaged file is no picture of ours
-            with Image.open(path) as image:
-                there = image.info.get("parameters")
-        if not path.exists() or there == text:
+        if not path.exists() or path.read_bytes() == content:
             return path
         path = path.with_stem(f"{stem}_{number}")

@@ -372,7 +372,7 @@ def of_file(name: str, words: list[str]) -> list[str]:
         given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
     named = [words.pop(0)] if words[0][:1] != "-" else []
     recipe = [str(given.pop("recipe"))] if "recipe" in given else named
-    troubles, of_numbers = [], {int: float, list: tuple}
+    troubles = []
     if named not in ([], recipe):
         found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
         troubles.append((found, "one recipe", f"leave {named[0]} out"))
@@ -380,24 +380,19 @@ def of_file(name: str, words: list[str]) -> list[str]:
         found = f"--config {given['config']} in {path}"
         troubles.append((found, "one file of options", "put its options in here"))
     for key in given.keys() - NOTES:
-        value, usual = given[key], vars(T4).get(key)
-        if usual is None and value is not None and key in vars(T4):  # null, or a text
-            usual = ""
-        if type(usual) is tuple and type(value) in (str, int):  # one of several that may be given
-            value = [value]
-        kind, its = (of_numbers.get(type(each), type(each)) for each in (value, usual))
-        if usual is not None and kind is not its:
-            troubles.append((f"{key} is {value!r:.200}", f"such as {json.dumps(usual)}", remedy))
-        elif kind is tuple:
-            its = type((*usual, "")[0])
-            dash = lambda each, its=its: its is str and each[:1] == "-"  # noqa: E731
-            wrong = [each for each in value if type(each) is not its or dash(each)]
-            expected = "whole numbers" if its is int else "texts that begin with no hyphen"
-            troubles += [(f"{key} holds {each!r:.200}", expected, remedy) for each in wrong]
+        value = given[key]
+        several = value if isinstance(value, list) else [value]
+        told = [each for each in several if isinstance(each, str | int | float)]
+        dashed = value is several and any(str(each)[:2] == "--" for each in told)
+        # tyro checks the rest; but of null or a table it would make a text, of "--seed" an option.
+        if (told != several and (key, value) != ("caption", None)) or dashed:
+            expected = "texts that begin with no hyphen, numbers, true or false"
+            troubles.append((f"{key} is {value!r:.200}", expected, remedy))
         option = f"--no-{key}" if value is False else f"--{key}"
-        if kind not in (bool, tuple):
-            option = f"{option}={value}"
-        recipe += [option, *map(str, value if kind is tuple else ())]
+        if value is several:
+            recipe += [option, *map(str, several)]
+        else:
+            recipe.append(option if isinstance(value, bool) else f"{option}={value}")
     refuse(sorted(troubles))
     return recipe + words
 

@@ -31,6 +31,7 @@ MAY_CHANGE = {
     *("caption", "caption_from_name", "mixed_precision"),
     *("start_from", "any_base"),
 }
+CHANGED = "changed in picture, mask or caption"
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 FINGERPRINTS = {  # of what the values of identity() are no options
     "base": "a base of fingerprint",
@@ -111,9 +112,9 @@ def more_of(picture: Picture) -> list[str]:
     return weight + ([f"mask {picture.mask.digest}"] if picture.mask else [])
 
 
-def listed(pictures: list[Picture]) -> dict[str, list[str]]:
+def listed(pictures: list[Picture]) -> dict[str, str]:
     """What OUT/pictures.json holds: by it a later start tells by name what has changed."""
-    return {p.name: [p.digest, digest(*p.captions), *more_of(p)] for p in pictures}
+    return {picture.name: of_data([picture]) for picture in pictures}
 
 
 def other_pictures(config: Config) -> str:
@@ -124,10 +125,7 @@ def other_pictures(config: Config) -> str:
         return ""
     new, found = listed(read_datasets(config)), {}
     for name in (name for name in sorted(old | new) if old.get(name) != new.get(name)):
-        how = "added" if name not in old else "gone" if name not in new else "changed"
-        if how == "changed" and old[name][0] == new[name][0]:
-            caption = old[name][1] != new[name][1]
-            how = "with another caption" if caption else "with another mask or weight"
+        how = "added" if name not in old else "gone" if name not in new else CHANGED
         found.setdefault(how, []).append(name)
     return ", ".join(f"{len(names)} {how} ({ten(names)})" for how, names in found.items())
 
