@@ -256,8 +256,8 @@ def test_a_file_that_cannot_be_used_is_refused(file, name, content, typed, words
         ({"fused": 1}, ("Unrecognized options: 1",)),
         ({"seed": "x"}, ("'x'", "--seed")),
         ({"config": "b.json"}, ("--config b.json in ", "one file of options")),
-        ({"output_dir": "a\0b"}, ("output dir 'a\\x00b'", "no UTF-8")),
-        ({"dataset_name": "\ud800"}, ("dataset name '\\ud800'", "no UTF-8")),
+        ({"output_dir": "a\0b"}, ("'--output_dir=a\\x00b'", "no UTF-8")),
+        ({"dataset_name": "\ud800"}, ("'--dataset_name=\\ud800'", "no UTF-8")),
     ],
 )
 def test_a_files_value_of_another_kind_is_never_made_a_text_in_silence(file, given, words):
@@ -273,7 +273,7 @@ def test_null_is_no_caption_and_an_empty_one_is_one(file):
 
 def test_a_prompt_that_is_no_utf8_is_refused_before_the_run(monkeypatch):
     argv = ["t4", "--validation-prompts", "a", "\udcff"]
-    refused(lambda: options.parse(argv), "validation prompts '\\udcff'", "no UTF-8")
+    refused(lambda: options.parse(argv), "'\\udcff', which is no UTF-8")
     monkeypatch.setenv("HOME", "/home/x")
     found = options.parse(["t4", "--output-dir=~/y", "--cache-dir", "~/z"])
     assert (str(found.out), found.cache_dir) == ("/home/x/y", "/home/x/z")
