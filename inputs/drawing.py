@@ -206,16 +206,13 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         print(said, file=sys.stderr)
     else:
         few, little = recipe.num_inference_steps, recipe.guidance_scale
-    told = about.get("max_tokens", "75")
-    if not options.max_tokens and told not in ("75", "150", "225"):
-        found = f"{path} says max_tokens {told!r:.50}"
-        raise Refusal(found, "75, 150 or 225", "--max-tokens 75, or what it was trained with")
+    tokens = {"150": 150, "225": 225}.get(about.get("max_tokens"), 75)
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
         adapter=str(path),
         prompts=tuple(prompts or recipe.validation_prompts),
-        max_tokens=options.max_tokens or int(told),
+        max_tokens=options.max_tokens or tokens,
         prediction_type=predicts if predicts != "auto" else trained.get("prediction_type", "auto"),
         scheduler=options.scheduler or sampler,
         num_inference_steps=steps or few,
@@ -234,11 +231,9 @@ def check_base(options: Options | Config, path: Path, about: dict[str, str], hal
     name = options.pretrained_model_name_or_path
     trained_on, here = about.get("base_fingerprint"), unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
-        raise Refusal(
-            f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is {here}",
-            "the base that the adapter was trained on",
-            f"{OPTION} BASE, or --any-base to take it all the same",
-        )
+        found = f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is "
+        remedy = f"{OPTION} BASE, or --any-base to take it all the same"
+        raise Refusal(found + here, "the base that the adapter was trained on", remedy)
 
 
 # ---- what pictures are called, and say of themselves ---------------------------------------------

@@ -157,12 +157,11 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
         if "data" in other and (changes := other_pictures(config)):
             told[0]["data"], told[1]["data"] = f"the pictures in its {PICTURES}", changes
         was, now = (", ".join(each.values()) for each in told)
-        raise Refusal(
-            f"{config.out} holds a run with {was}, and this command has {now}",
-            "the same options, base model, pictures and captions as at its start (max_train_steps, "
-            "saving, logging and memory options may change)",
-            "give the old value or put the old content back, or another --output-dir for a new run",
-        )
+        found = f"{config.out} holds a run with {was}, and this command has {now}"
+        expected = "the same options, base model, pictures and captions as at its start "
+        expected += "(max_train_steps, saving, logging and memory options may change)"
+        remedy = "give the old value or put the old content back, or another --output-dir"
+        raise Refusal(found, expected, remedy)
 
 
 def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
@@ -176,14 +175,12 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
     names = ", ".join(changed(mine, state.get("code", {})))  # an early version kept none
     if names and not config.accept_code_change:
         commit = state.get("commit", "").removesuffix("+")
-        raise Refusal(
-            f"since step {state['step']} of the run in {config.out} its code has changed: {names}",
-            "the code that it began with (comments, docstrings and layout may change)",
-            "put the old code back (git diff shows what is edited, git stash takes it away"
-            + (f", git checkout {commit}, as it was committed then" if commit else "")
-            + "); or --accept-code-change, to go on with this code and have that noted; or another "
-            "--output-dir for a new run",
-        )
+        found = f"since step {state['step']} of the run in {config.out} its code has changed: "
+        expected = "the code that it began with (comments, docstrings and layout may change)"
+        then = f", git checkout {commit}, as it was committed then" if commit else ""
+        remedy = f"put the old code back (git diff shows what is edited{then}); or "
+        remedy += "--accept-code-change, to go on and have that noted; or another --output-dir"
+        raise Refusal(found + names, expected, remedy)
     new = f"code changed after step {state['step']}: {names}" if names else ""
     return "; ".join(filter(None, (state.get("code_changes"), new)))
 
