@@ -16,17 +16,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from inputs import hub
 from inputs import options as configuration
 from inputs.files import FILE_NAME, Refusal, data_section, digest, place
-from inputs.hub import (
-    OPTION,
-    SDXL,
-    fetch,
-    read_config,
-    read_scheduler,
-    unet_fingerprint,
-    use_revision,
-)
 from inputs.options import RECIPES, Config, Within
 
 
@@ -183,21 +175,21 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     base = given or of_run(path, "pretrained_model_name_or_path") or about.get("base_model", "")
     if not base:
         found = f"{path} does not say which base it was trained on"
-        raise Refusal(found, "an SDXL model to put it on", f"{OPTION} {SDXL}")
+        raise Refusal(found, "an SDXL model to put it on", f"{hub.OPTION} {hub.SDXL}")
     own = base in (about.get("base_model"), of_run(path, "pretrained_model_name_or_path"))
     commit = of_run(path, "base_commit") or about.get("base_commit", "")
     revision = options.revision or commit * own  # another model has other commits
     try:
-        use_revision(base, revision)
-        settings = read_scheduler(base)
+        hub.use_revision(base, revision)
+        settings = hub.read_scheduler(base)
     except Refusal as refusal:
         if given:
             raise
         found, expected, remedy = refusal.parts
         found = f"{path} says, in its header or its run's config.json, that its base is {base}: "
-        remedy += f"; where it lies elsewhere, {OPTION} WHERE/IT/IS/{Path(base).name}"
+        remedy += f"; where it lies elsewhere, {hub.OPTION} WHERE/IT/IS/{Path(base).name}"
         raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
-    sampler = read_config(fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
+    sampler = hub.read_config(hub.fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
     steps, guidance = options.num_inference_steps, options.guidance_scale
     kind, few, little = few_steps(base, sampler, settings)
     if kind and (steps == 0 or guidance < 0):
@@ -229,10 +221,10 @@ def check_base(options: Options | Config, path: Path, about: dict[str, str], hal
     of. half: whether the fp16 variant is meant.
     """
     name = options.pretrained_model_name_or_path
-    trained_on, here = about.get("base_fingerprint"), unet_fingerprint(name, half)
+    trained_on, here = about.get("base_fingerprint"), hub.unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
         found = f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is "
-        remedy = f"{OPTION} BASE, or --any-base to take it all the same"
+        remedy = f"{hub.OPTION} BASE, or --any-base to take it all the same"
         raise Refusal(found + here, "the base that the adapter was trained on", remedy)
 
 
