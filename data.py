@@ -250,10 +250,7 @@ class Cache:
     def __init__(self, latents: list[Place], prompts: list[Place], captions_of: list[range]):
         self.latents, self.prompts, self.captions_of = latents, prompts, captions_of
 
-    @staticmethod
-    @functools.lru_cache(maxsize=128)
-    def open(path: Path):
-        return open_safetensors(path)
+    open = staticmethod(functools.lru_cache(maxsize=128)(open_safetensors))
 
     def row(self, place: Place, key: str) -> Tensor:
         """Only that row's bytes are read."""

@@ -141,12 +141,12 @@ def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
 
 def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
     """Write a PNG that says how it was drawn, whole or not at all, and print where: at `path`, or
-    beside it if a picture of other parameters has that name.
+    beside another picture of that name.
     """
     png, said = io.BytesIO(), PngImagePlugin.PngInfo()
     said.add_text("parameters", parameters)
     picture.save(png, "PNG", pnginfo=said)
-    path = drawing.free_path(path, parameters)
+    path = drawing.free_path(path, png.getvalue())
     write_whole(path, png.getvalue())
     print(path)
 

@@ -106,12 +106,9 @@ def fill_unet(
     try:
         unet.load_state_dict(weights, strict=True, assign=True)
     except RuntimeError as error:
-        raise Refusal(
-            f"{path}'s weights do not fit its config.json "
-            f"({str(error).splitlines()[1].strip()[:200]})",
-            "the UNet's own config and weights",
-            "download the model again",
-        ) from error
+        first = str(error).splitlines()[1].strip()[:200]
+        found, expected = f"{path}'s weights do not fit its config.json ({first})", "its own"
+        raise Refusal(found, expected, "download the model again") from error
     return unet.requires_grad_(False).eval()
 
 
@@ -144,11 +141,8 @@ def use_gradient_checkpointing(unet: UNet2DConditionModel, names: tuple[str, ...
     """
     able = checkpointable(unet)
     if wrong := [name for name in names if name not in able]:
-        raise Refusal(
-            f"checkpointed_blocks names {wrong[0]}",
-            ", ".join(able),
-            "--no-memory-plan --gradient-checkpointing, which recomputes all of them",
-        )
+        remedy = "--no-memory-plan --gradient-checkpointing, which recomputes all of them"
+        raise Refusal(f"checkpointed_blocks names {wrong[0]}", ", ".join(able), remedy)
     unet.enable_gradient_checkpointing(
         # No RNG state: nothing in SDXL's UNet is random, and to save it the host would wait for
         # the GPU.

@@ -58,11 +58,9 @@ def mode() -> Iterator[None]:
     except RuntimeError as error:
         if "does not have a deterministic implementation" not in str(error):
             raise
-        raise Refusal(
-            f"--deterministic, and {first_line(error)}",
-            "operations that add in one order",
-            "the same command without --deterministic, or with --attention sdpa --no-compile",
-        ) from error
+        found, expected = f"--deterministic, and {first_line(error)}", "operations of one order"
+        remedy = "the same command without --deterministic, or with --attention sdpa --no-compile"
+        raise Refusal(found, expected, remedy) from error
     finally:
         torch.use_deterministic_algorithms(before[0])
         cudnn.deterministic, cudnn.benchmark = before[1:]

@@ -85,12 +85,9 @@ class Team:
         if device.type == "cuda":
             found = torch.cuda.device_count()
             if self.size > found or device.index is not None:
-                raise Refusal(
-                    f"{self.size} processes on device {device}, and {found} GPUs are here",
-                    "a GPU for each process, and no number in --device",
-                    f"torchrun --nproc-per-node {found}, or make train GPUS={found}, with "
-                    "--device cuda",
-                )
+                said = f"{self.size} processes on device {device}, and {found} GPUs are here"
+                expected = "a GPU for each process, and no number in --device"
+                raise Refusal(said, expected, f"make train GPUS={found}, with --device cuda")
             device = torch.device("cuda", self.rank)
             # Before anything touches a GPU: pinned memory, bitsandbytes and Triton use the current.
             torch.cuda.set_device(device)
@@ -186,11 +183,9 @@ class Team:
         found = self.told(digest(*(numbers.tobytes() for numbers in each), text))
         usual = Counter(found).most_common(1)[0][0]  # of equally many, rank 0's
         if others := [str(rank) for rank, theirs in enumerate(found) if theirs != usual]:
-            raise Refusal(
-                f"{what} is not the same in all processes: rank {', '.join(others)} differs",
-                "the same bits, since all take the same steps",
-                f"{AGAIN}; if it happens again, GPUS=1 (one process), or GPUs of one kind",
-            )
+            said = f"{what} is not the same in all processes: rank {', '.join(others)} differs"
+            remedy = f"{AGAIN}; if it happens again, GPUS=1 (one process), or GPUs of one kind"
+            raise Refusal(said, "the same bits, since all take the same steps", remedy)
 
     def say(self, sentence: str) -> None:
         """An error, said by one process for all: by the first that has one."""
@@ -208,20 +203,17 @@ class Team:
             # torchrun reports the earliest error as the cause, in whole seconds, so it is to see
             # the death of a process before this; and the first knows best who is missing.
             time.sleep(2 if self.first else 4)
-            raise Refusal(
-                f"the other processes do not answer ({first_line(error)})",
-                f"an answer from all {self.size} within {self.timeout.total_seconds():g} s",
-                f"{AGAIN}; who died is in torchrun's report below, who hangs is named here only",
-            ) from error
+            said = f"the other processes do not answer ({first_line(error)})"
+            expected = f"an answer from all {self.size} within {self.timeout.total_seconds():g} s"
+            remedy = f"{AGAIN}; who died is in torchrun's report, who hangs is named here only"
+            raise Refusal(said, expected, remedy) from error
 
 
 def join(timeout: float) -> Team:
     """The processes that torchrun started, this one among them."""
     size, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
     if local != size:  # the cache is shared by its disk
-        raise Refusal(
-            f"{size} processes, of which {local} are on this host",
-            "all of them on one host",
-            "torchrun --standalone --nproc-per-node GPUS loop.py RECIPE",
-        )
+        found = f"{size} processes, of which {local} are on this host"
+        remedy = "torchrun --standalone --nproc-per-node GPUS loop.py RECIPE"
+        raise Refusal(found, "all of them on one host", remedy)
     return Team(timeout)

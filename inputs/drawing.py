@@ -16,17 +16,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from inputs import hub
 from inputs import options as configuration
 from inputs.files import FILE_NAME, Refusal, data_section, digest, place
-from inputs.hub import (
-    OPTION,
-    SDXL,
-    fetch,
-    read_config,
-    read_scheduler,
-    unet_fingerprint,
-    use_revision,
-)
 from inputs.options import RECIPES, Config, Within
 
 
@@ -132,7 +124,7 @@ def find_adapter(name: str | Path = "") -> Path:
     """
     runs = sorted(Path("runs").glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
     expected = "an adapter file, or the folder of a finished run"
-    remedy = "name a file or folder, or make train"
+    remedy = "name one, of a run that has not ended RUN/checkpoints/NUMBER, or make train"
     if not name and not runs:
         raise Refusal("there is no finished run under runs/", expected, remedy)
     path = place(str(name)) if name else runs[-1]
@@ -143,13 +135,9 @@ def find_adapter(name: str | Path = "") -> Path:
     if files:
         found = f"{path} has {len(files)} files that may be adapters"
         expected, remedy = "a folder with one", f"name one: {', '.join(map(str, files[:10]))}"
-    elif saved := sorted(path.glob(f"checkpoints/*/{FILE_NAME}")):
-        found, remedy = f"{path} is a run that has not ended", "the command that began it ends it"
-        remedy += f"; what it has saved so far: {saved[-1].parent}"
     else:
         what = "has no .safetensors file in it" if path.is_dir() else "no such file or folder"
         found = f"{path}: {what}"
-        remedy += f"; finished here: {', '.join(str(run.parent) for run in runs[-9:]) or 'none'}"
     raise Refusal(found, expected, remedy)
 
 
@@ -198,22 +186,22 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     base = given or of_run(path, "pretrained_model_name_or_path") or about.get("base_model", "")
     if not base:
         found = f"{path} does not say which base it was trained on"
-        raise Refusal(found, "an SDXL model to put it on", f"{OPTION} {SDXL}")
+        raise Refusal(found, "an SDXL model to put it on", f"{hub.OPTION} {hub.SDXL}")
     own = base in (about.get("base_model"), of_run(path, "pretrained_model_name_or_path"))
     commit = of_run(path, "base_commit") or about.get("base_commit", "")
     revision = options.revision or commit * own  # another model has other commits
     try:
         vae = take_vae(options, base, revision, path, about.get("vae", ""))
-        settings = read_scheduler(base)
+        settings = hub.read_scheduler(base)
     except Refusal as refusal:
         if given:
             raise
         found, expected, remedy = refusal.parts
         found = f"{path} says, in its header or its run's config.json, that its base is {base}: "
-        remedy += f"; where it lies elsewhere, {OPTION} WHERE/IT/IS/{Path(base).name}"
+        remedy += f"; where it lies elsewhere, {hub.OPTION} WHERE/IT/IS/{Path(base).name}"
         raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
     zero, rescale = zero_snr(options, trained.get("zero_terminal_snr", "auto"), settings)
-    sampler = read_config(fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
+    sampler = hub.read_config(hub.fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
     steps, guidance = options.num_inference_steps, options.guidance_scale
     kind, few, little = few_steps(base, sampler, settings)
     if kind and (steps == 0 or guidance < 0):
@@ -222,16 +210,13 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         print(said, file=sys.stderr)
     else:
         few, little = recipe.num_inference_steps, recipe.guidance_scale
-    told = about.get("max_tokens", "75")
-    if not options.max_tokens and told not in ("75", "150", "225"):
-        found = f"{path} says max_tokens {told!r:.50}"
-        raise Refusal(found, "75, 150 or 225", "--max-tokens 75, or what it was trained with")
+    tokens = {"150": 150, "225": 225}.get(about.get("max_tokens"), 75)
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
         adapter=str(path),
         prompts=tuple(prompts or recipe.validation_prompts),
-        max_tokens=options.max_tokens or int(told),
+        max_tokens=options.max_tokens or tokens,
         prediction_type=predicts if predicts != "auto" else trained.get("prediction_type", "auto"),
         scheduler=options.scheduler or sampler,
         num_inference_steps=steps or few,
@@ -261,14 +246,14 @@ def take_vae(options: Options, base: str, revision: str, path: Path, told: str) 
     the run around `path` or its header, `told`, names; where that is gone, said, with its own, "".
     """
     trained = "" if options.any_base else of_run(path, "vae") or told
-    use_revision(base, revision, options.vae or trained)
+    hub.use_revision(base, revision, options.vae or trained)
     if trained and not options.vae:
         try:
-            fetch(base, "vae")
+            hub.fetch(base, "vae")
         except Refusal as refusal:
             found = f"the base's own VAE draws, not {trained}, with which {path} was trained"
             print(f"{found}: {refusal.parts[0]} (--vae names another place)", file=sys.stderr)
-            use_revision(base, revision)
+            hub.use_revision(base, revision)
             return ""
     return options.vae or trained
 
@@ -294,13 +279,11 @@ def check_base(options: Options | Config, path: Path, about: dict[str, str], hal
     of. half: whether the fp16 variant is meant.
     """
     name = options.pretrained_model_name_or_path
-    trained_on, here = about.get("base_fingerprint"), unet_fingerprint(name, half)
+    trained_on, here = about.get("base_fingerprint"), hub.unet_fingerprint(name, half)
     if trained_on not in (None, here) and not options.any_base:
-        raise Refusal(
-            f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is {here}",
-            "the base that the adapter was trained on",
-            f"{OPTION} BASE, or --any-base to take it all the same",
-        )
+        found = f"{path} was trained on {about.get('base_model')} ({trained_on}), and {name} is "
+        remedy = f"{hub.OPTION} BASE, or --any-base to take it all the same"
+        raise Refusal(found + here, "the base that the adapter was trained on", remedy)
 
 
 # ---- what pictures are called, and say of themselves ---------------------------------------------
@@ -332,11 +315,8 @@ def how_drawn(options: Options) -> dict[str, str]:
         "Lora": name,
         "Lora strength": f"{options.strength:g}",
         "Lora hashes": f"{name}: {hashed}",
-        "Compared with": "strength 0" if options.compare else "",
-        "Precision": options.mixed_precision.replace("auto", ""),
-        "Base quantization": options.base_quantization.replace("none", ""),
     }
-    return {key: str(value) for key, value in said.items() if value != ""}
+    return {key: str(value) for key, value in said.items()}
 
 
 def parameters(
@@ -353,16 +333,10 @@ def parameters(
     return "\n".join([*prompts, *negative, ", ".join(map(": ".join, said.items()))])
 
 
-def free_path(path: Path, text: str) -> Path:
-    """`path`, or with the next free number where a picture of other parameters() has that name."""
-    from PIL import Image
-
+def free_path(path: Path, content: bytes) -> Path:
+    """`path`, or with the next free number where another picture has that name."""
     stem = path.stem
     for number in itertools.count(2):
-        there = None
-        with contextlib.suppress(Exception):  # a damaged file is no picture of ours
-            with Image.open(path) as image:
-                there = image.info.get("parameters")
-        if not path.exists() or there == text:
+        if not path.exists() or path.read_bytes() == content:
             return path
         path = path.with_stem(f"{stem}_{number}")

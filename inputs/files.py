@@ -148,12 +148,9 @@ def write_whole(path: Path, data: bytes) -> None:
 def unwritable(path: Path, size: int, error: OSError) -> Refusal:
     """The refusal for a path that an OSError kept from being written; `size` in bytes."""
     room = f" with {size / 1e6:.1f} MB free" if size else ""
-    return Refusal(
-        f"{path} could not be written ({error.strerror or error})",
-        f"a folder that this user may write to{room}",
-        "free some space or name another folder with --output-dir or --cache-dir, then give the "
-        "same command again",
-    )
+    found = f"{path} could not be written ({error.strerror or error})"
+    remedy = "free some space or name another --output-dir or --cache-dir, then the same command"
+    return Refusal(found, f"a folder that this user may write to{room}", remedy)
 
 
 @contextlib.contextmanager
@@ -245,8 +242,7 @@ def open_safetensors(path: Path, device: str = "cpu"):
     size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
     found = f"{path} is not a whole safetensors file ({size})"
     remedy = "copy or download it again, or delete it if this project wrote it (it is made anew)"
-    if path.suffix.lower() in PICKLES:
-        remedy = CONVERT
+    remedy = CONVERT if path.suffix.lower() in PICKLES else remedy
     with refusing(found, "a file as its writer left it", remedy):
         if not path.is_file():  # opening a pipe would wait for ever
             raise OSError("not a file")

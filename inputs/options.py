@@ -345,9 +345,9 @@ def parse(argv: list[str] | None = None) -> Config:
     asked = read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py")
     # A typed alpha of 16 is read as 16.0; as the recipe's own 16 it is the same run and file.
     same = {k: v for k, v in vars(recipes[first][1]).items() if v == getattr(asked, k)}
-    twice = asked.max_train_epochs and "max-train-steps" in given
-    found, remedy = "--max-train-steps with --max-train-epochs", "leave one out"
-    refuse([(found, "one of them", remedy)] if twice else [])
+    if asked.max_train_epochs and "max-train-steps" in given:
+        found = "--max-train-steps with --max-train-epochs"
+        raise Refusal(found, "one of them", "leave one out")
     # No shell does so behind --output-dir=.
     same |= {k: os.path.expanduser(getattr(asked, k)) for k in ("output_dir", "cache_dir")}
     return check(replace(asked, **same))
@@ -384,7 +384,7 @@ def of_file(name: str, words: list[str]) -> list[str]:
         given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
     named = [words.pop(0)] if words[0][:1] != "-" else []
     recipe = [str(given.pop("recipe"))] if "recipe" in given else named
-    troubles, of_numbers = [], {int: float, list: tuple}
+    troubles = []
     if named not in ([], recipe):
         found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
         troubles.append((found, "one recipe", f"leave {named[0]} out"))
@@ -392,24 +392,19 @@ def of_file(name: str, words: list[str]) -> list[str]:
         found = f"--config {given['config']} in {path}"
         troubles.append((found, "one file of options", "put its options in here"))
     for key in given.keys() - NOTES:
-        value, usual = given[key], vars(T4).get(key)
-        if usual is None and value is not None and key in vars(T4):  # null, or a text
-            usual = ""
-        if type(usual) is tuple and type(value) in (str, int):  # one of several that may be given
-            value = [value]
-        kind, its = (of_numbers.get(type(each), type(each)) for each in (value, usual))
-        if usual is not None and kind is not its:
-            troubles.append((f"{key} is {value!r:.200}", f"such as {json.dumps(usual)}", remedy))
-        elif kind is tuple:
-            its = type((*usual, "")[0])
-            dash = lambda each, its=its: its is str and each[:1] == "-"  # noqa: E731
-            wrong = [each for each in value if type(each) is not its or dash(each)]
-            expected = "whole numbers" if its is int else "texts that begin with no hyphen"
-            troubles += [(f"{key} holds {each!r:.200}", expected, remedy) for each in wrong]
+        value = given[key]
+        several = value if isinstance(value, list) else [value]
+        told = [each for each in several if isinstance(each, str | int | float)]
+        dashed = value is several and any(str(each)[:2] == "--" for each in told)
+        # tyro checks the rest; but of null or a table it would make a text, of "--seed" an option.
+        if (told != several and (key, value) != ("caption", None)) or dashed:
+            expected = "texts that begin with no hyphen, numbers, true or false"
+            troubles.append((f"{key} is {value!r:.200}", expected, remedy))
         option = f"--no-{key}" if value is False else f"--{key}"
-        if kind not in (bool, tuple):
-            option = f"{option}={value}"
-        recipe += [option, *map(str, value if kind is tuple else ())]
+        if value is several:
+            recipe += [option, *map(str, several)]
+        else:
+            recipe.append(option if isinstance(value, bool) else f"{option}={value}")
     refuse(sorted(troubles))
     return recipe + words
 
@@ -451,7 +446,7 @@ def typed(words: list[str]) -> list[str]:
 
 def refuse_unknown(words: list[str], options: type) -> None:
     """Raise one Refusal for every option among the `words` that the dataclass lacks, each with the
-    one that is likely meant.
+    one that is likely meant, and for every word that is no text.
     """
     names = [field.name.replace("_", "-") for field in fields(options)]
     opposite = [f"no-{name}" for name in names]
@@ -463,6 +458,10 @@ def refuse_unknown(words: list[str], options: type) -> None:
         meant = ELSEWHERE.get(name) or "".join(near) or "nothing alike"
         found = f"the option --{name} (here: {meant})"
         troubles.append((found, "options that docs/options.md lists", "correct that"))
+    for word in words:  # a shell passes any bytes on, and JSON half a letter
+        if word.encode(errors="ignore").decode() != word or "\0" in word:
+            remedy = "type it in a UTF-8 terminal, rename what is called so"
+            troubles.append((f"{word!r}, which is no UTF-8", "text that all can read", remedy))
     refuse(troubles)
 
 
@@ -543,13 +542,6 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
     what to do.
     """
     troubles = [words for so, *words in against if so]
-    for name, value in vars(options).items():
-        for text in value if isinstance(value, tuple) else (value,):
-            text = str(text)  # a shell passes any bytes on, and JSON half a letter
-            if text.encode(errors="ignore").decode() != text or "\0" in text:
-                found = f"{name.replace('_', ' ')} {text!r}, which is no UTF-8"
-                remedy = "type it in a UTF-8 terminal, rename what is called so"
-                troubles.append((found, "text that every program reads", remedy))
     for field in fields(options):
         value, good = getattr(options, field.name), getattr(usual, field.name)
         remedy = f"--{field.name.replace('_', '-')} {str(good).strip('(,)')}"
@@ -566,7 +558,6 @@ def check(config: Config) -> Config:
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
     odd = [side for side in config.resolution if side % 64] if config.buckets else []
-    sides = " and ".join(map(str, odd))
     sets, weights = len(config.dataset_name), config.dataset_weights
     wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
     told = " ".join(f"{weight:g}" for weight in weights)
@@ -582,7 +573,7 @@ def check(config: Config) -> Config:
         (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
-        (odd, f"--buckets with a resolution of {sides}", "a multiple of 64", "--no-buckets"),
+        (odd, f"--buckets with a resolution of {odd}", "multiples of 64", "--no-buckets"),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun

@@ -44,20 +44,16 @@ def decode(picture: Picture) -> Image.Image:
             image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
         image = image.convert("RGB")
         if max(image.size) > LONGEST_SIDE * min(image.size):
-            raise ValueError(
-                f"{image.width} x {image.height} pixels: longer than {LONGEST_SIDE} times its "
-                "short side"
-            )
+            size = f"{image.width} x {image.height} pixels"
+            raise ValueError(f"{size}: longer than {LONGEST_SIDE} times its short side")
         return image
     except Exception as error:  # Pillow raises nearly every class for damaged files
         unknown = isinstance(error, UnidentifiedImageError)  # it names the memory it read
         why = "no picture that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
-        raise Refusal(
-            f"picture {picture.name} cannot be read ({why})",
-            f"a whole picture of at most {Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels that "
-            "Pillow can open",
-            "replace or remove it; what is encoded already is kept",
-        ) from error
+        most = f"{Image.MAX_IMAGE_PIXELS / 1e6:.0f} megapixels"
+        expected = f"a whole picture of at most {most} that Pillow can open"
+        remedy = "replace or remove it; what is encoded already is kept"
+        raise Refusal(f"picture {picture.name} cannot be read ({why})", expected, remedy) from error
 
 
 def mask_of(picture: Picture, size: tuple[int, int]) -> Image.Image:
@@ -154,14 +150,13 @@ def upright_size(picture: Picture) -> tuple[int, int]:
 
 def refuse_small(pictures: list[Picture], sizes: list[tuple[int, int]]) -> None:
     """Raise Refusal, naming them, where pictures are smaller than what they are trained at."""
-    troubles = []
-    for picture, size in zip(pictures, sizes, strict=True):
-        height, width = upright_size(picture)
-        if height < size[0] or width < size[1]:
-            found = f"{picture.name} of {width} x {height} pixels"
-            expected = f"at least {size[1]} x {size[0]}, since --no-upscale is asked for"
-            troubles.append((found, expected, "remove it, or leave --no-upscale out"))
-    refuse(troubles)
+    remedy = "remove it, or leave --no-upscale out"
+    about = [(p.name, *upright_size(p), *size) for p, size in zip(pictures, sizes, strict=True)]
+    refuse(
+        (f"{name} of {width} x {height} pixels", f"at least {across} x {down}", remedy)
+        for name, height, width, down, across in about
+        if height < down or width < across
+    )
 
 
 def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]], several: int = 2) -> str:

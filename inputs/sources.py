@@ -193,7 +193,9 @@ def with_captions(pictures: Pictures, name: str, options: Config) -> Pictures:
     """
 
     def called(picture: Picture) -> Picture:
-        words = name_in_words(picture.name) if options.caption_from_name else options.caption
+        words = options.caption
+        if options.caption_from_name:  # x/red_apple (2).png is red apple
+            words = NUMBERING.sub("", normal(Path(picture.name).stem).replace("_", " ").strip())
         return replace(picture, captions=(words,)) if picture.bare and words else picture
 
     def varied(picture: Picture) -> Picture:
@@ -214,16 +216,6 @@ def with_captions(pictures: Pictures, name: str, options: Config) -> Pictures:
         note += repr(new[0].captions[0]) + " and so on, by their names" * options.caption_from_name
         found.notes.append(note)
     return found
-
-
-def name_in_words(name: str) -> str:
-    """A file's name without folder, ending and numbering: x/red_apple (2).png is red apple."""
-    return NUMBERING.sub("", normal(Path(name).stem).replace("_", " ").strip())
-
-
-def has_caption(options: Config) -> bool:
-    """Whether they give a caption to pictures that have none of their own."""
-    return options.caption is not None or options.caption_from_name
 
 
 def for_all(work: Callable, items: Iterable) -> list:
@@ -298,8 +290,17 @@ def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
     alike = [p for p in alike if not is_picture(p)]
     known = {*tables, *beside}
     left_out["are not named as captions are"] = [p for p in alike if p not in known]
-    found = Pictures(paired(folder, [(key(p), p) for p in pictures], captions))
-    found[:] = for_all(lambda picture: with_more(picture, folder, masks, options), found)
+    texts = paired(folder, [(key(p), named_in(p)) for p in pictures], captions)
+
+    def picture(path: Path) -> Picture:
+        name = named_in(path)
+        repeats = REPEATS.findall(name) if options.folder_repeats else []
+        found = picture_file(folder, name, texts.get(key(path), ("",)))
+        mask = masks.get(stem(name))
+        mask = picture_file(folder, mask) if mask else None
+        return replace(found, mask=mask, weight=int(repeats[-1]) if repeats else 1)
+
+    found = Pictures(for_all(picture, sorted(pictures)))
     said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
     often = "so many times, up to 999 (--no-folder-repeats: once)"
     kohya = f"in folders like 10_style, shown {often if options.folder_repeats else 'once each'}"
@@ -327,16 +328,9 @@ def stem(name: str) -> str:
     return normal(name.rpartition(".")[0])
 
 
-def with_more(picture: Picture, folder: Path, masks: dict[str, str], options: Config) -> Picture:
-    """`picture` of a folder with its mask, if it has one, and shown as often as the nearest folder
-    like 10_style around it says.
-    """
-    repeats = REPEATS.findall(picture.name) if options.folder_repeats else []
-    mask = None
-    if name := masks.get(stem(picture.name)):
-        read = functools.partial(content_of, folder, name, "picture")
-        mask = Picture(name, ("",), digest(read()), read)
-    return replace(picture, mask=mask, weight=int(repeats[-1]) if repeats else 1)
+def picture_file(folder: Path, name: str, captions: tuple[str, ...] = ("",)) -> Picture:
+    read = functools.partial(content_of, folder, name, "picture")
+    return Picture(name, captions, digest(read()), read)
 
 
 def normal(name: str) -> str:
@@ -357,27 +351,33 @@ def rows_of(
         for name in (path.name, path.stem):  # their keys have no ending, or another machine's path
             kohya[normal(name)].add(normal(path.relative_to(folder).as_posix()))
 
-    def row(line: tuple[str, str]) -> tuple[str, str, tuple]:
-        name, texts = row_of(*line, options, folder)
-        name = (top / name).as_posix()
+    def row(line: tuple[str, str | dict]) -> tuple[str, str, tuple]:
+        where, cells = line
+        expected = '{"file_name": "a.png", "text": "a caption"}'
+        with refusing(f"{where} is not a row", expected, f"correct that in {folder}"):
+            cells = json.loads(cells) if isinstance(cells, str) else cells
+            if not isinstance(cells, dict) or "file_name" not in cells:  # or called otherwise
+                raise OSError(f"no file_name in {json.dumps(cells, default=str):.100}")
+            name = (top / cells["file_name"]).as_posix()
+        texts = captions_of(cells.get(caption_column(list(cells), options, where)), where)
         own = kohya[normal(Path(name).name)]
         return next(iter(own)) if len(own) == 1 else normal(name), name, texts
 
     return for_all(row, lines_of(folder, table))
 
 
-def lines_of(folder: Path, table: Path) -> list[tuple[str, str]]:
-    """The rows of a table as JSON, and where each stands."""
+def lines_of(folder: Path, table: Path) -> list[tuple[str, str | dict]]:
+    """Where each row of a table stands, and the row; of .jsonl its line, to be read."""
     name = table.relative_to(folder).as_posix()
     text = content_of(folder, name, "parquet" if table.suffix == ".parquet" else "metadata")
     if table.suffix == ".jsonl":
-        numbered: Iterable = enumerate(text.split("\n"), 1)
+        lines = enumerate(text.split("\n"), 1)
+        numbered: Iterable = [(number, line) for number, line in lines if line.strip()]
     elif table.suffix == ".parquet":
         import pyarrow.parquet  # here, since it takes a while
 
         with refusing(f"{name} is no table", "a whole parquet file", f"replace it in {folder}"):
-            rows = pyarrow.parquet.read_table(io.BytesIO(text)).to_pylist()
-            numbered = [(i, json.dumps(row, default=str)) for i, row in enumerate(rows, 1)]
+            numbered = enumerate(pyarrow.parquet.read_table(io.BytesIO(text)).to_pylist(), 1)
     elif table.suffix == ".json":
         expected = '{"a.png": {"caption": "a caption", "tags": "one, two"}}'
         with refusing(f"{name} is no table", expected, f"correct or rename it in {folder}"):
@@ -386,19 +386,19 @@ def lines_of(folder: Path, table: Path) -> list[tuple[str, str]]:
         remedy = f'in {folder}, quotes around a caption with commas: a.png,"red, round"'
         with refusing(f"{name} is no table", "file_name,text and one row a picture", remedy):
             reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
-            numbered = [(reader.line_num, json.dumps(row)) for row in reader]
+            numbered = [(reader.line_num, row) for row in reader]
             for line, row in numbered:
-                if "" in json.loads(row):
+                if "" in row:
                     raise ValueError(f"line {line} has more cells than there are columns")
-    return [(line, f"{name} line {number}") for number, line in numbered if line.strip()]
+    return [(f"{name} line {number}", row) for number, row in numbered]
 
 
-def kohyas(key: str, row: dict) -> str:
+def kohyas(key: str, row: dict) -> dict:
     """An entry of kohya's JSON as a row; its caption is the caption and the tags, as there:
     https://github.com/kohya-ss/sd-scripts/blob/6edbe005/library/train_util.py (FineTuningDataset).
     """
     text = ", ".join(filter(None, (row.get("caption"), row.get("tags"))))
-    return json.dumps({"file_name": key.replace("\\", "/"), **row, "text": text})
+    return {"file_name": key.replace("\\", "/"), **row, "text": text}
 
 
 def agreed(folder: Path, told: dict[str, list[tuple]]) -> list[tuple]:
@@ -417,29 +417,17 @@ def agreed(folder: Path, told: dict[str, list[tuple]]) -> list[tuple]:
     return first
 
 
-def row_of(line: str, where: str, options: Config, folder: Path) -> tuple[str, tuple[str, ...]]:
-    """The name of the picture and its captions in a line of metadata.jsonl. Raises Refusal."""
-    expected = '{"file_name": "a.png", "text": "a caption"}'
-    with refusing(f"{where} is not a row", expected, f"correct that in {folder}"):
-        row = json.loads(line)
-        if not isinstance(row, dict) or "file_name" not in row:
-            raise OSError(f"no file_name in {line:.100}")  # a list, or columns called otherwise
-        name = Path(row["file_name"]).as_posix()
-    return name, captions_of(row.get(caption_column(list(row), options, where)), where)
-
-
-def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[Picture]:
-    """The pictures of a folder, sorted by name, each with its caption, empty where it has none.
-    pictures: (key, path); captions: (key, name, texts). Raises Refusal where a key
-    stands twice and where captions lack their picture.
+def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> dict[str, tuple]:
+    """The texts by the keys of their pictures. pictures: (key, name); captions: (key, name, texts).
+    Raises Refusal where a key stands twice and where captions lack their picture.
     """
     here = collections.Counter(key for key, _ in pictures)
     told = collections.Counter(key for key, *_ in captions)
     none = captions and not here.keys() & told.keys()
     odd = {
         "pictures without a caption": [
-            path.relative_to(folder).as_posix()
-            for key, path in pictures
+            name
+            for key, name in pictures
             if (here[key] > 1 and told[key]) or (none and not told[key])
         ],
         "captions without a picture": [
@@ -453,15 +441,7 @@ def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> list[P
         for wrong, names in odd.items()
         if names
     )
-    texts = {key: each for key, _, each in captions}
-
-    def picture(item: tuple[str, Path]) -> Picture:
-        key, path = item
-        name = path.relative_to(folder).as_posix()
-        read = functools.partial(content_of, folder, name, "picture")
-        return Picture(name, texts.get(key, ("",)), digest(read()), read)
-
-    return for_all(picture, sorted(pictures, key=lambda item: item[1]))
+    return {key: texts for key, _, texts in captions}
 
 
 def ten(names: list[str]) -> str:
@@ -478,8 +458,7 @@ def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
     unread = "are no pictures that Pillow opens here (HEIC: pip install pillow-heif, JPEG XL: "
     unread += "pip install pillow-jxl-plugin, others: convert them to PNG)"
     left_out: dict[str, list[Path]] = {hidden: [], unread: []}
-    closed, no_files = "are folders that this user may not read", "are pipes, sockets or devices"
-    left_out |= {closed: [], no_files: []}
+    left_out[closed := "are folders that this user may not read"] = []
     # Not rglob(): it passes over a folder that it may not read.
     walk = os.walk(folder, onerror=lambda error: left_out[closed].append(Path(error.filename)))
     for path in sorted(Path(top, name) for top, *names in walk for name in chain(*names)):
@@ -491,7 +470,6 @@ def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
             left_out[hidden] += [path] * medium
             continue
         left_out[unread] += [path] * (medium and not is_picture(path))
-        left_out[no_files] += [path] * (path.exists() and not path.is_file() and not path.is_dir())
         shown.append(path)
     refuse(
         (f"{path} is a link to a folder", "links to single files only", "move its pictures here")
@@ -659,7 +637,8 @@ def caption_column(columns: list[str], options: Config, where: str) -> str:
     """
     names = (options.caption_column,) if options.caption_column else CAPTIONS
     there = [name for name in names if name in columns]
-    if there or (names == CAPTIONS and has_caption(options)):
+    given = options.caption is not None or options.caption_from_name
+    if there or (names == CAPTIONS and given):
         return there[0] if there else ""
     found, remedy = f"{where} has the columns {', '.join(columns)}", "--caption-column NAME, or "
     raise Refusal(found, " or ".join(names), remedy + WAYS_OUT)

@@ -157,11 +157,8 @@ def newest_state(root: Path) -> dict | None:
                 return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
         print(f"{folder} was cut short or damaged and is passed over")
     if folders:
-        raise Refusal(
-            f"no checkpoint under {root} is whole",
-            "a whole one to continue from",
-            f"rm -r {root} to start again from step 1, or another --output-dir",
-        )
+        remedy = f"rm -r {root} to start again from step 1, or another --output-dir"
+        raise Refusal(f"no checkpoint under {root} is whole", "one to continue from", remedy)
     return None
 
 
@@ -183,13 +180,11 @@ def restore(kept, state: dict | None) -> None:
     mine, theirs = looks(parts), looks({key: state.get(key, {}) for key in parts})
     if wrong := [place for place in mine | theirs if mine.get(place) != theirs.get(place)]:
         told = [f"{k}: {theirs.get(k, 'nothing')}, not {mine.get(k, 'nothing')}" for k in wrong[:4]]
-        raise Refusal(
-            f"the checkpoint holds other layers or another optimizer ({len(wrong)} differences; "
-            f"{'; '.join(told)})",
-            f"the {len(run.trained)} matrices that this run trains, and what its optimizer keeps",
-            "use the code, the diffusers and the bitsandbytes that it ran with, or another "
-            "--output-dir",
-        )
+        found = "the checkpoint holds other layers or another optimizer "
+        found += f"({len(wrong)} differences; {'; '.join(told)})"
+        expected = f"the {len(run.trained)} matrices that this run trains, and its optimizer's"
+        remedy = "use the code and libraries that it ran with, or another --output-dir"
+        raise Refusal(found, expected, remedy)
     with torch.no_grad():
         for name, matrix in run.trained.items():
             matrix.copy_(state["trained"][name])

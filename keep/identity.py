@@ -31,6 +31,7 @@ MAY_CHANGE = {
     *("caption", "caption_from_name", "mixed_precision", "vae"),
     *("start_from", "any_base"),
 }
+CHANGED = "changed in picture, mask or caption"
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 FINGERPRINTS = {  # of what the values of identity() are no options
     "base": "a base of fingerprint",
@@ -111,9 +112,9 @@ def more_of(picture: Picture) -> list[str]:
     return weight + ([f"mask {picture.mask.digest}"] if picture.mask else [])
 
 
-def listed(pictures: list[Picture]) -> dict[str, list[str]]:
+def listed(pictures: list[Picture]) -> dict[str, str]:
     """What OUT/pictures.json holds: by it a later start tells by name what has changed."""
-    return {p.name: [p.digest, digest(*p.captions), *more_of(p)] for p in pictures}
+    return {picture.name: of_data([picture]) for picture in pictures}
 
 
 def other_pictures(config: Config) -> str:
@@ -124,10 +125,7 @@ def other_pictures(config: Config) -> str:
         return ""
     new, found = listed(read_datasets(config)), {}
     for name in (name for name in sorted(old | new) if old.get(name) != new.get(name)):
-        how = "added" if name not in old else "gone" if name not in new else "changed"
-        if how == "changed" and old[name][0] == new[name][0]:
-            caption = old[name][1] != new[name][1]
-            how = "with another caption" if caption else "with another mask or weight"
+        how = "added" if name not in old else "gone" if name not in new else CHANGED
         found.setdefault(how, []).append(name)
     return ", ".join(f"{len(names)} {how} ({ten(names)})" for how, names in found.items())
 
@@ -159,12 +157,11 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
         if "data" in other and (changes := other_pictures(config)):
             told[0]["data"], told[1]["data"] = f"the pictures in its {PICTURES}", changes
         was, now = (", ".join(each.values()) for each in told)
-        raise Refusal(
-            f"{config.out} holds a run with {was}, and this command has {now}",
-            "the same options, base model, pictures and captions as at its start (max_train_steps, "
-            "saving, logging and memory options may change)",
-            "give the old value or put the old content back, or another --output-dir for a new run",
-        )
+        found = f"{config.out} holds a run with {was}, and this command has {now}"
+        expected = "the same options, base model, pictures and captions as at its start "
+        expected += "(max_train_steps, saving, logging and memory options may change)"
+        remedy = "give the old value or put the old content back, or another --output-dir"
+        raise Refusal(found, expected, remedy)
 
 
 def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
@@ -178,14 +175,12 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
     names = ", ".join(changed(mine, state.get("code", {})))  # an early version kept none
     if names and not config.accept_code_change:
         commit = state.get("commit", "").removesuffix("+")
-        raise Refusal(
-            f"since step {state['step']} of the run in {config.out} its code has changed: {names}",
-            "the code that it began with (comments, docstrings and layout may change)",
-            "put the old code back (git diff shows what is edited, git stash takes it away"
-            + (f", git checkout {commit}, as it was committed then" if commit else "")
-            + "); or --accept-code-change, to go on with this code and have that noted; or another "
-            "--output-dir for a new run",
-        )
+        found = f"since step {state['step']} of the run in {config.out} its code has changed: "
+        expected = "the code that it began with (comments, docstrings and layout may change)"
+        then = f", git checkout {commit}, as it was committed then" if commit else ""
+        remedy = f"put the old code back (git diff shows what is edited{then}); or "
+        remedy += "--accept-code-change, to go on and have that noted; or another --output-dir"
+        raise Refusal(found + names, expected, remedy)
     new = f"code changed after step {state['step']}: {names}" if names else ""
     return "; ".join(filter(None, (state.get("code_changes"), new)))
 

@@ -226,8 +226,6 @@ def describe_rate(config: Config) -> str:
 
 def cut_captions(captions: list[str], config: Config) -> list[str]:
     """Those that are longer than the tokenizer's chunks and will lose their end."""
-    if not captions:
-        return []
     tokenizer = model.load_tokenizers(config.pretrained_model_name_or_path)[0]  # both cut alike
     return model.too_long(captions, tokenizer, config.max_tokens // 75)
 
@@ -237,15 +235,9 @@ def disk(config: Config, pictures: Pictures, dtype: torch.dtype) -> str:
     rows, chunks = sum(len(p.captions) for p in pictures), config.max_tokens // 75
     if not config.cache or rows * chunks == len(pictures):
         return ""
-    name = config.pretrained_model_name_or_path
-    first, second = (
-        read_config(fetch(name, part) / "config.json")
-        for part in ("text_encoder", "text_encoder_2")
-    )
+    name, parts = config.pretrained_model_name_or_path, ("text_encoder", "text_encoder_2")
+    width = sum(read_config(fetch(name, part) / "config.json")["hidden_size"] for part in parts)
     tokens = chunks * model.load_tokenizers(name)[0].model_max_length
-    width = first["hidden_size"] + second["hidden_size"]
-    each = (tokens * width + second["projection_dim"]) * dtype.itemsize
-    return (
-        f"{rows} captions of {len(pictures)} pictures, {each / 1e3:.0f} kB each when encoded: "
-        f"{rows * each / 1e9:.2f} GB in {config.cache_dir}"
-    )
+    each = tokens * width * dtype.itemsize
+    told = f"{rows} captions of {len(pictures)} pictures, {each / 1e3:.0f} kB each when encoded"
+    return f"{told}: {rows * each / 1e9:.2f} GB in {config.cache_dir}"

@@ -190,9 +190,8 @@ def prompts_of(config: Config, pictures: Pictures) -> list[str]:
     """
     if not asks_for_own(config):
         return list(config.validation_prompts)
-    captions = list(
-        dict.fromkeys(filter(None, (c.strip() for p in pictures for c in p.captions)))
-    ) or [""]
+    told = dict.fromkeys(caption.strip() for p in pictures for caption in p.captions)
+    captions = [*filter(None, told)] or [""]
     few = random.Random(config.seed).sample(range(len(captions)), min(3, len(captions)))
     return [captions[i] for i in sorted(few)]
 
@@ -219,11 +218,9 @@ def draw(config: Config) -> None:
         found = f"the adapter is saved, but its picture is not drawn: {found}"
         raise Refusal(found, expected, f"{again}, with what helps: {remedy}") from refusal
     except torch.cuda.OutOfMemoryError as error:
-        raise Refusal(
-            "the adapter is saved, but drawing its picture ran out of GPU memory",
-            "room for the model at its own size",
-            f"{again} --resolution {max(config.resolution)}",
-        ) from error
+        found = "the adapter is saved, but drawing its picture ran out of GPU memory"
+        smaller = f"{again} --resolution {max(config.resolution)}"
+        raise Refusal(found, "room for the model at its own size", smaller) from error
 
 
 def train(config: Config, team: faster.Alone) -> int:

@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from PIL import Image, ImageDraw
+from PIL import Image
 from tqdm import tqdm
 
 from inputs import options
@@ -22,7 +22,7 @@ from inputs.sources import Picture, read_datasets, ten
 from see import sheet
 
 MOST = 120  # crops on the sheet, and one more of some sizes: a file of a few MB
-SIDE, GAP, COLUMNS = 144, 10, 8  # of a crop on the sheet in pixels, between two, in a row
+SIDE = 144  # width of a crop on the sheet, in pixels
 
 
 def look(config: options.Config) -> bool:
@@ -60,7 +60,7 @@ def look(config: options.Config) -> bool:
         pixels = data.views(whole[i], sizes[i], config.random_crop, config.seed, (False,))[0][0]
         levels = (pixels.permute(1, 2, 0) + 1) * 127.5  # (3, H, W) of [-1, 1] to (H, W, 3) of 255
         image = Image.fromarray(levels.round().byte().numpy())
-        image.thumbnail((SIDE, SIDE))
+        image.thumbnail((SIDE, 4 * SIDE))  # the width decides: words stand above it
         return image, " | ".join(whole[i].captions)
 
     rows, every = {}, -(-len(whole) // MOST)
@@ -102,27 +102,13 @@ def odd(pictures: list[Picture], chunks: int) -> Iterator[str]:
 
 
 def drawn(rows: dict[str, list[tuple[Image.Image, str]]]) -> Image.Image:
-    """The sheet. rows: by the heading above them crops of one size, each with its caption."""
-    font, bold, line = sheet.load_font(11), sheet.load_font(17), 14
-    images, words, y = [], [], GAP
+    """The sheet. rows: by the heading beside them crops of one size, each with its caption."""
+    grids = []
     for heading, crops in rows.items():
-        words.append(((GAP, y), heading, bold))
-        y += 2 * line
-        for first in range(0, len(crops), COLUMNS):
-            for column, (image, caption) in enumerate(crops[first : first + COLUMNS]):
-                x, under = GAP + column * (SIDE + GAP), y + image.height
-                letters = (c if sheet.can_draw(c, font) else f" U+{ord(c):04X} " for c in caption)
-                text = sheet.fit("".join(letters).strip() or "(no caption)", font, SIDE)
-                images.append((image, (x, y)))
-                words += [((x, under + line * n), each, font) for n, each in enumerate(text)]
-            y += crops[0][0].height + line * sheet.LINES + GAP
-        y += GAP
-    picture = Image.new("RGB", (GAP + COLUMNS * (SIDE + GAP), y), "white")
-    for image, where in images:
-        picture.paste(image, where)
-    for where, text, its_font in words:
-        ImageDraw.Draw(picture).text(where, text, fill="black", font=its_font)
-    return picture
+        images, captions = zip(*crops, strict=True)
+        titles = [caption.strip() or "(no caption)" for caption in captions]
+        grids.append(sheet.grid({heading: [*images]}, titles))
+    return sheet.stacked(grids)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -30,9 +30,16 @@ def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
     wide = -(-len(titles) // blocks)
     cuts = [slice(x, x + wide) for x in range(0, len(titles), wide)]
     made = [block({k: row[cut] for k, row in rows.items()}, titles[cut], font) for cut in cuts]
-    sheet = Image.new("RGB", (made[0].width, sum(each.height for each in made)), "white")
-    for y, each in enumerate(made):
-        sheet.paste(each, (0, sum(above.height for above in made[:y])))
+    return stacked(made)
+
+
+def stacked(pictures: list[Image.Image]) -> Image.Image:
+    """One below the other, on white."""
+    width, height = max(each.width for each in pictures), sum(each.height for each in pictures)
+    sheet, y = Image.new("RGB", (width, height), "white"), 0
+    for each in pictures:
+        sheet.paste(each, (0, y))
+        y += each.height
     return sheet
 
 

@@ -150,7 +150,7 @@ CASES = {
     "unused: a module": (
         "peft",
         put(**{"unet.conv_in.lora_A.weight": STRAY_A, "unet.conv_in.lora_B.weight": STRAY_B}),
-        ["has, unused, 2 such as ", "conv_in", MODULES],
+        ["adapts 1 modules besides attention's ", "conv_in", MODULES],
     ),
     "unused: a kohya module": (
         "kohya",
@@ -161,7 +161,7 @@ CASES = {
                 "lora_unet_x_to_q.alpha": torch.tensor(6.0),
             }
         ),
-        ["has, unused, 2 such as ", "x_to_q", MODULES],
+        ["adapts 1 modules besides attention's ", "x_to_q", MODULES],
     ),
     "unused: a tensor": ("peft", put(stray=STRAY_A), ["the key stray;", PLAIN]),
     "unused: a tensor beside A and B": (

@@ -132,7 +132,7 @@ def wider(t, m):
 
 
 @pytest.mark.parametrize(
-    "edit, says", [(feed_forward, "1 ff.net.2 besides attention's"), (wider, "is (4, 99)")]
+    "edit, says", [(feed_forward, "adapts 1 modules besides attention's"), (wider, "is (4, 99)")]
 )
 @pytest.mark.parametrize("rank", [2, 4, 8])
 def test_what_the_run_has_no_place_for_is_refused_and_nothing_is_changed(

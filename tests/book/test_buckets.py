@@ -99,7 +99,7 @@ def test_pictures_that_would_be_enlarged_are_refused_by_name_where_that_is_asked
 
 def test_buckets_of_an_odd_resolution_are_refused():
     with pytest.raises(
-        Refusal, match="--buckets with a resolution of 360 and 456; expected a mult"
+        Refusal, match="--buckets with a resolution of \\[360, 456\\]; expected mult"
     ):
         parse(["t4", "--resolution", "360", "512", "456"])
     assert parse(["t4", "--resolution", "360", "--no-buckets"]).resolution == (360,)

@@ -856,4 +856,3 @@ def test_what_is_no_file_or_may_not_be_looked_into_is_said(tmp_path, monkeypatch
     said = str(read_dataset(str(folder)))
     assert said.startswith("1 pictures; ")
     assert "1 (the first: shut) left out, since they are folders that this user may not" in said
-    assert "3 (the first: b.png) left out, since they are pipes, sockets or devices" in said

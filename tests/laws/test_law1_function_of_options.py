@@ -127,6 +127,11 @@ def shuffled_listings(monkeypatch):
         def __iter__(self):
             return iter(self.entries)
 
+        def __next__(self):  # os.walk() asks so
+            if not self.entries:
+                raise StopIteration
+            return self.entries.pop()
+
         def __enter__(self):
             return iter(self.entries)
 

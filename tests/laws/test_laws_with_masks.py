@@ -111,7 +111,7 @@ def test_law_6_masks_are_counted_and_a_changed_one_is_another_run(cache, tmp_pat
     path = (folder / names[0]).with_suffix(".mask.png")
     Image.new("L", Image.open(path).size, "white").save(path)
     assert train("r", "--max-train-steps", "2") == 1
-    assert f"1 with another mask or weight ('{names[0]}')" in capsys.readouterr().err
+    assert f"1 changed in picture, mask or caption ('{names[0]}')" in capsys.readouterr().err
     for name, size in ((names[0], (9, 9)), (names[1], (7, 9))):
         Image.new("L", size, "white").save((folder / name).with_suffix(".mask.png"))
     assert train("other", "--max-train-steps", "2") == 1

@@ -91,7 +91,7 @@ def test_the_sheet_holds_every_crop_under_its_heading_with_its_caption(tmp_path)
     seen = {tuple(c) for c in sheet.reshape(-1, 3)}
     assert len(seen & set(colours)) == 8  # every fifth of 40
     assert len(seen & {(9, 9, 200), (9, 9, 201)}) == 1  # a size of few is not passed over
-    assert (sheet[-1] == 255).all() and (sheet < 60).all(-1).any()  # words, and none is cut
+    assert (sheet[0] == 255).all() and (sheet < 60).all(-1).any()  # words, and none is cut
 
 
 def test_its_own_picture_is_replaced_and_lies_under_runs(odd, monkeypatch, capsys):
