@@ -126,7 +126,7 @@ def test_the_state_file_holds_each_matrix_by_name_and_what_the_run_is(train, tmp
     """It is read with weights_only: nothing in it needs code."""
     assert train("r") == 0
     state = checkpoint.newest_state(tmp_path / "r" / "checkpoints")
-    assert state["step"] == 4 and state["config"]["resolution"] == 64
+    assert state["step"] == 4 and state["config"]["resolution"] == (64,)
     assert state["identity"]["dtype"] == "torch.float32"
     assert state["identity"]["base"] == hub.unet_fingerprint(str(POCKET), half=False)
     file = lora.read(tmp_path / "r")
