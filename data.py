@@ -18,7 +18,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -180,7 +179,7 @@ class Encoder:
         each = [model.encode_images(part, self.vae) for part in parts]
         mean, std = (torch.cat(column).cpu() for column in zip(*each, strict=True))
         check_finite("the VAE gives NaN or Inf for picture", names, mean, std)
-        return mean, std, *([F.avg_pool2d(mask, 8)] if mask.numel() else [])
+        return mean, std, *([torch.nn.functional.avg_pool2d(mask, 8)] if mask.numel() else [])
 
     def latent(self, index: int, flip: bool) -> tuple[Tensor, ...]:
         """mean, std (C, H, W) of the picture's posterior, time ids (6,), and where the run has

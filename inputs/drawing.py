@@ -210,13 +210,16 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         print(said, file=sys.stderr)
     else:
         few, little = recipe.num_inference_steps, recipe.guidance_scale
-    tokens = {"150": 150, "225": 225}.get(about.get("max_tokens"), 75)
+    told = about.get("max_tokens", "75")
+    if not options.max_tokens and told not in ("75", "150", "225"):
+        found = f"{path} says max_tokens {told!r:.50}"
+        raise Refusal(found, "75, 150 or 225", "--max-tokens 75, or what it was trained with")
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
         adapter=str(path),
         prompts=tuple(prompts or recipe.validation_prompts),
-        max_tokens=options.max_tokens or tokens,
+        max_tokens=options.max_tokens or int(told),
         prediction_type=predicts if predicts != "auto" else trained.get("prediction_type", "auto"),
         scheduler=options.scheduler or sampler,
         num_inference_steps=steps or few,

@@ -222,6 +222,10 @@ def test_as_many_tokens_are_read_as_the_adapter_was_trained_with_unless_asked(tm
 
     assert tokens({}) == 75 and tokens({"max_tokens": "150"}) == 150
     assert tokens({"max_tokens": "150"}, "--max-tokens", "225") == 225
+    assert tokens({"max_tokens": "x"}, "--max-tokens", "75") == 75
+    for said in ("x", "76", "0", ""):
+        with pytest.raises(Refusal, match=f"says max_tokens '{said}'.*--max-tokens 75"):
+            tokens({"max_tokens": said})
 
 
 def test_what_cannot_be_written_is_met_before_drawing(run, tmp_path, monkeypatch):
