@@ -319,7 +319,7 @@ def how_drawn(options: Options) -> dict[str, str]:
         "Lora strength": f"{options.strength:g}",
         "Lora hashes": f"{name}: {hashed}",
     }
-    return {key: str(value) for key, value in said.items()}
+    return {key: str(value) for key, value in said.items() if value != ""}
 
 
 def parameters(

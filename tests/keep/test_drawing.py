@@ -268,7 +268,7 @@ def test_captions_are_distinct_not_empty_and_chosen_by_the_seed():
     ],
 )
 def test_make_generate_compares_unless_an_adapter_or_prompts_are_named(words, compares):
-    argv = ["make", "-n", "generate", "PYTHON=python3", f"ARGS={words}"]
+    argv = ["make", "--no-print-directory", "-n", "generate", "PYTHON=python3", f"ARGS={words}"]
     done = subprocess.run(argv, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.split("generate.py")[1].split() == words.split() + ["--compare"] * compares
 
