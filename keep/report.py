@@ -19,7 +19,7 @@ import model
 from inputs.files import sayable, write_whole
 from inputs.hub import fetch, read_config
 from inputs.options import Config
-from inputs.pictures import strong_changes
+from inputs.pictures import changes, table_of_sizes
 from inputs.sources import Pictures, named
 from loop import Run, learning_rate
 
@@ -172,7 +172,8 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     bare = [p.name for p in pictures if not all(map(str.strip, p.captions))]
     first = f" (the first: {bare[0]})" if bare else ""
     cut = cut_captions(captions, config)
-    such = f" (the first: {sayable(cut[0], 60)})" if cut else ""
+    more = f"; --max-tokens {config.max_tokens + 75} reads more" * (config.max_tokens < 225)
+    such = f" (the first: {sayable(cut[0], 60)}{more})" if cut else ""
     epochs = config.max_train_steps * n / pictures.cards
     cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
     at, used = f"{', '.join(map(str, config.resolution))} px", len(set(run.examples.sizes))
@@ -188,7 +189,8 @@ def describe(kept, pictures: Pictures, how: str) -> str:
         f"{len(pictures)} pictures at {at}; captions: {len(bare)} missing or "
         f"empty{first}, {len(cut)} cut at the tokenizer's length{such}",
         "; ".join(pictures.notes),
-        strong_changes(pictures, run.examples.sizes),
+        table_of_sizes(pictures, run.examples.sizes) * (used > 1),
+        changes(pictures, run.examples.sizes),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}",
         f"{named(rare)} come in none of these steps: few are of their size" if rare else "",

@@ -121,7 +121,7 @@ def test_masks_of_another_size_or_empty_are_refused_all_at_once():
         picture(b"no picture", "e.png"),
     ]
     with pytest.raises(Refusal) as refusal:
-        check_pictures(given)
+        check_pictures(lambda p: data.views(p, (8, 8), False, 0, (False,)), given)
     said = str(refusal.value)
     for part in (
         "the mask a.mask.png of 10 x 20 pixels; expected 20 x 10, the size of a.png",
@@ -131,6 +131,24 @@ def test_masks_of_another_size_or_empty_are_refused_all_at_once():
     ):
         assert part in said
     assert "c.mask" not in said
+
+
+def test_a_mask_painted_on_a_transparent_layer_hides_the_rest():
+    layer = Image.new("RGBA", (16, 8))
+    layer.paste("white", (0, 0, 4, 8))
+    mask = np.asarray(mask_of(masked(noisy(16, 8), layer), (16, 8)))
+    assert (mask[:, :4] == 255).all() and not mask[:, 4:].any()
+
+
+def test_all_masks_whose_white_is_cut_away_are_named_by_a_run(tmp_path):
+    edge = np.zeros((64, 256))
+    edge[:, :8] = 255
+    given = [masked(noisy(256, 64, seed=i), grey(edge), f"{i}.png") for i in range(2)]
+    with pytest.raises(Refusal, match=r"mask of 0.png is black .* and the mask of 1.png is black"):
+        encoder = Plain(given)
+        encoder.embed = lambda captions: (torch.zeros(len(captions), 1, 1),) * 2
+        encoder.text = type("Text", (), {"encoders": [encoder.vae]})
+        data.fill_cache(tmp_path, encoder, True, torch.float32, {"text": "", "vae": ""})
 
 
 def test_a_mask_whose_white_is_all_cut_away_is_refused():

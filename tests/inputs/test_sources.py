@@ -541,7 +541,7 @@ def test_of_many_unreadable_files_ten_are_named_and_the_rest_counted(tmp_path):
     assert "2 more; expected" in told and names[10] not in told
     folder = write_folder(tmp_path / "pictures", {f"x/{n}.png": b"junk" for n in names})
     with pytest.raises(Refusal) as refusal:
-        decoding.check_pictures(read(folder, caption="x"))
+        decoding.check_pictures(decoding.decode, read(folder, caption="x"))
     told = str(refusal.value)
     assert all(f"x/{n}.png" in told for n in names[:10]) and "2 more" in told and "0x" not in told
 
@@ -809,7 +809,7 @@ def test_a_parquet_caption_that_is_no_text_is_refused(parquet, tmp_path):
 def test_a_parquet_row_without_a_picture_is_refused_by_its_number(parquet, bad):
     name = parquet(image=[cell(RED), bad, cell(BLUE)], text=["a", "b", "c"])
     with pytest.raises(Refusal, match="row 1"):
-        decoding.check_pictures(read_dataset(name))
+        decoding.check_pictures(decoding.decode, read_dataset(name))
 
 
 def test_a_parquet_folder_below_the_home_folder_may_be_written_with_a_tilde(
