@@ -75,7 +75,8 @@ class Config:
 
     recipe: Annotated[str, tyro.conf.Suppress] = "original"
 
-    # The SDXL model to adapt: a Hub name, or a folder in diffusers' layout.
+    # The SDXL model to adapt: a Hub name, a folder in diffusers' layout, or one file that holds all
+    # of it, FILE.safetensors here or USER/REPOSITORY/FILE.safetensors on the Hub.
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
     # Another VAE than the model's own: a folder, a Hub name, or a .safetensors file, here or as
     # USER/REPOSITORY/FILE.
@@ -89,8 +90,8 @@ class Config:
     # How many times each picture of these data sets is shown where another is shown once, a whole
     # number for each data set, as kohya's repeats; left empty, all alike.
     dataset_weights: tuple[float, ...] = ()
-    # In a folder with sub-folders like 10_style, kohya's layout, show what lies in them so many
-    # times, and leave sub-folders out whose name begins with reg.
+    # Of sub-folders in kohya's layout show what lies in 10_style so many times, and leave out reg,
+    # reg_NAME and regularisation.
     folder_repeats: bool = True
     # Split of the data set; of a folder, the sub-folder in which its metadata.jsonl may lie.
     dataset_split: str = "train"
@@ -172,7 +173,8 @@ class Config:
     gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4
     # Optimizer steps of the whole run.
     max_train_steps: Annotated[int, Within(1, 1e8)] = 1000
-    # In their place, how many times each picture is shown, its weight included; 0 is off.
+    # In their place, how many times each picture is shown, its weight included; with buckets some
+    # once more or less; 0 is off.
     max_train_epochs: Annotated[int, Within(0, 1e6)] = 0
     # Only as long as the change needs to be seen: about a minute after start-up, in the recipe
     # pocket. Changes options that are not given.
@@ -202,7 +204,7 @@ class Config:
     # is off.
     noise_offset: Annotated[float, Within(0, 1)] = 0.0
     # What the UNet predicts, epsilon (the noise) or v_prediction; auto is what the model's
-    # scheduler_config.json says.
+    # scheduler_config.json, or its file's mark v_pred or header, says.
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     # Whether the last timestep is pure noise (zero terminal SNR), so that darkest and brightest
     # pictures are learned; auto is what the model's scheduler_config.json, or its file's mark
@@ -246,7 +248,8 @@ class Config:
     # faster ways are measured against. One process, no checkpoints, no pictures, no comparison of
     # the file; options about these have nothing to act on.
     plain: bool = False
-    # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
+    # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4). Of
+    # several resolutions the time is the largest's, an upper bound.
     plan_for: str = ""
 
     # Seconds that several processes (torchrun) wait for one of them before the run ends; so many

@@ -80,27 +80,25 @@ def look(config: options.Config) -> bool:
     return len(whole) == len(pictures)
 
 
-def tokenizer_of(name: str) -> tuple:
-    """The tokenizer of the model `name` where it is on this disk, else SDXL's own, and in words
-    which of both.
-    """
+def tokenizer_of(name: str) -> Path:
+    """The folder of the tokenizer of the model `name` if it is on this disk, else of SDXL's own."""
     from huggingface_hub import try_to_load_from_cache  # here, as above
-    from transformers import CLIPTokenizer
 
-    folder = place(name) / "tokenizer"
-    if not folder.is_dir() and name.count("/") == 1:
-        kept = try_to_load_from_cache(name, "tokenizer/tokenizer_config.json")
-        folder = Path(kept).parent if isinstance(kept, str) else folder
-    own = (folder / PARTS["tokenizer"]).is_file()  # a model in one file has SDXL's
-    whose = "by the model's tokenizer" if own else "by SDXL's tokenizer"
-    return CLIPTokenizer.from_pretrained(folder if own else SHIPPED / "tokenizer"), whose
+    file = place(name) / "tokenizer" / PARTS["tokenizer"]
+    if not file.is_file() and name.count("/") == 1:
+        file = Path(try_to_load_from_cache(name, f"tokenizer/{file.name}") or file)
+    return file.parent if file.is_file() else SHIPPED / "tokenizer"
 
 
 def odd(pictures: list[Picture], config: options.Config) -> Iterator[str]:
     """What there is to know of a set's sizes, captions and files, a line for each."""
-    import model  # here, as above
+    from transformers import CLIPTokenizer  # here, as above
 
-    tokenizer, whose = tokenizer_of(config.pretrained_model_name_or_path)
+    import model
+
+    folder = tokenizer_of(config.pretrained_model_name_or_path)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    whose = f"{'SDXL' if folder.parent == SHIPPED else 'the model'}'s tokenizer"
     chunks = config.max_tokens // 75
     captions = [each.strip() for p in pictures for each in p.captions]
     files: dict[str, list[str]] = {}
@@ -111,7 +109,7 @@ def odd(pictures: list[Picture], config: options.Config) -> Iterator[str]:
     counts = collections.Counter(filter(None, captions))
     for what, names in {
         "pictures without a caption": [p.name for p in pictures if p.bare],
-        f"captions cut after {chunks * (tokenizer.model_max_length - 2)} tokens, {whose}": [
+        f"captions cut after {chunks * (tokenizer.model_max_length - 2)} tokens by {whose}": [
             p.name for p in pictures if model.too_long([*p.captions], tokenizer, chunks)
         ],
         "captions of several pictures": [f"{n} x {c}" for c, n in counts.items() if n > 1],

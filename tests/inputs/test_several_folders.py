@@ -107,7 +107,7 @@ def test_kohyas_folders_are_obeyed_and_said(tmp_path):
     pictures = read(folder)
     told = {"10_style/x.png": 10, "10_style/sub/y.png": 10, "02_cats/x.png": 2}
     assert weights(pictures) == told | {"2024_summer/x.png": 1, "plain/x.png": 1}
-    reg = "2 (the first: 1_Reg cats/x.png) left out, since they lie in folders like reg beside"
+    reg = "2 (the first: 1_Reg cats/x.png) left out, since they lie in kohya's reg fol"
     assert any(note.startswith(reg) for note in pictures.notes)
     said = "4 (the first: 02_cats/x.png) in folders like 10_style, shown so many times, up to 999"
     assert any(note.startswith(said) for note in pictures.notes)
@@ -122,10 +122,36 @@ def test_the_numbers_of_folders_can_be_left_alone(tmp_path):
     assert any("once each" in note for note in pictures.notes)
 
 
-def test_without_numbered_folders_reg_is_a_folder_as_any(tmp_path):
-    files = {name: content for name, content in KOHYA.items() if name[0] in "rp"}
-    pictures = read(write_folder(tmp_path, files))
-    assert weights(pictures) == {"plain/x.png": 1, "reg/x.png": 1} and not pictures.notes
+@pytest.mark.parametrize("name", ["regal", "regular", "10_regina woman", "5_region", "2_a reg"])
+def test_a_name_that_only_begins_as_reg_does_is_trained_on(tmp_path, name):
+    folder = write_folder(tmp_path, {f"{name}/x.png": RED, f"{name}/x.txt": "a"})
+    assert [p.name for p in read(folder)] == [f"{name}/x.png"]
+
+
+@pytest.mark.parametrize("name", ["reg", "Reg_x", "1_reg-x", "3_reg x", "regularization_images"])
+def test_regularisation_is_left_out_and_said_without_numbered_folders_too(tmp_path, name):
+    files = {f"{name}/x.png": RED, f"{name}/x.txt": "a", "plain/x.png": BLUE, "plain/x.txt": "a"}
+    folder = write_folder(tmp_path, files)
+    found = read(folder)
+    assert [p.name for p in found] == ["plain/x.png"]
+    assert found.notes[0].startswith(f"1 (the first: {name}/x.png) left out, since they lie in koh")
+    assert "(--no-folder-repeats: trained on)" in found.notes[0]
+    assert len(read(folder, folder_repeats=False)) == 2
+
+
+def test_a_numbered_folder_that_is_named_itself_is_said(tmp_path):
+    folder = write_folder(tmp_path / "10_style", {"x.png": RED, "x.txt": "a"})
+    found = read(folder)
+    assert weights(found) == {"x.png": 1}
+    assert found.notes == ["its own name's 10 is not counted (--dataset-weights 10 is)"]
+    assert not read(folder, folder_repeats=False).notes
+
+
+def test_a_folder_twice_or_within_another_is_refused(two):
+    a, b = two
+    for names in ((a, b, f"{a}/"), (a.parent, b), (b, a.parent)):
+        with pytest.raises(Refusal, match="which holds the same; expected each once"):
+            read(*names)
 
 
 # ---- the deck ------------------------------------------------------------------------------------

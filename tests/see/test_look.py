@@ -39,7 +39,7 @@ def test_every_oddity_is_told_by_name_and_the_rest_is_shown(odd, capsys):
     assert len(stops) == 2 and "cut.jpg" in stops[0] and "text.png" in stops[1]  # all, and no more
     assert "sizes: from 60 x 90 px (small.png) to 300 x 200 px (wide.png)" in lines
     assert "pictures without a caption: 2, 'bare.png', 'small.png'" in lines
-    assert "captions cut after 75 tokens, by SDXL's tokenizer: 1, 'again.png'" in lines
+    assert "captions cut after 75 tokens by SDXL's tokenizer: 1, 'again.png'" in lines
     assert "captions of several pictures: 1, '2 x a fox'" in lines
     assert "files there several times: 1, 'again.png = wide.png'" in lines
     assert "(the first: small.png) are enlarged over 1.5 times" in said
@@ -132,8 +132,8 @@ def test_captions_are_counted_with_the_tokenizer_of_the_run(tmp_path, capsys):
     files = {"a.png": encoded(noisy(64, 64)), "a.txt": "cat " * 45}
     folder = write_folder(tmp_path / "set", files)
     assert look.main(["pocket", "--dataset-name", str(folder), "--output-dir", str(tmp_path)]) == 0
-    assert "captions cut after 30 tokens, by the model's tokenizer: 1, 'a.png'" in (
+    assert "captions cut after 30 tokens by the model's tokenizer: 1, 'a.png'" in (
         capsys.readouterr().out
     )
     assert run(folder) == 0
-    assert "captions cut after 75 tokens, by SDXL's tokenizer: 0" in capsys.readouterr().out
+    assert "captions cut after 75 tokens by SDXL's tokenizer: 0" in capsys.readouterr().out
