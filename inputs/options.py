@@ -161,7 +161,7 @@ class Config:
     # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
     # run's folder. A smaller rank is filled up, a larger one cut by SVD, with what is lost said.
     start_from: str = ""
-    # Start from an adapter even though it was trained on another base.
+    # Start from an adapter even though it was trained on another base, or with other noise.
     any_base: bool = False
     # Everything random follows from it; two runs with one seed are one run.
     seed: Annotated[int, Within(0, 2**32 - 1)] = 42
@@ -349,8 +349,10 @@ def parse(argv: list[str] | None = None) -> Config:
     # A typed alpha of 16 is read as 16.0; as the recipe's own 16 it is the same run and file.
     same = {k: v for k, v in vars(recipes[first][1]).items() if v == getattr(asked, k)}
     if asked.max_train_epochs and "max-train-steps" in given:
-        found = "--max-train-steps with --max-train-epochs"
-        raise Refusal(found, "one of them", "leave one out")
+        if "max-train-epochs" in given:
+            found = "--max-train-steps with --max-train-epochs"
+            raise Refusal(found, "one of them", "leave one out")
+        same["max_train_epochs"] = 0  # a file's: what is typed goes before it
     # No shell does so behind --output-dir=.
     same |= {k: os.path.expanduser(getattr(asked, k)) for k in ("output_dir", "cache_dir")}
     return check(replace(asked, **same))
@@ -369,6 +371,7 @@ def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> 
         # Before the first ruled line may stand a title, behind the last how to get help.
         parts = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))[1:-1]
         why = "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
+        why = why.partition("; Argument helptext:")[0]
         found, remedy = f"a command line that cannot be read: {why}", f"python {prog} --help"
         raise Refusal(found, "options as docs/options.md lists them", remedy) from left
 
@@ -427,6 +430,9 @@ ELSEWHERE = {  # other trainers' names: ours
     "dataset-config-name": "--dataset-config",
     "num-train-epochs": "--max-train-epochs",
     "dataset-repeats": "--dataset-weights",
+    "num-repeats": "--dataset-weights",
+    "alpha-mask": "--mask-from-alpha",
+    "network-weights": "--start-from",
     "output-name": "--output-dir",
     "shuffle-caption": "--shuffle-tags",
     "keep-tokens": "--keep-tags",
@@ -560,13 +566,19 @@ def check(config: Config) -> Config:
     too_long = config.quick and config.recipe not in QUICK
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
-    odd = [side for side in config.resolution if side % 64] if config.buckets else []
+    unit = 64 if config.buckets else 8
+    sides = {side: max(1, round(side / unit)) * unit for side in config.resolution}
+    odd = (*sides.values(),) != config.resolution and not any(side % 8 for side in sides)
+    good = "--resolution " + " ".join(map(str, sorted({*sides.values()})))
+    asked = f"resolution {' '.join(map(str, config.resolution))}"
+    units = f"multiples of {unit}{' (with --no-buckets of 8)' * config.buckets}, each once"
     sets, weights = len(config.dataset_name), config.dataset_weights
     wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
     told = " ".join(f"{weight:g}" for weight in weights)
-    given = f"--dataset-weights {told} for {sets} of --dataset-name"
+    given = f"--dataset-weights {told} with {sets} data set{'s' * (sets > 1)}"
     unseen = config.plan_for and config.max_train_epochs
     epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
+    alone = config.any_base and not config.start_from
     kept = config.keep_tags and not (config.shuffle_tags or config.tag_dropout)
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
@@ -576,7 +588,8 @@ def check(config: Config) -> Config:
         (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
-        (odd, f"--buckets with a resolution of {odd}", "multiples of 64", "--no-buckets"),
+        (odd, asked, units, good),
+        (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun

@@ -111,7 +111,7 @@ def read_datasets(options: Config) -> Pictures:
     where no picture has the transparency that was asked for.
     """
     names, found = options.dataset_name, Pictures()
-    places = [(name, place(name).resolve()) for name in names]
+    places = ((name, place(name).resolve()) for name in names)
     refuse(
         (f"--dataset-name {a} and {b}, which holds the same", "each once", "leave one out")
         for (a, one), (b, other) in itertools.combinations(places, 2)
@@ -430,8 +430,8 @@ def kohyas(key: str, row: dict) -> dict:
     """An entry of kohya's JSON as a row; its caption is the caption and the tags, as there:
     https://github.com/kohya-ss/sd-scripts/blob/6edbe005/library/train_util.py (FineTuningDataset).
     """
-    told = row.get("caption")
-    told = told if told and isinstance(told, list) else [told]
+    told = row.get("caption") or None
+    told = told if isinstance(told, list) else [told]
     text = [", ".join(filter(None, (each, row.get("tags")))) for each in told]
     return {"file_name": key.replace("\\", "/"), **row, "text": text}
 
@@ -457,12 +457,10 @@ def agreed(folder: Path, told: dict[str, list[tuple]]) -> tuple[list[tuple], lis
         remedy = f"correct them, or leave one kind out: find {shlex.quote(str(folder))} "
         remedy += f"-name '{Path([*said[odd[0]]][1]).name}' -exec mv {{}} {{}}.unused \\;"
         raise Refusal(f"captions in {folder} disagree: {found}", "the same captions", remedy)
-    rows = [row for file, row in every if first[row[0]] == file]
-    counts = collections.Counter(
-        file for file, row in every if words(row) and first[row[0]] == file
-    )
-    both = " and ".join(f"{file} ({count})" for file, count in counts.items())
-    return rows, [f"captions of {both} taken together"] * (len(counts) > 1)
+    rows = [(file, row) for file, row in every if first[row[0]] == file]
+    taken = list(dict.fromkeys(file for file, row in rows if words(row)))
+    note = f"captions of {' and '.join(taken)} taken together"
+    return [row for _, row in rows], [note] * (len(taken) > 1)
 
 
 def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> dict[str, tuple]:

@@ -242,4 +242,4 @@ def disk(config: Config, pictures: Pictures, dtype: torch.dtype) -> str:
     tokens = chunks * model.load_tokenizers(name)[0].model_max_length
     each = tokens * width * dtype.itemsize
     told = f"{rows} captions of {len(pictures)} pictures, {each / 1e3:.0f} kB each when encoded"
-    return f"{told}: {rows * each / 1e9:.2f} GB in {config.cache_dir}"
+    return f"{told}: {rows * each / 1e6:,.1f} MB in {config.cache_dir}"

@@ -56,16 +56,16 @@ def look(config: options.Config) -> bool:
         print(f"a run stops at this: {each}")
     if not whole:
         return False
-    print(*odd(whole, config), table_of_sizes(whole, sizes), sep="\n")
-    if changed := changes(whole, sizes):
-        print(changed)
+    said = [*odd(whole, config), table_of_sizes(whole, sizes), changes(whole, sizes)]
+    print(*filter(None, said), sep="\n")
 
     def shown(i: int) -> tuple[Image.Image, str]:
         pixels = data.views(whole[i], sizes[i], config.random_crop, config.seed, (False,))[0][0]
         levels = (pixels.permute(1, 2, 0) + 1) * 127.5  # (3, H, W) of [-1, 1] to (H, W, 3) of 255
         image = Image.fromarray(levels.round().byte().numpy())
         image.thumbnail((SIDE, 4 * SIDE))  # the width decides: words stand above it
-        return image, " | ".join(whole[i].captions)
+        words = "(no caption)" if whole[i].bare else " | ".join(whole[i].captions)
+        return image, f"{whole[i].name}: {words}"
 
     rows, every = {}, -(-len(whole) // MOST)
     for group in data.alike(sizes):
@@ -119,12 +119,11 @@ def odd(pictures: list[Picture], config: options.Config) -> Iterator[str]:
 
 
 def drawn(rows: dict[str, list[tuple[Image.Image, str]]]) -> Image.Image:
-    """The sheet. rows: by the heading beside them crops of one size, each with its caption."""
+    """The sheet. rows: by the heading beside them crops of one size, each with its words."""
     grids = []
     for heading, crops in rows.items():
-        images, captions = zip(*crops, strict=True)
-        titles = [caption.strip() or "(no caption)" for caption in captions]
-        grids.append(sheet.grid({heading: [*images]}, titles))
+        images, words = zip(*crops, strict=True)
+        grids.append(sheet.grid({heading: [*images]}, words))
     return sheet.stacked(grids)
 
 
@@ -132,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns its exit code: 1 where a run would stop, or refused (on stderr)."""
     try:
         config = options.parse(argv)
-        options.announce(f"looking at {' and '.join(config.dataset_name)}")
+        options.announce(f"looking at {' and '.join(config.dataset_name)} as {config.recipe}")
         return 0 if look(config) else 1
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)

@@ -155,11 +155,11 @@ def test_caption_files_that_complete_each_other_are_taken_together_and_said(tmp_
     folder = write_folder(tmp_path / "beside", TWO | files)
     found = read_dataset(str(folder))
     assert [p.captions for p in found] == [("red",), ("blue",), ("",)]
-    assert found.notes == ["captions of *.txt (1) and *.caption (1) taken together"]
+    assert found.notes == ["captions of *.txt and *.caption taken together"]
     files = {"metadata.jsonl": ROWS[:1], "b.txt": "blue", "b.caption": "blue"}
     found = read_dataset(str(write_folder(tmp_path / "table", TWO | files)))
     assert [p.captions for p in found] == [("red",), ("blue",)]
-    assert found.notes == ["captions of metadata.jsonl (1) and *.txt (1) taken together"]
+    assert found.notes == ["captions of metadata.jsonl and *.txt taken together"]
     files = {"a.txt": "red", "a.caption": "red", "b.txt": "blue", "b.caption": "blue"}
     assert not read_dataset(str(write_folder(tmp_path / "same", TWO | files))).notes
 

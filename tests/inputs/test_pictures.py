@@ -253,8 +253,8 @@ def test_strong_changes_are_said_with_the_first_pictures_name():
         [picture(v, name) for name, v in given.items()], [(64, 64)] * len(given)
     )
     assert said == (
-        "2 (the first: small.png) are smaller than they train at, and enlarged\n"
-        "strongly changed: 2 (the first: long.png) lose over 30 % to the crop; "
+        "changed: 2 (the first: long.png) lose over 30 % to the crop; "
+        "2 (the first: small.png) are enlarged; "
         "1 (the first: small.png) are enlarged over 1.5 times; "
         "1 (the first: moves.gif) have several frames, of which the first is used; "
         "3 (the first: grey.png) have 16 bits, reduced to 8"

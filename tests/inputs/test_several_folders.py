@@ -84,8 +84,14 @@ def test_what_is_wrong_in_several_folders_is_said_at_once(tmp_path):
 @pytest.mark.parametrize("given", ["3", "3 1 1", "3 0", "3 -1", "1000 1", "1.5 1", "nan 1"])
 def test_weights_that_do_not_fit_are_refused(given):
     words = ["pocket", "--dataset-name", "a", "b", "--dataset-weights", *given.split()]
-    with pytest.raises(Refusal, match=f"--dataset-weights {given} for 2 of --dataset-name; expec"):
+    with pytest.raises(Refusal, match=f"--dataset-weights {given} with 2 data sets; expec"):
         options.parse(words)
+
+
+def test_what_is_typed_goes_before_a_files_epochs(tmp_path):
+    (tmp_path / "o.json").write_text('{"recipe": "t4", "max_train_epochs": 3}')
+    asked = options.parse(["--config", str(tmp_path / "o.json"), "--max-train-steps", "7"])
+    assert (asked.max_train_steps, asked.max_train_epochs) == (7, 0)
 
 
 def test_no_name_is_refused():
@@ -249,7 +255,8 @@ def test_a_run_over_two_folders_for_an_epoch(train, tmp_path, capsys):
     assert adapter(tmp_path / "r") == adapter(tmp_path / "whole")
     other = ("--dataset-weights", "1", "1", "--max-train-epochs", "9")
     assert train.main("r", *other) == 1
-    assert "dataset_weights (3.0, 1.0)" in capsys.readouterr().err
+    said = f"3 changed in picture, mask, weight or caption ('{tmp_path}/a/"
+    assert said in capsys.readouterr().err
 
 
 def test_the_books_own_lines_count_epochs_and_weights_alike(train, tmp_path, capsys):

@@ -265,7 +265,7 @@ def test_a_caption_beside_a_table_that_lacks_it_is_taken_with_it_and_said(tmp_pa
     folder = write_folder(tmp_path, files)
     found = read(folder)
     assert [p.captions[0] for p in found] == ["a", "b"]
-    assert found.notes == ["captions of metadata.jsonl (1) and *.txt (1) taken together"]
+    assert found.notes == ["captions of metadata.jsonl and *.txt taken together"]
     (folder / "b.txt").write_text("")
     found = read(folder)
     assert [p.captions[0] for p in found] == ["a", ""] and not found.notes
@@ -277,7 +277,7 @@ def test_a_table_at_the_top_and_one_in_the_split_are_taken_together(tmp_path, sp
     files |= {"metadata.jsonl": [GOOD], f"{split}/metadata.csv": "file_name,text\na.png,other"}
     found = read(write_folder(tmp_path, files), dataset_split=split)
     assert {p.name: p.captions for p in found} == {"a.png": ("a",), f"{split}/a.png": ("other",)}
-    both = f"captions of metadata.jsonl (1) and {split}/metadata.csv (1) taken together"
+    both = f"captions of metadata.jsonl and {split}/metadata.csv taken together"
     assert found.notes == [both]
 
 
