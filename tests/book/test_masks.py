@@ -14,6 +14,7 @@ from inputs.files import Refusal, digest
 from inputs.options import Config
 from inputs.pictures import check_pictures, mask_of
 from inputs.sources import ALPHA, WHITE, Picture, read_datasets
+from keep import identity
 from made import encoded, noisy, picture, write_folder
 from tiny_run import SCHEDULE
 
@@ -158,6 +159,18 @@ def test_pictures_that_are_called_as_others_masks_are_said(tmp_path, name):
     found = read(folder, caption="x")
     said = f"1 (the first: {name}) are called as masks of others are, and trained on: a mask is"
     assert len(found) == 3 and found.notes[0].startswith(said)
+
+
+def test_a_mask_that_is_added_changes_that_picture_alone(tmp_path):
+    """By which a begun run says what has changed."""
+    files = {f"{x}.png": encoded(noisy(8, 8, seed=ord(x))) for x in "abc"}
+    folder = write_folder(tmp_path, files)
+    before = identity.listed(read(folder, caption="x"))
+    write_folder(tmp_path, {"b.mask.png": encoded(half(8, 8))})
+    pictures = read(folder, caption="x")
+    after = identity.listed(pictures)
+    assert {name for name in after if after[name] != before[name]} == {"b.png"}
+    assert [p.mask.digest == "white" for p in pictures] == [True, False, True]
 
 
 def test_a_mask_whose_white_is_all_cut_away_is_refused():

@@ -253,6 +253,9 @@ def test_a_run_over_two_folders_for_an_epoch(train, tmp_path, capsys):
     assert train.main("r", *WEIGHTED[:-1], "2") == 0 and len(train.log("r")) == 6
     assert train.main("whole", *WEIGHTED[:-1], "2") == 0
     assert adapter(tmp_path / "r") == adapter(tmp_path / "whole")
+    turned = ("--dataset-name", f"{tmp_path}/b", f"{tmp_path}/a", "--dataset-weights", "1", "3")
+    assert train.main("r", *turned, "--max-train-epochs", "9") == 1
+    assert "this command has the same pictures in another order; exp" in capsys.readouterr().err
     other = ("--dataset-weights", "1", "1", "--max-train-epochs", "9")
     assert train.main("r", *other) == 1
     said = f"3 changed in picture, mask, weight or caption ('{tmp_path}/a/"

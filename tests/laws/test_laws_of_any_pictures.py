@@ -205,6 +205,8 @@ def test_another_way_with_captions_is_another_run(train, capsys):
         assert train("one", *more.split()) == 1
         word = more.split()[0][2:].replace("-", "_")
         assert f"and this command has {word} " in capsys.readouterr().err
+    same = ("--dataset-weights", "1", "--no-folder-repeats", "--caption-lines")  # by content
+    assert train("one", "--max-train-steps", "1", *same) == 0
     for more in ("--tag-dropout 0.3", "--trigger pen"):
         assert train("one", *more.split()) == 1
         said = "and this command has 11 changed in picture, mask, weight or caption"
