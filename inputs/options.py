@@ -567,10 +567,9 @@ def check(config: Config) -> Config:
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
     unit = 64 if config.buckets else 8
-    sides = {side: max(1, round(side / unit)) * unit for side in config.resolution}
-    odd = (*sides.values(),) != config.resolution and not any(side % 8 for side in sides)
-    good = "--resolution " + " ".join(map(str, sorted({*sides.values()})))
-    asked = f"resolution {' '.join(map(str, config.resolution))}"
+    good = sorted({max(1, round(side / unit)) * unit for side in config.resolution})
+    odd = good != sorted(config.resolution) and not any(side % 8 for side in config.resolution)
+    sides, good = (" ".join(map(str, each)) for each in (config.resolution, good))
     units = f"multiples of {unit}{' (with --no-buckets of 8)' * config.buckets}, each once"
     sets, weights = len(config.dataset_name), config.dataset_weights
     wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
@@ -588,7 +587,7 @@ def check(config: Config) -> Config:
         (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
-        (odd, asked, units, good),
+        (odd, f"resolution {sides}", units, f"--resolution {good}"),
         (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
     ]
     if config.plain:

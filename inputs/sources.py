@@ -329,9 +329,8 @@ def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
     found = Pictures(for_all(picture, sorted(pictures)))
     said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
     often = "so many times, up to 999 (--no-folder-repeats: once)" if obeyed else "once each"
-    said[f"in folders like 10_style, shown {often}"] = [
-        p.name for p in found if NUMBERED.search(p.name)
-    ]
+    kohya = f"in folders like 10_style, shown {often}"
+    said[kohya] = [p.name for p in found if NUMBERED.search(p.name)]
     said[f"are called as masks of others are, and trained on: a mask is NAME{MASK}"] = like_masks
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
     found.notes += notes + [f"{named_in(t)} has no rows" for t in tables[:1] if not captions]
@@ -349,8 +348,7 @@ def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, 
     masks = {stem(name[: -len(MASK)] + "."): name for name in names if name.lower().endswith(MASK)}
     pictures = [path for path in files if not path.name.lower().endswith(MASK)]
     there = {stem(name): name for name in (p.relative_to(folder).as_posix() for p in pictures)}
-    bare = {LIKE_MASK.sub("", key): key for key in there if LIKE_MASK.search(key)}
-    like = [there[key] for of, key in bare.items() if of in there]
+    like = [n for key, n in there.items() if (of := LIKE_MASK.sub("", key)) != key and of in there]
     odd = [name for key, name in masks.items() if key not in there]
     found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"
     refuse([(found, f"a.jpg beside a{MASK}", "add, rename or remove what is odd")] if odd else [])
@@ -450,9 +448,7 @@ def agreed(folder: Path, told: dict[str, list[tuple]]) -> tuple[list[tuple], lis
             said[row[0]].setdefault(file, words(row))
     if odd := [key for key, each in said.items() if len(set(each.values())) > 1]:
         each = [[f"{sayable(t, 40)!r} in {f}" for f, t in said[key].items()] for key in odd[:3]]
-        found = "; ".join(
-            f"{key} is {' and '.join(t)}" for key, t in zip(odd[:3], each, strict=True)
-        )
+        found = "; ".join(f"{key} is {' and '.join(t)}" for key, t in zip(odd, each, strict=False))
         found += f"; {len(odd) - 3} more" * (len(odd) > 3)
         remedy = f"correct them, or leave one kind out: find {shlex.quote(str(folder))} "
         remedy += f"-name '{Path([*said[odd[0]]][1]).name}' -exec mv {{}} {{}}.unused \\;"

@@ -86,7 +86,8 @@ def tokenizer_of(name: str) -> Path:
 
     file = place(name) / "tokenizer" / PARTS["tokenizer"]
     if not file.is_file() and name.count("/") == 1:
-        file = Path(try_to_load_from_cache(name, f"tokenizer/{file.name}") or file)
+        kept = try_to_load_from_cache(name, f"tokenizer/{file.name}")
+        file = Path(kept) if isinstance(kept, str) else file  # else it is known to be nowhere
     return file.parent if file.is_file() else SHIPPED / "tokenizer"
 
 
