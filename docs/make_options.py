@@ -3,32 +3,20 @@
 The reason for an option is the comment above its field, as in --help.
 """
 
-import re
 import sys
 import textwrap
-from dataclasses import fields
 from pathlib import Path
-from typing import Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from inputs import drawing, options  # noqa: E402
-from inputs.options import QUICK, RECIPES, Within  # noqa: E402
+from inputs.help import called, groups, shown, takes  # noqa: E402
+from inputs.options import QUICK, RECIPES  # noqa: E402
 from keep.identity import MAY_CHANGE  # noqa: E402
 
 SHORT = " with --quick"
 PAGE = ROOT / "docs" / "options.md"
-HEADINGS = {  # the first option of each group of Config
-    "pretrained_model_name_or_path": "The model, the pictures, the folders",
-    "resolution": "What is shown of a picture",
-    "lora_rank": "The adapter",
-    "train_batch_size": "The steps",
-    "device": "How it is computed",
-    "ddp_timeout": "Several processes",
-    "checkpointing_steps": "What is kept and written",
-    "validation_prompts": "The picture at the end",
-}
 TRAINING = """# Every option
 
 This page is made from the code: `python docs/make_options.py` writes it, and a test holds it to the
@@ -55,54 +43,25 @@ The others may change between two starts of one run, with four limits:
 DRAWING = "\n## Drawing: `python generate.py ADAPTER`\n"
 
 
-def shown(value) -> str:
-    """A value as one types it."""
-    if isinstance(value, bool):
-        return "on" if value else "off"
-    if isinstance(value, tuple):
-        return ", ".join(f"`{each}`" for each in value) or "none"
-    return f"`{value}`" if value != "" else "empty"
-
-
-def takes(kind, name: str) -> str:
-    """What an option's type allows, in words."""
-    if bounds := [str(each) for each in getattr(kind, "__metadata__", ()) if type(each) is Within]:
-        number = get_args(kind)[0]
-        several = "each " if get_origin(number) is tuple else ""
-        whole = "" if number is float else "whole, "
-        return f"{several}{whole}{bounds[0]}"
-    if get_origin(kind) is Literal:
-        return " or ".join(f"`{each}`" for each in get_args(kind))
-    if kind is bool:
-        return f"or `--no-{name}`"
-    return "texts" if get_origin(kind) is tuple else "text"
-
-
 def usual(recipe: str, values: dict, field):
     """The value that a recipe need not say: the default, and with --quick the recipe's own."""
     return values[recipe.removesuffix(SHORT)] if recipe.endswith(SHORT) else field.default
 
 
-def entries(cls: type, module, headings: dict, recipes: dict) -> list[str]:
-    """A paragraph for each option of a dataclass, with the headings before them."""
-    text, parts = Path(module.__file__).read_text().partition(f"class {cls.__name__}:")[2], []
-    for field in fields(cls):
-        found = re.search(rf"((?:    # .*\n)+)    {field.name}: (.*)", text)
-        if not found or field.name == "recipe":
-            continue
-        if field.name in headings:
-            parts.append(f"\n### {headings[field.name]}\n")
-        name = field.name.replace("_", "-")
-        called = f"`{name.upper()}`" if "Positional" in found[2] else f"`--{name}`"
-        line = f"**{called}** · {takes(field.type, name)} · default {shown(field.default)}"
-        values = {recipe: getattr(config, field.name) for recipe, config in recipes.items()}
-        other = [f"{r} {shown(v)}" for r, v in values.items() if v != usual(r, values, field)]
-        line += f" ({'; '.join(other)})" if other else ""
-        line += " · **fixed**" if recipes and field.name not in MAY_CHANGE else ""
-        reason = re.sub(r"\s*# ", " ", found[1]).strip()
-        hang = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
-        parts.append(textwrap.fill(f"- {line}", 100, **hang) + "  ")
-        parts.append(textwrap.fill(f"  {reason}", 100, **hang))
+def entries(cls: type, recipes: dict) -> list[str]:
+    """A paragraph for each option of a dataclass, with the headings of their groups."""
+    parts = []
+    for group, found in groups(cls).items():
+        parts += [f"\n### {group}\n"] * bool(group)
+        for field, reason in found.items():
+            line = f"**`{called(field)}`** · {takes(field)} · default {shown(field.default)}"
+            values = {recipe: getattr(config, field.name) for recipe, config in recipes.items()}
+            other = [f"{r} {shown(v)}" for r, v in values.items() if v != usual(r, values, field)]
+            line += f" ({'; '.join(other)})" if other else ""
+            line += " · **fixed**" if recipes and field.name not in MAY_CHANGE else ""
+            hang = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+            parts.append(textwrap.fill(f"- {line}", 100, **hang) + "  ")
+            parts.append(textwrap.fill(f"  {reason}", 100, **hang))
     return parts
 
 
@@ -112,8 +71,8 @@ def page() -> str:
     recipes = {name: config for name, (_, config) in RECIPES.items()} | short
     told = "\n".join(f"- **{name}**: {what}" for name, (what, _) in RECIPES.items())
     parts = [TRAINING.replace("RECIPES", told)]
-    parts += entries(options.Config, options, HEADINGS, recipes)
-    parts += [DRAWING, *entries(drawing.Options, drawing, {}, {})]
+    parts += entries(options.Config, recipes)
+    parts += [DRAWING, *entries(drawing.Options, {})]
     return "\n".join(parts) + "\n"
 
 
