@@ -49,8 +49,8 @@ class Smoothed:
 
 
 class Log:
-    """A bar or lines of progress, one JSON line and one set of TensorBoard scalars for each step; nothing of
-    it in a process that does not speak for the run.
+    """A bar or plain lines, one JSON line and one set of TensorBoard scalars for each step; nothing
+    of it in a process that does not speak for the run.
     """
 
     def __init__(self, out: Path, start: int, config: Config, speaks: bool = True):

@@ -157,7 +157,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     model.free_memory()
     team.leave()
     if team.first:
-        say("saving: each adapter file is written, read back and compared")
+        say("saving the adapter")
         for path in export.export(kept):
             say(f"saved, read back and compared: {path}")
         export.mark_finished(kept)
