@@ -84,7 +84,7 @@ def tell(bar: Any, phase: str, said: str, more: str = "") -> None:
 
 def clock(seconds: float) -> str:
     """0:59, 59:59, 1h00."""
-    minutes, rest = divmod(int(seconds), 60)
+    minutes, rest = divmod(round(seconds), 60)
     return f"{minutes // 60}h{minutes % 60:02}" if minutes > 59 else f"{minutes}:{rest:02}"
 
 

@@ -228,18 +228,18 @@ def describe(kept, pictures: Pictures, how: str) -> str:
 def last_lines(config: Config) -> str:
     """Where the adapter and its pictures are, and the two commands that are typed next."""
     files, picture = files_of(config), config.out / "pictures" / "before-after.png"
-    steps, epochs, again = config.max_train_steps, config.max_train_epochs, shlex.quote
+    steps, epochs, out = config.max_train_steps, config.max_train_epochs, str(config.out)
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
     if config.lr_scheduler == "cosine":  # its rate has fallen: to go on would learn next to nothing
-        longer += f" --lr-schedule-steps 0 --output-dir {again(f'{config.out}-longer')}"
-    return "\n".join(
-        [
-            f"adapter: {files['peft']} (for ComfyUI, Forge and others: {files['kohya']})",
-            *([f"pictures: {picture}"] if picture.is_file() else []),
-            f"your own prompt: python generate.py {again(str(config.out))} --prompts 'YOUR PROMPT'",
-            f"longer: python loop.py --config {again(str(config.out))} {longer}",
-        ]
-    )
+        longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"
+    lines = [
+        f"adapter: {files['peft']}",
+        f"the same for ComfyUI, Forge and others: {files['kohya']}",
+        f"pictures: {picture}" * picture.is_file(),
+        f"draw your own: python generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",
+        f"train longer: python loop.py --config {shlex.quote(out)} {longer}",
+    ]
+    return "\n".join(filter(None, lines))
 
 
 def never_shown(run: Run) -> list[str]:

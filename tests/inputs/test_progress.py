@@ -120,7 +120,7 @@ def test_quiet_and_tqdms_own_switch_show_nothing(capsys, monkeypatch):
 
 def test_times_are_short():
     found = [clock(seconds) for seconds in (0, 59.9, 1073, 3599, 3600, 4 * 3600 + 61, 400_000)]
-    assert found == ["0:00", "0:59", "17:53", "59:59", "1h00", "4h01", "111h06"]
+    assert found == ["0:00", "1:00", "17:53", "59:59", "1h00", "4h01", "111h06"]
 
 
 def test_a_picture_is_shown_in_a_cell_and_nowhere_else(monkeypatch):
