@@ -6,13 +6,14 @@ The reason for an option is the comment above its field, as in --help.
 import sys
 import textwrap
 from pathlib import Path
+from typing import Literal, get_args, get_origin
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from inputs import drawing, options  # noqa: E402
-from inputs.help import called, groups, shown, takes  # noqa: E402
-from inputs.options import QUICK, RECIPES  # noqa: E402
+from inputs.help import groups  # noqa: E402
+from inputs.options import QUICK, RECIPES, Within  # noqa: E402
 from keep.identity import MAY_CHANGE  # noqa: E402
 
 SHORT = " with --quick"
@@ -43,6 +44,31 @@ The others may change between two starts of one run, with four limits:
 DRAWING = "\n## Drawing: `python generate.py ADAPTER`\n"
 
 
+def shown(value) -> str:
+    """A value as one types it."""
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    if isinstance(value, tuple):
+        return ", ".join(f"`{each}`" for each in value) or "none"
+    return f"`{value}`" if value != "" else "empty"
+
+
+def takes(kind, name: str) -> str:
+    """What an option's type allows, in words."""
+    if bounds := [str(each) for each in getattr(kind, "__metadata__", ()) if type(each) is Within]:
+        number = get_args(kind)[0]
+        several = "each " if get_origin(number) is tuple else ""
+        whole = "" if number is float else "whole, "
+        return f"{several}{whole}{bounds[0]}"
+    if get_origin(kind) is Literal:
+        return " or ".join(f"`{each}`" for each in get_args(kind))
+    if kind is bool:
+        return f"or `--no-{name}`"
+    if get_origin(kind) is tuple:
+        return "numbers" if float in get_args(kind) else "texts"
+    return "text"
+
+
 def usual(recipe: str, values: dict, field):
     """The value that a recipe need not say: the default, and with --quick the recipe's own."""
     return values[recipe.removesuffix(SHORT)] if recipe.endswith(SHORT) else field.default
@@ -54,7 +80,9 @@ def entries(cls: type, recipes: dict) -> list[str]:
     for group, found in groups(cls).items():
         parts += [f"\n### {group}\n"] * bool(group)
         for field, reason in found.items():
-            line = f"**`{called(field)}`** · {takes(field)} · default {shown(field.default)}"
+            name = field.name.replace("_", "-")
+            typed = name.upper() if "Positional" in str(field.type) else f"--{name}"
+            line = f"**`{typed}`** · {takes(field.type, name)} · default {shown(field.default)}"
             values = {recipe: getattr(config, field.name) for recipe, config in recipes.items()}
             other = [f"{r} {shown(v)}" for r, v in values.items() if v != usual(r, values, field)]
             line += f" ({'; '.join(other)})" if other else ""

@@ -15,7 +15,6 @@ from inputs.files import digest, read_tensors, safetensors_bytes, sweep_parts, w
 from inputs.progress import progress
 
 ROWS_PER_FILE = 16  # pictures or captions in one file: what an interruption may cost
-PHASES = {"prompt": "texts", "latent": "pictures"}  # as they are called on the screen
 Place = tuple[Path, int]  # a file, and the row in it
 
 
@@ -51,7 +50,7 @@ def fill(
     blocks = [block for each in rows for block in cut(each, ROWS_PER_FILE)]
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     sweep_parts(folder)
-    phase = PHASES.get(kind, kind)
+    phase = {"prompt": "texts", "latent": "pictures"}.get(kind, kind)
     shown = progress(files, f"reading encoded {phase}", delay=2)
     pairs = zip(shown, blocks, strict=True)
     if todo := [(file, block) for file, block in pairs if not is_whole(file)]:

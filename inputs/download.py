@@ -181,8 +181,7 @@ def wait_for(thread: threading.Thread, name: str, watch: list[Path], total: int)
         elif now - changed > QUIET and not warned:
             warned = True
             say(f"{name}: no byte came for {QUIET} s; if it stays so: {NO_XET}")
-        shown = quiet[0] or on_terminal()  # there are bars
-        if now - said > SAY and sizes[0] > began and not shown:
+        if now - said > SAY and sizes[0] > began and not (quiet[0] or on_terminal()):  # else bars
             said, of = now, f" of {total / 1e9:.2f}" if total else ""
             say(f"{name}: {(sizes[0] - began) / 1e9:.2f}{of} GB are here")
 

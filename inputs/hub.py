@@ -16,7 +16,6 @@ from pathlib import Path
 from inputs import one_file
 from inputs.download import asked, failures, say
 from inputs.files import Refusal, folder_of, open_safetensors, place, refuse, refusing
-from inputs.progress import quiet
 
 PARTS = {  # and the file without which each is nothing
     **dict.fromkeys(("unet", "vae", "text_encoder", "text_encoder_2"), "config.json"),
@@ -352,8 +351,7 @@ def check_room(size: int, what: str, folder: Path) -> None:
     if size > free:
         remedy = f"free some space, or HF_HUB_CACHE=FOLDER on a larger disk; or {WAY_OUT}"
         raise Refusal(f"this needs {said}", "room for the download", remedy)
-    if not quiet[0]:
-        say(f"downloading {said}")
+    say(f"downloading {said}")
 
 
 # ---- what tells one model from another -----------------------------------------------------------

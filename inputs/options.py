@@ -76,10 +76,36 @@ class Config:
 
     recipe: Annotated[str, tyro.conf.Suppress] = "original"
 
-    # ---- Model
+    # ---- What most people change
 
+    # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg), or
+    # several of these.
+    dataset_name: tuple[str, ...] = ("lambdalabs/naruto-blip-captions",)
     # The SDXL model to adapt: a Hub name, or a folder in diffusers' layout.
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
+    # -plain behind it where these are asked for.
+    output_dir: str = ""
+    # Optimizer steps of the whole run.
+    max_train_steps: Annotated[int, Within(1, 1e8)] = 1000
+    # Step size of AdamW, as published; higher learns faster and forgets sooner.
+    learning_rate: Annotated[float, Within(1e-12, 10)] = 5e-5
+    # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in
+    # SDXL.
+    lora_rank: Annotated[int, Within(1, 640)] = 16
+    # Side of the training square in pixels; a multiple of 8, the VAE's factor. Of several, each
+    # picture has the largest that it fills without being enlarged.
+    resolution: Annotated[tuple[int, ...], Within(8, 4096, step=8)] = (512,)
+    # Examples in one forward and backward pass: more is faster and needs more memory. Of pictures
+    # in a smaller size than others as many as fill as much memory.
+    train_batch_size: Annotated[int, Within(1, 4096)] = 1
+    # Prompts of the before/after picture drawn at the end; none draws nothing.
+    validation_prompts: tuple[str, ...] = NARUTO_PROMPTS
+    # Everything random follows from it; two runs with one seed are one run.
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 42
+
+    # ---- Model
+
     # Another VAE than the model's own: a folder, a Hub name, or a .safetensors file, here or as
     # USER/REPOSITORY/FILE.
     vae: str = ""
@@ -96,9 +122,6 @@ class Config:
 
     # ---- Pictures and captions
 
-    # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg), or
-    # several of these.
-    dataset_name: tuple[str, ...] = ("lambdalabs/naruto-blip-captions",)
     # How many times each picture of these data sets is shown where another is shown once, a whole
     # number for each data set, as kohya's repeats; left empty, all alike.
     dataset_weights: tuple[float, ...] = ()
@@ -137,9 +160,6 @@ class Config:
     # Tokens of a caption that are read, in parts of 75 that are encoded one by one; 75 is CLIP's
     # own limit. Pictures are drawn with as many.
     max_tokens: Literal[75, 150, 225] = 75
-    # Side of the training square in pixels; a multiple of 8, the VAE's factor. Of several, each
-    # picture has the largest that it fills without being enlarged.
-    resolution: Annotated[tuple[int, ...], Within(8, 4096, step=8)] = (512,)
     # Train each picture in its own shape, one of several as large as the square (steps of 64
     # pixels), so that less is cut away.
     buckets: bool = False
@@ -156,9 +176,6 @@ class Config:
 
     # ---- Adapter
 
-    # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in
-    # SDXL.
-    lora_rank: Annotated[int, Within(1, 640)] = 16
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
     # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
@@ -169,25 +186,16 @@ class Config:
 
     # ---- Steps
 
-    # Examples in one forward and backward pass: more is faster and needs more memory. Of pictures
-    # in a smaller size than others as many as fill as much memory.
-    train_batch_size: Annotated[int, Within(1, 4096)] = 1
     # Passes summed into one optimizer step; the run depends only on batch x accumulation.
     gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4
-    # Optimizer steps of the whole run.
-    max_train_steps: Annotated[int, Within(1, 1e8)] = 1000
     # In their place, how many times each picture is shown, its weight included; 0 is off.
     max_train_epochs: Annotated[int, Within(0, 1e6)] = 0
     # Only as long as the change needs to be seen: about a minute after start-up, in the recipe
     # pocket. Changes options that are not given.
     quick: bool = False
-    # Everything random follows from it; two runs with one seed are one run.
-    seed: Annotated[int, Within(0, 2**32 - 1)] = 42
 
     # ---- Learning
 
-    # Step size of AdamW, as published; higher learns faster and forgets sooner.
-    learning_rate: Annotated[float, Within(1e-12, 10)] = 5e-5
     # constant, as published, or a cosine down to --lr-end of the learning rate.
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     # Steps over which the learning rate rises from zero: Adam's first estimates are poor.
@@ -262,9 +270,6 @@ class Config:
 
     # ---- Saving
 
-    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
-    # -plain behind it where these are asked for.
-    output_dir: str = ""
     # A file of options in JSON or TOML, such as a run's config.json, or that run's folder; options
     # on the command line go before it.
     config: str = ""
@@ -284,8 +289,6 @@ class Config:
 
     # ---- Drawing
 
-    # Prompts of the before/after picture drawn at the end; none draws nothing.
-    validation_prompts: tuple[str, ...] = NARUTO_PROMPTS
     # How strongly those pictures follow their prompt.
     guidance_scale: Annotated[float, Within(0, 100)] = 5.0
     # Denoising steps of those pictures.

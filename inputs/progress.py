@@ -2,30 +2,18 @@
 and in a file or a pipe a plain line now and then. And what is said only without --quiet.
 """
 
-import contextlib
-import importlib
 import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Iterable, Iterator
-from typing import Any
+from shutil import get_terminal_size
 
-WIDTH, BLOCKS = 60, 4  # columns of a bar, and of its blocks at least: else they are left out
-SAY = 30  # seconds between two plain lines
+from tqdm import tqdm
+
+# Columns of a bar, and of its blocks at least, else they are left out; seconds between two lines.
+WIDTH, BLOCKS, SAY = 60, 4, 30
 BAR = "{desc} {n_fmt}/{total_fmt} |{bar}| {remaining} left"
-quiet = [False]  # whether only warnings, errors and the last lines are said
-
-
-@contextlib.contextmanager
-def quietly(on: bool) -> Iterator[None]:
-    """Inside, with `on`, no bar is shown, and say() says nothing."""
-    quiet[0] = on
-    try:
-        yield
-    finally:
-        quiet[0] = False
+quiet = [False]  # whether only warnings, errors and the last lines are said: --quiet
 
 
 def say(line: str) -> None:
@@ -39,10 +27,12 @@ def in_kernel() -> bool:
     return hasattr(getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)(), "kernel")
 
 
-def show(picture: Any) -> None:
+def show(picture) -> None:
     """A PIL picture in the notebook's cell; nothing elsewhere."""
     if in_kernel() and not quiet[0]:
-        importlib.import_module("IPython.display").display(picture)
+        from IPython.display import display
+
+        display(picture)
 
 
 def on_terminal() -> bool:
@@ -50,34 +40,27 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and not quiet[0]
 
 
-def progress(
-    items: Iterable | None,
-    phase: str,
-    total: int | None = None,
-    done: int = 0,
-    delay: float = 0.0,
-    leave: bool = False,
-    every: float = math.inf,
-) -> Any:
+def progress(items, phase: str, total=None, done=0, delay=0.0, leave=False, every=math.inf) -> tqdm:
     """tqdm's bar over `items`, or for None one to update(); without a terminal Lines.
 
     total: len(items) where it is not given; done: at the start; delay: seconds in which nothing is
     shown; leave: whether the bar stays; every: steps after which a plain line comes at the latest.
     """
-    total = len(items) if total is None else total
-    silent, cell = quiet[0] or bool(os.environ.get("TQDM_DISABLE")), in_kernel()
-    if not (silent or cell or on_terminal()):
-        return Lines(items, phase, total, done, delay, every)
-    tqdm = importlib.import_module("tqdm.auto" if cell else "tqdm").tqdm
+    what = (items, phase, len(items) if total is None else total)
+    silent = quiet[0] or bool(os.environ.get("TQDM_DISABLE"))
     how = {"initial": done, "delay": delay, "leave": leave, "mininterval": 1, "bar_format": BAR}
-    if not cell:  # where it would be pixels
-        how["ncols"] = min(WIDTH, shutil.get_terminal_size().columns)
-    return tqdm(items, phase, total, disable=silent, **how)
+    if in_kernel():
+        from tqdm.auto import tqdm as in_cell
+
+        return in_cell(*what, disable=silent, **how)
+    if silent or on_terminal():
+        return tqdm(*what, ncols=min(WIDTH, get_terminal_size().columns), disable=silent, **how)
+    return Lines(*what, done, delay, every)
 
 
-def tell(bar: Any, phase: str, said: str, more: str = "") -> None:
+def tell(bar: tqdm, phase: str, said: str, more: str = "") -> None:
     """Have a bar of progress() end with `said`, in a plain line followed by `more`."""
-    room = WIDTH - len(f"{phase} {bar.total}/{bar.total} || {said}")
+    room = WIDTH - len(f"{phase} {bar.total}/{bar.total} || {said}")  # None, where it is off
     bar.bar_format = f"{{desc}} {{n_fmt}}/{{total_fmt}} {'|{bar}| ' * (room >= BLOCKS)}{said}"
     bar.said = f"{said}{more}"
 
@@ -88,33 +71,25 @@ def clock(seconds: float) -> str:
     return f"{minutes // 60}h{minutes % 60:02}" if minutes > 59 else f"{minutes}:{rest:02}"
 
 
-class Lines:
-    """What is used of tqdm, as plain lines: after `every` steps or SAY seconds, and at the end."""
+class Lines(tqdm):
+    """A bar that is switched off, with plain lines in its place: after `every` steps or SAY
+    seconds, and at the end.
+    """
 
     def __init__(self, items, phase: str, total: int, done: int, delay: float, every: float):
-        self.items, self.phase, self.total, self.n = items, phase, total, done
-        self.delay, self.every, self.said = delay, every, ""
+        super().__init__(items, total=total, initial=done, disable=True)
+        self.phase, self.delay, self.every, self.said, self.at = phase, delay, every, "", done
         self.began = self.when = time.monotonic()
-        self.at = done  # the step of the last line
 
-    def __iter__(self) -> Iterator:
-        for item in self.items:
+    def __iter__(self):
+        for item in self.iterable:
             yield item
             self.update()
 
-    def update(self, steps: int = 1) -> None:
-        self.n, now = self.n + steps, time.monotonic()
+    def update(self, n: int = 1) -> None:
+        self.n, now = self.n + n, time.monotonic()
         due = now - self.when >= SAY or self.n - self.at >= self.every or self.n == self.total
         if due and now - self.began >= self.delay:
             said = self.said or f"in {clock(now - self.began)}"
             print(f"{self.phase} {self.n}/{self.total} {said}", file=sys.stderr, flush=True)
             self.when, self.at = now, self.n
-
-    def close(self) -> None:
-        """Nothing is left to do: each line is whole."""
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_) -> None:
-        self.close()

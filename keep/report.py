@@ -57,10 +57,9 @@ class Log:
         self.board, self.hook, self.watch = None, threading.excepthook, Watch(config)
         self.also: dict[str, str] = {}  # what every line of log.jsonl says besides
         # Of some 50 losses, since timesteps differ more than steps; of 10 times, which change.
-        self.loss, self.seconds = Smoothed(0.98), Smoothed(0.9)
+        self.steps, self.loss, self.seconds = config.max_train_steps, Smoothed(0.98), Smoothed(0.9)
         if not speaks:
-            self.file = open(os.devnull, "w")
-            self.bar = tqdm(total=config.max_train_steps, disable=True)
+            self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
             return
         path = out / "log.jsonl"
         old = path.read_text(errors="replace").splitlines() if path.is_file() else []
@@ -68,9 +67,7 @@ class Log:
         kept = ""
         for line in old:
             with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or not ours
-                if (row := json.loads(line))["step"] <= start:
-                    kept += f"{line}\n"
-                    self.loss.add(row["loss"])
+                kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
         write_whole(path, kept.encode())
         self.file = open(path, "a")
         self.bar = progress(None, "training", config.max_train_steps, start, leave=True, every=50)
@@ -114,8 +111,7 @@ class Log:
                 tqdm.write(warning)
         each = self.seconds.add(seconds)
         said = f"loss {self.loss.add(loss):.3f} {each:.2f} s/step "
-        said += f"{clock((self.bar.total - run.step) * each)} left"
-        said += f" {peak:.1f} GiB" * bool(peak)
+        said += f"{clock((self.steps - run.step) * each)} left" + f" {peak:.1f} GiB" * bool(peak)
         more = f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled
         tell(self.bar, "training", said, more)
         self.bar.update()
@@ -232,13 +228,12 @@ def last_lines(config: Config) -> str:
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
     if config.lr_scheduler == "cosine":  # its rate has fallen: to go on would learn next to nothing
         longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"
-    lines = [
-        f"adapter: {files['peft']}",
-        f"the same for ComfyUI, Forge and others: {files['kohya']}",
+    lines = (
+        f"adapter: {files['peft']}\nthe same for ComfyUI, Forge and others: {files['kohya']}",
         f"pictures: {picture}" * picture.is_file(),
         f"draw your own: python generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",
         f"train longer: python loop.py --config {shlex.quote(out)} {longer}",
-    ]
+    )
     return "\n".join(filter(None, lines))
 
 

@@ -23,7 +23,7 @@ from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
-from inputs.progress import quietly, say
+from inputs.progress import quiet, say
 from inputs.sources import Pictures, in_steps, read_datasets
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
@@ -78,11 +78,9 @@ def set_up(
     digests = faster.digests(config)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
-    if config.memory_plan and device.type == "cuda" and team.first:
-        say("planning: the fastest way to cut a step that fits this GPU's memory")
+    say("planning the memory" * (config.memory_plan and device.type == "cuda"))
     config, planned = faster.plan(config, device, dtype, team.size)
-    if team.first:
-        say(report.disk(config, pictures, dtype))  # before they are encoded
+    say(report.disk(config, pictures, dtype))  # before they are encoded
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()
@@ -116,7 +114,7 @@ def set_up(
     if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
         at, predicts, planned = [], predicts * ("; " in predicts), ""
     lines = [report.describe(kept, pictures, how), *at, predicts, planned, changes, started, *notes]
-    return kept, "\n".join(filter(None, lines))
+    return kept, "".join(f"{each}\n" for each in lines if each)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -133,8 +131,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     kept, lines = set_up(config, device, team)
     run = kept.run
     team.asked = lambda: bool(interrupts.caught)
-    if lines:
-        print(lines, flush=True)
+    print(lines, end="", flush=True)
     if run.step:
         say(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
@@ -214,8 +211,7 @@ def draw(config: Config) -> None:
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
-        said = "the picture at the end shows captions that were trained on; others: "
-        say(f"{said}{again} --prompts 'YOUR PROMPT'")
+        say("the picture at the end shows captions that were trained on")
     else:
         given["prompts"] = config.validation_prompts
     try:
@@ -253,13 +249,13 @@ def main(argv: list[str] | Config | None = None) -> int:
     team = faster.Alone()
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
-        with quietly(config.quiet):
-            identity.use_revision(config)
-            if config.plan_for:
-                print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
-                return 0
-            team = faster.join(config.ddp_timeout)
-            return train(config, team)
+        quiet[0] = config.quiet
+        identity.use_revision(config)
+        if config.plan_for:
+            print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
+            return 0
+        team = faster.join(config.ddp_timeout)
+        return train(config, team)
     except KeyboardInterrupt as interrupt:
         team.say("\ninterrupted: what is saved is whole, and the same command continues")
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
@@ -270,5 +266,7 @@ def main(argv: list[str] | Config | None = None) -> int:
         found += f"uses this GPU, or {report.less_memory(config)}"
     except OSError as error:  # a disk that fills up while the log is written, say
         found = f"{error}. What to do: mend that, then the same command"
+    finally:
+        quiet[0] = False
     team.say(f"error: {found}")
     return 1

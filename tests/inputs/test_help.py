@@ -32,13 +32,20 @@ def test_every_option_of_a_run_is_in_one_group_with_a_reason():
     """One without a comment, or above the first group, would be in no page."""
     found = help.groups(options.Config)
     assert list(found) == [
-        *(help.FIRST, "Model", "Pictures and captions", "Adapter", "Steps", "Learning"),
+        *(
+            "What most people change",
+            "Model",
+            "Pictures and captions",
+            "Adapter",
+            "Steps",
+            "Learning",
+        ),
         *("Memory and speed", "Saving", "Drawing"),
     ]
     told = [field.name for group in found.values() for field in group]
     assert sorted(["recipe", *told]) == sorted(field.name for field in fields(options.Config))
     assert all(reason for group in found.values() for reason in group.values())
-    assert [field.name for field in found[help.FIRST]] == help.CHANGED and len(help.CHANGED) == 10
+    assert len(found["What most people change"]) == 10
 
 
 @dataclass(frozen=True)
@@ -57,7 +64,7 @@ class Astray:
 
 def test_an_option_in_no_group_is_found_as_such():
     found = {group: [f.name for f in each] for group, each in help.groups(Astray).items()}
-    assert found == {"": ["first"], help.FIRST: [], "Model": ["second"]}
+    assert found == {"": ["first"], "Model": ["second"]}
 
 
 @pytest.mark.parametrize("columns", [80, 120])
@@ -71,7 +78,7 @@ def test_help_lists_every_option_with_its_value_and_fits(capsys, monkeypatch, co
         page, cls = told(capsys, options.parse, recipe), options.Config
         expected = names(cls) - {"--recipe"}
         rate = options.RECIPES[recipe][1].learning_rate
-        assert f"--learning-rate · 1e-12 to 10 · default {rate}\n" in page
+        assert f"  --learning-rate · default {rate}\n" in page
         assert options.RECIPES[recipe][0].split(":")[0] in page
     assert sorted(listed(page)) == sorted(expected)
     assert max(map(len, page.splitlines())) <= min(columns, 100)
@@ -79,9 +86,7 @@ def test_help_lists_every_option_with_its_value_and_fits(capsys, monkeypatch, co
 
 
 def test_help_shows_the_values_of_quick_and_of_a_file(capsys, tmp_path):
-    assert "--max-train-steps · whole, 1 to 100000000 · default 80\n" in told(
-        capsys, options.parse, "pocket", "--quick"
-    )
+    assert "--max-train-steps · default 80\n" in told(capsys, options.parse, "pocket", "--quick")
     (tmp_path / "a.toml").write_text('recipe = "native"')
     page = told(capsys, options.parse, "--config", str(tmp_path / "a.toml"))
     assert "usage: python loop.py native " in page and "default 1024\n" in page
@@ -89,7 +94,10 @@ def test_help_shows_the_values_of_quick_and_of_a_file(capsys, tmp_path):
 
 def test_help_without_a_recipe_lists_the_recipes_and_what_most_people_change(capsys):
     page = told(capsys, options.parse)
-    assert listed(page) == [f"--{name.replace('_', '-')}" for name in help.CHANGED]
+    first, *_ = help.groups(options.Config).values()
+    assert re.findall(r"^  --([\w-]+)$", page, flags=re.MULTILINE) == [
+        field.name.replace("_", "-") for field in first
+    ]
     for name, (sentence, _) in options.RECIPES.items():
         assert f"  {name:9} {sentence}\n" in page
     assert "default" not in page and "python loop.py t4 --help" in page
