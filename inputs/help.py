@@ -43,9 +43,9 @@ def page(prog: str, what: Any, words: list[str]) -> str:
     recipes = what if isinstance(what, dict) else {words[0]: (what.__doc__, what())}
     first = "RECIPE" if recipes is what else "[ADAPTER]"
     table = "\n".join(f"  {name:9} {said}" for name, (said, _) in recipes.items())
-    table += f"\n\nAll options, with the values of a recipe: python {prog} t4 --help"
     said, values = recipes.get(words[0], (table, None))
-    parts = [f"usage: python {prog} {first} [--NAME VALUE ...]", said, "--no-NAME switches off."]
+    more = f"--no-NAME switches off. All options: python {prog} {first} --help"
+    parts = [f"usage: python {prog} {first} [--NAME VALUE ...]", said, more]
     found = groups(type(values or recipes["t4"][1]))
     for group in found if values else [*found][:1]:
         parts += [group] * bool(group)

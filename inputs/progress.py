@@ -58,11 +58,11 @@ def progress(items, phase: str, total=None, done=0, delay=0.0, leave=False, ever
     return Lines(*what, done, delay, every)
 
 
-def tell(bar: tqdm, phase: str, said: str, more: str = "") -> None:
+def tell(bar: tqdm, said: str, more: str = "") -> None:
     """Have a bar of progress() end with `said`, in a plain line followed by `more`."""
-    room = WIDTH - len(f"{phase} {bar.total}/{bar.total} || {said}")  # None, where it is off
-    bar.bar_format = f"{{desc}} {{n_fmt}}/{{total_fmt}} {'|{bar}| ' * (room >= BLOCKS)}{said}"
-    bar.said = f"{said}{more}"
+    head = f"{getattr(bar, 'desc', '')} {bar.total}/{bar.total}"  # one that is off has no desc
+    blocks = "|{bar}| " * (WIDTH - len(f"{head} || {said}") >= BLOCKS)
+    bar.bar_format, bar.said = f"{{desc}} {{n_fmt}}/{{total_fmt}} {blocks}{said}", f"{said}{more}"
 
 
 def clock(seconds: float) -> str:

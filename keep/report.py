@@ -112,8 +112,7 @@ class Log:
         each = self.seconds.add(seconds)
         said = f"loss {self.loss.add(loss):.3f} {each:.2f} s/step "
         said += f"{clock((self.steps - run.step) * each)} left" + f" {peak:.1f} GiB" * bool(peak)
-        more = f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled
-        tell(self.bar, "training", said, more)
+        tell(self.bar, said, f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled)
         self.bar.update()
 
 

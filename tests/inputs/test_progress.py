@@ -24,7 +24,7 @@ from inputs.progress import progress, tell
 from tqdm import tqdm
 for said in ("loss 0.083 1.71 s/step 17:53 left 9.8 GiB", "loss 0.083 1.71 s/step 17:53 left"):
     with progress(None, "training", 1000, 369, leave=True) as bar:
-        tell(bar, "training", said, " lr 1e-4")
+        tell(bar, said, " lr 1e-4")
         bar.update()
         bar.refresh()
         tqdm.write("a sentence")
@@ -75,7 +75,7 @@ def test_in_a_pipe_a_line_comes_after_so_many_steps_or_seconds_and_at_the_end(ca
     with progress(None, "training", 120, done=2, every=50) as bar:
         for step in range(3, 121):
             now[0] += 10.0 if step <= 12 else 0.1
-            tell(bar, "training", f"loss {step}", " lr 1")
+            tell(bar, f"loss {step}", " lr 1")
             bar.update()
     said = capsys.readouterr().err
     assert "\r" not in said
@@ -107,7 +107,7 @@ def test_quiet_and_tqdms_own_switch_show_nothing(capsys, monkeypatch):
         there.setattr(shown, "quiet", [True])
         say("a word")
         with progress(None, "training", 2) as bar:
-            tell(bar, "training", "loss 1")
+            tell(bar, "loss 1")
             bar.update(2)
     monkeypatch.setenv("TQDM_DISABLE", "1")
     assert list(progress("ab", "texts")) == ["a", "b"]
@@ -143,7 +143,7 @@ def test_in_a_real_kernel_the_bar_is_the_notebooks_and_the_picture_is_in_the_cel
 from PIL import Image
 from inputs.progress import in_kernel, progress, show, tell
 with progress(None, "training", 2, leave=True) as bar:
-    tell(bar, "training", "loss 0.083")
+    tell(bar, "loss 0.083")
     bar.update(2)
     bar.refresh()
 print(in_kernel(), type(bar).__module__)
