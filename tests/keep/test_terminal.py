@@ -19,6 +19,7 @@ import torch
 
 import loop
 from inputs import drawing, options
+from inputs.files import Refusal
 from inputs.options import RECIPES
 from keep import report, training
 from keep.report import Smoothed
@@ -141,3 +142,9 @@ def test_a_run_whose_rate_has_fallen_is_made_longer_anew(tmp_path):
     assert again.out == tmp_path / "a run-longer" and again.schedule_steps == 2000
     told = report.last_lines(replace(config, max_train_epochs=3, lr_scheduler="constant"))
     assert typed(told, "train longer")[2:] == ["--max-train-epochs", "6"]
+
+
+def test_plain_with_quiet_is_refused(tmp_path):
+    """The book prints each step."""
+    with pytest.raises(Refusal, match="--plain with --quiet"):
+        options.parse(["pocket", "--plain", "--quiet", "--output-dir", str(tmp_path)])
