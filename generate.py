@@ -18,6 +18,7 @@ from pathlib import Path
 
 from inputs.drawing import Options, check_base, complete, parse_or_leave
 from inputs.files import Refusal, write_whole
+from inputs.progress import progress
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     options = parse_or_leave()
@@ -30,7 +31,6 @@ import diffusers
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
-from tqdm import tqdm
 
 import lora
 import model
@@ -191,7 +191,7 @@ def draw_at(
     for strength in strengths:
         lora.set_strength(adapter, strength)
         pairs = list(zip(embeddings, seeds, strict=True))
-        bar = tqdm(pairs, f"drawing at strength {strength:g}", mininterval=1, leave=False)
+        bar = progress(pairs, f"drawing (strength {strength:g})")
         drawn.append([sample(unet, sampler, *pair, *how).cpu() for pair in bar])
     del unet, adapter  # their memory goes to the decoder, which needs about as much
     model.free_memory()

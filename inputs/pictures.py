@@ -13,9 +13,9 @@ import warnings
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from inputs.files import Refusal, refuse
+from inputs.progress import progress
 from inputs.sources import ALPHA, WHITE, Picture, for_all, named, picture_formats
 
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
@@ -117,7 +117,7 @@ def check_pictures(pictures: list[Picture]) -> None:
     """Decode every picture and mask, so that all damaged ones are named at once, not one a run.
     Raises Refusal.
     """
-    bar = tqdm(pictures, "checking pictures", leave=False, mininterval=1)
+    bar = progress(pictures, "reading")
 
     for_all(lambda picture: mask_of(picture, decode(picture).size), bar)
 
@@ -166,7 +166,7 @@ def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]], severa
     found: dict[str, list[str]] = {}
     lost: dict[tuple[int, int], list[float]] = {}
     pairs = zip(pictures, sizes, strict=True)
-    for picture, size in tqdm(list(pairs), "looking at pictures", leave=False, delay=2):
+    for picture, size in progress(list(pairs), "reading", delay=2):
         with contextlib.suppress(Exception):  # a damaged one is refused by name when it is encoded
             image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
             height, width = upright_size(picture)

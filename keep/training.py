@@ -23,6 +23,7 @@ from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
+from inputs.progress import quiet, say
 from inputs.sources import Pictures, in_steps, read_datasets
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
@@ -77,9 +78,9 @@ def set_up(
     digests = faster.digests(config)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
+    say("planning the memory" * (config.memory_plan and device.type == "cuda"))
     config, planned = faster.plan(config, device, dtype, team.size)
-    if team.first and (room := report.disk(config, pictures, dtype)):
-        print(room, flush=True)  # before they are encoded
+    say(report.disk(config, pictures, dtype))  # before they are encoded
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
     team.wait()
@@ -110,8 +111,10 @@ def set_up(
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
+    if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
+        at, predicts, planned = [], predicts * ("; " in predicts), ""
     lines = [report.describe(kept, pictures, how), *at, predicts, planned, changes, started, *notes]
-    return kept, "\n".join(filter(None, lines))
+    return kept, "".join(f"{each}\n" for each in lines if each)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -128,9 +131,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     kept, lines = set_up(config, device, team)
     run = kept.run
     team.asked = lambda: bool(interrupts.caught)
-    print(lines)
+    print(lines, end="", flush=True)
     if run.step:
-        print(f"continuing after step {run.step} of {run.config.max_train_steps}")
+        say(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
     with report.Log(run.config.out, run.step, run.config, team.first) as log:
         log.also = {"code_changes": kept.code_changes} if kept.code_changes else {}
@@ -151,8 +154,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     model.free_memory()
     team.leave()
     if team.first:
+        say("saving the adapter")
         for path in export.export(kept):
-            print(f"saved, read back and compared: {path}")
+            say(f"saved, read back and compared: {path}")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
         print(f"done: {run.step} steps{skipped if run.loss_scale.enabled else ''}")
@@ -207,8 +211,7 @@ def draw(config: Config) -> None:
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
-        said = "the picture at the end shows captions that were trained on; others: "
-        print(f"{said}{again} --prompts 'YOUR PROMPT'")
+        say("the picture at the end shows captions that were trained on")
     else:
         given["prompts"] = config.validation_prompts
     try:
@@ -235,6 +238,7 @@ def train(config: Config, team: faster.Alone) -> int:
         model.free_memory()
         if team.first:
             draw(config)
+            print(report.last_lines(config))
         return 0
 
 
@@ -245,6 +249,7 @@ def main(argv: list[str] | Config | None = None) -> int:
     team = faster.Alone()
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
+        quiet[0] = config.quiet
         identity.use_revision(config)
         if config.plan_for:
             print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
@@ -261,5 +266,7 @@ def main(argv: list[str] | Config | None = None) -> int:
         found += f"uses this GPU, or {report.less_memory(config)}"
     except OSError as error:  # a disk that fills up while the log is written, say
         found = f"{error}. What to do: mend that, then the same command"
+    finally:
+        quiet[0] = False
     team.say(f"error: {found}")
     return 1

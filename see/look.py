@@ -11,13 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from inputs import options
 from inputs.ahead import work_ahead
 from inputs.files import Refusal, place, write_whole
 from inputs.one_file import SHIPPED
 from inputs.pictures import decode, refuse_small, strong_changes, upright_size
+from inputs.progress import progress
 from inputs.sources import Picture, read_datasets, ten
 from see import sheet
 
@@ -45,7 +45,7 @@ def look(config: options.Config) -> bool:
             return str(refusal).partition(". What to do")[0]
         return ""
 
-    bar = tqdm(pictures, "checking pictures", leave=False, mininterval=1)
+    bar = progress(pictures, "reading")
     with work_ahead(stops, bar, 16) as found:
         why = dict(zip(pictures, found, strict=True))
     whole = [picture for picture in pictures if not why[picture]]
