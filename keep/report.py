@@ -12,6 +12,7 @@ import statistics
 import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -93,6 +94,11 @@ class Log:
         said += f", {peak:.1f} GiB" * bool(peak) + f", {scale.skipped} skipped" * scale.enabled
         self.bar.set_postfix_str(said)
         self.bar.update()
+
+    def show(self, name: str, picture, step: int) -> None:
+        """Hand a picture to TensorBoard, where it is written."""
+        if self.board:
+            self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
 
 class Watch:
