@@ -43,7 +43,7 @@ def describe(config: Config, previews: list[Options], step: int) -> str:
     less = f"; for less: a larger --checkpointing-steps, {LESS}" if share > 0.05 else ""
     count = f"{len(previews)} preview{'s' * (len(previews) > 1)}, {times} times"
     said = f"{count}, in {config.out / 'pictures'}: each time the work of about {work:.1f} training"
-    return f"{said} steps, {share:.1%} of the run{less}"
+    return f"{said} steps, in all {share:.1%} of the run{less}"
 
 
 def embeddings(config: Config, previews: list[Options], device, half: bool) -> list[dict]:
