@@ -448,11 +448,11 @@ def choose_plan(
     least = shaped(config, 1, ()) if planned else config
     needed = predict(least).peak / GIB
     smaller = "the recipe lowmem, " if config.base_quantization == "none" else ""
-    more = f", and {beside / GIB:.1f} to draw a preview" if beside else ""
+    more = f"; a preview takes {beside / GIB:.1f} more" if beside else ""
     smaller = f"--preview-steps 0, {smaller}" if beside else smaller
     raise Refusal(
-        f"{in_words(least)} needs {needed:.1f} GiB{more}; {free / GIB:.1f} are free, {FILL:.0%} "
-        "usable",
+        f"{in_words(least)} needs {needed:.1f} GiB; {free / GIB:.1f} are free, {FILL:.0%} usable"
+        f"{more}",
         f"at least {max(needed / FILL, (needed + beside / GIB) / 0.95):.1f} GiB free",
         f"close what else uses this GPU; or take {smaller}a smaller --resolution; or "
         "--no-memory-plan, which tries it all the same",

@@ -61,10 +61,11 @@ def stages(file: AdapterFile) -> dict[int, Path]:
     """The adapter files of the run around `file`, its last one, by their steps. Raises Refusal
     where it has kept no other.
     """
-    out, last = file.path.parent, int(file.about.get("steps", 0))
+    out, told = file.path.parent, file.about.get("steps", "")
+    last = int(told) if told.isdecimal() else 0
     paths = [*out.glob("adapters/*.safetensors"), *out.glob(f"checkpoints/*/{lora.FILE_NAME}")]
     steps = [path.parent.name if path.name == lora.FILE_NAME else path.stem for path in paths]
-    kept = {int(step): path for step, path in zip(steps, paths, strict=True) if step.isdigit()}
+    kept = {int(step): path for step, path in zip(steps, paths, strict=True) if step.isdecimal()}
     # What is there of a later step is left from before.
     kept = {step: path for step, path in kept.items() if step < last}
     if not kept:

@@ -15,8 +15,8 @@ LINES = 3  # of a title
 
 def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
     """One picture of many. rows: {label: its pictures, one for each title}, all of one size; where
-    there are more than COLUMNS and the sheet would be wider than high, blocks below each other. Says on stderr which of the
-    titles' characters the font lacks.
+    there are more than COLUMNS and the sheet would be wider than high, blocks below each other.
+    Says on stderr which of the titles' characters the font lacks.
     """
     font = load_font(max(11, max(next(iter(rows.values()))[0].size) // 22))  # grows with pictures
     titles = [unicodedata.normalize("NFC", title) for title in titles]  # a letter and its accent
