@@ -35,6 +35,7 @@ import model
 from fast import layers, nf4
 from fast.flat import Flat
 from inputs import hub
+from inputs.drawing import previews, steps_worth, times
 from inputs.files import Refusal, first_line
 from inputs.options import RECIPES, Config
 from inputs.vetting import SDXL_UNET, widths
@@ -339,6 +340,42 @@ def in_dtype(card: Card, dtype: torch.dtype) -> Card:
     return replace(card, tflops=card.tflops_fp32) if dtype == torch.float32 else card
 
 
+# ---- previews, which are drawn between two steps ------------------------------------------------
+
+# Bytes of SDXL's VAE in fp32, and for each pixel that it decodes at once; its FLOP and bytes moved
+# for a pixel. Counted as a step is. Before it, the UNet's passes for two examples need less.
+VAE, DECODING, VAE_WORK = 335e6, 4900, Work(flop=9.6e6, moved=44.6e3)
+
+
+def preview_bytes(config: Config) -> int:
+    """What a preview takes beside all that a step keeps: the VAE, and what it decodes at once in
+    the smallest tiles, a quarter of a picture.
+    """
+    drawn = previews(config, config.validation_prompts)
+    return int(max((VAE + DECODING * p.width * p.height / 4 for p in drawn), default=0))
+
+
+def preview_seconds(config: Config, work: Work, card: Card) -> float:
+    """Of drawing all previews once, where passes over train_batch_size examples have `work` to do;
+    as if the passes were recorded, which they are not: a slow host takes longer.
+    """
+    drawn = previews(config, config.validation_prompts)
+    decoding = Work(
+        {kind: n * sum(p.width * p.height for p in drawn) for kind, n in VAE_WORK.items()}
+    )
+    fp32 = in_dtype(card, torch.float32)
+    return steps_worth(config, drawn) * step_seconds(config, work, card) + seconds(decoding, fp32)
+
+
+def in_previews(config: Config, work: Work, card: Card) -> str:
+    """What previews cost, in words."""
+    each, count = preview_seconds(config, work, card), times(config)
+    share = each * count / (config.max_train_steps * step_seconds(config, work, card))
+    room = preview_bytes(config)
+    said = f"{each:.1f} s each time, {count} times: {share:.1%} of the run, and in memory "
+    return f"{said}{room / GIB:.2f} GiB beside a step's" if room else "none"
+
+
 # ---- the plan ------------------------------------------------------------------------------------
 
 Predict = Callable[[Config], Prediction]
@@ -394,23 +431,29 @@ def candidates(
 def choose_plan(
     config: Config, predict: Predict, card: Card, free: int, most: int = 0
 ) -> tuple[Config, Prediction]:
-    """The fastest way that fits into FILL of `free` bytes, in passes of at most `most` examples (0:
-    of all); `config` itself where it is not to be planned. Raises Refusal where none does.
+    """The fastest way that fits into FILL of `free` bytes, and with a preview beside it into 95 %
+    of them, in passes of at most `most` examples (0: of all); `config` itself where it is not to be
+    planned. Raises Refusal where none does.
     """
+    beside = preview_bytes(config)
+    room = min(FILL * free, 0.95 * free - beside)
     n, planned = config.examples_per_step, config.memory_plan
     sizes = [size for size in range(1, (most or n) + 1) if n % size == 0]
     fastest = shaped(config, sizes[-1], None) if planned else config
-    if (found := predict(fastest)).peak <= FILL * free:  # most cards: nothing else is asked
+    if (found := predict(fastest)).peak <= room:  # most cards: nothing else is asked
         return fastest, found
     for estimate, way in candidates(config, predict, card, sizes) if planned else ():
-        if estimate <= 1.05 * FILL * free and (found := predict(way)).peak <= FILL * free:
+        if estimate <= 1.05 * room and (found := predict(way)).peak <= room:
             return way, found
     least = shaped(config, 1, ()) if planned else config
     needed = predict(least).peak / GIB
     smaller = "the recipe lowmem, " if config.base_quantization == "none" else ""
+    more = f"; a preview takes {beside / GIB:.1f} more" if beside else ""
+    smaller = f"--preview-steps 0, {smaller}" if beside else smaller
     raise Refusal(
-        f"{in_words(least)} needs {needed:.1f} GiB; {free / GIB:.1f} are free, {FILL:.0%} usable",
-        f"at least {needed / FILL:.1f} GiB free",
+        f"{in_words(least)} needs {needed:.1f} GiB; {free / GIB:.1f} are free, {FILL:.0%} usable"
+        f"{more}",
+        f"at least {max(needed / FILL, (needed + beside / GIB) / 0.95):.1f} GiB free",
         f"close what else uses this GPU; or take {smaller}a smaller --resolution; or "
         "--no-memory-plan, which tries it all the same",
     )
@@ -469,7 +512,7 @@ def choose(
     return way, (
         f"memory plan: {in_words(way)}: {found.peak / GIB:.1f} GiB predicted, "
         f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; speed counted as "
-        f"{card.name}'s"
+        f"{card.name}'s; previews {in_previews(way, found.work, card)}"
     )
 
 
@@ -502,5 +545,6 @@ def table(config: Config) -> str:
         f"{SHARES[1]:.0%} of {card.tflops:g} TFLOP/s, {work['moved'] / 1e9:.1f} GB at "
         f"{card.gb_per_s:,} GB/s",
         f"{'launches':>16} {work['launches']:6,} a pass: {launching:.1f} min of it",
+        f"{'previews':>16} {in_previews(way, work, card)}",
     ]
     return "\n".join(rows)

@@ -277,6 +277,9 @@ class Config:
     checkpointing_steps: Annotated[int, Within(1, 1e8)] = 200
     # Checkpoints kept; two, so that damage to the newest costs one interval and not the run.
     checkpoints_total_limit: Annotated[int, Within(1, 1e6)] = 2
+    # Keep the adapter of every checkpoint, in both layouts: OUT/adapters/000200.safetensors and
+    # OUT/adapters/kohya/NAME-000200.safetensors. Any of them can be the one that is taken.
+    keep_adapters: bool = False
     # Continue a run although the code that makes its numbers is not the one that it began with;
     # which functions changed is noted in the log, config.json and the adapter files.
     accept_code_change: bool = False
@@ -293,6 +296,13 @@ class Config:
     guidance_scale: Annotated[float, Within(0, 100)] = 5.0
     # Denoising steps of those pictures.
     num_inference_steps: Annotated[int, Within(1, 1000)] = 30
+    # Denoising steps of a preview, a picture drawn while it trains: before the first step and after
+    # each save, at the training size; 0 draws none. It changes no bit of the run.
+    preview_steps: Annotated[int, Within(0, 1000)] = 12
+    # Prompts of the previews, each with kohya's marks if you like (a fox --n blurry --d 1 --w 768
+    # --h 512 --s 20 --l 7: negative, seed, width, height, steps, guidance), or one .txt file with a
+    # prompt a line; left empty, the first of the prompts of the picture at the end.
+    preview_prompts: tuple[str, ...] = ()
 
     @property
     def examples_per_step(self) -> int:

@@ -13,6 +13,7 @@ import statistics
 import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -21,7 +22,7 @@ from inputs.files import sayable, write_whole
 from inputs.hub import fetch, read_config
 from inputs.options import Config
 from inputs.pictures import strong_changes
-from inputs.progress import clock, progress, tell
+from inputs.progress import clock, progress, show, tell
 from inputs.sources import Pictures, named
 from keep.export import files_of
 from loop import Run, learning_rate
@@ -114,6 +115,12 @@ class Log:
         said += f"{clock((self.steps - run.step) * each)} left" + f" {peak:.1f} GiB" * bool(peak)
         tell(self.bar, said, f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled)
         self.bar.update()
+
+    def show(self, name: str, picture, step: int) -> None:
+        """Hand a picture to the notebook's cell, and to TensorBoard where it is written."""
+        show(picture)
+        if self.board:
+            self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
 
 class Watch:

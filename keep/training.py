@@ -27,6 +27,7 @@ from inputs.progress import quiet, say
 from inputs.sources import Pictures, in_steps, read_datasets
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
+from see import preview
 
 
 @dataclass
@@ -37,8 +38,8 @@ class Kept:
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
     were changed under it, with leave; notes: how its files will mean something else than it trains;
-    losses: the bare base's (keep/noise.py); half_done: whether the optimizer is at work, or has
-    failed at it: its numbers must not be saved.
+    losses: the bare base's (keep/noise.py); previews: what is drawn after each save; half_done:
+    whether the optimizer is at work, or has failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
@@ -50,6 +51,7 @@ class Kept:
     code_changes: str
     notes: list[str]
     losses: dict[str, list[float]]
+    previews: preview.Previews
     half_done: bool = False
 
 
@@ -67,6 +69,7 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_datasets(config)
     config = in_steps(config, pictures)
+    wanted = preview.wanted(config, prompts_of(config, pictures))
     schedule = model.load_noise_schedule(name, device, *config.noise)
     commit = hub.commit_of(name)
     state = checkpoint.newest_state(config.out / "checkpoints")
@@ -83,6 +86,7 @@ def set_up(
     say(report.disk(config, pictures, dtype))  # before they are encoded
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
+    previews = preview.made(config, wanted * team.first, device, dtype, drawing.decode, tqdm.write)
     team.wait()
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
@@ -94,7 +98,7 @@ def set_up(
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses, previews)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
@@ -111,10 +115,11 @@ def set_up(
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
+    drawn = preview.describe(config, wanted, run.step)
     if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
-        at, predicts, planned = [], predicts * ("; " in predicts), ""
-    lines = [report.describe(kept, pictures, how), *at, predicts, planned, changes, started, *notes]
-    return kept, "".join(f"{each}\n" for each in lines if each)
+        at, predicts, planned, drawn = [], predicts * ("; " in predicts), "", ""
+    lines = [report.describe(kept, pictures, how), *at, predicts, planned, drawn, changes, started]
+    return kept, "".join(f"{each}\n" for each in (*lines, *notes) if each)
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -165,7 +170,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
 
 def step_and_save(kept: Kept, log: report.Log) -> None:
     """loop.fit(), and what is done after each step, until its end or until one is asked to stop."""
-    run, team, began = kept.run, kept.team, time.perf_counter()
+    run, team = kept.run, kept.team
+    kept.previews.draw(run, log.show, lacking=True)  # of step 0, or where a run was killed drawing
+    began = time.perf_counter()
     for step, loss, norm in loop.fit(run):
         # Before saving: a saved step is not done again, so its line would be missing if the run
         # were killed in between.
@@ -175,6 +182,8 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
         if step % run.config.checkpointing_steps == 0 or last or team.stop:
             team.check_equal(f"the adapter after step {step}", run.trained)
             checkpoint.save_state(kept)
+            if not team.stop:  # else the next start draws
+                kept.previews.draw(run, log.show)
         if team.stop:
             team.wait()  # the first to leave has torchrun end the others
             return
