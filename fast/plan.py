@@ -215,7 +215,7 @@ class Rehearsal:
             "weights": before - 2 * vector,
             "adapter": vector,
             "gradients": vector,
-            "activations": live.peak - live.workspace - before,
+            "activations": max(live.peak - live.workspace - before, preview_bytes(config)),
             "workspace": live.workspace + RESERVE,
             "optimizer": optimizer_bytes(config, count),
         }
@@ -348,8 +348,8 @@ VAE, DECODING, VAE_WORK = 335e6, 4900, Work(flop=9.6e6, moved=44.6e3)
 
 
 def preview_bytes(config: Config) -> int:
-    """What a preview takes beside all that a step keeps: the VAE, and what it decodes at once in
-    the smallest tiles, a quarter of a picture.
+    """What a preview takes where a step has its activations, which are gone by then: the VAE, and
+    what it decodes at once in the smallest tiles, a quarter of a picture.
     """
     drawn = previews(config, config.validation_prompts)
     return int(max((VAE + DECODING * p.width * p.height / 4 for p in drawn), default=0))
@@ -371,9 +371,7 @@ def in_previews(config: Config, work: Work, card: Card) -> str:
     """What previews cost, in words."""
     each, count = preview_seconds(config, work, card), times(config)
     share = each * count / (config.max_train_steps * step_seconds(config, work, card))
-    room = preview_bytes(config)
-    said = f"{each:.1f} s each time, {count} times: {share:.1%} of the run, and in memory "
-    return f"{said}{room / GIB:.2f} GiB beside a step's" if room else "none"
+    return f"{each:.1f} s each time, {count} times: {share:.1%} of the run" if each else "none"
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -431,29 +429,23 @@ def candidates(
 def choose_plan(
     config: Config, predict: Predict, card: Card, free: int, most: int = 0
 ) -> tuple[Config, Prediction]:
-    """The fastest way that fits into FILL of `free` bytes, and with a preview beside it into 95 %
-    of them, in passes of at most `most` examples (0: of all); `config` itself where it is not to be
-    planned. Raises Refusal where none does.
+    """The fastest way that fits into FILL of `free` bytes, in passes of at most `most` examples (0:
+    of all); `config` itself where it is not to be planned. Raises Refusal where none does.
     """
-    beside = preview_bytes(config)
-    room = min(FILL * free, 0.95 * free - beside)
     n, planned = config.examples_per_step, config.memory_plan
     sizes = [size for size in range(1, (most or n) + 1) if n % size == 0]
     fastest = shaped(config, sizes[-1], None) if planned else config
-    if (found := predict(fastest)).peak <= room:  # most cards: nothing else is asked
+    if (found := predict(fastest)).peak <= FILL * free:  # most cards: nothing else is asked
         return fastest, found
     for estimate, way in candidates(config, predict, card, sizes) if planned else ():
-        if estimate <= 1.05 * room and (found := predict(way)).peak <= room:
+        if estimate <= 1.05 * FILL * free and (found := predict(way)).peak <= FILL * free:
             return way, found
     least = shaped(config, 1, ()) if planned else config
     needed = predict(least).peak / GIB
     smaller = "the recipe lowmem, " if config.base_quantization == "none" else ""
-    more = f"; a preview takes {beside / GIB:.1f} more" if beside else ""
-    smaller = f"--preview-steps 0, {smaller}" if beside else smaller
     raise Refusal(
-        f"{in_words(least)} needs {needed:.1f} GiB; {free / GIB:.1f} are free, {FILL:.0%} usable"
-        f"{more}",
-        f"at least {max(needed / FILL, (needed + beside / GIB) / 0.95):.1f} GiB free",
+        f"{in_words(least)} needs {needed:.1f} GiB; {free / GIB:.1f} are free, {FILL:.0%} usable",
+        f"at least {needed / FILL:.1f} GiB free",
         f"close what else uses this GPU; or take {smaller}a smaller --resolution; or "
         "--no-memory-plan, which tries it all the same",
     )

@@ -86,7 +86,8 @@ def set_up(
     say(report.disk(config, pictures, dtype))  # before they are encoded
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
-    previews = preview.made(config, wanted * team.first, device, dtype, drawing.decode, tqdm.write)
+    plugged_in = {"decode": drawing.decode, "room": faster.between_steps}
+    previews = preview.made(config, wanted * team.first, device, dtype, tqdm.write, **plugged_in)
     team.wait()
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)

@@ -84,15 +84,16 @@ def as_drawn(run) -> Iterator[None]:
 @dataclass
 class Previews:
     """What a run draws while it trains, of each its prompt's embedding. decode: generate.decode(),
-    or one that needs less memory; say: gets a sentence where a preview is not drawn, which never
-    ends the run.
+    or one that needs less memory; room: a context of the run in which memory is taken; say: gets a
+    sentence where a preview is not drawn, which never ends the run.
     """
 
     previews: list[Options]
     embeddings: list[dict]
     sampler: object
-    decode: Callable
     say: Callable[[str], None]
+    decode: Callable
+    room: Callable
 
     def draw(self, run, show: Callable, lacking: bool = False) -> None:
         """Draw those of run.step into OUT/pictures, all or only what is `lacking` there; show(name,
@@ -103,7 +104,9 @@ class Previews:
         todo = {i: folder / f"{run.step:06d}-{name}.png" for i, name in enumerate(names)}
         todo = {i: path for i, path in todo.items() if not (lacking and path.exists())}
         try:
-            for i, picture in zip(todo, self.drawn(run, [*todo]), strict=True):
+            with self.room(run):
+                pictures = self.drawn(run, [*todo])
+            for i, picture in zip(todo, pictures, strict=True):
                 write_whole(todo[i], generate.png_bytes(picture, self.about(run, i)))
                 show(names[i], picture, run.step)
         except torch.cuda.OutOfMemoryError:
@@ -118,19 +121,14 @@ class Previews:
         """The pictures of these numbers. The VAE is in memory only for them."""
         if not numbers:
             return []
-        model.free_memory()  # what torch keeps for steps of other shapes
         latents, rescale = [], 0.7 * (not run.schedule.alphas_cumprod[-1])
         with as_drawn(run):
             for each, row in ((self.previews[i], self.embeddings[i]) for i in numbers):
                 size, how = (each.height // 8, each.width // 8), each.num_inference_steps
                 how = (each.seeds[0], size, how, each.guidance_scale, rescale)
                 latents.append(generate.sample(run.unet, self.sampler, row, *how).cpu())
-        model.free_memory()
         vae = model.load_vae(run.config.pretrained_model_name_or_path, run.unet.device)
-        pictures = [self.decode(vae, [latent], run.latent_scaling)[0] for latent in latents]
-        del vae
-        model.free_memory()  # for the next step, which may be of a new shape
-        return pictures
+        return [self.decode(vae, [latent], run.latent_scaling)[0] for latent in latents]
 
     def about(self, run, i: int) -> str:
         """What a preview's PNG says of it."""
@@ -142,7 +140,7 @@ class Previews:
 
 
 def made(
-    config: Config, previews: list[Options], device, dtype, decode: Callable, say: Callable
+    config: Config, previews: list[Options], device, dtype, say: Callable, **plugged_in: Callable
 ) -> Previews:
     """Encoded, before the UNet is loaded: text encoders and UNet never share the memory."""
     rows, sampler, name = [], None, config.pretrained_model_name_or_path
@@ -154,4 +152,4 @@ def made(
     except Exception as error:  # a sampler that is not known here, say
         say(f"no previews, and the run goes on: {sayable(str(error))}")
         previews = []
-    return Previews(previews, rows, sampler, decode, say)
+    return Previews(previews, rows, sampler, say, **plugged_in)

@@ -1,5 +1,7 @@
 """Previews: what is drawn when, that the run is the same with them, and that none ends it."""
 
+import contextlib
+
 import numpy as np
 import pytest
 import torch
@@ -170,7 +172,9 @@ def test_prompts_that_cannot_be_encoded_are_said_and_the_run_goes_on(monkeypatch
 
     told, config = [], parse(["pocket", "--no-cache"])
     monkeypatch.setattr(generate, "encode", fails)
-    got = preview.made(config, preview.wanted(config, ["a"]), CPU, torch.float32, None, told.append)
+    how = {"decode": None, "room": contextlib.nullcontext}
+    wanted = preview.wanted(config, ["a"])
+    got = preview.made(config, wanted, CPU, torch.float32, told.append, **how)
     assert got.previews == [] and "no previews, and the run goes on: CUDA out of" in told[0]
 
 
