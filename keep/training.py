@@ -105,14 +105,8 @@ def set_up(
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
     if team.first:  # not before: a start that is refused leaves nothing
-        told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
-        makers = ("torch", "diffusers", "transformers", "bitsandbytes")
-        installed = [each for name in makers for each in metadata.distributions(name=name)]
-        told["versions"] = {each.name: each.version for each in installed}
-        told |= {"base_commit": commit} | identity.started_from(config, same)
-        told["validation_prompts"] = prompts_of(config, pictures)
-        write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
-        write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
+        told = {"base_commit": commit, "validation_prompts": prompts_of(config, pictures)}
+        write_down(kept, told, pictures)
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
@@ -121,6 +115,18 @@ def set_up(
         at, predicts, planned, drawn = [], predicts * ("; " in predicts), "", ""
     lines = [report.describe(kept, pictures, how), *at, predicts, planned, drawn, changes, started]
     return kept, "".join(f"{each}\n" for each in (*lines, *notes) if each)
+
+
+def write_down(kept: Kept, more: dict, pictures: Pictures) -> None:
+    """Into the run's folder: its options with what made it, and digests of its pictures."""
+    config = kept.run.config
+    told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": kept.code_changes}
+    makers = ("torch", "diffusers", "transformers", "bitsandbytes")
+    installed = [each for name in makers for each in metadata.distributions(name=name)]
+    told["versions"] = {each.name: each.version for each in installed}
+    told |= more | identity.started_from(config, kept.identity)
+    write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
+    write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
 
 
 # ---- the run -------------------------------------------------------------------------------------
