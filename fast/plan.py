@@ -371,7 +371,8 @@ def in_previews(config: Config, work: Work, card: Card) -> str:
     """What previews cost, in words."""
     each, count = preview_seconds(config, work, card), times(config)
     share = each * count / (config.max_train_steps * step_seconds(config, work, card))
-    return f"{each:.1f} s each time, {count} times: {share:.1%} of the run" if each else "none"
+    said = f"at least {each:.1f} s each time, {count} times: {share:.1%} of the run"
+    return said if each else "none"
 
 
 # ---- the plan ------------------------------------------------------------------------------------

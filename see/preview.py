@@ -3,6 +3,7 @@ generate.py's own lines with the UNet that is trained, as it stands. They change
 """
 
 import contextlib
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -94,12 +95,13 @@ class Previews:
     say: Callable[[str], None]
     decode: Callable
     room: Callable
+    timed: bool = False
 
     def draw(self, run, show: Callable, lacking: bool = False) -> None:
         """Draw those of run.step into OUT/pictures, all or only what is `lacking` there; show(name,
         picture, step) gets each.
         """
-        failed, folder = "", run.config.out / "pictures"
+        failed, folder, began = "", run.config.out / "pictures", time.perf_counter()
         names = [drawing.stem(i, *each.pictures[0]) for i, each in enumerate(self.previews)]
         todo = {i: folder / f"{run.step:06d}-{name}.png" for i, name in enumerate(names)}
         todo = {i: path for i, path in todo.items() if not (lacking and path.exists())}
@@ -109,6 +111,9 @@ class Previews:
             for i, picture in zip(todo, pictures, strict=True):
                 write_whole(todo[i], generate.png_bytes(picture, self.about(run, i)))
                 show(names[i], picture, run.step)
+            if pictures and not self.timed and not run.config.quiet:
+                self.timed = True  # measured: the plan's estimate knows no host
+                self.say(f"drawn in {time.perf_counter() - began:.1f} s: {folder}")
         except torch.cuda.OutOfMemoryError:
             failed = f"the GPU's memory is full. What to do: {LESS}"
         except Exception as error:  # whatever it is, it is not worth a run

@@ -134,9 +134,10 @@ def test_drawing_leaves_random_numbers_and_the_mode_of_every_layer(begun):
     begun.previews.draw(run, lambda *picture: shown.append(picture))
     assert torch.get_rng_state().equal(before)
     assert modes == [module.training for module in run.unet.modules()] and any(modes)
-    assert begun.said == [] and [(name, step) for name, _, step in shown] == [
-        ("00-red-apple-42", 0)
-    ]
+    assert [(name, step) for name, _, step in shown] == [("00-red-apple-42", 0)]
+    assert begun.said.pop().startswith("drawn in ")
+    begun.previews.draw(run, print)
+    assert begun.said == []  # what a preview takes is said once
 
 
 @pytest.mark.parametrize(
