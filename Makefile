@@ -51,7 +51,10 @@ xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencie
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
 
 generate: $(SETUP)  ## before/after picture of the newest run, also with options alone, ARGS="--seeds 1 2"; an adapter or prompts are drawn as given, ARGS="runs/t4 --prompts 'a fox'"
-	$(PYTHON) generate.py $(ARGS) $(if $(filter-out -%,$(firstword $(ARGS)))$(filter --prompts% --plain --help -h,$(ARGS)),,--compare)
+	$(PYTHON) generate.py $(ARGS) $(if $(filter-out -%,$(firstword $(ARGS)))$(filter --prompts% --plain --checkpoints --strengths% --help -h,$(ARGS)),,--compare)
+
+board: $(SETUP)  ## losses, learning rates and previews of all runs in TensorBoard, at the address that it prints
+	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)
 
 bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; ARGS=card: this card in five minutes, one file to share
 	$(PYTHON) -m benchmarks.ladder $(if $(ARGS),$(ARGS),ladder)
@@ -78,5 +81,5 @@ clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train plan look xformers generate bench test check notebooks stress slow check-all clean
+.PHONY: help setup train plan look xformers generate board bench test check notebooks stress slow check-all clean
 .DEFAULT_GOAL := help

@@ -18,6 +18,7 @@ from pathlib import Path
 
 from inputs.drawing import Options, check_base, complete, parse_or_leave
 from inputs.files import Refusal, write_whole
+from inputs.progress import progress
 
 if __name__ == "__main__":  # before torch, whose import takes seconds
     options = parse_or_leave()
@@ -30,7 +31,6 @@ import diffusers
 import torch
 from PIL import Image, PngImagePlugin
 from torch import Tensor
-from tqdm import tqdm
 
 import lora
 import model
@@ -41,25 +41,25 @@ from inputs import drawing, vetting
 def encode(
     name: str,
     prompts: Sequence[str],
-    negative_prompt: str,
+    negative_prompts: Sequence[str],
     device: torch.device,
     half: bool,
     max_tokens: int = 75,
 ) -> list[dict[str, Tensor]]:
     """For each prompt its "context" (2, T, D) and "pooled" (2, P), on the CPU. Row 0 is what
-    guidance leads away from, the negative prompt or, if that is empty, the model's own
+    guidance leads away from, its negative prompt or, if that is empty, the model's own
     unconditional embedding; row 1 is the prompt's. The encoders are freed, so that they and the
     UNet never share the memory.
     """
     text = model.load_text_encoders(name, device, half, max_tokens)
-    told = list(dict.fromkeys([*prompts, negative_prompt]))
+    told = list(dict.fromkeys([*prompts, *negative_prompts]))
     if cut := model.too_long(told, text.tokenizers[0], text.chunks):
         most = text.chunks * (text.tokenizers[0].model_max_length - 2)
         print(f"{len(cut)} prompts lose their end, beyond {most} tokens, such as {cut[0][:60]!r}")
-    away = model.encode_prompts([negative_prompt], text) if negative_prompt else None
-    away = away or model.encode_unconditional(text)
     embeddings = []
-    for prompt in prompts:
+    for prompt, negative in zip(prompts, negative_prompts, strict=True):
+        away = model.encode_prompts([negative], text) if negative else None
+        away = away or model.encode_unconditional(text)
         pairs = zip(away, model.encode_prompts([prompt], text), strict=True)
         context, pooled = (torch.cat(pair).cpu() for pair in pairs)
         embeddings.append({"context": context, "pooled": pooled})
@@ -139,15 +139,21 @@ def targets_of(file: lora.AdapterFile) -> tuple[str, ...]:
     return tuple(t for t in lora.TARGETS if any(m.endswith(t.replace("_", ".")) for m in modules))
 
 
-def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
-    """Write a PNG that says how it was drawn, whole or not at all, and print where: at `path`, or
-    beside another picture of that name.
-    """
+def png_bytes(picture: Image.Image, parameters: str) -> bytes:
+    """A PNG that says how it was drawn."""
     png, said = io.BytesIO(), PngImagePlugin.PngInfo()
     said.add_text("parameters", parameters)
     picture.save(png, "PNG", pnginfo=said)
-    path = drawing.free_path(path, png.getvalue())
-    write_whole(path, png.getvalue())
+    return png.getvalue()
+
+
+def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
+    """Write it, whole or not at all, and print where: at `path`, or beside another picture of that
+    name.
+    """
+    png = png_bytes(picture, parameters)
+    path = drawing.free_path(path, png)
+    write_whole(path, png)
     print(path)
 
 
@@ -160,14 +166,14 @@ def save_pictures(options: Options, pictures: list[Image.Image], folder: Path) -
 
 
 def draw_at(
-    strengths: list[float],
+    rows: list[tuple[lora.AdapterFile, float]],
     options: Options,
-    file: lora.AdapterFile,
     load_unet: Callable = model.load_unet,
     load_adapter: Callable = lora.load,
     decode: Callable = decode,
 ) -> list[list[Image.Image]]:
-    """For each strength a picture of every prompt and seed. options: as complete() gives them.
+    """For each of `rows`, an adapter's file and its strength, a picture of every prompt and seed;
+    the files are of one rank and alpha. options: as complete() gives them.
 
     Text encoders, UNet and VAE are in memory one after another. The last three arguments
     are what the command plugs in, to read more bases and files and to decode in less memory.
@@ -175,23 +181,25 @@ def draw_at(
     device, steps = vetting.check_device(options.device), options.num_inference_steps
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half, name = dtype != torch.float32, options.pretrained_model_name_or_path
-    check_base(options, file.path, file.about, half)
+    for file, _ in rows:
+        check_base(options, file.path, file.about, half)
     sampler = vetting.load_sampler(name, options.scheduler, steps, *options.noise)
     prompts, seeds = zip(*options.pictures, strict=True)
-    embeddings = encode(name, prompts, options.negative_prompt, device, half, options.max_tokens)
+    away = [options.negative_prompt] * len(prompts)
+    embeddings = encode(name, prompts, away, device, half, options.max_tokens)
     unet = load_unet(name, device, dtype)
     vetting.check_widths(unet, *embeddings[0].values())
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
-    load_adapter(adapter, file)
     unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn
     side = options.resolution // 8 or unet.config.sample_size  # the size the model was made for
     size = (options.height // 8 or side, options.width // 8 or side)
     how = (size, steps, options.guidance_scale, options.guidance_rescale)
     drawn = []
-    for strength in strengths:
+    for file, strength in rows:
+        load_adapter(adapter, file)
         lora.set_strength(adapter, strength)
         pairs = list(zip(embeddings, seeds, strict=True))
-        bar = tqdm(pairs, f"drawing at strength {strength:g}", mininterval=1, leave=False)
+        bar = progress(pairs, f"drawing (strength {strength:g})")
         drawn.append([sample(unet, sampler, *pair, *how).cpu() for pair in bar])
     del unet, adapter  # their memory goes to the decoder, which needs about as much
     model.free_memory()
@@ -209,7 +217,7 @@ def draw_plain(options: Options) -> None:
     folder = Path(options.output_dir or file.path.parent / "pictures")
     # Before drawing: what cannot be written costs nothing.
     folder.mkdir(parents=True, exist_ok=True)
-    (pictures,) = draw_at([options.strength], options, file)
+    (pictures,) = draw_at([(file, options.strength)], options)
     save_pictures(options, pictures, folder)
 
 

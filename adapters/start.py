@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 import lora
 from adapters.files import by_our_names
 from inputs.adapter_file import check_fits
+from inputs.progress import progress
 
 
 @torch.no_grad()
@@ -24,7 +24,7 @@ def start(adapter: lora.Adapter, file: lora.AdapterFile) -> str:
     shapes = {f"{n}.lora_A": (file.rank, each.in_features) for n, each in layers.items()}
     shapes |= {f"{n}.lora_B": (each.out_features, file.rank) for n, each in layers.items()}
     check_fits(file.path, theirs, {n: torch.empty(s, device="meta") for n, s in shapes.items()})
-    bar = tqdm(layers.items(), "starting from an adapter", leave=False, delay=2)
+    bar = progress(layers.items(), "starting from an adapter", delay=2)
     for name, layer in bar:
         A, B = theirs[f"{name}.lora_A"].float(), theirs[f"{name}.lora_B"].float()
         if file.rank > adapter.rank:

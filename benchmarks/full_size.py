@@ -10,7 +10,8 @@ killed (SIGKILL) after step 27 and started again; native; lowmem without its pla
 its second start; lowmem as it plans for 5.5 GiB; original; t4 uninterrupted. Where it is named,
 also buckets: t4 at 512, 768 and 1024 px in buckets, 400 steps (PHOTOS are photographs of all shapes
 then: 76 of https://github.com/EliSchwartz/imagenet-sample-images), and one_file: t4 from the same
-model as one file of 6.9 GB, 20 steps. Then diffusers'
+model as one file of 6.9 GB, 20 steps; t4_previews, native_previews and lowmem_previews: a preview
+at step 0 and after each of three saves. Then diffusers'
 load_lora_weights reads the adapter of t4, in both layouts, and is compared with ours.
 """
 
@@ -211,7 +212,17 @@ def one(out: Path, name: str, argv: list[str], folder: str, kill_at: int = 0) ->
         row |= json.loads((out / f"{name}.json").read_text())
     with contextlib.suppress(OSError, ValueError, IndexError):
         row |= measured(out / folder)
+    if name.endswith("previews"):
+        row["s_from_saved_to_drawn"] = drawn_after(out / folder)
     return row | {"said": said(out, name)}
+
+
+def drawn_after(out: Path) -> dict[str, float]:
+    """For each saved step the seconds from its checkpoint to its preview."""
+    saved = {path.parent.name: path for path in out.glob("checkpoints/*/state.sha256")}
+    drawn = {path.name[:6]: path for path in out.glob("pictures/0*.png")}
+    both = sorted(saved.keys() & drawn.keys())
+    return {k: round(drawn[k].stat().st_mtime - saved[k].stat().st_mtime, 2) for k in both}
 
 
 def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
@@ -224,6 +235,7 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
     half = "--mixed-precision fp16 --checkpointing-steps 20".split()
     t4, blank, least = ["t4", *common, *half], ["--validation-prompts"], "--no-memory-plan"
     drawn = ["--validation-prompts", "a dog on a beach", "--num-inference-steps", "10"]
+    shown = ["--preview-prompts", "a dog on a beach", *blank]
     one_file = out / "model.safetensors"
     from_one_file = ["--pretrained-model-name-or-path", str(one_file), "--max-train-steps", "20"]
     file, results = out / "full_size.json", {}
@@ -243,11 +255,14 @@ def run(folder: Path, photos: Path, out: Path, only: list[str]) -> None:
         ("t4_uninterrupted", [*t4, *blank], "t4_uninterrupted", 0),
         ("buckets", ["t4", *common, *half, *blank, *IN_BUCKETS], "buckets", 0),
         ("one_file", ["t4", *common, *half, *blank, *from_one_file], "one_file", 0),
+        ("t4_previews", ["t4", *common, *half, *shown], "t4_previews", 0),
+        ("native_previews", ["native", *common, *half, *shown], "native_previews", 0),
+        ("lowmem_previews", ["lowmem", *common, *half, *shown, least], "lowmem_previews", 0),
     )
     if wrong := set(only) - {name for name, *_ in runs}:
         sys.exit(f"no run is called {', '.join(wrong)}; there are {[name for name, *_ in runs]}")
     for name, argv, into, kill_at in runs:
-        if name not in (only or [name for name, *_ in runs[:-2]]):
+        if name not in (only or [name for name, *_ in runs[:-5]]):
             continue
         if name == "one_file" and not one_file.is_file():
             write_one_file(folder, one_file)

@@ -3,10 +3,8 @@
 The reason for an option is the comment above its field, as in --help.
 """
 
-import re
 import sys
 import textwrap
-from dataclasses import fields
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
@@ -14,21 +12,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from inputs import drawing, options  # noqa: E402
+from inputs.help import groups  # noqa: E402
 from inputs.options import QUICK, RECIPES, Within  # noqa: E402
 from keep.identity import MAY_CHANGE  # noqa: E402
 
 SHORT = " with --quick"
 PAGE = ROOT / "docs" / "options.md"
-HEADINGS = {  # the first option of each group of Config
-    "pretrained_model_name_or_path": "The model, the pictures, the folders",
-    "resolution": "What is shown of a picture",
-    "lora_rank": "The adapter",
-    "train_batch_size": "The steps",
-    "device": "How it is computed",
-    "ddp_timeout": "Several processes",
-    "checkpointing_steps": "What is kept and written",
-    "validation_prompts": "The picture at the end",
-}
 TRAINING = """# Every option
 
 This page is made from the code: `python docs/make_options.py` writes it, and a test holds it to the
@@ -75,7 +64,9 @@ def takes(kind, name: str) -> str:
         return " or ".join(f"`{each}`" for each in get_args(kind))
     if kind is bool:
         return f"or `--no-{name}`"
-    return "texts" if get_origin(kind) is tuple else "text"
+    if get_origin(kind) is tuple:
+        return "numbers" if float in get_args(kind) else "texts"
+    return "text"
 
 
 def usual(recipe: str, values: dict, field):
@@ -83,26 +74,22 @@ def usual(recipe: str, values: dict, field):
     return values[recipe.removesuffix(SHORT)] if recipe.endswith(SHORT) else field.default
 
 
-def entries(cls: type, module, headings: dict, recipes: dict) -> list[str]:
-    """A paragraph for each option of a dataclass, with the headings before them."""
-    text, parts = Path(module.__file__).read_text().partition(f"class {cls.__name__}:")[2], []
-    for field in fields(cls):
-        found = re.search(rf"((?:    # .*\n)+)    {field.name}: (.*)", text)
-        if not found or field.name == "recipe":
-            continue
-        if field.name in headings:
-            parts.append(f"\n### {headings[field.name]}\n")
-        name = field.name.replace("_", "-")
-        called = f"`{name.upper()}`" if "Positional" in found[2] else f"`--{name}`"
-        line = f"**{called}** · {takes(field.type, name)} · default {shown(field.default)}"
-        values = {recipe: getattr(config, field.name) for recipe, config in recipes.items()}
-        other = [f"{r} {shown(v)}" for r, v in values.items() if v != usual(r, values, field)]
-        line += f" ({'; '.join(other)})" if other else ""
-        line += " · **fixed**" if recipes and field.name not in MAY_CHANGE else ""
-        reason = re.sub(r"\s*# ", " ", found[1]).strip()
-        hang = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
-        parts.append(textwrap.fill(f"- {line}", 100, **hang) + "  ")
-        parts.append(textwrap.fill(f"  {reason}", 100, **hang))
+def entries(cls: type, recipes: dict) -> list[str]:
+    """A paragraph for each option of a dataclass, with the headings of their groups."""
+    parts = []
+    for group, found in groups(cls).items():
+        parts += [f"\n### {group}\n"] * bool(group)
+        for field, reason in found.items():
+            name = field.name.replace("_", "-")
+            typed = name.upper() if "Positional" in str(field.type) else f"--{name}"
+            line = f"**`{typed}`** · {takes(field.type, name)} · default {shown(field.default)}"
+            values = {recipe: getattr(config, field.name) for recipe, config in recipes.items()}
+            other = [f"{r} {shown(v)}" for r, v in values.items() if v != usual(r, values, field)]
+            line += f" ({'; '.join(other)})" if other else ""
+            line += " · **fixed**" if recipes and field.name not in MAY_CHANGE else ""
+            hang = {"subsequent_indent": "  ", "break_on_hyphens": False, "break_long_words": False}
+            parts.append(textwrap.fill(f"- {line}", 100, **hang) + "  ")
+            parts.append(textwrap.fill(f"  {reason}", 100, **hang))
     return parts
 
 
@@ -112,8 +99,8 @@ def page() -> str:
     recipes = {name: config for name, (_, config) in RECIPES.items()} | short
     told = "\n".join(f"- **{name}**: {what}" for name, (what, _) in RECIPES.items())
     parts = [TRAINING.replace("RECIPES", told)]
-    parts += entries(options.Config, options, HEADINGS, recipes)
-    parts += [DRAWING, *entries(drawing.Options, drawing, {}, {})]
+    parts += entries(options.Config, recipes)
+    parts += [DRAWING, *entries(drawing.Options, {})]
     return "\n".join(parts) + "\n"
 
 

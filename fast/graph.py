@@ -7,8 +7,9 @@ shape of batch and reads and writes fixed addresses, so each shape has its own, 
 copied into the tensors that its recording reads.
 """
 
+import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -51,12 +52,19 @@ class Recorded:
         """The micro-step as it stands, in the recordings' memory: beside it there may be no room
         for a second step's.
         """
-        self.stream.wait_stream(torch.cuda.current_stream())
         # The memory of a pool is for the thread that asks: backward must not be another one's.
-        in_one_thread = torch.autograd.set_multithreading_enabled(False)
-        with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream), in_one_thread:
+        with self.memory(), torch.autograd.set_multithreading_enabled(False):
             for _ in range(times):
                 self.micro_step(run, batch)
+
+    @contextlib.contextmanager
+    def memory(self) -> Iterator[None]:
+        """Inside, what is computed takes the recordings' memory, which is theirs only while one of
+        them runs.
+        """
+        self.stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream):
+            yield
         torch.cuda.current_stream().wait_stream(self.stream)
 
     def room(self) -> bool:

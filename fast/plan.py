@@ -35,6 +35,7 @@ import model
 from fast import layers, nf4
 from fast.flat import Flat
 from inputs import hub
+from inputs.drawing import previews, steps_worth, times
 from inputs.files import Refusal, first_line
 from inputs.options import RECIPES, Config
 from inputs.vetting import SDXL_UNET, widths
@@ -214,7 +215,7 @@ class Rehearsal:
             "weights": before - 2 * vector,
             "adapter": vector,
             "gradients": vector,
-            "activations": live.peak - live.workspace - before,
+            "activations": max(live.peak - live.workspace - before, preview_bytes(config)),
             "workspace": live.workspace + RESERVE,
             "optimizer": optimizer_bytes(config, count),
         }
@@ -337,6 +338,41 @@ def this_card() -> Card:
 def in_dtype(card: Card, dtype: torch.dtype) -> Card:
     """`card` with the peak of products in `dtype`."""
     return replace(card, tflops=card.tflops_fp32) if dtype == torch.float32 else card
+
+
+# ---- previews, which are drawn between two steps ------------------------------------------------
+
+# Bytes of SDXL's VAE in fp32, and for each pixel that it decodes at once; its FLOP and bytes moved
+# for a pixel. Counted as a step is. Before it, the UNet's passes for two examples need less.
+VAE, DECODING, VAE_WORK = 335e6, 4900, Work(flop=9.6e6, moved=44.6e3)
+
+
+def preview_bytes(config: Config) -> int:
+    """What a preview takes where a step has its activations, which are gone by then: the VAE, and
+    what it decodes at once in the smallest tiles, a quarter of a picture.
+    """
+    drawn = previews(config, config.validation_prompts)
+    return int(max((VAE + DECODING * p.width * p.height / 4 for p in drawn), default=0))
+
+
+def preview_seconds(config: Config, work: Work, card: Card) -> float:
+    """Of drawing all previews once, where passes over train_batch_size examples have `work` to do;
+    as if the passes were recorded, which they are not: a slow host takes longer.
+    """
+    drawn = previews(config, config.validation_prompts)
+    decoding = Work(
+        {kind: n * sum(p.width * p.height for p in drawn) for kind, n in VAE_WORK.items()}
+    )
+    fp32 = in_dtype(card, torch.float32)
+    return steps_worth(config, drawn) * step_seconds(config, work, card) + seconds(decoding, fp32)
+
+
+def in_previews(config: Config, work: Work, card: Card) -> str:
+    """What previews cost, in words."""
+    each, count = preview_seconds(config, work, card), times(config)
+    share = each * count / (config.max_train_steps * step_seconds(config, work, card))
+    said = f"at least {each:.1f} s each time, {count} times: {share:.1%} of the run"
+    return said if each else "none"
 
 
 # ---- the plan ------------------------------------------------------------------------------------
@@ -469,7 +505,7 @@ def choose(
     return way, (
         f"memory plan: {in_words(way)}: {found.peak / GIB:.1f} GiB predicted, "
         f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; speed counted as "
-        f"{card.name}'s"
+        f"{card.name}'s; previews {in_previews(way, found.work, card)}"
     )
 
 
@@ -502,5 +538,6 @@ def table(config: Config) -> str:
         f"{SHARES[1]:.0%} of {card.tflops:g} TFLOP/s, {work['moved'] / 1e9:.1f} GB at "
         f"{card.gb_per_s:,} GB/s",
         f"{'launches':>16} {work['launches']:6,} a pass: {launching:.1f} min of it",
+        f"{'previews':>16} {in_previews(way, work, card)}",
     ]
     return "\n".join(rows)

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from inputs.files import digest, read_tensors, safetensors_bytes, sweep_parts, write_whole
+from inputs.progress import progress
 
 ROWS_PER_FILE = 16  # pictures or captions in one file: what an interruption may cost
 Place = tuple[Path, int]  # a file, and the row in it
@@ -50,11 +50,12 @@ def fill(
     blocks = [block for each in rows for block in cut(each, ROWS_PER_FILE)]
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     sweep_parts(folder)
-    shown = tqdm(files, f"reading encoded {kind}s", leave=False, mininterval=1, delay=2)
+    phase = {"prompt": "texts", "latent": "pictures"}.get(kind, kind)
+    shown = progress(files, f"reading encoded {phase}", delay=2)
     pairs = zip(shown, blocks, strict=True)
     if todo := [(file, block) for file, block in pairs if not is_whole(file)]:
         total = sum(len(block) for _, block in todo)
-        with tqdm(total=total, desc=f"encoding {kind}s", unit="", mininterval=1) as bar:
+        with progress(None, phase, total, leave=True) as bar:
             write_blocks(todo, encode, claim, bar)
     places = {}
     for file, block in zip(files, blocks, strict=True):

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from inputs.files import Refusal, first_line
+from inputs.progress import on_terminal, quiet
 
 # Seconds: to connect and for each piece of an answer; until it is said that no byte came, and until
 # that ends it; between the lines that say how far a download is where no bar can be shown.
@@ -99,7 +100,7 @@ def watch_clients() -> None:
     import huggingface_hub
     from huggingface_hub.utils import disable_progress_bars, tqdm
 
-    if not sys.stderr.isatty():
+    if not on_terminal():
         disable_progress_bars()
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 2**18  # or a slow line seems to stand still
     shown = tqdm.update
@@ -180,7 +181,7 @@ def wait_for(thread: threading.Thread, name: str, watch: list[Path], total: int)
         elif now - changed > QUIET and not warned:
             warned = True
             say(f"{name}: no byte came for {QUIET} s; if it stays so: {NO_XET}")
-        if now - said > SAY and sizes[0] > began and not sys.stderr.isatty():  # else there are bars
+        if now - said > SAY and sizes[0] > began and not (quiet[0] or on_terminal()):  # else bars
             said, of = now, f" of {total / 1e9:.2f}" if total else ""
             say(f"{name}: {(sizes[0] - began) / 1e9:.2f}{of} GB are here")
 

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 import unicodedata
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -18,7 +19,7 @@ import tyro
 
 from inputs import hub
 from inputs import options as configuration
-from inputs.files import FILE_NAME, Refusal, data_section, digest, place
+from inputs.files import FILE_NAME, Refusal, data_section, digest, place, refuse, refusing
 from inputs.options import RECIPES, Config, Within
 
 
@@ -36,6 +37,11 @@ class Options:
     strength: Annotated[float, Within(-10, 10)] = 1.0
     # One picture that shows every prompt with the adapter off (above) and at --strength (below).
     compare: bool = False
+    # One picture that shows every prompt with the adapter off, then as it was at each step that
+    # the run kept (see --keep-adapters of training).
+    checkpoints: bool = False
+    # One picture that shows every prompt at each of these strengths, where they are not 1 alone.
+    strengths: Annotated[tuple[float, ...], Within(-10, 10)] = (1.0,)
     # Where pictures go; empty means beside the adapter.
     output_dir: str = ""
     # Side in pixels, a multiple of 8; 0 is the model's own size.
@@ -99,8 +105,12 @@ def parse(argv: list[str] | None = None) -> Options:
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     options = configuration.read_words(tyro.cli, Options, argv, "generate.py")
     plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
+    names = ("plain", "compare", "checkpoints", "strengths", "strength")
+    given = [f"--{n}" for n in names if getattr(options, n) != getattr(Options, n)]
+    rows = len(given) > 1 and {"--checkpoints", "--strengths"} & {*given}
     against = [
         (plain and options.compare, "--plain with --compare", "single pictures", "leave one out"),
+        (rows, " with ".join(given), "one of them", "leave the others out"),
         (plain and not options.adapter, "--plain without an adapter", "a file or a run", remedy),
     ]
     configuration.refuse_wrong(options, Options(), against)
@@ -154,6 +164,11 @@ def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list
     return default
 
 
+def sampler_of(name: str) -> str:
+    """diffusers' class that a model's model_index.json names."""
+    return hub.read_config(hub.fetch(name, "") / "model_index.json").get("scheduler", [""])[-1]
+
+
 def few_steps(name: str, sampler: str, settings: dict) -> tuple[str, int, float]:
     """What the base `name` was distilled to, "" where its own sampler and that one's settings leave
     a doubt, and the steps and guidance scale that its makers give.
@@ -201,7 +216,7 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         remedy += f"; where it lies elsewhere, {hub.OPTION} WHERE/IT/IS/{Path(base).name}"
         raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
     zero, rescale = zero_snr(options, trained.get("zero_terminal_snr", "auto"), settings)
-    sampler = hub.read_config(hub.fetch(base, "") / "model_index.json").get("scheduler", [""])[-1]
+    sampler = sampler_of(base)
     steps, guidance = options.num_inference_steps, options.guidance_scale
     kind, few, little = few_steps(base, sampler, settings)
     if kind and (steps == 0 or guidance < 0):
@@ -289,6 +304,62 @@ def check_base(options: Options | Config, path: Path, about: dict[str, str], hal
         raise Refusal(found + here, "the base that the adapter was trained on", remedy)
 
 
+# ---- previews ------------------------------------------------------------------------------------
+
+# https://github.com/kohya-ss/sd-scripts/blob/10bfcb9a/library/train_util.py (line_to_prompt_dict)
+MARKS = {"n": "negative_prompt", "d": "seeds", "w": "width", "h": "height"}
+MARKS |= {"s": "num_inference_steps", "l": "guidance_scale"}
+MARKED = "--n and words, or --d, --w, --h, --s or --l and a number"
+
+
+def previews(config: Config, usual: Sequence[str]) -> list[Options]:
+    """What a run draws while it trains, of each one prompt, seed and size: --preview-prompts, else
+    the first of the `usual` prompts. Raises Refusal for a file that cannot be read and for every
+    wrong mark.
+    """
+    side, steps, lines = max(config.resolution), config.preview_steps, config.preview_prompts
+    how = {"num_inference_steps": steps, "guidance_scale": config.guidance_scale}
+    drawn = Options(seeds=(config.seed,), width=side, height=side, **how)
+    if not (steps and lines):
+        return [replace(drawn, prompts=(prompt,)) for prompt in usual[:1] if steps]
+    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
+        with refusing(f"{lines[0]} cannot be read", "a prompt a line", "correct that file"):
+            lines = place(lines[0]).read_text("utf-8-sig").splitlines()
+    lines = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
+    found, troubles = [], [] if lines else [("no prompt for previews", "one a line", "add one")]
+    for line in lines:
+        prompt, *marks = re.split(r"(?:^|\s+)--(?=[a-zA-Z])", line)
+        found.append(replace(drawn, prompts=(prompt,)))
+        for mark, _, value in (each.partition(" ") for each in marks):
+            try:
+                name, read = MARKS[mark], type(getattr(drawn, MARKS[mark]))
+                given = (int(value),) if name == "seeds" else read(value.strip())
+                found[-1] = replace(found[-1], **{name: given})
+                configuration.refuse_wrong(found[-1], Options(), [])
+            except (KeyError, ValueError, Refusal) as error:
+                expected = error.parts[1] if isinstance(error, Refusal) else MARKED
+                troubles.append((f"--{mark} {value} in {line!r}", expected, "correct that mark"))
+    refuse(troubles)
+    return found
+
+
+def times(config: Config, step: int = 0) -> int:
+    """How often a run draws its previews from `step` on: at step 0, at each save and at its end."""
+    every = config.checkpointing_steps
+    return -(-config.max_train_steps // every) - step // every + (step == 0)
+
+
+def steps_worth(config: Config, drawn: list[Options]) -> float:
+    """How many training steps are as much work as drawing once, the VAE aside: a pass backward
+    takes as long as one forward, since the base's weights have no gradient.
+    """
+    passes = sum(
+        each.num_inference_steps * (1 + (each.guidance_scale > 1)) * each.width * each.height
+        for each in drawn
+    )
+    return passes / max(config.resolution) ** 2 / (2 * config.examples_per_step)
+
+
 # ---- what pictures are called, and say of themselves ---------------------------------------------
 
 
@@ -296,9 +367,14 @@ def file_name(number: int, prompt: str, seed: int, strength: float) -> str:
     """A name that every file system takes and every terminal shows: Latin letters and digits of the
     prompt, or where it has none a digest, so that two prompts have two names.
     """
+    return f"{stem(number, prompt, seed)}-{strength:g}.png"
+
+
+def stem(number: int, prompt: str, seed: int) -> str:
+    """file_name() without the strength, which previews have not."""
     latin = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", latin).strip("-")[:60] or digest(prompt)[:8]
-    return f"{number:02d}-{slug}-{seed}-{strength:g}.png"
+    return f"{number:02d}-{slug}-{seed}"
 
 
 def how_drawn(options: Options) -> dict[str, str]:

@@ -23,6 +23,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from inputs import help
 from inputs.files import Refusal, folder_of, refuse, refusing
 
 # How long an idle OpenMP thread spins before it sleeps. With libgomp's default and another program
@@ -75,18 +76,53 @@ class Config:
 
     recipe: Annotated[str, tyro.conf.Suppress] = "original"
 
+    # ---- What most people change
+
+    # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg), or
+    # several of these.
+    dataset_name: tuple[str, ...] = ("lambdalabs/naruto-blip-captions",)
     # The SDXL model to adapt: a Hub name, a folder in diffusers' layout, or one file that holds all
     # of it, FILE.safetensors here or USER/REPOSITORY/FILE.safetensors on the Hub.
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
+    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
+    # -plain behind it where these are asked for.
+    output_dir: str = ""
+    # Optimizer steps of the whole run.
+    max_train_steps: Annotated[int, Within(1, 1e8)] = 1000
+    # Step size of AdamW, as published; higher learns faster and forgets sooner.
+    learning_rate: Annotated[float, Within(1e-12, 10)] = 5e-5
+    # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in
+    # SDXL.
+    lora_rank: Annotated[int, Within(1, 640)] = 16
+    # Side of the training square in pixels; a multiple of 8, the VAE's factor. Of several, each
+    # picture has the largest that it fills without being enlarged.
+    resolution: Annotated[tuple[int, ...], Within(8, 4096, step=8)] = (512,)
+    # Examples in one forward and backward pass: more is faster and needs more memory. Of pictures
+    # in a smaller size than others as many as fill as much memory.
+    train_batch_size: Annotated[int, Within(1, 4096)] = 1
+    # Prompts of the before/after picture drawn at the end; none draws nothing.
+    validation_prompts: tuple[str, ...] = NARUTO_PROMPTS
+    # Everything random follows from it; two runs with one seed are one run.
+    seed: Annotated[int, Within(0, 2**32 - 1)] = 42
+
+    # ---- Model
+
     # Another VAE than the model's own: a folder, a Hub name, or a .safetensors file, here or as
     # USER/REPOSITORY/FILE.
     vae: str = ""
     # Branch, tag or commit of a Hub model; empty takes main as it is at the start, and a begun run
     # goes on with the commit that it began with.
     revision: str = ""
-    # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg), or
-    # several of these.
-    dataset_name: tuple[str, ...] = ("lambdalabs/naruto-blip-captions",)
+    # What the UNet predicts, epsilon (the noise) or v_prediction; auto is what the model's
+    # scheduler_config.json, or its file's mark v_pred or header, says.
+    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
+    # Whether the last timestep is pure noise (zero terminal SNR), so that darkest and brightest
+    # pictures are learned; auto is what the model's scheduler_config.json, or its file's mark
+    # ztsnr, says.
+    zero_terminal_snr: Literal["auto", "yes", "no"] = "auto"
+
+    # ---- Pictures and captions
+
     # How many times each picture of these data sets is shown where another is shown once, a whole
     # number for each data set, as kohya's repeats; left empty, all alike.
     dataset_weights: tuple[float, ...] = ()
@@ -125,20 +161,6 @@ class Config:
     # Tokens of a caption that are read, in parts of 75 that are encoded one by one; 75 is CLIP's
     # own limit. Pictures are drawn with as many.
     max_tokens: Literal[75, 150, 225] = 75
-    # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
-    # -plain behind it where these are asked for.
-    output_dir: str = ""
-    # Where encoded pictures and captions are kept; runs share it, and it may go between runs.
-    cache_dir: str = "cache"
-    # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
-    cache: bool = True
-    # A file of options in JSON or TOML, such as a run's config.json, or that run's folder; options
-    # on the command line go before it.
-    config: str = ""
-
-    # Side of the training square in pixels; a multiple of 8, the VAE's factor. Of several, each
-    # picture has the largest that it fills without being enlarged.
-    resolution: Annotated[tuple[int, ...], Within(8, 4096, step=8)] = (512,)
     # Train each picture in its own shape, one of several as large as the square (steps of 64
     # pixels), so that less is cut away.
     buckets: bool = False
@@ -153,9 +175,8 @@ class Config:
     # Show every other example mirrored; wrong for writing and for faces that must not be mirrored.
     random_flip: bool = True
 
-    # Numbers in the bottleneck of each adapted layer: 1,451,520 parameters per unit of rank in
-    # SDXL.
-    lora_rank: Annotated[int, Within(1, 640)] = 16
+    # ---- Adapter
+
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
     # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
@@ -163,24 +184,20 @@ class Config:
     start_from: str = ""
     # Start from an adapter even though it was trained on another base, or with other noise.
     any_base: bool = False
-    # Everything random follows from it; two runs with one seed are one run.
-    seed: Annotated[int, Within(0, 2**32 - 1)] = 42
 
-    # Examples in one forward and backward pass: more is faster and needs more memory. Of pictures
-    # in a smaller size than others as many as fill as much memory.
-    train_batch_size: Annotated[int, Within(1, 4096)] = 1
+    # ---- Steps
+
     # Passes summed into one optimizer step; the run depends only on batch x accumulation.
     gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4
-    # Optimizer steps of the whole run.
-    max_train_steps: Annotated[int, Within(1, 1e8)] = 1000
     # In their place, how many times each picture is shown, its weight included; with buckets some
     # once more or less; 0 is off.
     max_train_epochs: Annotated[int, Within(0, 1e6)] = 0
     # Only as long as the change needs to be seen: about a minute after start-up, in the recipe
     # pocket. Changes options that are not given.
     quick: bool = False
-    # Step size of AdamW, as published; higher learns faster and forgets sooner.
-    learning_rate: Annotated[float, Within(1e-12, 10)] = 5e-5
+
+    # ---- Learning
+
     # constant, as published, or a cosine down to --lr-end of the learning rate.
     lr_scheduler: Literal["constant", "cosine"] = "constant"
     # Steps over which the learning rate rises from zero: Adam's first estimates are poor.
@@ -203,15 +220,10 @@ class Config:
     # Share of noise that is constant over the picture, so that overall brightness is learned too; 0
     # is off.
     noise_offset: Annotated[float, Within(0, 1)] = 0.0
-    # What the UNet predicts, epsilon (the noise) or v_prediction; auto is what the model's
-    # scheduler_config.json, or its file's mark v_pred or header, says.
-    prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
-    # Whether the last timestep is pure noise (zero terminal SNR), so that darkest and brightest
-    # pictures are learned; auto is what the model's scheduler_config.json, or its file's mark
-    # ztsnr, says.
-    zero_terminal_snr: Literal["auto", "yes", "no"] = "auto"
     # Share of examples trained without caption, so that guidance keeps something to move away from.
     caption_dropout: Annotated[float, Within(0, 1)] = 0.0
+
+    # ---- Memory and speed
 
     # auto, cpu or cuda.
     device: str = "auto"
@@ -251,15 +263,26 @@ class Config:
     # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4). Of
     # several resolutions the time is the largest's, an upper bound.
     plan_for: str = ""
-
     # Seconds that several processes (torchrun) wait for one of them before the run ends; so many
     # that a slow download is no reason.
     ddp_timeout: Annotated[float, Within(1, 1e6)] = 1800
+    # Encode once and keep it; --no-cache encodes at every step, with the encoders in memory.
+    cache: bool = True
+    # Where encoded pictures and captions are kept; runs share it, and it may go between runs.
+    cache_dir: str = "cache"
 
+    # ---- Saving
+
+    # A file of options in JSON or TOML, such as a run's config.json, or that run's folder; options
+    # on the command line go before it.
+    config: str = ""
     # Optimizer steps between checkpoints; what a lost connection costs at most.
     checkpointing_steps: Annotated[int, Within(1, 1e8)] = 200
     # Checkpoints kept; two, so that damage to the newest costs one interval and not the run.
     checkpoints_total_limit: Annotated[int, Within(1, 1e6)] = 2
+    # Keep the adapter of every checkpoint, in both layouts: OUT/adapters/000200.safetensors and
+    # OUT/adapters/kohya/NAME-000200.safetensors. Any of them can be the one that is taken.
+    keep_adapters: bool = False
     # Continue a run although the code that makes its numbers is not the one that it began with;
     # which functions changed is noted in the log, config.json and the adapter files.
     accept_code_change: bool = False
@@ -267,13 +290,22 @@ class Config:
     save_dtype: Literal["fp32", "fp16"] = "fp32"
     # Write TensorBoard scalars beside the JSON lines.
     tensorboard: bool = True
+    # Say nothing but warnings, errors and the last lines: no bars, nothing of how it goes.
+    quiet: bool = False
 
-    # Prompts of the before/after picture drawn at the end; none draws nothing.
-    validation_prompts: tuple[str, ...] = NARUTO_PROMPTS
+    # ---- Drawing
+
     # How strongly those pictures follow their prompt.
     guidance_scale: Annotated[float, Within(0, 100)] = 5.0
     # Denoising steps of those pictures.
     num_inference_steps: Annotated[int, Within(1, 1000)] = 30
+    # Denoising steps of a preview, a picture drawn while it trains: before the first step and after
+    # each save, at the training size; 0 draws none. It changes no bit of the run.
+    preview_steps: Annotated[int, Within(0, 1000)] = 12
+    # Prompts of the previews, each with kohya's marks if you like (a fox --n blurry --d 1 --w 768
+    # --h 512 --s 20 --l 7: negative, seed, width, height, steps, guidance), or one .txt file with a
+    # prompt a line; left empty, the first of the prompts of the picture at the end.
+    preview_prompts: tuple[str, ...] = ()
 
     @property
     def examples_per_step(self) -> int:
@@ -360,14 +392,14 @@ def parse(argv: list[str] | None = None) -> Config:
 
 def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> Any:
     """What tyro reads of a command line. Raises Refusal, of one line, where it draws a box."""
-    told = io.StringIO()
+    words, told = sys.argv[1:] if words is None else words, io.StringIO()
+    if {"-h", "--help"} & {*words}:
+        print(help.page(prog, what, words), flush=True)
+        sys.exit()
     try:
         with redirect_stderr(told):
             return cli(what, args=words, prog=prog)
     except SystemExit as left:
-        if not left.code:  # --help
-            sys.stdout.flush()
-            raise
         # Before the first ruled line may stand a title, behind the last how to get help.
         parts = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))[1:-1]
         why = "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
@@ -533,7 +565,8 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
     for name in config.dataset_name:  # a mistyped folder is answered now
         or_leave(functools.partial(folder_of, name, "--dataset-name"), "a folder of pictures")
     what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
-    announce(f"recipe {config.recipe}, {what}")
+    if not config.quiet:
+        announce(f"recipe {config.recipe}, {what}")
     return config
 
 
@@ -604,6 +637,7 @@ def check(config: Config) -> Config:
             (config.deterministic, "--plain with --deterministic", ours, "leave one out"),
             (config.start_from, "--plain with --start-from", ours, "leave one out"),
             (config.compile, "--plain with --compile", ours, "leave one out"),
+            (config.quiet, "--plain with --quiet", ours, "leave one out"),
         ]
     elif not (Path(__file__).parent.parent / "keep").is_dir():
         against.append((True, "no folder keep/ here", "it, or the book's lines alone", "--plain"))

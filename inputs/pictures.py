@@ -14,9 +14,9 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
-from tqdm import tqdm
 
 from inputs.files import Refusal, refuse
+from inputs.progress import progress
 from inputs.sources import ALPHA, WHITE, Picture, for_all, named, picture_formats
 
 LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized to gigabytes
@@ -120,7 +120,7 @@ def check_pictures(view: Callable, items: Sequence) -> None:
     """view(item), which raises for a picture that cannot be trained on, of every item, so that all
     of these are named at once, not one a run. Raises Refusal.
     """
-    bar = tqdm(items, "checking pictures", leave=False, mininterval=1)
+    bar = progress(items, "reading")
     for_all(lambda item: view(item) and None, bar)  # their pixels together may fill all memory
 
 
@@ -189,7 +189,7 @@ def changes(pictures: list[Picture], sizes: list[tuple[int, int]]) -> str:
     """
     found: dict[str, list[str]] = {}
     pairs = zip(pictures, sizes, strict=True)
-    for picture, size in tqdm(list(pairs), "looking at pictures", leave=False, delay=2):
+    for picture, size in progress(list(pairs), "reading", delay=2):
         with contextlib.suppress(Exception):  # a damaged one is refused by name when it is encoded
             image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
             scale, lost = made_to_fit(picture, size)

@@ -23,12 +23,12 @@ from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from tqdm import tqdm
 
 from inputs.captions import variants
 from inputs.download import asked
 from inputs.files import Refusal, digest, folder_of, place, refuse, refusing, sayable
 from inputs.options import Config
+from inputs.progress import on_terminal, progress, quiet
 
 # Media that Pillow's own list of endings does not know without a plug-in, or at all.
 MEDIA = set(
@@ -326,7 +326,7 @@ def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
         mask = picture_file(folder, mask) if mask else None
         return replace(found, mask=mask, weight=int(repeats[-1]) if repeats else 1)
 
-    found = Pictures(for_all(picture, sorted(pictures)))
+    found = Pictures(for_all(picture, progress(sorted(pictures), "reading", delay=2)))
     said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
     often = "so many times, up to 999 (--no-folder-repeats: once)" if obeyed else "once each"
     kohya = f"in folders like 10_style, shown {often}"
@@ -597,7 +597,9 @@ def from_hub(name: str, options: Config) -> Pictures:
     """A Hub data set, or a folder of parquet files, through `datasets`; pictures stay encoded."""
     import datasets
 
-    if not Path(name).is_dir():  # a mistyped folder is looked for half a minute
+    if not on_terminal():  # or bars of its own, by their hundreds
+        datasets.disable_progress_bars()
+    if not Path(name).is_dir() and not quiet[0]:  # a mistyped folder is looked for half a minute
         print(f"{name} is no folder here: asking the Hub for a data set", file=sys.stderr)
     split, config = options.dataset_split, options.dataset_config or None
     found = f"the data set {name} could not be loaded"
@@ -624,7 +626,7 @@ def from_hub(name: str, options: Config) -> Pictures:
         texts = captions_of(captions[i], row)
         return Picture(row, texts, digest(read(i)), functools.partial(read, i))
 
-    bar = tqdm(range(len(table)), "reading pictures", leave=False, mininterval=1)
+    bar = progress(range(len(table)), "reading")
     pictures = Pictures(for_all(picture, bar))
     if taken not in ("image", options.image_column):
         pictures.notes = [f"pictures taken from the column {taken}"]

@@ -18,6 +18,7 @@ from torch import Tensor
 
 import lora
 import model
+from adapters import files as adapter_files
 from inputs import code
 from inputs.files import Refusal, write_whole
 from keep import faults
@@ -75,6 +76,12 @@ def save_state(kept) -> None:
         "state.pt": buffer.getvalue(),
         "state.sha256": sum_of(buffer.getvalue()).encode(),
     }
+    if config.keep_adapters:  # before the state: a step that is saved is not done again
+        dtype, kept_in = model.DTYPES[config.save_dtype], config.out / "adapters"
+        named = f"kohya/{config.out.resolve().name}-{folder.name}"
+        for layout, name in (("peft", folder.name), ("kohya", named)):
+            path = kept_in / f"{name}.safetensors"
+            adapter_files.save(run.adapter, path, layout, dtype, about(kept))
     aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     try:
         for name, content in files.items():

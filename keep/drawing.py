@@ -12,12 +12,14 @@ from PIL import Image
 from torch import Tensor
 
 import generate
+import lora
 import model
 from adapters import files as adapter_files
 from inputs import drawing
 from inputs.drawing import Options, find_adapter
 from inputs.files import Refusal, first_line
 from keep import faster
+from lora import AdapterFile
 from see import sheet
 
 
@@ -38,23 +40,58 @@ def decode(
     return generate.decode(vae, latents, scaling)
 
 
+def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
+    """The rows to draw, by their label an adapter's file and its strength, and the name of the
+    sheet that they make; "" for single pictures.
+    """
+    strength, several, after = options.strength, options.strengths, "after"
+    if options.checkpoints:
+        kept = [(step, adapter_files.read(path)) for step, path in sorted(stages(file).items())]
+        rows = {"before": (file, 0.0)} | {f"step {step}": (each, 1.0) for step, each in kept}
+        return rows, "checkpoints.png"
+    if several != Options.strengths:
+        return {f"at {each:g}": (file, each) for each in several}, "strengths.png"
+    if options.compare:
+        after = after if strength == 1 else f"at {strength:g}"
+        return {"before": (file, 0.0), after: (file, strength)}, "before-after.png"
+    return {"": (file, strength)}, ""
+
+
+def stages(file: AdapterFile) -> dict[int, Path]:
+    """The adapter files of the run around `file`, its last one, by their steps. Raises Refusal
+    where it has kept no other.
+    """
+    out, told = file.path.parent, file.about.get("steps", "")
+    last = int(told) if told.isdecimal() else 0
+    paths = [*out.glob("adapters/*.safetensors"), *out.glob(f"checkpoints/*/{lora.FILE_NAME}")]
+    steps = [path.parent.name if path.name == lora.FILE_NAME else path.stem for path in paths]
+    kept = {int(step): path for step, path in zip(steps, paths, strict=True) if step.isdecimal()}
+    # What is there of a later step is left from before.
+    kept = {step: path for step, path in kept.items() if step < last}
+    if not kept:
+        found = f"{out} keeps no adapter of an earlier step than {file.path.name}"
+        remedy = "train with --keep-adapters, which keeps one at every save"
+        raise Refusal(found, "some in its adapters/ or checkpoints/", remedy)
+    return kept | {last: file.path}
+
+
 def run(options: Options) -> None:
     """Draw what `options` ask for, save it and print where it is."""
     file = adapter_files.read(find_adapter(options.adapter))
     options = drawing.complete(options, file.path, file.about)
-    after = "after" if options.strength == 1 else f"at {options.strength:g}"
-    rows = {"before": 0.0, after: options.strength} if options.compare else {"": options.strength}
+    rows, name = rows_of(options, file)
     folder = Path(options.output_dir or file.path.parent / "pictures")
     folder.mkdir(parents=True, exist_ok=True)  # before drawing, so that no picture is lost by it
     plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
-    pictures = generate.draw_at([*rows.values()], options, file, *plugged_in)
-    if options.compare:
+    pictures = generate.draw_at([*rows.values()], options, *plugged_in)
+    if name:
         several = len(set(options.seeds)) > 1
         titles = [f"{p}, seed {seed}" if several else p for p, seed in options.pictures]
         picture = sheet.grid(dict(zip(rows, pictures, strict=True)), titles)
         size, how = pictures[0][0].size, drawing.how_drawn(options)
+        how |= {} if options.compare else {"Rows": ", ".join(rows)}
         about = drawing.parameters(options, options.pictures, size, how)
-        generate.save_picture(picture, folder / "before-after.png", about)
+        generate.save_picture(picture, folder / name, about)
     else:
         generate.save_pictures(options, pictures[0], folder)
 

@@ -221,6 +221,15 @@ def record(run, sums: list, say: Callable[[str], None], said: list[str]) -> None
     run.micro_step = graph.Recorded(run.micro_step, sums, say, warm_up)
 
 
+def between_steps(run):
+    """A context for what is drawn between two steps: in the memory of recordings, where there are.
+
+    Beside it there may be no room.
+    """
+    memory = getattr(run.micro_step, "memory", None)
+    return memory() if memory else contextlib.nullcontext()
+
+
 def may_fuse(run) -> bool:
     """Whether fused layers are asked for, which call PyTorch's attention and not xFormers'."""
     processors = {type(each).__name__ for each in run.unet.attn_processors.values()}

@@ -21,9 +21,10 @@ from model import NoiseSchedule
 MAY_CHANGE = {
     *("max_train_steps", "max_train_epochs", "checkpointing_steps", "checkpoints_total_limit"),
     *("save_dtype", "tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
+    *("preview_steps", "preview_prompts", "keep_adapters"),
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
     *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
-    *("ddp_timeout", "plain", "accept_code_change", "config"),
+    *("ddp_timeout", "plain", "accept_code_change", "config", "quiet"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
     "deterministic",  # may be given up, not taken up: see deterministic.promise()
     # base, data and dtype are told by content, not by the name they were asked for

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from tqdm import tqdm
 
 import loop
 import lora
@@ -14,6 +13,7 @@ import model
 from inputs.files import Refusal
 from inputs.hub import file_of
 from inputs.options import Config
+from inputs.progress import progress
 from inputs.vetting import noise_settings
 
 PICTURES, TIMESTEPS, KINDS = 8, 16, ("epsilon", "v_prediction")
@@ -36,7 +36,7 @@ def losses(run: loop.Run) -> dict[str, list[float]]:
     both = [replace(schedule, prediction_type=kind) for kind in KINDS]
     sums = torch.zeros(2, 3, device=device)
     lora.set_strength(run.adapter, 0.0)
-    for i in tqdm(range(count), "what the base predicts", mininterval=1, leave=False):
+    for i in progress(range(count), "checking the base"):
         one = run.examples.batch(range(i, i + 1), device)
         for t in middles.split(run.config.train_batch_size):
             batch = {key: each.expand(len(t), *each.shape[1:]) for key, each in one.items()}

@@ -7,11 +7,13 @@ import contextlib
 import json
 import math
 import os
+import shlex
 import signal
 import statistics
 import threading
 from pathlib import Path
 
+import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,7 +22,9 @@ from inputs.files import sayable, write_whole
 from inputs.hub import fetch, read_config
 from inputs.options import Config
 from inputs.pictures import changes, table_of_sizes
+from inputs.progress import clock, progress, show, tell
 from inputs.sources import Pictures, named
+from keep.export import files_of
 from loop import Run, learning_rate
 
 SPILL = (
@@ -30,14 +34,31 @@ SPILL = (
 )
 
 
+class Smoothed:
+    """An exponential average corrected for its start, as TensorBoard's smoothing is: the mean of
+    what came, each value counting `weight` times as much as the next.
+    """
+
+    def __init__(self, weight: float):
+        self.weight, self.sum, self.share = weight, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        """The average with one more value."""
+        self.sum = self.weight * self.sum + (1 - self.weight) * value
+        self.share = self.weight * self.share + (1 - self.weight)  # 1 - weight ** count
+        return self.sum / self.share
+
+
 class Log:
-    """A progress bar, one JSON line and one set of TensorBoard scalars for each step; nothing of
-    it in a process that does not speak for the run.
+    """A bar or plain lines, one JSON line and one set of TensorBoard scalars for each step; nothing
+    of it in a process that does not speak for the run.
     """
 
     def __init__(self, out: Path, start: int, config: Config, speaks: bool = True):
         self.board, self.hook, self.watch = None, threading.excepthook, Watch(config)
         self.also: dict[str, str] = {}  # what every line of log.jsonl says besides
+        # Of some 50 losses, since timesteps differ more than steps; of 10 times, which change.
+        self.steps, self.loss, self.seconds = config.max_train_steps, Smoothed(0.98), Smoothed(0.9)
         if not speaks:
             self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
             return
@@ -50,7 +71,7 @@ class Log:
                 kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
         write_whole(path, kept.encode())
         self.file = open(path, "a")
-        self.bar = tqdm(total=config.max_train_steps, initial=start, desc="training", mininterval=1)
+        self.bar = progress(None, "training", config.max_train_steps, start, leave=True, every=50)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
@@ -89,10 +110,17 @@ class Log:
         if device.type == "cuda":
             for warning in self.watch.after(run.step, seconds, device):
                 tqdm.write(warning)
-        said = f"loss {loss:.4f}, lr {rate:.1e}, {seconds:.2f} s/step"
-        said += f", {peak:.1f} GiB" * bool(peak) + f", {scale.skipped} skipped" * scale.enabled
-        self.bar.set_postfix_str(said)
+        each = self.seconds.add(seconds)
+        said = f"loss {self.loss.add(loss):.3f} {each:.2f} s/step "
+        said += f"{clock((self.steps - run.step) * each)} left" + f" {peak:.1f} GiB" * bool(peak)
+        tell(self.bar, said, f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled)
         self.bar.update()
+
+    def show(self, name: str, picture, step: int) -> None:
+        """Hand a picture to the notebook's cell, and to TensorBoard where it is written."""
+        show(picture)
+        if self.board:
+            self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
 
 
 class Watch:
@@ -184,18 +212,35 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     if size > n:
         several += f", of which {size - n} have no example: GPUS={n} would do as well"
     learning = sum(matrix.numel() for matrix in run.trained.values())
+    loud, lacking = not config.quiet, bool(bare or cut)
     lines = (
-        f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
-        f"{len(pictures)} pictures at {at}; captions: {len(bare)} missing or "
-        f"empty{first}, {len(cut)} cut at the tokenizer's length{such}",
+        f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})" * loud,
+        f"{len(pictures)} pictures at {at}; captions: {len(bare)} missing or empty{first}, "
+        f"{len(cut)} cut at the tokenizer's length{such}" * (loud or lacking),
         "; ".join(pictures.notes),
-        table_of_sizes(pictures, run.examples.sizes) * (used > 1),
+        table_of_sizes(pictures, run.examples.sizes) * (used > 1 and loud),
         changes(pictures, run.examples.sizes),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
-        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}",
+        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}" * loud,
         f"{named(rare)} come in none of these steps: few are of their size" if rare else "",
         describe_rate(config),
-        f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
+        f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers" * loud,
+    )
+    return "\n".join(filter(None, lines))
+
+
+def last_lines(config: Config) -> str:
+    """Where the adapter and its pictures are, and the two commands that are typed next."""
+    files, picture = files_of(config), config.out / "pictures" / "before-after.png"
+    steps, epochs, out = config.max_train_steps, config.max_train_epochs, str(config.out)
+    longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
+    if config.lr_scheduler == "cosine":  # its rate has fallen: to go on would learn next to nothing
+        longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"
+    lines = (
+        f"adapter: {files['peft']}\nthe same for ComfyUI, Forge and others: {files['kohya']}",
+        f"pictures: {picture}" * picture.is_file(),
+        f"draw your own: python generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",
+        f"train longer: python loop.py --config {shlex.quote(out)} {longer}",
     )
     return "\n".join(filter(None, lines))
 

@@ -23,9 +23,11 @@ from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
+from inputs.progress import quiet, say
 from inputs.sources import Pictures, in_steps, read_datasets
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
+from see import preview
 
 
 @dataclass
@@ -36,8 +38,8 @@ class Kept:
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
     were changed under it, with leave; notes: how its files will mean something else than it trains;
-    losses: the bare base's (keep/noise.py); half_done: whether the optimizer is at work, or has
-    failed at it: its numbers must not be saved.
+    losses: the bare base's (keep/noise.py); previews: what is drawn after each save; half_done:
+    whether the optimizer is at work, or has failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
@@ -49,6 +51,7 @@ class Kept:
     code_changes: str
     notes: list[str]
     losses: dict[str, list[float]]
+    previews: preview.Previews
     half_done: bool = False
 
 
@@ -66,6 +69,7 @@ def set_up(
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
     pictures = read_datasets(config)
     config = in_steps(config, pictures)
+    wanted = preview.wanted(config, prompts_of(config, pictures))
     schedule = model.load_noise_schedule(name, device, *config.noise)
     commit = hub.commit_of(name)
     state = checkpoint.newest_state(config.out / "checkpoints")
@@ -77,11 +81,13 @@ def set_up(
     digests = faster.digests(config)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
+    say("planning the memory" * (config.memory_plan and device.type == "cuda"))
     config, planned = faster.plan(config, device, dtype, team.size)
-    if team.first and (room := report.disk(config, pictures, dtype)):
-        print(room, flush=True)  # before they are encoded
+    say(report.disk(config, pictures, dtype))  # before they are encoded
     timesteps = len(schedule.alphas_cumprod)
     examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
+    plugged_in = {"decode": drawing.decode, "room": faster.between_steps}
+    previews = preview.made(config, wanted * team.first, device, dtype, tqdm.write, **plugged_in)
     team.wait()
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
@@ -93,25 +99,34 @@ def set_up(
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses, previews)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
     if team.first:  # not before: a start that is refused leaves nothing
-        told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": changes}
-        makers = ("torch", "diffusers", "transformers", "bitsandbytes")
-        installed = [each for name in makers for each in metadata.distributions(name=name)]
-        told["versions"] = {each.name: each.version for each in installed}
-        told |= {"base_commit": commit} | identity.started_from(config, same)
-        told["validation_prompts"] = prompts_of(config, pictures)
-        write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
-        write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
+        told = {"base_commit": commit, "validation_prompts": prompts_of(config, pictures)}
+        write_down(kept, told, pictures)
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
-    lines = [report.describe(kept, pictures, how), *at, predicts, planned, changes, started, *notes]
-    return kept, "\n".join(filter(None, lines))
+    drawn = preview.describe(config, wanted, run.step)
+    if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
+        at, predicts, planned, drawn = [], predicts * ("; " in predicts), "", ""
+    lines = [report.describe(kept, pictures, how), *at, predicts, planned, drawn, changes, started]
+    return kept, "".join(f"{each}\n" for each in (*lines, *notes) if each)
+
+
+def write_down(kept: Kept, more: dict, pictures: Pictures) -> None:
+    """Into the run's folder: its options with what made it, and digests of its pictures."""
+    config = kept.run.config
+    told = dataclasses.asdict(config) | {"commit": code.commit(), "code_changes": kept.code_changes}
+    makers = ("torch", "diffusers", "transformers", "bitsandbytes")
+    installed = [each for name in makers for each in metadata.distributions(name=name)]
+    told["versions"] = {each.name: each.version for each in installed}
+    told |= more | identity.started_from(config, kept.identity)
+    write_whole(config.out / "config.json", json.dumps(told, indent=1).encode())
+    write_whole(config.out / identity.PICTURES, json.dumps(identity.listed(pictures)).encode())
 
 
 # ---- the run -------------------------------------------------------------------------------------
@@ -128,9 +143,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     kept, lines = set_up(config, device, team)
     run = kept.run
     team.asked = lambda: bool(interrupts.caught)
-    print(lines)
+    print(lines, end="", flush=True)
     if run.step:
-        print(f"continuing after step {run.step} of {run.config.max_train_steps}")
+        say(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
     with report.Log(run.config.out, run.step, run.config, team.first) as log:
         log.also = {"code_changes": kept.code_changes} if kept.code_changes else {}
@@ -151,8 +166,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     model.free_memory()
     team.leave()
     if team.first:
+        say("saving the adapter")
         for path in export.export(kept):
-            print(f"saved, read back and compared: {path}")
+            say(f"saved, read back and compared: {path}")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
         print(f"done: {run.step} steps{skipped if run.loss_scale.enabled else ''}")
@@ -161,7 +177,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
 
 def step_and_save(kept: Kept, log: report.Log) -> None:
     """loop.fit(), and what is done after each step, until its end or until one is asked to stop."""
-    run, team, began = kept.run, kept.team, time.perf_counter()
+    run, team = kept.run, kept.team
+    kept.previews.draw(run, log.show, lacking=True)  # of step 0, or where a run was killed drawing
+    began = time.perf_counter()
     for step, loss, norm in loop.fit(run):
         # Before saving: a saved step is not done again, so its line would be missing if the run
         # were killed in between.
@@ -171,6 +189,8 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
         if step % run.config.checkpointing_steps == 0 or last or team.stop:
             team.check_equal(f"the adapter after step {step}", run.trained)
             checkpoint.save_state(kept)
+            if not team.stop:  # else the next start draws
+                kept.previews.draw(run, log.show)
         if team.stop:
             team.wait()  # the first to leave has torchrun end the others
             return
@@ -207,8 +227,7 @@ def draw(config: Config) -> None:
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
-        said = "the picture at the end shows captions that were trained on; others: "
-        print(f"{said}{again} --prompts 'YOUR PROMPT'")
+        say("the picture at the end shows captions that were trained on")
     else:
         given["prompts"] = config.validation_prompts
     try:
@@ -235,6 +254,7 @@ def train(config: Config, team: faster.Alone) -> int:
         model.free_memory()
         if team.first:
             draw(config)
+            print(report.last_lines(config))
         return 0
 
 
@@ -245,6 +265,7 @@ def main(argv: list[str] | Config | None = None) -> int:
     team = faster.Alone()
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
+        quiet[0] = config.quiet
         identity.use_revision(config)
         if config.plan_for:
             print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
@@ -261,5 +282,7 @@ def main(argv: list[str] | Config | None = None) -> int:
         found += f"uses this GPU, or {report.less_memory(config)}"
     except OSError as error:  # a disk that fills up while the log is written, say
         found = f"{error}. What to do: mend that, then the same command"
+    finally:
+        quiet[0] = False
     team.say(f"error: {found}")
     return 1

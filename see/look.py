@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
-from tqdm import tqdm
 
 from inputs import options
 from inputs.ahead import work_ahead
@@ -19,6 +18,7 @@ from inputs.files import Refusal, place, write_whole
 from inputs.hub import PARTS
 from inputs.one_file import SHIPPED
 from inputs.pictures import changes, refuse_small, table_of_sizes, upright_size
+from inputs.progress import progress
 from inputs.sources import Picture, read_datasets, ten
 from see import sheet
 
@@ -47,7 +47,7 @@ def look(config: options.Config) -> bool:
             return str(refusal).partition(". What to do")[0]
         return ""
 
-    bar = tqdm(pictures, "checking pictures", leave=False, mininterval=1)
+    bar = progress(pictures, "reading")
     with work_ahead(stops, bar, 16) as found:
         why = dict(zip(pictures, found, strict=True))
     whole = [picture for picture in pictures if not why[picture]]

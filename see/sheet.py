@@ -9,14 +9,14 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-COLUMNS = 6  # more are hard to see on a screen
+COLUMNS = 6  # more are hard to see on a screen, but where there are many rows, too
 LINES = 3  # of a title
 
 
 def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
     """One picture of many. rows: {label: its pictures, one for each title}, all of one size; where
-    there are more than COLUMNS, blocks of rows below each other. Says on stderr which of the
-    titles' characters the font lacks.
+    there are more than COLUMNS and the sheet would be wider than high, blocks below each other.
+    Says on stderr which of the titles' characters the font lacks.
     """
     font = load_font(max(11, max(next(iter(rows.values()))[0].size) // 22))  # grows with pictures
     titles = [unicodedata.normalize("NFC", title) for title in titles]  # a letter and its accent
@@ -26,7 +26,7 @@ def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
         first = " ".join(map(str.strip, [*codes.values()][:10]))
         said = f"the titles' font lacks {len(codes)} characters, drawn as their numbers: {first}"
         print(said, file=sys.stderr)
-    blocks = -(-len(titles) // COLUMNS)
+    blocks = -(-len(titles) // max(COLUMNS, round((len(titles) * len(rows)) ** 0.5)))
     wide = -(-len(titles) // blocks)
     cuts = [slice(x, x + wide) for x in range(0, len(titles), wide)]
     made = [block({k: row[cut] for k, row in rows.items()}, titles[cut], font) for cut in cuts]
@@ -34,12 +34,13 @@ def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
 
 
 def stacked(pictures: list[Image.Image]) -> Image.Image:
-    """One below the other, on white."""
+    """One below the other, on white, apart, so that a heading is seen to be of what follows it."""
     width, height = max(each.width for each in pictures), sum(each.height for each in pictures)
-    sheet, y = Image.new("RGB", (width, height), "white"), 0
+    gap, y = width // 40, 0
+    sheet = Image.new("RGB", (width, height + gap * (len(pictures) - 1)), "white")
     for each in pictures:
         sheet.paste(each, (0, y))
-        y += each.height
+        y += each.height + gap
     return sheet
 
 
@@ -53,14 +54,15 @@ def block(
     words = [fit(title or "(no words)", font, column - size) for title in titles]
     head = line * max(map(len, words)) + size // 2
     margin = int(size * 1.5)
-    left = margin + int(max(font.getlength(label) for label in rows))
+    labels = ["\n".join(fit(label, font, column)) for label in rows]
+    left = margin + int(max(font.getlength(line) for each in labels for line in each.split("\n")))
     width, height = left + column * len(titles) + margin // 2, head + down * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
     for x, lines in enumerate(words):
         for y, text in enumerate(lines):
             pen.text((left + column * x + size // 2, 2 + line * y), text, fill="black", font=font)
-    for y, (label, pictures) in enumerate(rows.items()):
+    for y, (label, pictures) in enumerate(zip(labels, rows.values(), strict=True)):
         place = (margin // 3, head + down * y + down // 2)
         pen.text(place, label, fill="black", font=font, anchor="lm")
         for x, picture in enumerate(pictures):

@@ -17,6 +17,7 @@ OTHERS = {
     "torchrun": {"--nproc-per-node", "--max-restarts"},
     "pip": {"--index-url"},
     "sd-scripts": {"--network_weights"},
+    "sd-scripts' files of prompts": {"--n", "--d", "--w", "--h", "--s", "--l"},
     "python -m": {"--help", "--steps", "--cap-gib", "--smoke"},  # benchmarks, pocket.build
 }
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)

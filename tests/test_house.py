@@ -29,8 +29,8 @@ AMONG_THE_BOOK = {  # in reading order; each may import those before it that it 
     "loop": {"lora", "model", "data"},
     "generate": {"lora", "model"},
 }
-LINES = {"lora": 129, "model": 186, "data": 275, "loop": 213, "generate": 155}  # of code
-BOOK_LINES, WING_LINES = 958, 5013
+LINES = {"lora": 129, "model": 186, "data": 275, "loop": 213, "generate": 159}  # of code
+BOOK_LINES, WING_LINES = 962, 5390
 
 
 def files(room: str) -> list[Path]:

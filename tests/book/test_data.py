@@ -431,14 +431,10 @@ def filled(*args) -> list[Path]:
 
 
 def test_the_bar_of_one_of_several_processes_ends_full(tmp_path, monkeypatch):
-    bars = []
-
-    class Bar(blocks.tqdm):
-        def __init__(self, *args, **options):
-            super().__init__(*args, **options)
-            bars.append(self)
-
-    monkeypatch.setattr(blocks, "tqdm", Bar)
+    bars, plain = [], blocks.progress
+    monkeypatch.setattr(
+        blocks, "progress", lambda *how, **s: bars.append(plain(*how, **s)) or bars[-1]
+    )
     turns = iter([True, False, True])  # of 16, 16 and 8 rows
     data.fill(tmp_path, "latent", KEYS, each(row), lambda name: next(turns))
     assert (bars[-1].n, bars[-1].total) == (24, 24)

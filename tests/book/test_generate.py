@@ -39,7 +39,7 @@ def seeded(seed: int) -> torch.Generator:
 
 @functools.cache
 def encoded(prompt: str, negative: str = "") -> dict[str, torch.Tensor]:
-    return generate.encode(str(POCKET), [prompt], negative, CPU, False)[0]
+    return generate.encode(str(POCKET), [prompt], [negative], CPU, False)[0]
 
 
 def draw(folder, *words: str) -> dict[str, np.ndarray]:
@@ -205,7 +205,7 @@ def test_prompt_negative_and_unconditional_have_as_many_chunks_as_asked(capsys):
     prompt = "a red fox " * 12  # 36 tokens: more than one chunk of 30
     for negative in ("", "blue"):
         (one,), (two,) = (
-            generate.encode(str(POCKET), [prompt], negative, CPU, False, tokens)
+            generate.encode(str(POCKET), [prompt], [negative], CPU, False, tokens)
             for tokens in (75, 150)
         )
         assert one["context"].shape == (2, 32, 224) and two["context"].shape == (2, 64, 224)

@@ -7,7 +7,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 
+import model
 from conftest import ROOT, TINY, make_unet
 from fast import plan
 from fast.plan import GIB
@@ -15,7 +17,8 @@ from inputs.files import Refusal
 from inputs.options import RECIPES
 
 T4 = RECIPES["t4"][1]
-SMALL = replace(T4, resolution=(64,), lora_rank=4)  # as the tiny UNet has it
+# as the tiny UNet has it, and without the previews that SDXL's own VAE decodes
+SMALL = replace(T4, resolution=(64,), lora_rank=4, preview_steps=0)
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +122,55 @@ def test_the_stored_plan_of_a_t4_is_what_make_plan_says(sdxl, monkeypatch):
         for of in (lines[1:], said)
     )
     assert new == pytest.approx(stored, rel=0.03, abs=0.011)
+
+
+def test_a_preview_takes_the_room_of_a_steps_activations(tiny):
+    """Which are gone by then: so only where they are less does the peak grow."""
+    shown = replace(SMALL, preview_steps=12)
+    room = plan.preview_bytes(shown)
+    assert room == plan.VAE + plan.DECODING * 64 * 64 / 4 and plan.preview_bytes(SMALL) == 0
+    assert plan.preview_bytes(replace(shown, validation_prompts=())) == 0
+    wide = replace(shown, preview_prompts=("a", "b --w 1024 --h 512"))
+    assert plan.preview_bytes(wide) == plan.VAE + plan.DECODING * 1024 * 512 / 4
+    without, beside = (tiny(plan.shaped(config, 1, ())) for config in (SMALL, shown))
+    assert beside.parts["activations"] == room > without.parts["activations"] > 0
+    assert beside.peak - without.peak == room - without.parts["activations"]
+
+
+@pytest.mark.parametrize("recipe", ["t4", "native"])
+def test_previews_take_less_than_a_twentieth_of_a_run_on_a_t4(sdxl, recipe):
+    config = RECIPES[recipe][1]
+    way = plan.shaped(config, 4 if recipe == "t4" else 1, None)
+    said = plan.in_previews(way, sdxl(way).work, CARD)
+    share = float(re.search(r"6 times: ([\d.]+)% of the run", said)[1])
+    assert 1 < share < 5
+
+
+@pytest.mark.slow
+def test_the_vae_needs_more_than_the_unet_needs_before_it_and_is_as_stated(sdxl):
+    """So a preview's room is the VAE's; and a pass backward is as much work as one forward."""
+    live, path = plan.Live(), ROOT / "inputs" / "sdxl" / "vae" / "config.json"
+    with torch.device("meta"), torch.no_grad(), live:
+        vae = AutoencoderKL.from_config(json.loads(path.read_text())).eval()
+        assert live.bytes == pytest.approx(plan.VAE, rel=0.01)
+        for side in (256, 512):
+            before = live.bytes
+            live.start()
+            vae.decode(torch.empty(1, 4, side // 8, side // 8))
+            assert live.peak - before == pytest.approx(plan.DECODING * side**2, rel=0.02)
+            assert live.work["flop"] == pytest.approx(plan.VAE_WORK["flop"] * side**2, rel=0.02)
+            assert live.work["moved"] == pytest.approx(plan.VAE_WORK["moved"] * side**2, rel=0.02)
+    rehearsal = plan.Rehearsal(T4, torch.float16, plan.SDXL_UNET)
+    step = rehearsal.predict(plan.shaped(T4, 4, None)).work["flop"] / 4
+    unet, live = rehearsal.run.unet, rehearsal.live
+    for side in (512, 1024):
+        config = replace(T4, resolution=(side,), train_batch_size=2)
+        with torch.device("meta"), torch.no_grad(), live:
+            batch, before = plan.fake_batch(config, unet), live.bytes
+            live.start()
+            model.predict(unet, batch["noise"], batch)
+        assert live.peak - before < plan.preview_bytes(config)
+        assert side > 512 or live.work["flop"] / 2 == pytest.approx(step / 2, rel=0.02)
 
 
 def test_a_process_that_has_a_share_of_the_step_plans_for_no_more(tiny):

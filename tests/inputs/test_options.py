@@ -70,7 +70,7 @@ def test_all_values_that_cannot_be_are_said_at_once():
         assert word in said
     rank = "lora_rank is 0; expected 1 to 640. What to do: --lora-rank 16"
     rate = "learning_rate is nan; expected 1e-12 to 10. What to do: --learning-rate 5e-05"
-    assert f"{rank} | {rate}" in said
+    assert f"{rate} | {rank}" in said
 
 
 def test_options_of_other_trainers_and_slips_are_answered_with_ours_all_at_once():

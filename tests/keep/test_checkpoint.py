@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import lora
+from adapters import files
 from inputs.files import Refusal
 from keep import checkpoint, identity
 from tiny_run import assembled, keep, step
@@ -41,6 +43,27 @@ def test_a_run_goes_on_to_the_same_bytes_with_and_without_the_vector(
     for name in ours:
         assert ours[name].keys() == theirs[name].keys()
         assert all(torch.as_tensor(v == theirs[name][k]).all() for k, v in ours[name].items())
+
+
+@pytest.mark.parametrize("save_dtype", ["fp32", "fp16"])
+def test_the_adapter_of_every_save_is_kept_in_both_layouts(tmp_path, save_dtype):
+    """Also of those whose state is gone; and nothing else that draws lies in the run's folder."""
+    asked = {"keep_adapters": True, "save_dtype": save_dtype, "checkpoints_total_limit": 1}
+    kept, out = keep(assembled(tmp_path / "mine", **asked)), tmp_path / "mine"
+    for count in (1, 2):
+        checkpoint.save_state(step(kept, 1))
+        state = out / f"{ROOT}/{count:06d}" / lora.FILE_NAME
+        whole, peft = state.read_bytes(), out / f"adapters/{count:06d}.safetensors"
+        assert peft.read_bytes() == whole
+        ours = files.read(state).matrices
+        theirs = files.read(out / f"adapters/kohya/mine-{count:06d}.safetensors")
+        assert theirs.about["steps"] == str(count) and theirs.rank == 5
+        for name, matrix in ours.items():
+            assert any(matrix.equal(each) for each in theirs.matrices.values()), name
+    assert len([*out.glob(f"{ROOT}/*")]) == 1 and len([*out.glob("adapters/*.safetensors")]) == 2
+    assert not [*out.glob("*.safetensors")]
+    checkpoint.save_state(step(keep(assembled(tmp_path / "other")), 1))
+    assert not (tmp_path / "other" / "adapters").exists()
 
 
 def test_a_view_does_not_take_its_whole_vector_along(tmp_path):

@@ -80,6 +80,83 @@ def test_a_comparison_shows_the_bare_model_above_and_the_adapter_below(run, caps
     assert np.array_equal(sheet[below + side :, left : left + side], weak)
 
 
+def kept_at(run, names: dict[str, float]) -> None:
+    """Adapters of other steps in a run's folder, by their place, each of another strength."""
+    for name, strength in names.items():
+        adapter = loud()
+        with torch.no_grad():
+            for layer in adapter.layers.values():
+                layer.lora_B.mul_(strength)
+        adapter_files.save(adapter, run / name, "peft", torch.float32, {"steps": "9"})
+
+
+def cells(path, rows: int, columns: int, side: int = 128) -> np.ndarray:
+    """The pictures of a sheet in one block, (rows, columns, side, side, 3)."""
+    sheet = np.asarray(Image.open(path), int)
+    below = sheet[len(sheet) - rows * side :].reshape(rows, side, -1, 3)
+    left = sheet.shape[1] - columns * side - int(11 * 1.5) // 2
+    return below[:, :, left : left + columns * side].reshape(rows, side, columns, side, 3).swapaxes(
+        1, 2
+    )  # fmt: skip
+
+
+def counting(monkeypatch) -> list:
+    """A list that gets longer with every UNet that is loaded."""
+    loads, load = [], model.load_unet
+    monkeypatch.setattr(model, "load_unet", lambda *a: loads.append(1) or load(*a))
+    return loads
+
+
+def test_checkpoints_are_rows_of_one_sheet_drawn_with_one_load(tmp_path, monkeypatch, capsys):
+    run = drawable(tmp_path / "out", steps="6")
+    refused(
+        draw(capsys, str(run), "--checkpoints"), "no adapter of an earlier step", "--keep-adapt"
+    )
+    kept_at(run, {"adapters/000002.safetensors": 0.5, f"checkpoints/000004/{lora.FILE_NAME}": 0.0})
+    kept_at(run, {"adapters/notes.safetensors": 1, "adapters/000007.safetensors": 1})
+    loads = counting(monkeypatch)
+    assert draw(capsys, str(run), "--checkpoints") == (0, "")
+    assert len(loads) == 1
+    before, two, four, end = cells(run / "pictures/checkpoints.png", 4, 1)[:, 0]
+    assert np.array_equal(before, four)  # whose B is zero
+    assert np.abs(before - end).mean() > np.abs(before - two).mean() > 1
+    about = Image.open(run / "pictures/checkpoints.png").info["parameters"]
+    assert 'Rows: "before, step 2, step 4, step 6"' in about
+    assert draw(capsys, str(run), "--strength", "1") == (0, "")
+    one = np.asarray(Image.open(run / "pictures/00-red-apple-0-1.png"))
+    assert np.array_equal(one, end)
+
+
+def test_strengths_are_rows_of_one_sheet_drawn_with_one_load(run, monkeypatch, capsys):
+    loads = counting(monkeypatch)
+    assert draw(capsys, str(run), "--strengths", "0", "0.5", "1") == (0, "")
+    assert len(loads) == 1
+    rows = cells(run / "pictures/strengths.png", 3, 1)[:, 0]
+    assert np.abs(rows[0] - rows[2]).mean() > np.abs(rows[0] - rows[1]).mean() > 1
+    assert draw(capsys, str(run), "--strength", "0.5") == (0, "")
+    assert np.array_equal(np.asarray(Image.open(run / "pictures/00-red-apple-0-0.5.png")), rows[1])
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "--checkpoints --strengths 0 1",
+        "--checkpoints --compare",
+        "--checkpoints --strength 0.5",
+        "--strengths 0 --strength 0.5",
+        "--strengths 0 1 --compare",
+        "x --plain --checkpoints",
+    ],
+)
+def test_what_the_rows_are_is_asked_for_once(words):
+    given = [word for word in words.split() if word[:2] == "--"]
+    with pytest.raises(Refusal, match="expected one of them") as refusal:
+        options_of_drawing.parse(words.split())
+    assert all(word in str(refusal.value) for word in given)
+    with pytest.raises(Refusal, match=r"strengths is 11\.0; expected -10 to 10"):
+        options_of_drawing.parse(["--strengths", "11"])
+
+
 @pytest.mark.slow
 def test_both_layouts_and_the_book_draw_the_same(run, tmp_path, capsys):
     kohya = run / "kohya" / f"{run.name}.safetensors"

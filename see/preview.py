@@ -1,0 +1,160 @@
+"""Pictures while a run trains: the same prompts and seeds at step 0 and after every save, drawn by
+generate.py's own lines with the UNet that is trained, as it stands. They change no bit of the run.
+"""
+
+import contextlib
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+import generate
+import model
+from inputs import blocks, drawing, hub, vetting
+from inputs.code import together
+from inputs.drawing import Options
+from inputs.files import digest, place, read_tensors, sayable, write_whole
+from inputs.options import RECIPES, Config
+
+LESS = "fewer or smaller --preview-prompts ('a fox --w 256 --h 256'), or --preview-steps 0"
+
+
+def wanted(config: Config, usual: list[str]) -> list[Options]:
+    """What a run draws, as drawing.previews() has it; with a base that was distilled to few steps
+    in so many, and under its guidance, where nothing else is asked for.
+    """
+    name, recipe = config.pretrained_model_name_or_path, RECIPES[config.recipe][1]
+    kind, steps, scale = drawing.few_steps(name, drawing.sampler_of(name), hub.read_scheduler(name))
+    if kind and config.preview_steps == recipe.preview_steps:
+        config = replace(config, preview_steps=steps)
+    if kind and config.guidance_scale == recipe.guidance_scale:
+        config = replace(config, guidance_scale=scale)
+    return drawing.previews(config, usual)
+
+
+def describe(config: Config, previews: list[Options], step: int) -> str:
+    """How many there will be from `step` on, and how much of the run they are, in words."""
+    if not previews:
+        return ""
+    work, times = drawing.steps_worth(config, previews), drawing.times(config, step)
+    share = work * times / max(1, config.max_train_steps - step)
+    less = f"; for less: a larger --checkpointing-steps, {LESS}" if share > 0.05 else ""
+    count = f"{len(previews)} preview{'s' * (len(previews) > 1)}, {times} times"
+    said = f"{count}, in {config.out / 'pictures'}: each time the work of about {work:.1f} training"
+    return f"{said} steps, in all {share:.1%} of the run{less}"
+
+
+def embeddings(config: Config, previews: list[Options], device, half: bool) -> list[dict]:
+    """generate.encode() of each, read from the cache where they are in it: a run that goes on loads
+    no text encoders for them.
+    """
+    name, tokens = config.pretrained_model_name_or_path, config.max_tokens
+    made = ("encode_prompts", "encode_unconditional", "tokens_of")
+    by = together("generate.encode", *(f"model.{each}" for each in made))
+    encoders = f"{hub.encoder_fingerprints(name, half)['text']} {tokens} tokens, half {half}"
+    prompts, away = [each.prompts[0] for each in previews], [p.negative_prompt for p in previews]
+    path = Path(config.cache_dir) / f"previews-{digest(by, encoders, *prompts, *away)}.safetensors"
+    if config.cache and blocks.is_whole(path):
+        tensors = read_tensors(path)[0]
+        return [{key: rows[i] for key, rows in tensors.items()} for i in range(len(previews))]
+    rows = generate.encode(name, prompts, away, device, half, tokens)
+    if config.cache:
+        blocks.write_block(path, {key: torch.stack([r[key] for r in rows]) for key in rows[0]})
+    return rows
+
+
+@contextlib.contextmanager
+def as_drawn(run) -> Iterator[None]:
+    """Within, the run's layers do nothing that they do in training only; each is as it was then.
+    And nothing is compiled: for other shapes than a step's, torch would compile the steps' anew.
+    """
+    modes = {module: module.training for module in run.unet.modules()}
+    plain = torch.compiler.set_stance("force_eager") if run.config.compile else None
+    with plain or contextlib.nullcontext():
+        try:
+            run.unet.eval()
+            yield
+        finally:
+            for module, training in modes.items():
+                module.training = training
+
+
+@dataclass
+class Previews:
+    """What a run draws while it trains, of each its prompt's embedding. decode: generate.decode(),
+    or one that needs less memory; room: a context of the run in which memory is taken; say: gets a
+    sentence where a preview is not drawn, which never ends the run.
+    """
+
+    previews: list[Options]
+    embeddings: list[dict]
+    sampler: object
+    say: Callable[[str], None]
+    decode: Callable
+    room: Callable
+    timed: bool = False
+
+    def draw(self, run, show: Callable, lacking: bool = False) -> None:
+        """Draw those of run.step into OUT/pictures, all or only what is `lacking` there; show(name,
+        picture, step) gets each.
+        """
+        failed, folder, began = "", run.config.out / "pictures", time.perf_counter()
+        names = [drawing.stem(i, *each.pictures[0]) for i, each in enumerate(self.previews)]
+        todo = {i: folder / f"{run.step:06d}-{name}.png" for i, name in enumerate(names)}
+        todo = {i: path for i, path in todo.items() if not (lacking and path.exists())}
+        try:
+            with self.room(run):
+                pictures = self.drawn(run, [*todo])
+            for i, picture in zip(todo, pictures, strict=True):
+                write_whole(todo[i], generate.png_bytes(picture, self.about(run, i)))
+                show(names[i], picture, run.step)
+            if pictures and not self.timed and not run.config.quiet:
+                self.timed = True  # measured: the plan's estimate knows no host
+                self.say(f"drawn in {time.perf_counter() - began:.1f} s: {folder}")
+        except torch.cuda.OutOfMemoryError:
+            failed = f"the GPU's memory is full. What to do: {LESS}"
+        except Exception as error:  # whatever it is, it is not worth a run
+            failed = sayable(str(error))
+        if failed:  # out here the error no longer holds what filled the memory
+            model.free_memory()
+            self.say(f"no preview of step {run.step}, and the run goes on: {failed}")
+
+    def drawn(self, run, numbers: list[int]) -> list[Image.Image]:
+        """The pictures of these numbers. The VAE is in memory only for them."""
+        if not numbers:
+            return []
+        latents, rescale = [], 0.7 * (not run.schedule.alphas_cumprod[-1])
+        with as_drawn(run):
+            for each, row in ((self.previews[i], self.embeddings[i]) for i in numbers):
+                size, how = (each.height // 8, each.width // 8), each.num_inference_steps
+                how = (each.seeds[0], size, how, each.guidance_scale, rescale)
+                latents.append(generate.sample(run.unet, self.sampler, row, *how).cpu())
+        vae = model.load_vae(run.config.pretrained_model_name_or_path, run.unet.device)
+        return [self.decode(vae, [latent], run.latent_scaling)[0] for latent in latents]
+
+    def about(self, run, i: int) -> str:
+        """What a preview's PNG says of it."""
+        each, base = self.previews[i], place(run.config.pretrained_model_name_or_path)
+        how = {"Steps": str(each.num_inference_steps), "Sampler": type(self.sampler).__name__}
+        how |= {"CFG scale": f"{each.guidance_scale:g}", "Model": base.resolve().name}
+        how["Lora steps"] = str(run.step)
+        return drawing.parameters(each, each.pictures, (each.width, each.height), how)
+
+
+def made(
+    config: Config, previews: list[Options], device, dtype, say: Callable, **plugged_in: Callable
+) -> Previews:
+    """Encoded, before the UNet is loaded: text encoders and UNet never share the memory."""
+    rows, sampler, name = [], None, config.pretrained_model_name_or_path
+    try:
+        if previews:
+            steps = max(each.num_inference_steps for each in previews)
+            sampler = vetting.load_sampler(name, "", steps, *config.noise)
+            rows = embeddings(config, previews, device, dtype != torch.float32)
+    except Exception as error:  # a sampler that is not known here, say
+        say(f"no previews, and the run goes on: {sayable(str(error))}")
+        previews = []
+    return Previews(previews, rows, sampler, say, **plugged_in)
