@@ -113,7 +113,7 @@ def views(
     inside = np.stack([each[: size[0], : size[1]] for each in corners]).transpose(0, 3, 1, 2)
     if picture.mask and not all(view[3].any() for view in inside):
         found = f"the mask of {picture.name} is black in all that is cut out of it"
-        raise Refusal(found, "white where it is learned", "--buckets, or cut the picture yourself")
+        raise Refusal(found, "white in it", "--buckets, remove the mask, or cut the picture")
     pixels = np.ascontiguousarray(inside, np.float32) * np.float32(1 / 255) * 2 - 1
     return torch.from_numpy(pixels), torch.stack(time_ids)
 
@@ -300,7 +300,7 @@ def fill_cache(
     prompts = fill(folder, "prompt", prompt_keys, prompts_in_dtype, claim)
     encoder.free("text")
     encode = functools.partial(encoder.encode_pictures, flips=flips)
-    with all_damaged_named(encoder.pictures):
+    with all_damaged_named(lambda i: encoder.views(i, flips), range(len(encoder.pictures))):
         latents = fill(folder, "latent", latent_keys, encode, claim, alike(encoder.sizes))
     encoder.free("vae")
     return Cache(latents, prompts, encoder.captions_of)

@@ -275,7 +275,7 @@ def examples_of(
         fingerprints["text"] += f" {config.max_tokens} tokens"
         source = data.fill_cache(folder, source, config.random_flip, dtype, fingerprints, claim)
     else:
-        check_pictures(pictures)
+        check_pictures(lambda i: source.views(i, (False, config.random_flip)), range(len(pictures)))
     chances = (config.random_flip, config.caption_dropout, config.noise_offset, config.mask_floor)
     drawn = (config.examples_per_step, config.seed, data.Chances(*chances), num_train_timesteps)
     weights = [picture.weight for picture in pictures]

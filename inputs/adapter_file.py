@@ -28,12 +28,12 @@ FAMILIES = {
 }
 # What SDXL's files may hold besides plain LoRA of the UNet.
 KINDS = {
+    "a whole model, not an adapter": r"^model\.diffusion_model\.|^(first_stage|conditioner)",
     "a text encoder's LoRA": r"^lora_te|text_encoder|text_model",
     "DoRA": r"dora_scale|magnitude_vector",
     "LoHa": r"\.hada_",
     "LoKr": r"\.lokr_",
     "an embedding (textual inversion)": r"^clip_[gl]$|^emb_params$",
-    "a whole model": r"^model\.diffusion_model\.|^(first_stage|conditioner)",
 }
 # Fields of PEFT's config that do not touch the numbers, and what others say when they do not.
 SILENT = {"r", "lora_alpha", "task_type", "auto_mapping", "peft_version", "revision"}

@@ -22,7 +22,8 @@ MODULES = {
     "loop": "CONFIG train_plain",
     # Of inputs/ all else either says no, or gives what is told by its content: the files of the
     # base, the pictures and captions, the options.
-    "inputs.pictures": "LONGEST_SIDE check_pictures all_damaged_named refuse_small strong_changes",
+    "inputs.pictures": "LONGEST_SIDE check_pictures all_damaged_named refuse_small made_to_fit "
+    "table_of_sizes changes",
 }
 parsed = functools.lru_cache(maxsize=8)(ast.parse)  # a module's text is asked for many names
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)

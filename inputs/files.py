@@ -70,9 +70,11 @@ def folder_of(name: str, option: str, expected: str) -> Path | None:
     if path.is_file():
         packed = path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
         remedy = "unpack it" if packed else "name the folder that it lies in"
-        remedy = CONVERT if path.suffix.lower() in PICKLES else remedy
+        if ".safetensors" in expected and not packed:  # a model may be one file
+            remedy = f"where it is one, call it {path.name}.safetensors, or {remedy}"
+        remedy = CONVERT if path.suffix.lower() in PICKLES else f"{remedy}: {option} FOLDER"
         kind = f"a {path.suffix} file" if path.suffix else "a file"
-        raise Refusal(f"{name} is {kind}, no folder", expected, f"{remedy}: {option} FOLDER")
+        raise Refusal(f"{name} is {kind}, no folder", expected, remedy)
     if "://" in name:
         hub_name = "/".join(re.sub(r"^\w+://[^/]*/(datasets/)?", "", name).split("/")[:2])
         raise Refusal(f"{name} is an address", expected, f"{option} {hub_name}")
@@ -241,7 +243,7 @@ def open_safetensors(path: Path, device: str = "cpu"):
     """`safe_open(path)` whose failures are Refusals that name the file."""
     size = f"{path.stat().st_size} bytes" if path.is_file() else "no such file"
     found = f"{path} is not a whole safetensors file ({size})"
-    remedy = "copy or download it again, or delete it if this project wrote it (it is made anew)"
+    remedy = "copy or download it again (what this project wrote can go: it is made anew)"
     remedy = CONVERT if path.suffix.lower() in PICKLES else remedy
     with refusing(found, "a file as its writer left it", remedy):
         if not path.is_file():  # opening a pipe would wait for ever

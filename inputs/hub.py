@@ -205,9 +205,10 @@ def use_revision(name: str, revision: str, vae: str = "") -> None:
     """Take the model `name` as it is on that branch, tag or commit, and `vae` in the place of its
     VAE, in all of this process; "" is main, and its own. Raises Refusal for a revision of a folder.
     """
-    if VAES.get(name, "") != (vae := vae if vae != name else ""):
+    if VAES != (mine := {name: vae if vae != name else ""}):
         file_of.cache_clear()  # other parts are read of the same files
-        VAES[name] = vae
+        VAES.clear()  # of a run before in this process
+        VAES.update(mine)
     if revision and place(name).exists():
         found = f"--revision {revision} with {name}, which is on this disk"
         raise Refusal(found, "a Hub model, which has revisions", "leave --revision out")

@@ -89,14 +89,16 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
         more = f"; its header says {said}, its first tensor is {min(keys, default=None)}"
         if lacking:
             remedy = OTHER + "; without VAE: --vae NAME" * (lacking == ["no vae"])
-            raise Refusal(f"{path} has {', '.join(lacking)}{more}", EXPECTED, remedy)
+            there = ", ".join(part for part in used if f"no {part}" not in lacking) or "nothing"
+            found = f"{there} of SDXL's parts, and {', '.join(lacking)}".replace("_", " ")
+            raise Refusal(f"{path} has {found}{more}", EXPECTED, remedy)
         about = [file.get_slice(key) for of_part in used.values() for key in of_part]
         dtypes = [each.get_dtype() for each in about]
         first = PREFIXES["unet"] + "input_blocks.0.0.weight"
         channels = file.get_slice(first).get_shape()[1:2] if first in keys else [4]
     if channels != [4]:
         task = "an inpainting model" if channels == [9] else "of another task"
-        raise Refusal(f"{path} is {task}: its UNet takes {channels} channels", "4", OTHER)
+        raise Refusal(f"{path} is {task}: its UNet takes {channels[0]} channels", "4", OTHER)
     if wrong := set(dtypes) - set(NUMBERS):
         found = f"{path} has {sum(map(wrong.__contains__, dtypes))} tensors in {', '.join(wrong)}"
         raise Refusal(found, ", ".join(NUMBERS), REMEDIES["quantised"])

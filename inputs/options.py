@@ -81,7 +81,8 @@ class Config:
     # The pictures: a Hub data set, or a folder (metadata.jsonl, or name.txt beside name.jpg), or
     # several of these.
     dataset_name: tuple[str, ...] = ("lambdalabs/naruto-blip-captions",)
-    # The SDXL model to adapt: a Hub name, or a folder in diffusers' layout.
+    # The SDXL model to adapt: a Hub name, a folder in diffusers' layout, or one file that holds all
+    # of it, FILE.safetensors here or USER/REPOSITORY/FILE.safetensors on the Hub.
     pretrained_model_name_or_path: str = "stabilityai/stable-diffusion-xl-base-1.0"
     # Where adapters, checkpoints, logs and pictures go; empty means runs/RECIPE, with -quick and
     # -plain behind it where these are asked for.
@@ -113,7 +114,7 @@ class Config:
     # goes on with the commit that it began with.
     revision: str = ""
     # What the UNet predicts, epsilon (the noise) or v_prediction; auto is what the model's
-    # scheduler_config.json says.
+    # scheduler_config.json, or its file's mark v_pred or header, says.
     prediction_type: Literal["auto", "epsilon", "v_prediction"] = "auto"
     # Whether the last timestep is pure noise (zero terminal SNR), so that darkest and brightest
     # pictures are learned; auto is what the model's scheduler_config.json, or its file's mark
@@ -125,8 +126,8 @@ class Config:
     # How many times each picture of these data sets is shown where another is shown once, a whole
     # number for each data set, as kohya's repeats; left empty, all alike.
     dataset_weights: tuple[float, ...] = ()
-    # In a folder with sub-folders like 10_style, kohya's layout, show what lies in them so many
-    # times, and leave sub-folders out whose name begins with reg.
+    # Of sub-folders in kohya's layout show what lies in 10_style so many times, and leave out reg,
+    # reg_NAME and regularisation.
     folder_repeats: bool = True
     # Split of the data set; of a folder, the sub-folder in which its metadata.jsonl may lie.
     dataset_split: str = "train"
@@ -181,14 +182,15 @@ class Config:
     # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
     # run's folder. A smaller rank is filled up, a larger one cut by SVD, with what is lost said.
     start_from: str = ""
-    # Start from an adapter even though it was trained on another base.
+    # Start from an adapter even though it was trained on another base, or with other noise.
     any_base: bool = False
 
     # ---- Steps
 
     # Passes summed into one optimizer step; the run depends only on batch x accumulation.
     gradient_accumulation_steps: Annotated[int, Within(1, 4096)] = 4
-    # In their place, how many times each picture is shown, its weight included; 0 is off.
+    # In their place, how many times each picture is shown, its weight included; with buckets some
+    # once more or less; 0 is off.
     max_train_epochs: Annotated[int, Within(0, 1e6)] = 0
     # Only as long as the change needs to be seen: about a minute after start-up, in the recipe
     # pocket. Changes options that are not given.
@@ -258,7 +260,8 @@ class Config:
     # faster ways are measured against. One process, no checkpoints, no pictures, no comparison of
     # the file; options about these have nothing to act on.
     plain: bool = False
-    # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4).
+    # Train nothing; say what the run would need on this card, such as T4 (make plan CARD=T4). Of
+    # several resolutions the time is the largest's, an upper bound.
     plan_for: str = ""
     # Seconds that several processes (torchrun) wait for one of them before the run ends; so many
     # that a slow download is no reason.
@@ -378,8 +381,10 @@ def parse(argv: list[str] | None = None) -> Config:
     # A typed alpha of 16 is read as 16.0; as the recipe's own 16 it is the same run and file.
     same = {k: v for k, v in vars(recipes[first][1]).items() if v == getattr(asked, k)}
     if asked.max_train_epochs and "max-train-steps" in given:
-        found = "--max-train-steps with --max-train-epochs"
-        raise Refusal(found, "one of them", "leave one out")
+        if "max-train-epochs" in given:
+            found = "--max-train-steps with --max-train-epochs"
+            raise Refusal(found, "one of them", "leave one out")
+        same["max_train_epochs"] = 0  # a file's: what is typed goes before it
     # No shell does so behind --output-dir=.
     same |= {k: os.path.expanduser(getattr(asked, k)) for k in ("output_dir", "cache_dir")}
     return check(replace(asked, **same))
@@ -398,6 +403,7 @@ def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> 
         # Before the first ruled line may stand a title, behind the last how to get help.
         parts = re.split(".*(?:─{3}|-{9}).*", told.getvalue().replace("│", " "))[1:-1]
         why = "; ".join(" ".join(part.split()).rstrip(".") for part in parts)
+        why = why.partition("; Argument helptext:")[0]
         found, remedy = f"a command line that cannot be read: {why}", f"python {prog} --help"
         raise Refusal(found, "options as docs/options.md lists them", remedy) from left
 
@@ -456,6 +462,9 @@ ELSEWHERE = {  # other trainers' names: ours
     "dataset-config-name": "--dataset-config",
     "num-train-epochs": "--max-train-epochs",
     "dataset-repeats": "--dataset-weights",
+    "num-repeats": "--dataset-weights",
+    "alpha-mask": "--mask-from-alpha",
+    "network-weights": "--start-from",
     "output-name": "--output-dir",
     "shuffle-caption": "--shuffle-tags",
     "keep-tokens": "--keep-tags",
@@ -590,13 +599,18 @@ def check(config: Config) -> Config:
     too_long = config.quick and config.recipe not in QUICK
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
-    odd = [side for side in config.resolution if side % 64] if config.buckets else []
+    unit = 64 if config.buckets else 8
+    good = sorted({max(1, round(side / unit)) * unit for side in config.resolution})
+    odd = good != sorted(config.resolution) and not any(side % 8 for side in config.resolution)
+    sides, good = (" ".join(map(str, each)) for each in (config.resolution, good))
+    units = f"multiples of {unit}{' (with --no-buckets of 8)' * config.buckets}, each once"
     sets, weights = len(config.dataset_name), config.dataset_weights
     wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
     told = " ".join(f"{weight:g}" for weight in weights)
-    given = f"--dataset-weights {told} for {sets} of --dataset-name"
+    given = f"--dataset-weights {told} with {sets} data set{'s' * (sets > 1)}"
     unseen = config.plan_for and config.max_train_epochs
     epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
+    alone = config.any_base and not config.start_from
     kept = config.keep_tags and not (config.shuffle_tags or config.tag_dropout)
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
@@ -606,7 +620,8 @@ def check(config: Config) -> Config:
         (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
-        (odd, f"--buckets with a resolution of {odd}", "multiples of 64", "--no-buckets"),
+        (odd, f"resolution {sides}", units, f"--resolution {good}"),
+        (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun

@@ -10,6 +10,7 @@ import functools
 import io
 import re
 import warnings
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -23,9 +24,9 @@ LONGEST_SIDE = 20  # times the short one; a 1 x 60000 picture would be resized t
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode(picture: Picture) -> Image.Image:
-    """The picture upright (EXIF) and in sRGB, transparency onto white. Raises Refusal, naming it,
-    if it is damaged.
+def decode(picture: Picture, behind: str = "white") -> Image.Image:
+    """The picture upright (EXIF) and in sRGB, transparency onto the colour `behind`. Raises
+    Refusal, naming it, if it is damaged or of a shape that would take all memory.
     """
     try:
         image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
@@ -41,12 +42,8 @@ def decode(picture: Picture) -> Image.Image:
         image = to_srgb(image, profile) if profile else image
         if image.has_transparency_data:
             image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = Image.alpha_composite(Image.new("RGBA", image.size, behind), image)
         image = image.convert("RGB")
-        if max(image.size) > LONGEST_SIDE * min(image.size):
-            size = f"{image.width} x {image.height} pixels"
-            raise ValueError(f"{size}: longer than {LONGEST_SIDE} times its short side")
-        return image
     except Exception as error:  # Pillow raises nearly every class for damaged files
         unknown = isinstance(error, UnidentifiedImageError)  # it names the memory it read
         why = "no picture that Pillow knows" if unknown else f"{type(error).__name__}: {error}"
@@ -54,11 +51,17 @@ def decode(picture: Picture) -> Image.Image:
         expected = f"a whole picture of at most {most} that Pillow can open"
         remedy = "replace or remove it; what is encoded already is kept"
         raise Refusal(f"picture {picture.name} cannot be read ({why})", expected, remedy) from error
+    if max(image.size) > LONGEST_SIDE * min(image.size):
+        found = f"picture {picture.name} of {image.width} x {image.height} pixels"
+        expected = f"a long side of at most {LONGEST_SIDE} short ones, by which it may be enlarged"
+        raise Refusal(found, expected, "cut or remove it")
+    return image
 
 
 def mask_of(picture: Picture, size: tuple[int, int]) -> Image.Image:
     """The picture's mask in 8 bits of grey, white where it has none; size: the picture's width and
-    height. Raises Refusal for a mask of another size and for one that hides the whole picture.
+    height. Where a mask is transparent it is black, as one is painted in a layer of its own.
+    Raises Refusal for a mask of another size and for one that hides the whole picture.
     """
     if picture.mask in (None, WHITE):
         return Image.new("L", size, "white")
@@ -66,7 +69,7 @@ def mask_of(picture: Picture, size: tuple[int, int]) -> Image.Image:
         image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
         mask = ImageOps.exif_transpose(image).convert("RGBA").getchannel("A")
     else:
-        mask = decode(picture.mask).convert("L")
+        mask = decode(picture.mask, "black").convert("L")
     name = f"the mask {picture.mask.name}"
     if mask.size != size:
         found = f"{name} of {mask.width} x {mask.height} pixels"
@@ -113,22 +116,21 @@ def from_16_bits(pixels: np.ndarray) -> np.ndarray:
     return (pixels // 257).astype(np.uint8)
 
 
-def check_pictures(pictures: list[Picture]) -> None:
-    """Decode every picture and mask, so that all damaged ones are named at once, not one a run.
-    Raises Refusal.
+def check_pictures(view: Callable, items: Sequence) -> None:
+    """view(item), which raises for a picture that cannot be trained on, of every item, so that all
+    of these are named at once, not one a run. Raises Refusal.
     """
-    bar = progress(pictures, "reading")
-
-    for_all(lambda picture: mask_of(picture, decode(picture).size), bar)
+    bar = progress(items, "reading")
+    for_all(lambda item: view(item) and None, bar)  # their pixels together may fill all memory
 
 
 @contextlib.contextmanager
-def all_damaged_named(pictures: list[Picture]):
+def all_damaged_named(view: Callable, items: Sequence):
     """A Refusal inside, which names the first damaged picture, becomes one that names all."""
     try:
         yield
     except Refusal:
-        check_pictures(pictures)
+        check_pictures(view, items)
         raise  # no picture is damaged: it is another trouble
 
 
@@ -159,25 +161,45 @@ def refuse_small(pictures: list[Picture], sizes: list[tuple[int, int]]) -> None:
     )
 
 
-def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]], several: int = 2) -> str:
-    """Which pictures train as something else than a person sees, in words, by their headers; before
-    that the sizes (height, width) at which they train, where these are `several`.
+def made_to_fit(picture: Picture, size: tuple[int, int]) -> tuple[float, float]:
+    """How many times as large a picture is made to just cover `size` (height, width), by its
+    header, and the share of it that is cut away then.
+    """
+    height, width = upright_size(picture)
+    scale = max(size[0] / height, size[1] / width)
+    return scale, 1 - size[0] * size[1] / (scale**2 * height * width)
+
+
+def table_of_sizes(pictures: list[Picture], sizes: list[tuple[int, int]]) -> str:
+    """A line for each size (height, width) at which pictures train, most first: how many, and the
+    mean share of them that is cut away.
+    """
+    lost: dict[tuple[int, int], list[float]] = {}
+    for picture, size in zip(pictures, sizes, strict=True):
+        lost.setdefault(size, []).append(made_to_fit(picture, size)[1])
+    return "\n".join(
+        f"  {size[1]:4} x {size[0]:4} px: {len(each):5} pictures, {sum(each) / len(each):4.0%} cut"
+        for size, each in sorted(lost.items(), key=lambda row: -len(row[1]))
+    )
+
+
+def changes(pictures: list[Picture], sizes: list[tuple[int, int]]) -> str:
+    """Which pictures train as something else than a person sees, at the sizes (height, width) at
+    which they train, in words, by their headers.
     """
     found: dict[str, list[str]] = {}
-    lost: dict[tuple[int, int], list[float]] = {}
     pairs = zip(pictures, sizes, strict=True)
     for picture, size in progress(list(pairs), "reading", delay=2):
         with contextlib.suppress(Exception):  # a damaged one is refused by name when it is encoded
             image = Image.open(io.BytesIO(picture.read()), formats=picture_formats())
-            height, width = upright_size(picture)
-            scale = max(size[0] / height, size[1] / width)
-            lost.setdefault(size, []).append(1 - size[0] * size[1] / (scale**2 * height * width))
+            scale, lost = made_to_fit(picture, size)
             profile = image.info.get("icc_profile")
             # A phone's MPO has a preview behind the picture, a PSD its layers.
             frames = image.format not in ("MPO", "PSD") and getattr(image, "is_animated", False)
             deep = image.mode[0] == "I" or re.search(r";16[BLN]", str(getattr(image, "tile", "")))
             for change, so in {
-                "lose over 30 % to the crop": lost[size][-1] > 0.3,
+                "are enlarged": scale > 1,
+                "lose over 30 % to the crop": lost > 0.3,
                 "are enlarged over 1.5 times": scale > 1.5,
                 "have several frames, of which the first is used": frames,
                 "have 16 bits, reduced to 8": deep,
@@ -186,10 +208,5 @@ def strong_changes(pictures: list[Picture], sizes: list[tuple[int, int]], severa
             }.items():
                 if so:
                     found.setdefault(change, []).append(picture.name)
-    table = [
-        f"  {size[1]:4} x {size[0]:4} px: {len(each):5} pictures, {sum(each) / len(each):4.0%} cut"
-        for size, each in sorted(lost.items(), key=lambda row: -len(row[1]))
-    ]
     said = "; ".join(f"{named(names)} {change}" for change, names in found.items())
-    lines = table * (len(table) >= several) + [f"strongly changed: {said}"] * bool(said)
-    return "\n".join(lines)
+    return f"changed: {said}" if said else ""

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import re
+import shlex
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -25,7 +26,7 @@ from PIL import Image
 
 from inputs.captions import variants
 from inputs.download import asked
-from inputs.files import Refusal, digest, folder_of, refuse, refusing, sayable
+from inputs.files import Refusal, digest, folder_of, place, refuse, refusing, sayable
 from inputs.options import Config
 from inputs.progress import on_terminal, progress, quiet
 
@@ -48,9 +49,11 @@ MASK = ".mask.png"  # how the mask of a picture ends, beside it
 # repeats), and its pictures for prior preservation.
 NUMBERED = re.compile(r"(?:^|/)\d+_[^/]*/")
 REPEATS = re.compile(r"(?:^|/)0*([1-9]\d{0,2})_(?=[^/]*/)")
-REGULARISATION = re.compile(r"(?i)(?:^|/)(\d+_)?reg[^/]*/")
+REGULARISATION = re.compile(r"(?i)(?:^|/)(\d+_)?reg([_ -][^/]*|ulari[sz]ation[^/]*)?/")
+# What others' masks end with, or lie in: a_mask.png, mask/a.png.
+LIKE_MASK = re.compile(r"(?i)[._-]mask$|(?<![^/])masks?/")
 # What may hold captions by its name: metadata.json1, Meta_cap.json, train.csv, a.tags.
-ALIKE = re.compile(r"(?i)(meta|caption).*\.|.*\.(jsonl?|csv|tsv|tags)$")
+ALIKE = re.compile(r"(?i)(meta|caption).*\.|.*\.(jsonl?|csv|tsv|tags|parquet)$")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
 CONTROL = re.compile(r"[\0-\x08\x0b\x0c\x0e-\x1f\x7f]")  # all of ASCII's but tab and line ends
 DELETE = r"tr -d '\000-\010\013\014\016-\037\177' <"
@@ -108,6 +111,12 @@ def read_datasets(options: Config) -> Pictures:
     where no picture has the transparency that was asked for.
     """
     names, found = options.dataset_name, Pictures()
+    places = ((name, place(name).resolve()) for name in names)
+    refuse(
+        (f"--dataset-name {a} and {b}, which holds the same", "each once", "leave one out")
+        for (a, one), (b, other) in itertools.combinations(places, 2)
+        if one in (other, *other.parents) or other in one.parents
+    )
     sets, several = for_all(lambda name: read_dataset(name, options), names), len(names) > 1
     found.notes = []
     weights = [int(weight) for weight in options.dataset_weights] or [1] * len(names)
@@ -234,15 +243,20 @@ def for_all(work: Callable, items: Iterable) -> list:
 
 
 def tables_of(folder: Path, options: Config) -> list[Path] | None:
-    """The files in which a folder's captions are: tables at its top or in the split's folder; none
-    where captions lie beside the pictures; None where they are in parquet files with the pictures.
-    Raises Refusal for both, and for a split or a config that a folder of pictures does not have.
+    """The files in which a folder's captions are: tables at its top or in the split's folder, a
+    parquet file there with file names under any name; none where captions lie beside the pictures;
+    None where they are in parquet files with the pictures. Raises Refusal for both, and for a split
+    or a config that a folder of pictures does not have.
     """
     paths, split = files_in(folder)[0], folder / options.dataset_split
     tables = [p for p in paths if TABLE.fullmatch(p.name) and p.is_file()]
     found = [p for p in tables if p.parent in (folder, split)]
-    parquet = [p for p in paths if p.suffix == ".parquet" and p.is_file() and p not in found][:1]
-    if found and parquet:
+    parquet = [p for p in paths if p.suffix == ".parquet" and p.is_file() and p not in found]
+    if parquet and any(map(is_picture, paths)):
+        hold = {path: held_in(path) for path in parquet}
+        found += [p for p in parquet if hold[p] == "captions" and p.parent in (folder, split)]
+        parquet = [p for p in parquet if hold[p] == "pictures"]
+    if found and (parquet := parquet[:1]):
         told = " and ".join(p.relative_to(folder).as_posix() for p in found + parquet)
         raise Refusal(f"{folder} holds {told}", "one table", "rename or remove the others")
     there = sorted({p.parent.name for p in tables if p.parent.parent == folder})
@@ -253,10 +267,21 @@ def tables_of(folder: Path, options: Config) -> list[Path] | None:
     return None if parquet else found
 
 
+def held_in(path: Path) -> str:
+    """What a parquet file holds, by its columns: "pictures", "captions" of files, or ""."""
+    import pyarrow.parquet  # here, since it takes a while
+
+    with refusing(f"{path} is no table", "a whole parquet file", "replace or remove it"):
+        schema = pyarrow.parquet.read_schema(path)
+    if any(re.search("binary|bytes:", str(kind)) for kind in schema.types):
+        return "pictures"
+    return "captions" if "file_name" in schema.names else ""
+
+
 def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
     """The pictures of a folder whose captions are in each of `tables`, or in one file each."""
     paths, left_out = files_in(folder)
-    top = tables[0].parent if tables else folder
+    top = min((table.parent for table in tables), default=folder)  # of two one is in the other
 
     def named_in(path: Path) -> str:
         return path.relative_to(folder).as_posix()
@@ -272,29 +297,30 @@ def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
         return key(stems.get(path.with_suffix(""), path)), named_in(path), texts
 
     pictures = [p for p in paths if is_picture(p) and (p.is_file() or p.is_symlink())]
-    pictures, masks = masks_apart(folder, pictures)
+    pictures, masks, like_masks = masks_apart(folder, pictures)
     left_out[f"lie outside {top.name}/"] = [p for p in pictures if top not in p.parents]
     pictures = [p for p in pictures if top in p.parents]
-    kohyas = options.folder_repeats and any(REPEATS.search(named_in(p)) for p in pictures)
-    spare = {p for p in pictures if kohyas and REGULARISATION.search(named_in(p))}
-    left_out["lie in folders like reg beside 10_style, kohya's regularisation"] = sorted(spare)
+    obeyed = options.folder_repeats
+    spare = {p for p in pictures if obeyed and REGULARISATION.search(named_in(p))}
+    left_out["lie in kohya's reg folders (--no-folder-repeats: trained on)"] = sorted(spare)
     pictures = [p for p in pictures if p not in spare]
     stems = {p.with_suffix(""): p for p in pictures}
     beside = [p for p in paths if p.suffix.lower() in BESIDE]
     read = [p for p in beside if not tables or p.with_suffix("") in stems]
     told = {named_in(table): rows_of(folder, table, pictures, options) for table in tables}
-    captions = agreed(folder, told | {"files beside pictures": for_all(caption, read)})
+    rows = for_all(caption, read)
+    told |= {f"*{end}": [row for row in rows if row[1].lower().endswith(end)] for end in BESIDE}
+    captions, notes = agreed(folder, told)
     unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
     captions = [each for each in captions if each[0] not in unused]
     alike = [p for p in paths if ALIKE.match(p.name) and p.is_file() and top in p.parents]
-    alike = [p for p in alike if not is_picture(p)]
-    known = {*tables, *beside}
+    known = {*tables, *beside, *filter(is_picture, alike)}
     left_out["are not named as captions are"] = [p for p in alike if p not in known]
     texts = paired(folder, [(key(p), named_in(p)) for p in pictures], captions)
 
     def picture(path: Path) -> Picture:
         name = named_in(path)
-        repeats = REPEATS.findall(name) if options.folder_repeats else []
+        repeats = REPEATS.findall(name) if obeyed else []
         found = picture_file(folder, name, texts.get(key(path), ("",)))
         mask = masks.get(stem(name))
         mask = picture_file(folder, mask) if mask else None
@@ -302,26 +328,31 @@ def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
 
     found = Pictures(for_all(picture, progress(sorted(pictures), "reading", delay=2)))
     said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
-    often = "so many times, up to 999 (--no-folder-repeats: once)"
-    kohya = f"in folders like 10_style, shown {often if options.folder_repeats else 'once each'}"
+    often = "so many times, up to 999 (--no-folder-repeats: once)" if obeyed else "once each"
+    kohya = f"in folders like 10_style, shown {often}"
     said[kohya] = [p.name for p in found if NUMBERED.search(p.name)]
+    said[f"are called as masks of others are, and trained on: a mask is NAME{MASK}"] = like_masks
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
-    found.notes += [f"{named_in(tables[0])} has no rows"] if tables and not captions else []
+    found.notes += notes + [f"{named_in(t)} has no rows" for t in tables[:1] if not captions]
+    own = REPEATS.findall(f"{folder.resolve().name}/") if obeyed else []
+    found.notes += [f"its own name's {n} is not counted (--dataset-weights {n} is)" for n in own]
     return found
 
 
-def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, str]]:
-    """Of the picture files of `folder` those that are no masks, and by the beginning of their
-    picture's name the names of those that are. Raises Refusal for masks without a picture.
+def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, str], list[str]]:
+    """Of the picture files of `folder` those that are no masks, by the beginning of their picture's
+    name the names of those that are, and the names of pictures that are called as other programs
+    call the masks of pictures that are there. Raises Refusal for masks without a picture.
     """
     names = [path.relative_to(folder).as_posix() for path in files]
     masks = {stem(name[: -len(MASK)] + "."): name for name in names if name.lower().endswith(MASK)}
     pictures = [path for path in files if not path.name.lower().endswith(MASK)]
-    there = {stem(path.relative_to(folder).as_posix()) for path in pictures}
+    there = {stem(name): name for name in (p.relative_to(folder).as_posix() for p in pictures)}
+    like = [n for key, n in there.items() if (of := LIKE_MASK.sub("", key)) != key and of in there]
     odd = [name for key, name in masks.items() if key not in there]
     found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"
     refuse([(found, f"a.jpg beside a{MASK}", "add, rename or remove what is odd")] if odd else [])
-    return pictures, masks
+    return pictures, masks, like
 
 
 def stem(name: str) -> str:
@@ -397,24 +428,35 @@ def kohyas(key: str, row: dict) -> dict:
     """An entry of kohya's JSON as a row; its caption is the caption and the tags, as there:
     https://github.com/kohya-ss/sd-scripts/blob/6edbe005/library/train_util.py (FineTuningDataset).
     """
-    text = ", ".join(filter(None, (row.get("caption"), row.get("tags"))))
+    told = row.get("caption") or None
+    told = told if isinstance(told, list) else [told]
+    text = [", ".join(filter(None, (each, row.get("tags")))) for each in told]
     return {"file_name": key.replace("\\", "/"), **row, "text": text}
 
 
-def agreed(folder: Path, told: dict[str, list[tuple]]) -> list[tuple]:
-    """The rows of the first of `told`, by where they are. Raises Refusal for a caption in another
-    that is not there.
+def agreed(folder: Path, told: dict[str, list[tuple]]) -> tuple[list[tuple], list[str]]:
+    """Of all rows of the files `told` for each picture those of the first that has words for it,
+    and a note where several are taken together. Raises Refusal for two that say different things.
     """
-    bare = lambda texts: [text.strip() for text in texts if text.strip()]  # noqa: E731
-    first, *others = told.values()
-    texts = {key: bare(each) for key, _, each in first}
-    rows = itertools.chain.from_iterable(others)
-    odd = {name for key, name, each in rows if bare(each) and bare(each) != texts.get(key)}
-    if odd:
-        held = " and ".join(name for name, rows in told.items() if rows)
-        found = f"{folder} holds {held}, which disagree: {ten(list(odd))}"
-        raise Refusal(found, "the same captions", "correct, rename or remove all but one of them")
-    return first
+    words = lambda row: " | ".join(filter(None, map(str.strip, row[2])))  # noqa: E731
+    every = [(file, row) for file, rows in told.items() for row in rows]
+    first: dict[str, str] = {}
+    said: dict[str, dict[str, str]] = collections.defaultdict(dict)  # of a key by each file
+    for file, row in sorted(every, key=lambda each: not words(each[1])):  # the silent ones last
+        first.setdefault(row[0], file)
+        if words(row):
+            said[row[0]].setdefault(file, words(row))
+    if odd := [key for key, each in said.items() if len(set(each.values())) > 1]:
+        each = [[f"{sayable(t, 40)!r} in {f}" for f, t in said[key].items()] for key in odd[:3]]
+        found = "; ".join(f"{key} is {' and '.join(t)}" for key, t in zip(odd, each, strict=False))
+        found += f"; {len(odd) - 3} more" * (len(odd) > 3)
+        remedy = f"correct them, or leave one kind out: find {shlex.quote(str(folder))} "
+        remedy += f"-name '{Path([*said[odd[0]]][1]).name}' -exec mv {{}} {{}}.unused \\;"
+        raise Refusal(f"captions in {folder} disagree: {found}", "the same captions", remedy)
+    rows = [(file, row) for file, row in every if first[row[0]] == file]
+    taken = list(dict.fromkeys(file for file, row in rows if words(row)))
+    note = f"captions of {' and '.join(taken)} taken together"
+    return [row for _, row in rows], [note] * (len(taken) > 1)
 
 
 def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> dict[str, tuple]:
@@ -434,7 +476,8 @@ def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> dict[s
             name for key, name, _ in captions if told[key] > here[key] or told[key] > 1
         ],
     }
-    expected = "captions for each picture: metadata.jsonl, metadata.csv or a.txt (not a.jpg.txt)"
+    expected = "captions for each picture: metadata.jsonl, .csv or .parquet, meta_cap.json, "
+    expected += "a.txt or a.caption (not a.jpg.txt)"
     remedy = "add, rename or remove what is odd"
     refuse(
         (f"{len(names)} {wrong} of their own in {folder}, such as {ten(names)}", expected, remedy)

@@ -11,8 +11,9 @@ from inputs import hub
 from inputs.code import changed
 from inputs.drawing import check_base, header, of_run, public_name
 from inputs.files import Refusal, digest, place
+from inputs.one_file import HEADER, PREDICTS
 from inputs.options import Config
-from inputs.sources import Picture, read_datasets, ten
+from inputs.sources import WHITE, Picture, read_datasets, ten
 from lora import AdapterFile
 from model import NoiseSchedule
 
@@ -30,9 +31,11 @@ MAY_CHANGE = {
     *("pretrained_model_name_or_path", "revision", "dataset_name"),
     *("image_column", "caption_column", "dataset_split", "dataset_config"),
     *("caption", "caption_from_name", "mixed_precision", "vae"),
-    *("start_from", "any_base"),
+    *("dataset_weights", "folder_repeats", "mask_from_alpha", "caption_lines", "trigger"),
+    *("shuffle_tags", "keep_tags", "tag_dropout", "caption_variants"),
+    *("start_from", "any_base", "upscale"),  # which only says no
 }
-CHANGED = "changed in picture, mask or caption"
+CHANGED = "changed in picture, mask, weight or caption"
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 FINGERPRINTS = {  # of what the values of identity() are no options
     "base": "a base of fingerprint",
@@ -82,11 +85,14 @@ def of_base(name: str, half: bool) -> dict[str, str]:
     return {"base": hub.unet_fingerprint(name, half), "encoders": encoders}
 
 
-def start_of(config: Config, half: bool, state: dict | None) -> tuple[AdapterFile | None, str]:
+def start_of(
+    config: Config, half: bool, state: dict | None, schedule: NoiseSchedule | None = None
+) -> tuple[AdapterFile | None, str]:
     """The adapter that a run starts from and its fingerprint; None and "" for none.
 
     A begun run, of which `state` tells, goes on where the file is gone: all that it needs of it is
-    in its checkpoint. Raises Refusal for what is no adapter and for one of another base.
+    in its checkpoint. Raises Refusal for what is no adapter, and for one of another base or of
+    other noise than the `schedule` of a run that begins.
     """
     begun = (state or {}).get("identity", {}).get("start_from", "")
     path = place(config.start_from)
@@ -94,6 +100,14 @@ def start_of(config: Config, half: bool, state: dict | None) -> tuple[AdapterFil
         return None, begun * bool(config.start_from)
     file = files.read(path)
     check_base(config, file.path, file.about, half)
+    if schedule and not begun and not config.any_base:
+        mine = header(config, schedule)
+        theirs = {"prediction_type": PREDICTS.get(file.about.get(HEADER[0]))} | file.about
+        for key in ("prediction_type", "zero_terminal_snr"):
+            if theirs.get(key) not in (None, mine[key]):
+                found = f"{file.path} was trained with {key} {theirs[key]}, not {mine[key]}"
+                remedy = f"--{key.replace('_', '-')} {theirs[key]}, or --any-base to take it so"
+                raise Refusal(found, "the noise that it was trained with", remedy)
     return file, digest(file.path.read_bytes(), str(file.alpha))
 
 
@@ -110,7 +124,7 @@ def of_data(pictures: list[Picture]) -> str:
 def more_of(picture: Picture) -> list[str]:
     """What of a picture only some runs have, as text."""
     weight = [f"shown {picture.weight} times"] if picture.weight > 1 else []
-    return weight + ([f"mask {picture.mask.digest}"] if picture.mask else [])
+    return weight + ([f"mask {picture.mask.digest}"] if picture.mask not in (None, WHITE) else [])
 
 
 def listed(pictures: list[Picture]) -> dict[str, str]:
@@ -128,7 +142,8 @@ def other_pictures(config: Config) -> str:
     for name in (name for name in sorted(old | new) if old.get(name) != new.get(name)):
         how = "added" if name not in old else "gone" if name not in new else CHANGED
         found.setdefault(how, []).append(name)
-    return ", ".join(f"{len(names)} {how} ({ten(names)})" for how, names in found.items())
+    told = [f"{len(names)} {how} ({ten(names)})" for how, names in found.items()]
+    return ", ".join(told) or "the same pictures in another order"
 
 
 def local_identity(config: Config, half: bool) -> dict[str, str]:

@@ -24,7 +24,7 @@ def losses(run: loop.Run) -> dict[str, list[float]]:
     """The bare base's mean loss as one that predicts epsilon, and as one that predicts v; and with
     each the mean squared error of the picture (x0) that its answers then mean, and what the loss of
     no answer at all would be. Over the run's first 8 pictures, each with its example's noise at the
-    middles of 16 equal parts of the timesteps.
+    middles of 16 equal parts of the timesteps, but for those that are all but pure noise.
 
     run: loop.assemble()'s, not yet made faster. No generator of the run's is drawn from, and less
     memory is needed than in a step.
@@ -32,6 +32,7 @@ def losses(run: loop.Run) -> dict[str, list[float]]:
     (factor, shift), schedule, device = run.latent_scaling, run.schedule, run.unet.device
     count, length = min(PICTURES, len(run.examples.names)), len(schedule.alphas_cumprod)
     middles = ((torch.arange(TIMESTEPS, device=device) + 0.5) / TIMESTEPS * length).long()
+    middles = middles[schedule.alphas_cumprod[middles] > 1e-3]  # where noise is all, x0 is a guess
     both = [replace(schedule, prediction_type=kind) for kind in KINDS]
     sums = torch.zeros(2, 3, device=device)
     lora.set_strength(run.adapter, 0.0)
@@ -50,7 +51,7 @@ def losses(run: loop.Run) -> dict[str, list[float]]:
             sums += torch.stack([each.sum(1), x0_error.sum(1), silent.sum(1)], 1)
     lora.set_strength(run.adapter, 1.0)
     model.free_memory()
-    return dict(zip(KINDS, (sums / count / TIMESTEPS).tolist(), strict=True))
+    return dict(zip(KINDS, (sums / count / len(middles)).tolist(), strict=True))
 
 
 def judge(config: Config, predicts: str, losses: dict[str, list[float]]) -> str:

@@ -21,7 +21,7 @@ import model
 from inputs.files import sayable, write_whole
 from inputs.hub import fetch, read_config
 from inputs.options import Config
-from inputs.pictures import strong_changes
+from inputs.pictures import changes, table_of_sizes
 from inputs.progress import clock, progress, show, tell
 from inputs.sources import Pictures, named
 from keep.export import files_of
@@ -200,7 +200,8 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     bare = [p.name for p in pictures if not all(map(str.strip, p.captions))]
     first = f" (the first: {bare[0]})" if bare else ""
     cut = cut_captions(captions, config)
-    such = f" (the first: {sayable(cut[0], 60)})" if cut else ""
+    more = f"; --max-tokens {config.max_tokens + 75} reads more" * (config.max_tokens < 225)
+    such = f" (the first: {sayable(cut[0], 60)}{more})" if cut else ""
     epochs = config.max_train_steps * n / pictures.cards
     cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
     at, used = f"{', '.join(map(str, config.resolution))} px", len(set(run.examples.sizes))
@@ -217,7 +218,8 @@ def describe(kept, pictures: Pictures, how: str) -> str:
         f"{len(pictures)} pictures at {at}; captions: {len(bare)} missing or empty{first}, "
         f"{len(cut)} cut at the tokenizer's length{such}" * (loud or lacking),
         "; ".join(pictures.notes),
-        strong_changes(pictures, run.examples.sizes),
+        table_of_sizes(pictures, run.examples.sizes) * (used > 1 and loud),
+        changes(pictures, run.examples.sizes),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
         f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}" * loud,
         f"{named(rare)} come in none of these steps: few are of their size" if rare else "",
@@ -285,4 +287,4 @@ def disk(config: Config, pictures: Pictures, dtype: torch.dtype) -> str:
     tokens = chunks * model.load_tokenizers(name)[0].model_max_length
     each = tokens * width * dtype.itemsize
     told = f"{rows} captions of {len(pictures)} pictures, {each / 1e3:.0f} kB each when encoded"
-    return f"{told}: {rows * each / 1e9:.2f} GB in {config.cache_dir}"
+    return f"{told}: {rows * each / 1e6:,.1f} MB in {config.cache_dir}"

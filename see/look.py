@@ -15,8 +15,9 @@ from PIL import Image
 from inputs import options
 from inputs.ahead import work_ahead
 from inputs.files import Refusal, place, write_whole
+from inputs.hub import PARTS
 from inputs.one_file import SHIPPED
-from inputs.pictures import decode, refuse_small, strong_changes, upright_size
+from inputs.pictures import changes, refuse_small, table_of_sizes, upright_size
 from inputs.progress import progress
 from inputs.sources import Picture, read_datasets, ten
 from see import sheet
@@ -26,8 +27,8 @@ SIDE = 144  # width of a crop on the sheet, in pixels
 
 
 def look(config: options.Config) -> bool:
-    """Print what is odd about the set and where its sheet is. Returns whether there is a picture to
-    draw. Raises Refusal for a data set that a run cannot read at all.
+    """Print what is odd about the set and where the sheet of all others is. Returns whether a run
+    stops at none of its pictures. Raises Refusal for a data set that a run cannot read at all.
     """
     import data  # here: it imports torch, and a wrong option is answered before that
 
@@ -38,9 +39,10 @@ def look(config: options.Config) -> bool:
     def stops(picture: Picture) -> str:
         """Why a run stops at it; "" where it does not."""
         try:
-            decode(picture)
+            size, flips = crop.size(upright_size(picture)), (False, config.random_flip)
+            data.views(picture, size, config.random_crop, config.seed, flips)
             if not config.upscale:
-                refuse_small([picture], [crop.size(upright_size(picture))])
+                refuse_small([picture], [size])
         except Refusal as refusal:
             return str(refusal).partition(". What to do")[0]
         return ""
@@ -54,14 +56,16 @@ def look(config: options.Config) -> bool:
         print(f"a run stops at this: {each}")
     if not whole:
         return False
-    print(*odd(whole, config.max_tokens // 75), strong_changes(whole, sizes, several=1), sep="\n")
+    said = [*odd(whole, config), table_of_sizes(whole, sizes), changes(whole, sizes)]
+    print(*filter(None, said), sep="\n")
 
     def shown(i: int) -> tuple[Image.Image, str]:
         pixels = data.views(whole[i], sizes[i], config.random_crop, config.seed, (False,))[0][0]
         levels = (pixels.permute(1, 2, 0) + 1) * 127.5  # (3, H, W) of [-1, 1] to (H, W, 3) of 255
         image = Image.fromarray(levels.round().byte().numpy())
         image.thumbnail((SIDE, 4 * SIDE))  # the width decides: words stand above it
-        return image, " | ".join(whole[i].captions)
+        words = "(no caption)" if whole[i].bare else " | ".join(whole[i].captions)
+        return image, f"{whole[i].name}: {words}"
 
     rows, every = {}, -(-len(whole) // MOST)
     for group in data.alike(sizes):
@@ -73,16 +77,30 @@ def look(config: options.Config) -> bool:
     write_whole(path, file.getvalue())
     count = sum(map(len, rows.values()))
     print(f"{path}: {count} of {len(whole)} pictures as the run cuts them, none mirrored")
-    return True
+    return len(whole) == len(pictures)
 
 
-def odd(pictures: list[Picture], chunks: int) -> Iterator[str]:
+def tokenizer_of(name: str) -> Path:
+    """The folder of the tokenizer of the model `name` if it is on this disk, else of SDXL's own."""
+    from huggingface_hub import try_to_load_from_cache  # here, as above
+
+    file = place(name) / "tokenizer" / PARTS["tokenizer"]
+    if not file.is_file() and name.count("/") == 1:
+        kept = try_to_load_from_cache(name, f"tokenizer/{file.name}")
+        file = Path(kept) if isinstance(kept, str) else file  # else it is known to be nowhere
+    return file.parent if file.is_file() else SHIPPED / "tokenizer"
+
+
+def odd(pictures: list[Picture], config: options.Config) -> Iterator[str]:
     """What there is to know of a set's sizes, captions and files, a line for each."""
     from transformers import CLIPTokenizer  # here, as above
 
     import model
 
-    tokenizer = CLIPTokenizer.from_pretrained(SHIPPED / "tokenizer")
+    folder = tokenizer_of(config.pretrained_model_name_or_path)
+    tokenizer = CLIPTokenizer.from_pretrained(folder)
+    whose = f"{'SDXL' if folder.parent == SHIPPED else 'the model'}'s tokenizer"
+    chunks = config.max_tokens // 75
     captions = [each.strip() for p in pictures for each in p.captions]
     files: dict[str, list[str]] = {}
     for p in pictures:
@@ -92,7 +110,7 @@ def odd(pictures: list[Picture], chunks: int) -> Iterator[str]:
     counts = collections.Counter(filter(None, captions))
     for what, names in {
         "pictures without a caption": [p.name for p in pictures if p.bare],
-        f"captions cut after {75 * chunks} tokens": [
+        f"captions cut after {chunks * (tokenizer.model_max_length - 2)} tokens by {whose}": [
             p.name for p in pictures if model.too_long([*p.captions], tokenizer, chunks)
         ],
         "captions of several pictures": [f"{n} x {c}" for c, n in counts.items() if n > 1],
@@ -102,20 +120,19 @@ def odd(pictures: list[Picture], chunks: int) -> Iterator[str]:
 
 
 def drawn(rows: dict[str, list[tuple[Image.Image, str]]]) -> Image.Image:
-    """The sheet. rows: by the heading beside them crops of one size, each with its caption."""
+    """The sheet. rows: by the heading beside them crops of one size, each with its words."""
     grids = []
     for heading, crops in rows.items():
-        images, captions = zip(*crops, strict=True)
-        titles = [caption.strip() or "(no caption)" for caption in captions]
-        grids.append(sheet.grid({heading: [*images]}, titles))
+        images, words = zip(*crops, strict=True)
+        grids.append(sheet.grid({heading: [*images]}, words))
     return sheet.stacked(grids)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 0 drawn, 1 nothing to draw, or refused (on stderr)."""
+    """The command. Returns its exit code: 1 where a run would stop, or refused (on stderr)."""
     try:
         config = options.parse(argv)
-        options.announce(f"looking at {' and '.join(config.dataset_name)}")
+        options.announce(f"looking at {' and '.join(config.dataset_name)} as {config.recipe}")
         return 0 if look(config) else 1
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)

@@ -173,6 +173,10 @@ def test_another_family_is_told(tmp_path, family, stem, width):
         ("LoKr", "lora_unet_down_blocks_0_attn1_to_q.lokr_w1"),
         ("an embedding", "clip_g"),
         ("a whole model", "model.diffusion_model.input_blocks.0.0.weight"),
+        (
+            "a whole model, not an adapter",
+            "conditioner.embedders.0.transformer.text_model.a.weight",
+        ),
     ],
 )
 @pytest.mark.parametrize("beside", [True, False])

@@ -14,6 +14,7 @@ from inputs.files import Refusal, digest
 from inputs.options import Config
 from inputs.pictures import check_pictures, mask_of
 from inputs.sources import ALPHA, WHITE, Picture, read_datasets
+from keep import identity
 from made import encoded, noisy, picture, write_folder
 from tiny_run import SCHEDULE
 
@@ -121,7 +122,7 @@ def test_masks_of_another_size_or_empty_are_refused_all_at_once():
         picture(b"no picture", "e.png"),
     ]
     with pytest.raises(Refusal) as refusal:
-        check_pictures(given)
+        check_pictures(lambda p: data.views(p, (8, 8), False, 0, (False,)), given)
     said = str(refusal.value)
     for part in (
         "the mask a.mask.png of 10 x 20 pixels; expected 20 x 10, the size of a.png",
@@ -131,6 +132,44 @@ def test_masks_of_another_size_or_empty_are_refused_all_at_once():
     ):
         assert part in said
     assert "c.mask" not in said
+
+
+def test_a_mask_painted_on_a_transparent_layer_hides_the_rest():
+    layer = Image.new("RGBA", (16, 8))
+    layer.paste("white", (0, 0, 4, 8))
+    mask = np.asarray(mask_of(masked(noisy(16, 8), layer), (16, 8)))
+    assert (mask[:, :4] == 255).all() and not mask[:, 4:].any()
+
+
+def test_all_masks_whose_white_is_cut_away_are_named_by_a_run(tmp_path):
+    edge = np.zeros((64, 256))
+    edge[:, :8] = 255
+    given = [masked(noisy(256, 64, seed=i), grey(edge), f"{i}.png") for i in range(2)]
+    with pytest.raises(Refusal, match=r"mask of 0.png is black .* and the mask of 1.png is black"):
+        encoder = Plain(given)
+        encoder.embed = lambda captions: (torch.zeros(len(captions), 1, 1),) * 2
+        encoder.text = type("Text", (), {"encoders": [encoder.vae]})
+        data.fill_cache(tmp_path, encoder, True, torch.float32, {"text": "", "vae": ""})
+
+
+def test_pictures_that_are_called_as_others_masks_are_said(tmp_path):
+    masks = ("a-Mask.png", "a.mask.jpg", "a_mask.png", "mask/a.png")
+    files = dict.fromkeys(("a.jpg", *masks, "b_mask.png", "masks/c.png"), encoded(noisy(8, 8)))
+    found = read(write_folder(tmp_path / "a", files), caption="x")
+    said = "4 (the first: a-Mask.png) are called as masks of others are, and trained on: a mask is"
+    assert len(found) == 7 and found.notes[0].startswith(said)
+
+
+def test_a_mask_that_is_added_changes_that_picture_alone(tmp_path):
+    """By which a begun run says what has changed."""
+    files = {f"{x}.png": encoded(noisy(8, 8, seed=ord(x))) for x in "abc"}
+    folder = write_folder(tmp_path, files)
+    before = identity.listed(read(folder, caption="x"))
+    write_folder(tmp_path, {"b.mask.png": encoded(half(8, 8))})
+    pictures = read(folder, caption="x")
+    after = identity.listed(pictures)
+    assert {name for name in after if after[name] != before[name]} == {"b.png"}
+    assert [p.mask.digest == "white" for p in pictures] == [True, False, True]
 
 
 def test_a_mask_whose_white_is_all_cut_away_is_refused():

@@ -125,17 +125,21 @@ def test_caption_files_that_agree_are_read(tmp_path):
     [
         (
             {"meta_cap.json": KOHYA.replace("red", "rot")},
-            r"meta_cap\.json and metadata\.jsonl, which .*: 'a\.png'",
+            r"disagree: a\.png is 'rot' in meta_cap\.json and "
+            r"'red' in metadata\.jsonl; exp.* -name 'metadata\.jsonl' -exec mv \{\} \{\}\.unused",
         ),
         (
             {"metadata.csv": "file_name,text\nb.png,b\n"},
-            r"metadata\.csv and metadata\.jsonl, which .*: 'a\.png', 'b\.png'",
+            r"disagree: b\.png is 'b' in .*\.csv and 'blue' in",
         ),
         (
             {"a.txt": "rot", "b.txt": "b"},
-            r"jsonl and files beside pictures, which .*: 'a\.txt', 'b\.txt'",
+            r"disagree: a\.png is 'red' in .*\.jsonl and 'rot' in \*\.txt; b\.png",
         ),
-        ({"c.png": RED, "c.txt": "c"}, r"and files beside pictures, which .*: 'c\.txt'"),
+        (
+            {"a.txt": "a" * 999, "metadata.jsonl": "", "a.caption": "b"},
+            r"disagree: a\.png is 'a+ \.\.\. a+' in \*\.txt and 'b' in \*",
+        ),
     ],
 )
 def test_caption_files_that_disagree_are_refused_by_name(tmp_path, other, said):
@@ -143,6 +147,42 @@ def test_caption_files_that_disagree_are_refused_by_name(tmp_path, other, said):
     with pytest.raises(Refusal, match=said) as refusal:
         read(folder)
     assert str(refusal.value).count("What to do") == 1
+
+
+def test_caption_files_that_complete_each_other_are_taken_together_and_said(tmp_path):
+    files = {"a.txt": "red", "a.caption": "red", "b.txt": "", "b.caption": "blue", "c.png": RED}
+    files["meta_lat.json"] = '{"a": {"train_resolution": [8, 8]}, "b": {}, "c": {}}'
+    folder = write_folder(tmp_path / "beside", TWO | files)
+    found = read_dataset(str(folder))
+    assert [p.captions for p in found] == [("red",), ("blue",), ("",)]
+    assert found.notes == ["captions of *.txt and *.caption taken together"]
+    files = {"metadata.jsonl": ROWS[:1], "b.txt": "blue", "b.caption": "blue"}
+    found = read_dataset(str(write_folder(tmp_path / "table", TWO | files)))
+    assert [p.captions for p in found] == [("red",), ("blue",)]
+    assert found.notes == ["captions of metadata.jsonl and *.txt taken together"]
+    files = {"a.txt": "red", "a.caption": "red", "b.txt": "blue", "b.caption": "blue"}
+    assert not read_dataset(str(write_folder(tmp_path / "same", TWO | files))).notes
+
+
+def test_kohyas_json_may_hold_lists_of_captions(tmp_path):
+    table = {"a": {"caption": ["one", "two"], "tags": "t"}, "b": {"caption": []}}
+    found = read(write_folder(tmp_path, TWO | {"meta_cap.json": json.dumps(table)}))
+    assert found == {"a.png": ("one, t", "two, t"), "b.png": ("",)}
+
+
+def test_a_parquet_file_beside_pictures_is_a_table_of_captions_or_is_said(tmp_path):
+    columns = {"file_name": ["a.png", "b.png"], "text": [["red", "rouge"], ["blue"]]}
+    folder = write_folder(tmp_path / "captions", TWO)
+    datasets.Dataset.from_dict(columns).to_parquet(folder / "captions.parquet")
+    for caption in (None, "x"):
+        found = read_dataset(str(folder), Config(caption=caption))
+        assert [p.captions for p in found] == [("red", "rouge"), ("blue",)] and not found.notes
+    folder = write_folder(tmp_path / "stray", TWO | {"a.txt": "red", "b.txt": "blue"})
+    datasets.Dataset.from_dict({"key": ["a"]}).to_parquet(folder / "stats.parquet")
+    found = read_dataset(str(folder))
+    assert [p.captions for p in found] == [("red",), ("blue",)]
+    note = "1 (the first: stats.parquet) left out, since they are not named as captions are"
+    assert found.notes == [note]
 
 
 # ---- what is made of them ------------------------------------------------------------------------

@@ -84,8 +84,14 @@ def test_what_is_wrong_in_several_folders_is_said_at_once(tmp_path):
 @pytest.mark.parametrize("given", ["3", "3 1 1", "3 0", "3 -1", "1000 1", "1.5 1", "nan 1"])
 def test_weights_that_do_not_fit_are_refused(given):
     words = ["pocket", "--dataset-name", "a", "b", "--dataset-weights", *given.split()]
-    with pytest.raises(Refusal, match=f"--dataset-weights {given} for 2 of --dataset-name; expec"):
+    with pytest.raises(Refusal, match=f"--dataset-weights {given} with 2 data sets; expec"):
         options.parse(words)
+
+
+def test_what_is_typed_goes_before_a_files_epochs(tmp_path):
+    (tmp_path / "o.json").write_text('{"recipe": "t4", "max_train_epochs": 3}')
+    asked = options.parse(["--config", str(tmp_path / "o.json"), "--max-train-steps", "7"])
+    assert (asked.max_train_steps, asked.max_train_epochs) == (7, 0)
 
 
 def test_no_name_is_refused():
@@ -107,7 +113,7 @@ def test_kohyas_folders_are_obeyed_and_said(tmp_path):
     pictures = read(folder)
     told = {"10_style/x.png": 10, "10_style/sub/y.png": 10, "02_cats/x.png": 2}
     assert weights(pictures) == told | {"2024_summer/x.png": 1, "plain/x.png": 1}
-    reg = "2 (the first: 1_Reg cats/x.png) left out, since they lie in folders like reg beside"
+    reg = "2 (the first: 1_Reg cats/x.png) left out, since they lie in kohya's reg fol"
     assert any(note.startswith(reg) for note in pictures.notes)
     said = "4 (the first: 02_cats/x.png) in folders like 10_style, shown so many times, up to 999"
     assert any(note.startswith(said) for note in pictures.notes)
@@ -122,10 +128,36 @@ def test_the_numbers_of_folders_can_be_left_alone(tmp_path):
     assert any("once each" in note for note in pictures.notes)
 
 
-def test_without_numbered_folders_reg_is_a_folder_as_any(tmp_path):
-    files = {name: content for name, content in KOHYA.items() if name[0] in "rp"}
-    pictures = read(write_folder(tmp_path, files))
-    assert weights(pictures) == {"plain/x.png": 1, "reg/x.png": 1} and not pictures.notes
+@pytest.mark.parametrize("name", ["regal", "regular", "10_regina woman", "5_region", "2_a reg"])
+def test_a_name_that_only_begins_as_reg_does_is_trained_on(tmp_path, name):
+    folder = write_folder(tmp_path, {f"{name}/x.png": RED, f"{name}/x.txt": "a"})
+    assert [p.name for p in read(folder)] == [f"{name}/x.png"]
+
+
+@pytest.mark.parametrize("name", ["reg", "Reg_x", "1_reg-x", "3_reg x", "regularization_images"])
+def test_regularisation_is_left_out_and_said_without_numbered_folders_too(tmp_path, name):
+    files = {f"{name}/x.png": RED, f"{name}/x.txt": "a", "plain/x.png": BLUE, "plain/x.txt": "a"}
+    folder = write_folder(tmp_path, files)
+    found = read(folder)
+    assert [p.name for p in found] == ["plain/x.png"]
+    assert found.notes[0].startswith(f"1 (the first: {name}/x.png) left out, since they lie in koh")
+    assert "(--no-folder-repeats: trained on)" in found.notes[0]
+    assert len(read(folder, folder_repeats=False)) == 2
+
+
+def test_a_numbered_folder_that_is_named_itself_is_said(tmp_path):
+    folder = write_folder(tmp_path / "10_style", {"x.png": RED, "x.txt": "a"})
+    found = read(folder)
+    assert weights(found) == {"x.png": 1}
+    assert found.notes == ["its own name's 10 is not counted (--dataset-weights 10 is)"]
+    assert not read(folder, folder_repeats=False).notes
+
+
+def test_a_folder_twice_or_within_another_is_refused(two):
+    a, b = two
+    for names in ((a, b, f"{a}/"), (a.parent, b), (b, a.parent)):
+        with pytest.raises(Refusal, match="which holds the same; expected each once"):
+            read(*names)
 
 
 # ---- the deck ------------------------------------------------------------------------------------
@@ -221,9 +253,13 @@ def test_a_run_over_two_folders_for_an_epoch(train, tmp_path, capsys):
     assert train.main("r", *WEIGHTED[:-1], "2") == 0 and len(train.log("r")) == 6
     assert train.main("whole", *WEIGHTED[:-1], "2") == 0
     assert adapter(tmp_path / "r") == adapter(tmp_path / "whole")
+    turned = ("--dataset-name", f"{tmp_path}/b", f"{tmp_path}/a", "--dataset-weights", "1", "3")
+    assert train.main("r", *turned, "--max-train-epochs", "9") == 1
+    assert "this command has the same pictures in another order; exp" in capsys.readouterr().err
     other = ("--dataset-weights", "1", "1", "--max-train-epochs", "9")
     assert train.main("r", *other) == 1
-    assert "dataset_weights (3.0, 1.0)" in capsys.readouterr().err
+    said = f"3 changed in picture, mask, weight or caption ('{tmp_path}/a/"
+    assert said in capsys.readouterr().err
 
 
 def test_the_books_own_lines_count_epochs_and_weights_alike(train, tmp_path, capsys):

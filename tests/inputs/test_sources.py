@@ -215,8 +215,7 @@ def test_a_caption_is_given_to_every_picture_that_has_none_of_its_own(tmp_path):
     (folder / "metadata.jsonl").write_text('{"file_name": "a.png", "class": "red"}')
     with pytest.raises(Refusal, match=r"metadata\.jsonl line 1 has the columns file_name, class"):
         read(folder)
-    with pytest.raises(Refusal, match=r"which disagree: 'b\.txt'"):
-        read(folder, caption="x")
+    assert [p.captions[0] for p in read(folder, caption="x")] == ["x", "own", "x"]
     (folder / "b.txt").unlink()
     assert [p.captions[0] for p in read(folder, caption="x")] == ["x", "x", "x"]
     with pytest.raises(Refusal, match="expected title"):
@@ -261,26 +260,32 @@ def test_what_looks_like_captions_is_said_where_an_option_gives_them(tmp_path):
     assert found[0].captions[0] == "a" and found.notes[0] == note
 
 
-def test_a_caption_beside_a_table_that_lacks_it_is_refused(tmp_path):
+def test_a_caption_beside_a_table_that_lacks_it_is_taken_with_it_and_said(tmp_path):
     files = {"a.png": RED, "b.png": BLUE, "metadata.jsonl": [GOOD], "b.txt": "b", "LICENSE.txt": ""}
     folder = write_folder(tmp_path, files)
-    with pytest.raises(Refusal, match=r"jsonl and files beside pictures, .*: 'b\.txt'"):
-        read(folder)
+    found = read(folder)
+    assert [p.captions[0] for p in found] == ["a", "b"]
+    assert found.notes == ["captions of metadata.jsonl and *.txt taken together"]
     (folder / "b.txt").write_text("")
     found = read(folder)
     assert [p.captions[0] for p in found] == ["a", ""] and not found.notes
 
 
-@pytest.mark.parametrize(
-    "tables",
-    [("metadata.csv", "metadata.jsonl"), ("metadata.jsonl", "train/metadata.jsonl")],
-)
-def test_of_two_tables_none_is_taken_in_silence(tmp_path, tables):
-    text = {"jsonl": [GOOD], "csv": "file_name,text\na.png,other"}
-    files = {name: text[name.rpartition(".")[2]] for name in tables}
-    folder = write_folder(tmp_path, {"a.png": RED, "train/a.png": BLUE} | files)
-    with pytest.raises(Refusal, match=rf"holds {tables[0]} and {tables[1]}, which disagree: '"):
-        read(folder)
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_a_table_at_the_top_and_one_in_the_split_are_taken_together(tmp_path, split):
+    files = {"a.png": RED, f"{split}/a.png": BLUE}
+    files |= {"metadata.jsonl": [GOOD], f"{split}/metadata.csv": "file_name,text\na.png,other"}
+    found = read(write_folder(tmp_path, files), dataset_split=split)
+    assert {p.name: p.captions for p in found} == {"a.png": ("a",), f"{split}/a.png": ("other",)}
+    both = f"captions of metadata.jsonl and {split}/metadata.csv taken together"
+    assert found.notes == [both]
+
+
+def test_of_two_tables_none_is_taken_in_silence(tmp_path):
+    files = {"metadata.jsonl": [GOOD], "metadata.csv": "file_name,text\na.png,other"}
+    said = r"captions in .* disagree: a\.png is 'other' in metadata\.csv and"
+    with pytest.raises(Refusal, match=said):
+        read(write_folder(tmp_path, files | {"a.png": RED}))
 
 
 def test_a_table_whose_pictures_are_all_elsewhere_is_refused_with_both_sides(tmp_path):
@@ -541,7 +546,7 @@ def test_of_many_unreadable_files_ten_are_named_and_the_rest_counted(tmp_path):
     assert "2 more; expected" in told and names[10] not in told
     folder = write_folder(tmp_path / "pictures", {f"x/{n}.png": b"junk" for n in names})
     with pytest.raises(Refusal) as refusal:
-        decoding.check_pictures(read(folder, caption="x"))
+        decoding.check_pictures(decoding.decode, read(folder, caption="x"))
     told = str(refusal.value)
     assert all(f"x/{n}.png" in told for n in names[:10]) and "2 more" in told and "0x" not in told
 
@@ -576,7 +581,9 @@ def test_a_file_where_a_folder_is_meant_is_said_as_what_it_is(tmp_path, monkeypa
         with pytest.raises(Refusal, match=rf"{name} is a \.\w+ file, no folder") as refusal:
             take(name)
         remedy = {"x.zip": "unpack it", "x.ckpt": "take its .safetensors"}
-        assert remedy.get(name, "name the folder that it lies in") in str(refusal.value)
+        said = str(refusal.value)
+        assert remedy.get(name, "name the folder that it lies in") in said
+        assert ("call it x.png.safetensors" in said) == (name == "x.png" and take != read_dataset)
 
 
 @pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
@@ -809,7 +816,7 @@ def test_a_parquet_caption_that_is_no_text_is_refused(parquet, tmp_path):
 def test_a_parquet_row_without_a_picture_is_refused_by_its_number(parquet, bad):
     name = parquet(image=[cell(RED), bad, cell(BLUE)], text=["a", "b", "c"])
     with pytest.raises(Refusal, match="row 1"):
-        decoding.check_pictures(read_dataset(name))
+        decoding.check_pictures(decoding.decode, read_dataset(name))
 
 
 def test_a_parquet_folder_below_the_home_folder_may_be_written_with_a_tilde(

@@ -78,6 +78,14 @@ def test_a_vae_is_read_from_a_folder_a_model_and_each_kind_of_file(form, places,
     assert hub.encoder_fingerprints(name, False)["vae"] == want
 
 
+def test_a_model_is_a_model_though_a_run_before_took_its_vae(places):
+    path = str(places["checkpoint"])
+    hub.use_revision(str(POCKET), "", path)
+    assert hub.parts_of(path) == ["vae"]
+    hub.use_revision(path, "")
+    assert hub.parts_of(path) == ["unet", "vae", "text_encoder", "text_encoder_2"]
+
+
 def test_the_scaling_that_is_said_is_the_shipped_ones():
     assert json.loads((SDXL / "vae" / "config.json").read_text())["scaling_factor"] == 0.13025
 

@@ -54,7 +54,7 @@ def test_only_what_the_code_does_counts(tmp_path, name):
 @pytest.mark.parametrize(
     ("old", "new", "want"),
     [
-        ('image.size, "white")', 'image.size, "black")', ["inputs.pictures.decode"]),
+        ("image.size, behind)", 'image.size, "black")', ["inputs.pictures.decode"]),
         ("// 257", "// 256", ["inputs.pictures.from_16_bits"]),
         ('createProfile("sRGB")', 'createProfile("XYZ")', ["inputs.pictures.transform_to_srgb"]),
         ("scale > 1.5", "scale > 2", []),  # what is said, not what is trained
@@ -84,7 +84,7 @@ def test_an_edit_of_the_decoding_is_refused_by_name_and_when_accepted_encodes_an
     assert train("r", "--max-train-steps", "1") == 0
     tree, of_one, before = tmp_path / "tree", code.of_one, set(cache.iterdir())
     tree.mkdir()
-    edit(tree, "inputs/pictures.py", 'image.size, "white")', 'image.size, "black")')
+    edit(tree, "inputs/pictures.py", "image.size, behind)", 'image.size, "black")')
     monkeypatch.setattr(code, "of_one", lambda _, name: of_one(tree, name))
     assert train("r", "--max-train-steps", "2") == 1
     assert "its code has changed: inputs.pictures.decode;" in capsys.readouterr().err

@@ -100,7 +100,7 @@ def test_the_disk_that_captions_take_is_said_where_a_picture_has_several(monkeyp
     config = replace(RECIPES["t4"][1], cache_dir="/c")
     assert report.disk(config, [one, one], torch.float16) == ""
     said = report.disk(config, [one, three] * 1000, torch.float16)
-    assert said == "4000 captions of 2000 pictures, 315 kB each when encoded: 1.26 GB in /c"
+    assert said == "4000 captions of 2000 pictures, 315 kB each when encoded: 1,261.6 MB in /c"
     long = replace(config, max_tokens=150)
     assert "1 captions of 1 pictures, 631 kB each" in report.disk(long, [one], torch.float16)
     assert report.disk(replace(config, cache=False), [three], torch.float16) == ""

@@ -108,6 +108,9 @@ def test_a_base_that_does_not_predict_what_its_file_says_ends_the_run_unless_tol
     assert f"the UNet predicts {V} (scheduler/scheduler_config.json says {V}), but" in told
     assert f"times nearer to {EPSILON}" in told and f"--prediction-type {EPSILON}" in told
     assert not (tmp_path / "wrong" / "checkpoints").exists()
+    zero = pocket_saying(tmp_path / "z", prediction_type=V, rescale_betas_zero_snr=True)
+    assert train("zero", *base(zero)) == 1
+    assert f"times nearer to {EPSILON}" in capsys.readouterr().err
 
     assert train("told", *wrong, "--prediction-type", EPSILON) == 0
     said = f"{EPSILON} (--prediction-type; scheduler/scheduler_config.json says {V})"

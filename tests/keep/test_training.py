@@ -203,7 +203,7 @@ def test_other_pictures_are_told_by_name(train, tmp_path, capsys):
     both = ", ".join(map(repr, sorted([changed, renamed])))
     told = {
         f"1 gone ('{gone}')",
-        f"2 changed in picture, mask or caption ({both})",
+        f"2 changed in picture, mask, weight or caption ({both})",
         "1 added ('new.png')",
     }
     capsys.readouterr()
@@ -282,11 +282,11 @@ def test_a_finished_run_notices_what_was_replaced_in_place(train, few, tmp_path,
             f"r holds a run with a base of fingerprint {was}, and this command has",
         ),
         (encoder, base, "r holds a run with text encoders, tokenizers and VAE of fing"),
-        (caption, data, "this command has 1 changed in picture, mask or caption ('"),
+        (caption, data, "this command has 1 changed in picture, mask, weight or caption ('"),
         (
             lambda: name.write_bytes(name.read_bytes() + b"x"),
             data,
-            f"this command has 1 changed in picture, mask or caption ('{name.name}')",
+            f"this command has 1 changed in picture, mask, weight or caption ('{name.name}')",
         ),
     ):
         shutil.copytree(folder, tmp_path / "kept")

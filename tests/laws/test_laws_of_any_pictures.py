@@ -104,7 +104,7 @@ def test_laws_2_3_and_5_interrupted_uncached_and_plain_equal_the_whole_run(
 ):
     assert train("whole", "--no-fused") == 0
     said = capsys.readouterr().out
-    assert "36 captions of 11 pictures, 57 kB each when encoded: 0.00 GB in" in said
+    assert "36 captions of 11 pictures, 57 kB each when encoded: 2.1 MB in" in said
     assert "captions: 0 missing or empty, " in said and "cut at the tokenizer's length" in said
     step = loop.optimizer_step
 
@@ -162,7 +162,9 @@ def test_law_6_masks_are_counted_and_a_changed_one_is_another_run(cache, tmp_pat
     assert f"5 with a mask; 1 (the first: {names[5]}) without a mask, learned whole" in said
     draw_mask(folder / names[0], white=True)
     assert train("r", "--max-train-steps", "2") == 1
-    assert f"1 changed in picture, mask or caption ('{names[0]}')" in capsys.readouterr().err
+    assert (
+        f"1 changed in picture, mask, weight or caption ('{names[0]}')" in capsys.readouterr().err
+    )
     for name, size in ((names[0], (9, 9)), (names[1], (7, 9))):
         Image.new("L", size, "white").save((folder / name).with_suffix(".mask.png"))
     assert train("other", "--max-train-steps", "2") == 1
@@ -199,10 +201,16 @@ def test_a_drawing_reads_as_many_tokens_as_the_run_did(train, tmp_path, monkeypa
 
 def test_another_way_with_captions_is_another_run(train, capsys):
     assert train("one", "--max-train-steps", "1") == 0
-    for more in ("--seed 43", "--max-tokens 75", "--tag-dropout 0.3", "--trigger pen"):
+    for more in ("--seed 43", "--max-tokens 75"):
         assert train("one", *more.split()) == 1
         word = more.split()[0][2:].replace("-", "_")
         assert f"and this command has {word} " in capsys.readouterr().err
+    same = ("--dataset-weights", "1", "--no-folder-repeats", "--caption-lines")  # by content
+    assert train("one", "--max-train-steps", "1", *same) == 0
+    for more in ("--tag-dropout 0.3", "--trigger pen"):
+        assert train("one", *more.split()) == 1
+        said = "and this command has 11 changed in picture, mask, weight or caption"
+        assert said in capsys.readouterr().err
 
 
 def test_one_of_the_captions_that_are_not_finite_is_found_by_the_row_that_was_drawn(

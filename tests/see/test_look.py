@@ -31,7 +31,7 @@ def run(folder, *words) -> int:
 
 
 def test_every_oddity_is_told_by_name_and_the_rest_is_shown(odd, capsys):
-    assert run(odd, *OPTIONS) == 0
+    assert run(odd, *OPTIONS) == 1  # since a run stops
     said = capsys.readouterr().out
     lines = said.splitlines()
     assert lines[0].startswith("7 pictures; 1 (the first: film.mp4) left out")
@@ -39,7 +39,7 @@ def test_every_oddity_is_told_by_name_and_the_rest_is_shown(odd, capsys):
     assert len(stops) == 2 and "cut.jpg" in stops[0] and "text.png" in stops[1]  # all, and no more
     assert "sizes: from 60 x 90 px (small.png) to 300 x 200 px (wide.png)" in lines
     assert "pictures without a caption: 2, 'bare.png', 'small.png'" in lines
-    assert "captions cut after 75 tokens: 1, 'again.png'" in lines
+    assert "captions cut after 75 tokens by SDXL's tokenizer: 1, 'again.png'" in lines
     assert "captions of several pictures: 1, '2 x a fox'" in lines
     assert "files there several times: 1, 'again.png = wide.png'" in lines
     assert "(the first: small.png) are enlarged over 1.5 times" in said
@@ -47,7 +47,7 @@ def test_every_oddity_is_told_by_name_and_the_rest_is_shown(odd, capsys):
 
 
 def test_what_a_run_would_refuse_for_its_size_is_told(odd, capsys):
-    assert run(odd, *OPTIONS, "--no-upscale") == 0
+    assert run(odd, *OPTIONS, "--no-upscale") == 1
     said = capsys.readouterr().out
     assert "a run stops at this: small.png of 60 x 90 pixels; expected at least" in said
 
@@ -59,7 +59,7 @@ def test_the_crops_are_those_that_a_run_encodes(odd, monkeypatch, crop):
     shown = {}
     monkeypatch.setattr(look, "drawn", lambda rows: shown.update(rows) or Image.new("RGB", (1, 1)))
     words = ["t4", "--dataset-name", str(odd), *OPTIONS, crop, "--output-dir", str(odd.parent)]
-    assert look.main(words) == 0
+    assert look.main(words) == 1
     config = options.parse(words)
     pictures = [p for p in read_dataset(str(odd), config) if p.name not in ("cut.jpg", "text.png")]
     rule = data.Crop(config.resolution, config.buckets, config.random_crop, config.seed)
@@ -68,7 +68,7 @@ def test_the_crops_are_those_that_a_run_encodes(odd, monkeypatch, crop):
         want, (height, width) = encoder.views(i, (False,))[0][0], encoder.sizes[i]
         of_size = [crops for head, crops in shown.items() if head.startswith(f"{width} x {height}")]
         images = [
-            np.asarray(image) for image, caption in of_size[0] if caption == picture.captions[0]
+            np.asarray(image) for image, words in of_size[0] if words.startswith(picture.name)
         ]
         levels = ((want + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
         assert any(np.array_equal(levels, image) for image in images), picture.name
@@ -97,7 +97,7 @@ def test_the_sheet_holds_every_crop_under_its_heading_with_its_caption(tmp_path)
 def test_its_own_picture_is_replaced_and_lies_under_runs(odd, monkeypatch, capsys):
     monkeypatch.chdir(odd.parent)
     for _ in range(2):
-        assert look.main(["t4", "--dataset-name", str(odd), *OPTIONS]) == 0
+        assert look.main(["t4", "--dataset-name", str(odd), *OPTIONS]) == 1
     assert [p.name for p in (odd.parent / "runs").iterdir()] == ["look-odd set.png"]
     assert "runs/look-odd set.png" in capsys.readouterr().out
 
@@ -109,3 +109,31 @@ def test_nothing_to_look_at_is_said(tmp_path, capsys):
     assert run(tmp_path / "nowhere") == 1
     assert "there is no folder" in capsys.readouterr().err
     assert not (tmp_path / "look.png").exists()
+
+
+def test_masks_that_stop_a_run_are_told_and_the_rest_is_drawn(tmp_path, capsys):
+    edge = Image.new("L", (256, 128))
+    edge.paste(255, (0, 0, 8, 128))
+    masks = {"b": Image.new("L", (64, 64)), "c": Image.new("L", (256, 128)), "d": edge}
+    files = {f"{x}.mask.png": encoded(mask) for x, mask in masks.items()} | {"e.mask.png": "none"}
+    files |= {f"{x}.png": encoded(noisy(256, 128, seed=i)) for i, x in enumerate("abcde")}
+    folder = write_folder(tmp_path / "masks", files)
+    assert run(folder, "--resolution", "128", "--no-buckets", "--caption", "x") == 1
+    said = capsys.readouterr().out
+    stops = [line for line in said.splitlines() if line.startswith("a run stops at this")]
+    whys = ("b.mask.png of 64 x 64", "c.mask.png is all black", "d.png is black in all that is cut")
+    for stop, why in zip(stops, (*whys, "e.mask.png cannot be read"), strict=True):
+        assert why in stop
+    assert "look.png: 1 of 1 pictures" in said and (tmp_path / "look.png").exists()
+
+
+def test_captions_are_counted_with_the_tokenizer_of_the_run(tmp_path, capsys):
+    """The pocket model reads 30 tokens, SDXL 75."""
+    files = {"a.png": encoded(noisy(64, 64)), "a.txt": "cat " * 45}
+    folder = write_folder(tmp_path / "set", files)
+    assert look.main(["pocket", "--dataset-name", str(folder), "--output-dir", str(tmp_path)]) == 0
+    assert "captions cut after 30 tokens by the model's tokenizer: 1, 'a.png'" in (
+        capsys.readouterr().out
+    )
+    assert run(folder) == 0
+    assert "captions cut after 75 tokens by SDXL's tokenizer: 0" in capsys.readouterr().out

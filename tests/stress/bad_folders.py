@@ -118,7 +118,7 @@ def use(case: Case, pictures: list[sources.Picture]) -> None:
     for i in range(len(pictures) + 1):
         context, pooled = encoder.prompt(i)
         assert context.isfinite().all() and pooled.isfinite().all()
-    decoding.check_pictures(pictures)
+    decoding.check_pictures(decoding.decode, pictures)
     for each in pictures:
         assert digest(each.read()) == each.digest
 
