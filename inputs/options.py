@@ -395,7 +395,7 @@ def read_words(cli: Callable, what: Any, words: list[str] | None, prog: str) -> 
     words, told = sys.argv[1:] if words is None else words, io.StringIO()
     if {"-h", "--help"} & {*words}:
         print(help.page(prog, what, words), flush=True)
-        sys.exit()
+        sys.exit(0)
     try:
         with redirect_stderr(told):
             return cli(what, args=words, prog=prog)
