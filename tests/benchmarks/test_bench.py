@@ -217,6 +217,7 @@ def planned(monkeypatch):
     return free
 
 
+@pytest.mark.slow
 def test_a_card_gets_one_file_with_what_was_planned_and_what_it_took(run, planned, tmp_path):
     planned(14)
     (tmp_path / "bench.json").write_text('{"rows": {"of another machine": {}}}')
@@ -235,6 +236,7 @@ def test_a_card_gets_one_file_with_what_was_planned_and_what_it_took(run, planne
     assert t4["loss"] == pytest.approx(eager["loss"], abs=2e-4)
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_a_small_card_is_said_and_the_rest_is_measured(run, planned, capsys):
     planned(0.1)
     code, rows = run("card", "t4")

@@ -314,6 +314,7 @@ def test_caching_is_shared_nobody_encodes_twice_and_all_leave_with_all_of_it(tog
         assert (tmp_path / "shared" / file.name).read_bytes() == file.read_bytes()
 
 
+@pytest.mark.slow
 def test_one_that_dies_while_caching_loses_the_block_in_hand_and_ends_the_other(together, tmp_path):
     def work(team):
         def at(i):
@@ -521,6 +522,7 @@ def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path)
         assert [p.name for p in (tmp_path / name / "checkpoints").iterdir() if p.is_dir()]
 
 
+@pytest.mark.slow
 def test_a_damaged_picture_ends_all_processes_with_one_sentence(train, few, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(few, bad)

@@ -54,6 +54,7 @@ def test_long_captions_are_planned_for():
         assert plan.fake_batch(config, make_unet())["context"].shape[1:] == (length, 48)
 
 
+@pytest.mark.slow
 def test_the_recipe_native_needs_less_than_14_and_a_half_gib(sdxl):
     native = RECIPES["native"][1]
     assert 8 * GIB < sdxl(plan.shaped(native, 1, None)).peak < 14.5 * GIB

@@ -196,6 +196,7 @@ def test_a_run_from_the_file_is_the_run_from_the_folder(
     assert hub.unet_fingerprint(str(whole), False) == hub.unet_fingerprint(str(POCKET), False)
 
 
+@pytest.mark.slow
 def test_pictures_from_the_file_are_those_from_the_folder(train, whole, small, tmp_path):
     assert train("run", "--max-train-steps", "2") == 0
     adapter, drawn = str(tmp_path / "run" / "pytorch_lora_weights.safetensors"), []

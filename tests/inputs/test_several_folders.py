@@ -237,6 +237,7 @@ def train(tmp_path, cache):
 WEIGHTED = ("--dataset-weights", "3", "1", "--max-train-epochs", "1")  # 12 cards, 3 steps
 
 
+@pytest.mark.slow
 def test_a_run_over_two_folders_for_an_epoch(train, tmp_path, capsys):
     assert train.main("r", *WEIGHTED) == 0
     said = capsys.readouterr().out
@@ -262,6 +263,7 @@ def test_a_run_over_two_folders_for_an_epoch(train, tmp_path, capsys):
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_the_books_own_lines_count_epochs_and_weights_alike(train, tmp_path, capsys):
     import loop
 

@@ -90,6 +90,7 @@ def test_the_scaling_that_is_said_is_the_shipped_ones():
     assert json.loads((SDXL / "vae" / "config.json").read_text())["scaling_factor"] == 0.13025
 
 
+@pytest.mark.slow
 def test_a_run_with_another_vae_is_another_and_its_files_draw_with_it(
     train, places, tmp_path, capsys
 ):

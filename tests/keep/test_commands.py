@@ -193,6 +193,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(
     refused(command(*out), "could not be written", "--output-dir")
 
 
+@pytest.mark.slow
 def test_a_full_disk_while_saving_loses_no_whole_checkpoint(command, tmp_path, monkeypatch):
     assert command() == (0, "")
     kept = sorted((tmp_path / "out" / "checkpoints").iterdir())
@@ -251,6 +252,7 @@ def test_a_run_ends_with_its_before_after_picture_and_draws_it_again_if_it_is_go
     assert picture.read_bytes() != first  # longer training, another picture
 
 
+@pytest.mark.slow
 def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(
     command, tmp_path, monkeypatch
 ):

@@ -254,6 +254,7 @@ def test_a_picture_says_how_it_was_drawn_as_a1111_writes_it(run, capsys):
     assert said.startswith("red apple\nSteps: 1") and 'Seed: "1, 2"' in said
 
 
+@pytest.mark.slow
 def test_a_picture_of_other_settings_is_never_overwritten(run, capsys):
     def names(*words: str) -> list[str]:
         assert draw(capsys, str(run), "--resolution", "64", *words) == (0, "")
@@ -298,6 +299,7 @@ def test_a_terminal_without_the_letters_gets_their_numbers(run, tmp_path, monkey
 # ---- prompts that nobody gave --------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_own_pictures_end_with_a_few_of_their_own_captions(train, few, tmp_path, capsys):
     """The recipe's prompts are of the recipe's pictures."""
     recipe = ("--validation-prompts", *POCKET_PROMPTS, "--num-inference-steps", "1")

@@ -79,6 +79,7 @@ def files_brought(server) -> set[str]:
     return {path for path, url in known.items() if any(url in each for each in server.asked)}
 
 
+@pytest.mark.slow
 def test_a_run_brings_only_what_it_needs_and_goes_on_and_draws_while_the_hub_is_away(
     server, train, tmp_path, said
 ):
@@ -160,6 +161,7 @@ def test_without_a_network_a_mistyped_name_is_answered_within_seconds(server, tr
         assert f"{option[1]} (" in last and "ConnectError" in last and f"{option[0]} FOLDER" in last
 
 
+@pytest.mark.slow
 def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     server, train, tmp_path, said, model_files
 ):
@@ -209,6 +211,7 @@ def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     assert "leave --revision out" in said()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begun", "asked_for", "taken"),
     [

@@ -124,6 +124,7 @@ def test_a_base_that_does_not_predict_what_its_file_says_ends_the_run_unless_tol
         assert about["prediction_type"] == about["modelspec.prediction_type"] == EPSILON
 
 
+@pytest.mark.slow
 def test_who_asks_for_it_trains_it_and_is_told(train, tmp_path, capsys, monkeypatch):
     asked = ("--prediction-type", V)
     assert train("r", *asked, "--max-train-steps", "1") == 0
@@ -156,6 +157,7 @@ def test_plain_trains_and_draws_the_same_target(train, tmp_path, capsys):
 ZERO = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 
 
+@pytest.mark.slow
 def test_zero_terminal_snr_by_option_is_the_run_of_a_model_that_says_so(train, tmp_path, capsys):
     few = ("--max-train-steps", "2", "--prediction-type", V)
     said = base(pocket_saying(tmp_path / "m", **ZERO))
@@ -291,6 +293,7 @@ def draw(folder, *words: str) -> np.ndarray:
     return np.asarray(Image.open(next(folder.glob("*.png")))).astype(int)
 
 
+@pytest.mark.slow
 def test_a_file_draws_by_what_it_was_trained_with_and_says_where_its_base_says_else(
     tmp_path, capsys
 ):
@@ -311,6 +314,7 @@ def test_a_file_draws_by_what_it_was_trained_with_and_says_where_its_base_says_e
     assert said in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_file_of_zero_terminal_snr_is_drawn_so_with_guidance_rescaled(tmp_path, capsys):
     run = drawable(tmp_path / "z", zero_terminal_snr="yes")
     by_file = draw(tmp_path / "a", str(run))

@@ -62,6 +62,7 @@ def test_another_rank_is_said(train, first, tmp_path, capsys, rank):
     assert files.read(tmp_path / "other").rank == rank
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_without_the_file_and_ends_on_the_same_bytes(
     train, first, tmp_path, capsys
 ):
@@ -79,6 +80,7 @@ def test_an_interrupted_run_goes_on_without_the_file_and_ends_on_the_same_bytes(
     assert "is finished" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_another_file_or_none_is_another_run(train, first, tmp_path, capsys):
     """By content: the same bytes under another name are the same run."""
     assert train("a", "--start-from", str(first), STEPS, "1") == 0
@@ -110,6 +112,7 @@ def test_another_base_is_refused_unless_it_is_meant(train, first, tmp_path, caps
     assert train("a", "--start-from", str(path), STEPS, "1", "--any-base") == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "about, said",
     [

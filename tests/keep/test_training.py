@@ -338,6 +338,7 @@ FALLING = ("--lr-scheduler", "cosine", "--lr-end", "0.1", "--lr-warmup-steps", "
 FALLING += ("--train-batch-size", "1", "--gradient-accumulation-steps", "1")
 
 
+@pytest.mark.slow
 def test_a_run_lengthened_later_is_the_longer_run_with_the_schedule_of_its_start(
     train, tmp_path, capsys
 ):

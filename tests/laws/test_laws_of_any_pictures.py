@@ -180,6 +180,7 @@ def test_squares_of_several_sizes_are_decks_too(train):
     assert counts.min() >= 36 and counts.max() <= 44
 
 
+@pytest.mark.slow
 def test_a_drawing_reads_as_many_tokens_as_the_run_did(train, tmp_path, monkeypatch):
     assert train("long", "--max-train-steps", "1") == 0
     lengths, encode = [], drawing.generate.encode
@@ -213,6 +214,7 @@ def test_another_way_with_captions_is_another_run(train, capsys):
         assert said in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_one_of_the_captions_that_are_not_finite_is_found_by_the_row_that_was_drawn(
     tmp_path, capsys
 ):
