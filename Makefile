@@ -44,8 +44,8 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DA
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"
 	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)
 
-look: $(SETUP)  ## the set before training, no model needed: one picture of the crops, and what is odd; DATA=my_pictures RECIPE=native
-	$(PYTHON) -m see.look $(or $(RECIPE),t4) $(if $(DATA),--dataset-name "$(DATA)") $(ARGS)
+look: $(SETUP)  ## the set before training, no model needed: the crops that make train would make, and what is odd; DATA=my_pictures RECIPE=native
+	$(PYTHON) -m see.look $(or $(RECIPE),$(shell nvidia-smi -L >/dev/null 2>&1 && echo t4 || echo pocket)) $(if $(DATA),--dataset-name "$(DATA)") $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers

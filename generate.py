@@ -166,14 +166,14 @@ def save_pictures(options: Options, pictures: list[Image.Image], folder: Path) -
 
 
 def draw_at(
-    rows: list[tuple[lora.AdapterFile, float]],
+    rows: dict[str, tuple[lora.AdapterFile, float]],
     options: Options,
     load_unet: Callable = model.load_unet,
     load_adapter: Callable = lora.load,
     decode: Callable = decode,
 ) -> list[list[Image.Image]]:
-    """For each of `rows`, an adapter's file and its strength, a picture of every prompt and seed;
-    the files are of one rank and alpha. options: as complete() gives them.
+    """For each of `rows`, by its name an adapter's file and its strength, a picture of every prompt
+    and seed; the files are of one rank and alpha. options: as complete() gives them.
 
     Text encoders, UNet and VAE are in memory one after another. The last three arguments
     are what the command plugs in, to read more bases and files and to decode in less memory.
@@ -181,7 +181,7 @@ def draw_at(
     device, steps = vetting.check_device(options.device), options.num_inference_steps
     dtype, _ = model.choose_dtype(options.mixed_precision, device)
     half, name = dtype != torch.float32, options.pretrained_model_name_or_path
-    for file, _ in rows:
+    for file, _ in rows.values():
         check_base(options, file.path, file.about, half)
     sampler = vetting.load_sampler(name, options.scheduler, steps, *options.noise)
     prompts, seeds = zip(*options.pictures, strict=True)
@@ -195,11 +195,11 @@ def draw_at(
     size = (options.height // 8 or side, options.width // 8 or side)
     how = (size, steps, options.guidance_scale, options.guidance_rescale)
     drawn = []
-    for file, strength in rows:
+    for row, (file, strength) in rows.items():
         load_adapter(adapter, file)
         lora.set_strength(adapter, strength)
         pairs = list(zip(embeddings, seeds, strict=True))
-        bar = progress(pairs, f"drawing (strength {strength:g})")
+        bar = progress(pairs, f"drawing {row}".strip())
         drawn.append([sample(unet, sampler, *pair, *how).cpu() for pair in bar])
     del unet, adapter  # their memory goes to the decoder, which needs about as much
     model.free_memory()
@@ -217,7 +217,7 @@ def draw_plain(options: Options) -> None:
     folder = Path(options.output_dir or file.path.parent / "pictures")
     # Before drawing: what cannot be written costs nothing.
     folder.mkdir(parents=True, exist_ok=True)
-    (pictures,) = draw_at([(file, options.strength)], options)
+    (pictures,) = draw_at({"": (file, options.strength)}, options)
     save_pictures(options, pictures, folder)
 
 

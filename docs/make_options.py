@@ -58,7 +58,7 @@ def takes(kind, name: str) -> str:
     if bounds := [str(each) for each in getattr(kind, "__metadata__", ()) if type(each) is Within]:
         number = get_args(kind)[0]
         several = "each " if get_origin(number) is tuple else ""
-        whole = "" if number is float else "whole, "
+        whole = "" if float in (number, *get_args(number)) else "whole, "
         return f"{several}{whole}{bounds[0]}"
     if get_origin(kind) is Literal:
         return " or ".join(f"`{each}`" for each in get_args(kind))

@@ -63,9 +63,11 @@ class Recorded:
         them runs.
         """
         self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream):
-            yield
-        torch.cuda.current_stream().wait_stream(self.stream)
+        try:
+            with torch.cuda.use_mem_pool(self.pool), torch.cuda.stream(self.stream):
+                yield
+        finally:  # after an error, too: what was begun writes where the next step does
+            torch.cuda.current_stream().wait_stream(self.stream)
 
     def room(self) -> bool:
         """Whether another shape may be recorded; says so once where it may not."""

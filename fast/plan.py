@@ -505,7 +505,7 @@ def choose(
     return way, (
         f"memory plan: {in_words(way)}: {found.peak / GIB:.1f} GiB predicted, "
         f"{free / GIB:.1f} GiB free, of which {FILL:.0%} may be filled; speed counted as "
-        f"{card.name}'s; previews {in_previews(way, found.work, card)}"
+        f"{card.name}'s"
     )
 
 

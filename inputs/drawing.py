@@ -108,9 +108,12 @@ def parse(argv: list[str] | None = None) -> Options:
     names = ("plain", "compare", "checkpoints", "strengths", "strength")
     given = [f"--{n}" for n in names if getattr(options, n) != getattr(Options, n)]
     rows = len(given) > 1 and {"--checkpoints", "--strengths"} & {*given}
+    told = [f"{each:g}" for each in options.strengths]  # as a sheet tells them
+    twice = next((each for each in told if told.count(each) > 1), "")
     against = [
         (plain and options.compare, "--plain with --compare", "single pictures", "leave one out"),
         (rows, " with ".join(given), "one of them", "leave the others out"),
+        (twice, f"--strengths with {twice} twice", "each once", "leave one out"),
         (plain and not options.adapter, "--plain without an adapter", "a file or a run", remedy),
     ]
     configuration.refuse_wrong(options, Options(), against)
@@ -129,17 +132,17 @@ def parse_or_leave(argv: list[str] | None = None) -> Options:
 
 
 def find_adapter(name: str | Path = "") -> Path:
-    """The adapter file that `name` means: itself, in a folder a run's, else the only one; "" is the
-    newest run's. Raises Refusal.
+    """The adapter file that `name` means: itself, in a folder a run's, else the only one, else that
+    of its newest checkpoint; "" is the newest finished run's. Raises Refusal.
     """
     runs = sorted(Path("runs").glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
-    expected = "an adapter file, or the folder of a finished run"
-    remedy = "name one, of a run that has not ended RUN/checkpoints/NUMBER, or make train"
+    expected, remedy = "an adapter file, or the folder of a run", "name one, or make train"
     if not name and not runs:
         raise Refusal("there is no finished run under runs/", expected, remedy)
     path = place(str(name)) if name else runs[-1]
     files = [p for p in (path, path / FILE_NAME) if p.exists() and not p.is_dir()]
     files = files or sorted(p for p in path.glob("[!.]*") if p.suffix.lower() == ".safetensors")
+    files = files or sorted(path.glob(f"checkpoints/*/{FILE_NAME}"))[-1:]  # of a run that goes on
     if len(files) == 1:
         return files[0]
     if files:
@@ -322,10 +325,11 @@ def previews(config: Config, usual: Sequence[str]) -> list[Options]:
     drawn = Options(seeds=(config.seed,), width=side, height=side, **how)
     if not (steps and lines):
         return [replace(drawn, prompts=(prompt,)) for prompt in usual[:1] if steps]
-    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
+    if len(lines) == 1 and (lines[0].lower().endswith(".txt") or place(lines[0]).is_file()):
         with refusing(f"{lines[0]} cannot be read", "a prompt a line", "correct that file"):
             lines = place(lines[0]).read_text("utf-8-sig").splitlines()
-    lines = [line.strip() for line in lines if line.strip() and line.strip()[0] != "#"]
+        lines = [line for line in lines if line.strip()[:1] != "#"]
+    lines = [line.strip() for line in lines if line.strip()]
     found, troubles = [], [] if lines else [("no prompt for previews", "one a line", "add one")]
     for line in lines:
         prompt, *marks = re.split(r"(?:^|\s+)--(?=[a-zA-Z])", line)
@@ -334,6 +338,8 @@ def previews(config: Config, usual: Sequence[str]) -> list[Options]:
             try:
                 name, read = MARKS[mark], type(getattr(drawn, MARKS[mark]))
                 given = (int(value),) if name == "seeds" else read(value.strip())
+                if given == 0 and name != "guidance_scale":  # which Options takes for an open one
+                    raise ValueError
                 found[-1] = replace(found[-1], **{name: given})
                 configuration.refuse_wrong(found[-1], Options(), [])
             except (KeyError, ValueError, Refusal) as error:

@@ -357,7 +357,7 @@ RECIPES = {
     "original": ("The published run: fp32, xFormers, gradient checkpointing, 512 px.", ORIGINAL),
     "t4": ("The same mathematics for a 16 GB T4: UNet in half precision, as fast as fits.", T4),
     "native": ("t4 at 1024 px, SDXL's own size.", NATIVE),
-    "lowmem": ("t4 for 6 to 8 GB: the UNet in 4 bits; smallest with --no-memory-plan.", LOWMEM),
+    "lowmem": ("t4 for 6 to 8 GB: UNet in 4 bits; least: add --no-memory-plan.", LOWMEM),
     "pocket": ("The small SDXL and its ink drawings: minutes on a CPU, no network.", POCKET),
 }
 # What --quick takes for a recipe; what is asked for besides is as asked.

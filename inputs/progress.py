@@ -54,7 +54,9 @@ def progress(items, phase: str, total=None, done=0, delay=0.0, leave=False, ever
 
         return in_cell(*what, disable=silent, **how)
     if silent or on_terminal():
-        return tqdm(*what, ncols=min(WIDTH, get_terminal_size().columns), disable=silent, **how)
+        size = get_terminal_size()  # of a terminal that does not know its own: the usual one
+        how |= {"ncols": min(WIDTH, size.columns), "nrows": size.lines}
+        return tqdm(*what, disable=silent, **how)
     return Lines(*what, done, delay, every)
 
 

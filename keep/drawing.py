@@ -46,9 +46,8 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
     """
     strength, several, after = options.strength, options.strengths, "after"
     if options.checkpoints:
-        kept = [(step, adapter_files.read(path)) for step, path in sorted(stages(file).items())]
-        rows = {"before": (file, 0.0)} | {f"step {step}": (each, 1.0) for step, each in kept}
-        return rows, "checkpoints.png"
+        rows = {f"step {step}": (each, 1.0) for step, each in stages(file).items()}
+        return {"before": (file, 0.0)} | rows, "checkpoints.png"
     if several != Options.strengths:
         return {f"at {each:g}": (file, each) for each in several}, "strengths.png"
     if options.compare:
@@ -57,22 +56,22 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
     return {"": (file, strength)}, ""
 
 
-def stages(file: AdapterFile) -> dict[int, Path]:
-    """The adapter files of the run around `file`, its last one, by their steps. Raises Refusal
-    where it has kept no other.
+def stages(file: AdapterFile) -> dict[int, AdapterFile]:
+    """What the run of `file` has kept of its adapter, by steps. What another run has left in the
+    same folder is left out, said. Raises Refusal where there is only one.
     """
-    out, told = file.path.parent, file.about.get("steps", "")
-    last = int(told) if told.isdecimal() else 0
-    paths = [*out.glob("adapters/*.safetensors"), *out.glob(f"checkpoints/*/{lora.FILE_NAME}")]
-    steps = [path.parent.name if path.name == lora.FILE_NAME else path.stem for path in paths]
-    kept = {int(step): path for step, path in zip(steps, paths, strict=True) if step.isdecimal()}
-    # What is there of a later step is left from before.
-    kept = {step: path for step, path in kept.items() if step < last}
-    if not kept:
-        found = f"{out} keeps no adapter of an earlier step than {file.path.name}"
+    folders = [*file.path.resolve().parents][:3]  # OUT/, OUT/adapters/, OUT/checkpoints/000200/
+    out = next((each for each in folders if (each / "config.json").is_file()), folders[0])
+    places = ("adapters/*.safetensors", f"checkpoints/*/{lora.FILE_NAME}", lora.FILE_NAME)
+    found = [adapter_files.read(path) for place in places for path in out.glob(place)]
+    own = [each for each in found if each.about.get("run", "") == file.about.get("run")]
+    if other := [str(each.path.relative_to(out)) for each in found if each not in own]:
+        print(f"left out, of another run than {file.path}: {', '.join(other)}", file=sys.stderr)
+    kept = {int(each.about["steps"]): each for each in own}  # a header with a run has them
+    if len(kept) < 2:
         remedy = "train with --keep-adapters, which keeps one at every save"
-        raise Refusal(found, "some in its adapters/ or checkpoints/", remedy)
-    return kept | {last: file.path}
+        raise Refusal(f"{out} keeps {len(kept)} adapter of this run", "two or more", remedy)
+    return dict(sorted(kept.items()))
 
 
 def run(options: Options) -> None:
@@ -83,7 +82,7 @@ def run(options: Options) -> None:
     folder = Path(options.output_dir or file.path.parent / "pictures")
     folder.mkdir(parents=True, exist_ok=True)  # before drawing, so that no picture is lost by it
     plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
-    pictures = generate.draw_at([*rows.values()], options, *plugged_in)
+    pictures = generate.draw_at(rows, options, *plugged_in)
     if name:
         several = len(set(options.seeds)) > 1
         titles = [f"{p}, seed {seed}" if several else p for p, seed in options.pictures]

@@ -216,6 +216,7 @@ def about(kept) -> dict[str, str]:
         "modelspec.prediction_type": kept.run.schedule.prediction_type.split("_")[0],
         **files.MODELSPEC,
         "steps": str(kept.run.step),
+        "run": digest(str(sorted(kept.identity.items())))[:12],
     }
     if commit := hub.commit_of(config.pretrained_model_name_or_path):
         told["base_commit"] = commit

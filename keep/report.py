@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import itertools
 import json
 import math
 import os
 import shlex
 import signal
 import statistics
+import sys
 import threading
 from pathlib import Path
 
@@ -234,13 +236,19 @@ def last_lines(config: Config) -> str:
     files, picture = files_of(config), config.out / "pictures" / "before-after.png"
     steps, epochs, out = config.max_train_steps, config.max_train_epochs, str(config.out)
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
+    anew = ""
     if config.lr_scheduler == "cosine":  # its rate has fallen: to go on would learn next to nothing
-        longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"
+        names = (f"{out}-longer{n or ''}" for n in itertools.count())
+        free = next(name for name in names if not Path(name).exists())
+        longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(free)}"
+        anew = ", from the start, since the rate has fallen"
+    python = Path(sys.executable)  # as it is typed here: the one of .venv, say
+    python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     lines = (
         f"adapter: {files['peft']}\nthe same for ComfyUI, Forge and others: {files['kohya']}",
         f"pictures: {picture}" * picture.is_file(),
-        f"draw your own: python generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",
-        f"train longer: python loop.py --config {shlex.quote(out)} {longer}",
+        f"draw your own: {python} generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",
+        f"train longer{anew}: {python} loop.py --config {shlex.quote(out)} {longer}",
     )
     return "\n".join(filter(None, lines))
 

@@ -110,7 +110,7 @@ def set_up(
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
-    drawn = preview.describe(config, wanted, run.step)
+    drawn = preview.describe(config, previews.previews, run.step)
     if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
         at, predicts, planned, drawn = [], predicts * ("; " in predicts), "", ""
     lines = [report.describe(kept, pictures, how), *at, predicts, planned, drawn, changes, started]
@@ -138,7 +138,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if device.type == "cpu" and config.recipe != "pocket":
         slow = "full-size SDXL takes minutes a step on a CPU (pocket is made for one)"
         print(f"no GPU is used: {slow}", flush=True)  # before a download of gigabytes
-    if config.recipe == "pocket" and asks_for_own(config):
+    if config.recipe == "pocket" and has_own(config):
         print("the small model knows emoji alone: of photographs it makes blots", flush=True)
     kept, lines = set_up(config, device, team)
     run = kept.run
@@ -197,11 +197,17 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
         began = time.perf_counter()
 
 
+def has_own(config: Config) -> bool:
+    """Whether the pictures are others than the recipe's."""
+    usual = options.RECIPES[config.recipe][1]
+    data, theirs = ([place(n).resolve() for n in each.dataset_name] for each in (config, usual))
+    return data != theirs
+
+
 def asks_for_own(config: Config) -> bool:
     """Whether the prompts are still the recipe's, and the pictures are others."""
     usual = (options.QUICK if config.quick else options.RECIPES)[config.recipe][1]
-    data, theirs = ([place(n).resolve() for n in each.dataset_name] for each in (config, usual))
-    return data != theirs and config.validation_prompts == usual.validation_prompts
+    return has_own(config) and config.validation_prompts == usual.validation_prompts
 
 
 def prompts_of(config: Config, pictures: Pictures) -> list[str]:

@@ -71,12 +71,13 @@ def look(config: options.Config) -> bool:
     for group in data.alike(sizes):
         (height, width), crops = sizes[group[0]], [*map(shown, group[::every])]
         rows[f"{width} x {height} px: {len(crops)} of {len(group)} pictures"] = crops
-    name = "-".join(place(each).resolve().name for each in config.dataset_name)
-    path = config.out / "look.png" if config.output_dir else Path(f"runs/look-{name}.png")
+    names = [*(place(each).resolve().name for each in config.dataset_name), config.recipe]
+    path = Path(f"runs/look-{'-'.join(names)}.png")
+    path = config.out / "look.png" if config.output_dir else path
     drawn(rows).save(file := io.BytesIO(), "PNG")
     write_whole(path, file.getvalue())
     count = sum(map(len, rows.values()))
-    print(f"{path}: {count} of {len(whole)} pictures as the run cuts them, none mirrored")
+    print(f"{path}: {count} of {len(pictures)} pictures as the run cuts them, none mirrored")
     return len(whole) == len(pictures)
 
 

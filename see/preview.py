@@ -16,10 +16,10 @@ import model
 from inputs import blocks, drawing, hub, vetting
 from inputs.code import together
 from inputs.drawing import Options
-from inputs.files import digest, place, read_tensors, sayable, write_whole
+from inputs.files import Refusal, digest, place, read_tensors, sayable, write_whole
 from inputs.options import RECIPES, Config
 
-LESS = "fewer or smaller --preview-prompts ('a fox --w 256 --h 256'), or --preview-steps 0"
+LESS = "fewer --preview-prompts or smaller ones (--w, --h), or --preview-steps 0"
 
 
 def wanted(config: Config, usual: list[str]) -> list[Options]:
@@ -41,10 +41,12 @@ def describe(config: Config, previews: list[Options], step: int) -> str:
         return ""
     work, times = drawing.steps_worth(config, previews), drawing.times(config, step)
     share = work * times / max(1, config.max_train_steps - step)
+    # A preview that takes more than a twentieth of a run is hardly what was meant.
     less = f"; for less: a larger --checkpointing-steps, {LESS}" if share > 0.05 else ""
     count = f"{len(previews)} preview{'s' * (len(previews) > 1)}, {times} times"
     said = f"{count}, in {config.out / 'pictures'}: each time the work of about {work:.1f} training"
-    return f"{said} steps, in all {share:.1%} of the run{less}"
+    said += f" steps, in all {share:.1%} of the run, more where a GPU waits for its host"
+    return f"{said}{less}"
 
 
 def embeddings(config: Config, previews: list[Options], device, half: bool) -> list[dict]:
@@ -64,6 +66,17 @@ def embeddings(config: Config, previews: list[Options], device, half: bool) -> l
     if config.cache:
         blocks.write_block(path, {key: torch.stack([r[key] for r in rows]) for key in rows[0]})
     return rows
+
+
+def rescale(run) -> float:
+    """The guidance rescale of drawing.zero_snr(), by the schedule that is trained."""
+    return 0.7 * (not run.schedule.alphas_cumprod[-1])
+
+
+def in_words(error: Exception) -> str:
+    """An error as its user reads it; one of the code, which may have no text, with its kind."""
+    kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
+    return f"{kind}{sayable(str(error))}"
 
 
 @contextlib.contextmanager
@@ -104,8 +117,9 @@ class Previews:
         failed, folder, began = "", run.config.out / "pictures", time.perf_counter()
         names = [drawing.stem(i, *each.pictures[0]) for i, each in enumerate(self.previews)]
         todo = {i: folder / f"{run.step:06d}-{name}.png" for i, name in enumerate(names)}
-        todo = {i: path for i, path in todo.items() if not (lacking and path.exists())}
         try:
+            if lacking and run.step:  # at step 0 what is there is an earlier run's
+                todo = {i: path for i, path in todo.items() if not path.exists()}
             with self.room(run):
                 pictures = self.drawn(run, [*todo])
             for i, picture in zip(todo, pictures, strict=True):
@@ -117,7 +131,7 @@ class Previews:
         except torch.cuda.OutOfMemoryError:
             failed = f"the GPU's memory is full. What to do: {LESS}"
         except Exception as error:  # whatever it is, it is not worth a run
-            failed = sayable(str(error))
+            failed = in_words(error)
         if failed:  # out here the error no longer holds what filled the memory
             model.free_memory()
             self.say(f"no preview of step {run.step}, and the run goes on: {failed}")
@@ -126,11 +140,11 @@ class Previews:
         """The pictures of these numbers. The VAE is in memory only for them."""
         if not numbers:
             return []
-        latents, rescale = [], 0.7 * (not run.schedule.alphas_cumprod[-1])
+        latents = []
         with as_drawn(run):
             for each, row in ((self.previews[i], self.embeddings[i]) for i in numbers):
                 size, how = (each.height // 8, each.width // 8), each.num_inference_steps
-                how = (each.seeds[0], size, how, each.guidance_scale, rescale)
+                how = (each.seeds[0], size, how, each.guidance_scale, rescale(run))
                 latents.append(generate.sample(run.unet, self.sampler, row, *how).cpu())
         vae = model.load_vae(run.config.pretrained_model_name_or_path, run.unet.device)
         return [self.decode(vae, [latent], run.latent_scaling)[0] for latent in latents]
@@ -140,6 +154,8 @@ class Previews:
         each, base = self.previews[i], place(run.config.pretrained_model_name_or_path)
         how = {"Steps": str(each.num_inference_steps), "Sampler": type(self.sampler).__name__}
         how |= {"CFG scale": f"{each.guidance_scale:g}", "Model": base.resolve().name}
+        how |= {"VAE": drawing.public_name(run.config.vae)} if run.config.vae else {}
+        how |= {"CFG rescale": f"{rescale(run):g}"} if rescale(run) else {}
         how["Lora steps"] = str(run.step)
         return drawing.parameters(each, each.pictures, (each.width, each.height), how)
 
@@ -152,9 +168,10 @@ def made(
     try:
         if previews:
             steps = max(each.num_inference_steps for each in previews)
-            sampler = vetting.load_sampler(name, "", steps, *config.noise)
+            with torch.random.fork_rng([]):  # some samplers draw noise when they are tried
+                sampler = vetting.load_sampler(name, "", steps, *config.noise)
             rows = embeddings(config, previews, device, dtype != torch.float32)
     except Exception as error:  # a sampler that is not known here, say
-        say(f"no previews, and the run goes on: {sayable(str(error))}")
+        say(f"no previews, and the run goes on: {in_words(error)}")
         previews = []
     return Previews(previews, rows, sampler, say, **plugged_in)

@@ -80,14 +80,15 @@ def test_a_comparison_shows_the_bare_model_above_and_the_adapter_below(run, caps
     assert np.array_equal(sheet[below + side :, left : left + side], weak)
 
 
-def kept_at(run, names: dict[str, float]) -> None:
+def kept_at(run, names: dict[str, float], of: str = "one") -> None:
     """Adapters of other steps in a run's folder, by their place, each of another strength."""
     for name, strength in names.items():
+        about = {"run": of, "steps": str(int(re.search("0{5}(.)", name)[1]))}
         adapter = loud()
         with torch.no_grad():
             for layer in adapter.layers.values():
                 layer.lora_B.mul_(strength)
-        adapter_files.save(adapter, run / name, "peft", torch.float32, {"steps": "9"})
+        adapter_files.save(adapter, run / name, "peft", torch.float32, about)
 
 
 def cells(path, rows: int, columns: int, side: int = 128) -> np.ndarray:
@@ -108,15 +109,18 @@ def counting(monkeypatch) -> list:
 
 
 def test_checkpoints_are_rows_of_one_sheet_drawn_with_one_load(tmp_path, monkeypatch, capsys):
-    run = drawable(tmp_path / "out", steps="6")
-    refused(
-        draw(capsys, str(run), "--checkpoints"), "no adapter of an earlier step", "--keep-adapt"
-    )
+    run = drawable(tmp_path / "out", steps="6", run="one")
+    alone = draw(capsys, str(run), "--checkpoints")
+    refused(alone, "keeps 1 adapter of this run", "--keep-adapters")
     kept_at(run, {"adapters/000002.safetensors": 0.5, f"checkpoints/000004/{lora.FILE_NAME}": 0.0})
-    kept_at(run, {"adapters/notes.safetensors": 1, "adapters/000007.safetensors": 1})
+    kept_at(run, {"adapters/000003.safetensors": 1}, of="another run")
     loads = counting(monkeypatch)
-    assert draw(capsys, str(run), "--checkpoints") == (0, "")
-    assert len(loads) == 1
+    assert (
+        drawing.main([str(run), "--checkpoints", "--prompts", "red apple", *QUICK]) == 0
+        and len(loads) == 1
+    )
+    told = f"left out, of another run than {run / lora.FILE_NAME}: adapters/000003.safetensors\n"
+    assert told in capsys.readouterr().err
     before, two, four, end = cells(run / "pictures/checkpoints.png", 4, 1)[:, 0]
     assert np.array_equal(before, four)  # whose B is zero
     assert np.abs(before - end).mean() > np.abs(before - two).mean() > 1
@@ -125,6 +129,10 @@ def test_checkpoints_are_rows_of_one_sheet_drawn_with_one_load(tmp_path, monkeyp
     assert draw(capsys, str(run), "--strength", "1") == (0, "")
     one = np.asarray(Image.open(run / "pictures/00-red-apple-0-1.png"))
     assert np.array_equal(one, end)
+    (run / lora.FILE_NAME).unlink()  # of a run that has not ended, or was stopped
+    assert draw(capsys, str(run), "--checkpoints", "--output-dir", str(tmp_path))[0] == 0
+    again = cells(tmp_path / "checkpoints.png", 3, 1)[:, 0]
+    assert np.array_equal(again, [before, two, four])
 
 
 def test_strengths_are_rows_of_one_sheet_drawn_with_one_load(run, monkeypatch, capsys):
@@ -528,8 +536,8 @@ def test_what_leads_to_no_adapter_is_told_by_what_is_there(run, tmp_path, monkey
     assert draw(capsys, "empty", "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
     saved = tmp_path / "begun" / "checkpoints" / "000200"
     shutil.copytree(run, saved)
-    refused(draw(capsys, "begun"), "of a run that has not ended RUN/checkpoints/NUMBER")
-    assert draw(capsys, "begun/checkpoints/000200") == (0, "")
+    for name in ("begun", "begun/checkpoints/000200"):  # the newest of a run that has not ended
+        assert draw(capsys, name) == (0, "")
 
 
 def test_no_run_to_draw_from_is_refused(tmp_path, monkeypatch, capsys):

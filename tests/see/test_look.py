@@ -43,7 +43,7 @@ def test_every_oddity_is_told_by_name_and_the_rest_is_shown(odd, capsys):
     assert "captions of several pictures: 1, '2 x a fox'" in lines
     assert "files there several times: 1, 'again.png = wide.png'" in lines
     assert "(the first: small.png) are enlarged over 1.5 times" in said
-    assert f"{odd.parent / 'look.png'}: 5 of 5 pictures" in lines[-1]
+    assert f"{odd.parent / 'look.png'}: 5 of 7 pictures" in lines[-1]
 
 
 def test_what_a_run_would_refuse_for_its_size_is_told(odd, capsys):
@@ -98,8 +98,8 @@ def test_its_own_picture_is_replaced_and_lies_under_runs(odd, monkeypatch, capsy
     monkeypatch.chdir(odd.parent)
     for _ in range(2):
         assert look.main(["t4", "--dataset-name", str(odd), *OPTIONS]) == 1
-    assert [p.name for p in (odd.parent / "runs").iterdir()] == ["look-odd set.png"]
-    assert "runs/look-odd set.png" in capsys.readouterr().out
+    assert [p.name for p in (odd.parent / "runs").iterdir()] == ["look-odd set-t4.png"]
+    assert "runs/look-odd set-t4.png" in capsys.readouterr().out
 
 
 def test_nothing_to_look_at_is_said(tmp_path, capsys):
@@ -124,7 +124,7 @@ def test_masks_that_stop_a_run_are_told_and_the_rest_is_drawn(tmp_path, capsys):
     whys = ("b.mask.png of 64 x 64", "c.mask.png is all black", "d.png is black in all that is cut")
     for stop, why in zip(stops, (*whys, "e.mask.png cannot be read"), strict=True):
         assert why in stop
-    assert "look.png: 1 of 1 pictures" in said and (tmp_path / "look.png").exists()
+    assert "look.png: 1 of 5 pictures" in said and (tmp_path / "look.png").exists()
 
 
 def test_captions_are_counted_with_the_tokenizer_of_the_run(tmp_path, capsys):
