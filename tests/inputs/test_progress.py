@@ -36,7 +36,7 @@ for _ in progress(range(3), "texts"):
 def on_terminal(columns: int, script: str, **more) -> str:
     """What a terminal of so many columns is sent by a process of its own."""
     ours, theirs = pty.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24 * (columns > 0), columns, 0, 0))
     own = {k: v for k, v in os.environ.items() if k not in ("COLUMNS", "TQDM_DISABLE")} | more
     command = [sys.executable, "-c", script]
     process = subprocess.Popen(
@@ -54,6 +54,10 @@ def on_terminal(columns: int, script: str, **more) -> str:
     os.close(ours)
     assert process.wait() == 0, said
     return said.decode()
+
+
+def test_a_terminal_that_does_not_know_its_size_has_a_bar():
+    assert "training 370/1000" in on_terminal(0, BARS)
 
 
 @pytest.mark.parametrize("columns", [40, 60, 120])

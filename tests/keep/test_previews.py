@@ -150,9 +150,10 @@ def test_drawing_leaves_random_numbers_and_the_mode_of_every_layer(begun):
             "a picture came out as",
         ),
         (preview, "write_whole", OSError(28, "No space left on device"), "No space left on device"),
-        (model, "load_vae", RuntimeError("no kernel for this"), "no kernel for this"),
+        (model, "load_vae", RuntimeError("no kernel"), "RuntimeError: no kernel"),
+        (generate, "sample", AssertionError(), "AssertionError"),  # of an edit, say: without words
     ],
-    ids=["NaN", "disk", "VAE"],
+    ids=["NaN", "disk", "VAE", "edit"],
 )
 def test_what_goes_wrong_with_a_preview_is_one_line(begun, monkeypatch, owner, name, gives, said):
     def fails(*_):
@@ -213,7 +214,7 @@ def test_a_file_of_prompts_has_kohyas_marks(tmp_path):
     [
         (["a --q 3", "b --seed 4"], ["--q 3 in 'a --q 3' and --seed 4 in 'b --", "--n and words"]),
         (["a --w 7"], ["--w 7 in 'a --w 7'", "0 to 4096 in steps of 8"]),
-        (["a --d many"], ["--d many in", "and a number"]),
+        (["a --d many", "a --w 0"], ["--d many in", "--w 0 in", "and a number"]),
         (["none.txt"], ["none.txt cannot be read"]),
         ([""], ["no prompt for previews"]),
     ],
@@ -228,6 +229,20 @@ def test_a_wrong_mark_is_refused_before_anything_is_encoded(train, tmp_path, cap
     assert train("r", SHOWN[0], "a fox --q 1") == 1
     assert "--q 1 in 'a fox --q 1'" in capsys.readouterr().err
     assert not (tmp_path / "r" / "config.json").exists()
+
+
+def test_a_sampler_that_adds_noise_is_tried_without_the_random_numbers_of_others(monkeypatch):
+    config = parse(["pocket", "--no-cache"])
+    monkeypatch.setattr(preview, "embeddings", lambda *_: [])
+    load = preview.vetting.load_sampler
+    ancestral = "EulerAncestralDiscreteScheduler"
+    monkeypatch.setattr(
+        preview.vetting, "load_sampler", lambda n, _, *how: load(n, ancestral, *how)
+    )
+    before, wanted = torch.get_rng_state(), preview.wanted(config, ["a"])
+    how = {"decode": None, "room": contextlib.nullcontext}
+    got = preview.made(config, wanted, CPU, torch.float32, print, **how)
+    assert type(got.sampler).__name__ == ancestral and torch.get_rng_state().equal(before)
 
 
 def test_each_has_its_own_negative_prompt_and_is_read_as_it_was_encoded(tmp_path, monkeypatch):
