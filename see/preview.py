@@ -43,7 +43,7 @@ def describe(config: Config, previews: list[Options], step: int) -> str:
     share = work * times / max(1, config.max_train_steps - step)
     # A preview that takes more than a twentieth of a run is hardly what was meant.
     less = f"; for less: a larger --checkpointing-steps, {LESS}" if share > 0.05 else ""
-    count = f"{len(previews)} preview{'s' * (len(previews) > 1)}, {times} times"
+    count = f"{len(previews)} preview{'s' * (len(previews) > 1)}, {times} time{'s' * (times != 1)}"
     said = f"{count}, in {config.out / 'pictures'}: each time the work of about {work:.1f} training"
     said += f" steps, in all {share:.1%} of the run, more where a GPU waits for its host"
     return f"{said}{less}"
