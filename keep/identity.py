@@ -204,6 +204,8 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
 def about(kept) -> dict[str, str]:
     """What an adapter's header says. Nothing that depends on the clock or on where the run lies."""
     config = kept.run.config
+    # A run that is lengthened stays this run, and of a constant rate the schedule's length is none.
+    own = {k: v for k, v in kept.identity.items() if k != "lr_schedule_steps"}
     told = {
         "base_model": public_name(config.pretrained_model_name_or_path),
         "base_fingerprint": kept.identity["base"],
@@ -216,7 +218,7 @@ def about(kept) -> dict[str, str]:
         "modelspec.prediction_type": kept.run.schedule.prediction_type.split("_")[0],
         **files.MODELSPEC,
         "steps": str(kept.run.step),
-        "run": digest(str(sorted(kept.identity.items())))[:12],
+        "run": digest(*(f"{k} {v}" for k, v in sorted(own.items())))[:12],
     }
     if commit := hub.commit_of(config.pretrained_model_name_or_path):
         told["base_commit"] = commit
