@@ -4,7 +4,6 @@ failing row costs no other.
 
 import json
 import statistics
-import subprocess
 import sys
 
 import pytest
@@ -354,18 +353,6 @@ def test_the_table_on_paper_names_the_gpus_that_reach_90_percent():
             assert bool(share) == (gpus <= int(examples))
             if share:
                 assert (int(share.split()[0]) >= 90) == (gpus <= int(most.split()[0]))
-
-
-@pytest.mark.slow
-def test_two_processes_are_timed_beside_one_and_have_its_losses(tmp_path):
-    out = tmp_path / "two.json"
-    argv = ["run", "--device", "cpu", "--small", "--sides", "64", "--steps", "2", "--warm-up", "1"]
-    command = [sys.executable, "benchmarks/two_gpus.py", *argv, "--out", str(out)]
-    subprocess.run(command, cwd=ROOT, check=True)
-    one, two = json.loads(out.read_text())["rows"].values()
-    assert two["losses"] == pytest.approx(one["losses"], rel=1e-3) and len(one["losses"]) == 3
-    assert two["s_all_reduce"] > one["s_all_reduce"]
-    assert two["speed_up"] == pytest.approx(one["s_per_step"] / two["s_per_step"], rel=1e-2)
 
 
 def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monkeypatch):

@@ -402,6 +402,8 @@ from concurrent.futures import ThreadPoolExecutor
 from inputs import download
 from inputs.files import Refusal
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job ignores it
+
 def call():
     if sys.argv[1] == "Ctrl-C":
         threading.Timer(1, os.kill, (os.getpid(), signal.SIGINT)).start()

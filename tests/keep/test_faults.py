@@ -193,6 +193,7 @@ TABLE = {
     "loss scale": (in_run(loss_scale, AGAIN), "the loss scale is", STATE8),
 }
 QUICK = [("adapter", math.nan)]  # the others go to make slow
+OF_BOTH = ("latent's mean", "gradient", "8-bit moments")
 
 
 @pytest.mark.parametrize(
@@ -201,6 +202,7 @@ QUICK = [("adapter", math.nan)]  # the others go to make slow
         pytest.param(place, value, marks=[] if (place, value) in QUICK else [pytest.mark.slow])
         for place in TABLE
         for value in (math.nan, math.inf)
+        if value is math.nan or place in OF_BOTH
     ],
 )
 def test_a_fault_is_met_in_its_step_named_and_never_saved(train, whole, capsys, place, value):

@@ -60,18 +60,6 @@ EDITS = {
         ("--no-fused", "--lr-scheduler", "cosine"),
         (),
     ),
-    "a penalty": (
-        [
-            (
-                "loop.py",
-                "    (loss * run.scale_on_device).backward()",
-                "    loss = loss + 1e-2 * sum(m.square().sum() for m in run.trained.values())\n"
-                "    (loss * run.scale_on_device).backward()",
-            )
-        ],
-        ("--no-fused",),
-        ("matrix by matrix, since loop.micro_step is edited",),
-    ),
     "each matrix clipped by itself": (
         [
             (
@@ -93,17 +81,6 @@ EDITS = {
         ],
         ("--no-fused",),
         (),
-    ),
-    "a branch by the length": (
-        [
-            (
-                "lora.py",
-                "scale = self.strength * self.scale\n",
-                "scale = self.strength * self.scale * (5 if x.shape[-2] > 20 else 1)\n",
-            )
-        ],
-        (),
-        ("by the book's lines, since lora.LoRALinear is edited",),
     ),
     "another clip": (
         [("loop.py", "shrink = min(1.0, ", "shrink = min(0.5, ")],
