@@ -178,7 +178,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
 def step_and_save(kept: Kept, log: report.Log) -> None:
     """loop.fit(), and what is done after each step, until its end or until one is asked to stop."""
     run, team = kept.run, kept.team
-    kept.previews.draw(run, log.show, lacking=True)  # of step 0, or where a run was killed drawing
+    if run.step % run.config.checkpointing_steps == 0 or run.step == run.config.max_train_steps:
+        # Of step 0, or where a run was killed drawing. A step saved for a signal has no picture.
+        kept.previews.draw(run, log.show, lacking=True)
     began = time.perf_counter()
     for step, loss, norm in loop.fit(run):
         # Before saving: a saved step is not done again, so its line would be missing if the run
@@ -189,7 +191,7 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
         if step % run.config.checkpointing_steps == 0 or last or team.stop:
             team.check_equal(f"the adapter after step {step}", run.trained)
             checkpoint.save_state(kept)
-            if not team.stop:  # else the next start draws
+            if not team.stop:  # else the next start draws, where a picture is due
                 kept.previews.draw(run, log.show)
         if team.stop:
             team.wait()  # the first to leave has torchrun end the others
