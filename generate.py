@@ -56,11 +56,10 @@ def encode(
     if cut := model.too_long(told, text.tokenizers[0], text.chunks):
         most = text.chunks * (text.tokenizers[0].model_max_length - 2)
         print(f"{len(cut)} prompts lose their end, beyond {most} tokens, such as {cut[0][:60]!r}")
-    embeddings = []
+    embeddings, away = [], {"": model.encode_unconditional(text)}
+    away |= {each: model.encode_prompts([each], text) for each in {*negative_prompts} - {""}}
     for prompt, negative in zip(prompts, negative_prompts, strict=True):
-        away = model.encode_prompts([negative], text) if negative else None
-        away = away or model.encode_unconditional(text)
-        pairs = zip(away, model.encode_prompts([prompt], text), strict=True)
+        pairs = zip(away[negative], model.encode_prompts([prompt], text), strict=True)
         context, pooled = (torch.cat(pair).cpu() for pair in pairs)
         embeddings.append({"context": context, "pooled": pooled})
     del text
@@ -189,6 +188,7 @@ def draw_at(
     embeddings = encode(name, prompts, away, device, half, options.max_tokens)
     unet = load_unet(name, device, dtype)
     vetting.check_widths(unet, *embeddings[0].values())
+    # The last file's layers, rank and alpha: all have the same.
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn
     side = options.resolution // 8 or unet.config.sample_size  # the size the model was made for

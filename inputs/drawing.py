@@ -252,6 +252,9 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     )
 
 
+RESCALE = 0.7  # of guidance, with zero terminal SNR (Lin et al. 2023, section 3.4)
+
+
 def zero_snr(options: Options, trained: str, settings: dict) -> tuple[str, float]:
     """--zero-terminal-snr, where it is open as `trained` with, and the guidance rescale that goes
     with it, or with what the model's `settings` say (Lin et al. 2023, section 3.4).
@@ -259,7 +262,7 @@ def zero_snr(options: Options, trained: str, settings: dict) -> tuple[str, float
     asked, rescale = options.noise[1], options.guidance_rescale
     asked = trained if asked == "auto" else asked
     zero = asked == "yes" or (asked == "auto" and settings.get("rescale_betas_zero_snr"))
-    return asked, rescale if rescale >= 0 else 0.7 * bool(zero)
+    return asked, rescale if rescale >= 0 else RESCALE * bool(zero)
 
 
 def take_vae(options: Options, base: str, revision: str, path: Path, told: str) -> str:

@@ -69,8 +69,8 @@ def embeddings(config: Config, previews: list[Options], device, half: bool) -> l
 
 
 def rescale(run) -> float:
-    """The guidance rescale of drawing.zero_snr(), by the schedule that is trained."""
-    return 0.7 * (not run.schedule.alphas_cumprod[-1])
+    """How far guidance is rescaled, by the schedule that is trained."""
+    return drawing.RESCALE * (not run.schedule.alphas_cumprod[-1])
 
 
 def in_words(error: Exception) -> str:
