@@ -156,6 +156,9 @@ def run_one(case: Case, watch: Watch) -> dict:
         return about | {"outcome": "failure", "said": said, "seconds": 0, "mb": 0}
     Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
     held, began, outcome, said = memory("VmRSS"), time.perf_counter(), "failure", ""
+    # Held to what this input adds: threads and caches of the inputs before are no fault of its own.
+    most = int(memory("VmData") * 1000 * 1024) + ROOM
+    resource.setrlimit(resource.RLIMIT_DATA, (most, resource.RLIM_INFINITY))
     watch.seen.clear()
     watch.armed = True
     try:
@@ -166,6 +169,7 @@ def run_one(case: Case, watch: Watch) -> dict:
     except BaseException as error:
         said = f"{type(error).__name__}: {error}"[:500] + "\n" + traceback.format_exc()[-1500:]
     watch.armed = False
+    resource.setrlimit(resource.RLIMIT_DATA, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
     seconds, grown = time.perf_counter() - began, memory("VmHWM") - held
     try:
         if said and outcome == "refused":
@@ -197,8 +201,6 @@ def serve(connection, seed: int, sandbox: Path) -> None:
     torch.set_num_threads(1)
     watch = Watch(sandbox)
     prepare(sandbox / "base")
-    have = int(memory("VmData") * 1000 * 1.024)
-    resource.setrlimit(resource.RLIMIT_DATA, (have + ROOM, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     connection.send("ready")
     while True:
