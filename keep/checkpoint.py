@@ -90,7 +90,7 @@ def save_state(kept) -> None:
         os.replace(aside, folder)
     finally:  # gone already where it was renamed; a full disk needs the room
         shutil.rmtree(aside, ignore_errors=True)
-    remove_old(folder.parent, run.step, config.checkpoints_total_limit)
+    remove_old(folder.parent, run.step, config.checkpoints_total_limit, kept.judge.best)
 
 
 def state_of(kept) -> dict:
@@ -107,6 +107,7 @@ def state_of(kept) -> dict:
         "commit": code.commit(),
         "unfused": kept.unfused,
         "losses": kept.losses,
+        "known": kept.judge.known,
         "config": dataclasses.asdict(run.config),
     }
 
@@ -120,14 +121,14 @@ def on_the_host(tree):
     return tree.detach().to("cpu", copy=True) if torch.is_tensor(tree) else tree
 
 
-def remove_old(root: Path, step: int, limit: int) -> None:
-    """Leave the newest `limit` checkpoints up to `step`. One of a later step is damaged: the run
-    would have continued from it.
+def remove_old(root: Path, step: int, limit: int, best: int | None) -> None:
+    """Leave the newest `limit` checkpoints up to `step`, and that of step `best`. One of a later
+    step is damaged: the run would have continued from it.
     """
     folders = checkpoints(root)
     kept = [folder for folder in folders if int(folder.name) <= step][-limit:]
     for folder in folders:
-        if folder not in kept:
+        if folder not in kept and int(folder.name) != best:
             shutil.rmtree(folder)
 
 

@@ -52,7 +52,11 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
         return {f"at {each:g}": (file, each) for each in several}, "strengths.png"
     if options.compare:
         after = after if strength == 1 else f"at {strength:g}"
-        return {"before": (file, 0.0), after: (file, strength)}, "before-after.png"
+        path, rows = file.path.parent / "best" / lora.FILE_NAME, {"before": (file, 0.0)}
+        best = adapter_files.read(path) if path.is_file() else file  # of a run with a held-out loss
+        if (step := best.about.get("steps")) != file.about.get("steps"):
+            rows[f"step {step}, lowest held-out loss"] = (best, strength)
+        return rows | {after: (file, strength)}, "before-after.png"
     return {"": (file, strength)}, ""
 
 

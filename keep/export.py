@@ -17,14 +17,15 @@ from inputs import code
 from inputs.files import Refusal, sweep_parts, write_whole
 from inputs.options import Config
 from keep import faster
-from keep.checkpoint import remove_old, sum_of
+from keep.checkpoint import folder_of, remove_old, sum_of
 from keep.identity import about, check_same, fixed_options, local_identity, on_schedule, start_of
 
 
 @torch.no_grad()
-def export(kept) -> list[Path]:
-    """Write the adapter in both layouts, read each file back, and refuse if it is not what was
-    trained. The UNet must be the book's: no fused layers, nothing compiled.
+def export(kept, best: str = "") -> list[Path]:
+    """Write the adapter in both layouts, each where files_of() says, read each file back, and
+    refuse if it is not what was trained. The UNet must be the book's: no fused layers, nothing
+    compiled.
 
     fp32: every number equal and the UNet's answer to one batch equal to the bit; fp16: equal to the
     rounded numbers, the answer within 2e-3 of its own length.
@@ -40,7 +41,7 @@ def export(kept) -> list[Path]:
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
     trained = {name: matrix.clone() for name, matrix in matrices.items()}
     answer = model.predict(run.unet, batch["noise"], batch)
-    for layout, path in files_of(config).items():
+    for layout, path in files_of(config, best).items():
         files.save(run.adapter, path, layout, dtype, about(kept))
         for matrix in matrices.values():
             matrix.zero_()  # or a file that holds nothing would seem to hold everything
@@ -54,13 +55,30 @@ def export(kept) -> list[Path]:
             why = "; ".join(kept.notes) or "check the disk and give the same command again"
             found = f"{path}, read back, gives another UNet (outputs differ by {off:.2e})"
             raise Refusal(found, "the trained one", f"{why}; what was trained is in checkpoints/")
-    return list(files_of(config).values())
+    return list(files_of(config, best).values())
 
 
-def files_of(config: Config) -> dict[str, Path]:
-    """Where the adapter is, or will be, in each layout."""
-    kohya = config.out / "kohya" / f"{config.out.resolve().name}.safetensors"
-    return {"peft": config.out / lora.FILE_NAME, "kohya": kohya}
+def export_best(kept) -> list[Path]:
+    """export() of the step with the lowest held-out loss, from its checkpoint into OUT/best/; of
+    none where there is none, or where somebody has removed it. The last step's numbers, which are
+    exported already, are gone from the run then.
+    """
+    run, last = kept.run, kept.run.step
+    run.step = kept.judge.best or last  # which the files' headers tell
+    found, paths = folder_of(run) / lora.FILE_NAME, []
+    if kept.judge.best and found.is_file():
+        files.load(run.adapter, files.read(found))
+        paths = export(kept, "best")
+    run.step = last
+    return paths
+
+
+def files_of(config: Config, best: str = "") -> dict[str, Path]:
+    """Where the adapter is, or will be, in each layout; `best`: that of the step with the lowest
+    held-out loss.
+    """
+    out, name = config.out / best, f"{config.out.resolve().name}{best and '-best'}.safetensors"
+    return {"peft": out / lora.FILE_NAME, "kohya": out / "kohya" / name}
 
 
 def exported_sums(config: Config) -> dict[str, str]:
@@ -85,8 +103,11 @@ def mark_finished(kept) -> None:
     """Note that the exported files are whole and compared, and what they are of."""
     run, config = kept.run, kept.run.config
     # Again, since the run may have been killed between its last checkpoint and this.
-    remove_old(config.out / "checkpoints", run.step, config.checkpoints_total_limit)
+    remove_old(
+        config.out / "checkpoints", run.step, config.checkpoints_total_limit, kept.judge.best
+    )
     note = {"steps": run.step, "epochs": config.max_train_epochs}
+    note["stopped_when_worse"] = run.step < config.max_train_steps
     note |= {"files": exported_sums(config), "save_dtype": config.save_dtype}
     note |= {"identity": kept.identity, "code": kept.code, "commit": code.commit()}
     remove_renamed(config)
@@ -109,6 +130,7 @@ def finished(config: Config) -> str:
         half, done = note["identity"]["dtype"] != "torch.float32", note["steps"]
         # Of the same pictures, as check_same() finds, as many epochs are as many steps.
         enough = note.get("epochs", 0) >= epochs if epochs else done >= steps
+        enough |= config.stop_when_worse and note.get("stopped_when_worse", False)
     except (OSError, ValueError, KeyError, TypeError):  # not ended yet, or damaged
         return ""
     config = on_schedule(config, note)

@@ -82,6 +82,9 @@ class Alone:
     def exchange(self, run) -> None:
         """Of one process the gradient and the loss are whole already."""
 
+    def all_reduce(self, sums) -> None:
+        """Of one process a sum is whole already."""
+
     def claim(self, name: str) -> bool:
         """Whether the work `name` is this process's to do."""
         return True
@@ -159,6 +162,7 @@ def unet_loader(asked) -> Callable:
 def digests(config: Config) -> dict[str, str]:
     """Those of all code that makes this run's numbers, of an option that makes it another, too."""
     further = ["adapters.start.start", "adapters.start.nearest"] * bool(config.start_from)
+    further += ["learn.held_out.split"] * bool(config.validation_share)
     if config.base_quantization == "nf4":
         further += [*nf4().MAKERS, "fast.nf4.linear_4bit"]
     return code.digests(further)

@@ -21,6 +21,7 @@ from model import NoiseSchedule
 MAY_CHANGE = {
     *("max_train_steps", "max_train_epochs", "checkpointing_steps", "checkpoints_total_limit"),
     *("save_dtype", "tensorboard", "validation_prompts", "guidance_scale", "num_inference_steps"),
+    *("stop_when_worse", "validation_steps", "validation_data"),  # of the last its content is told
     *("preview_steps", "preview_prompts", "keep_adapters"),
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
     *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
@@ -41,6 +42,7 @@ FINGERPRINTS = {  # of what the values of identity() are no options
     "base": "a base of fingerprint",
     "encoders": "text encoders, tokenizers and VAE of fingerprint",
     "data": "pictures and captions of fingerprint",
+    "validation_data": "held-out pictures of fingerprint",
     "start_from": "a start from the adapter of fingerprint",
 }
 

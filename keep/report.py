@@ -118,6 +118,11 @@ class Log:
         tell(self.bar, said, f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled)
         self.bar.update()
 
+    def measured(self, name: str, value: float, step: int) -> None:
+        """Hand a number that is not of every step to TensorBoard."""
+        if self.board:
+            self.board.add_scalar(name, value, step)
+
     def show(self, name: str, picture, step: int) -> None:
         """Hand a picture to the notebook's cell, and to TensorBoard where it is written."""
         show(picture)

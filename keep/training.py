@@ -10,6 +10,7 @@ import json
 import random
 import signal
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata
 
@@ -24,9 +25,11 @@ from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
 from inputs.options import Config
 from inputs.progress import quiet, say
-from inputs.sources import Pictures, in_steps, read_datasets
+from inputs.sources import Pictures, in_steps
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
+from learn.held_out import chosen
+from learn.judge import Judge
 from see import preview
 
 
@@ -38,8 +41,9 @@ class Kept:
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
     were changed under it, with leave; notes: how its files will mean something else than it trains;
-    losses: the bare base's (keep/noise.py); previews: what is drawn after each save; half_done:
-    whether the optimizer is at work, or has failed at it: its numbers must not be saved.
+    losses: the bare base's (keep/noise.py); judge: what it has found out about itself; previews:
+    what is drawn after each save; half_done: whether the optimizer is at work, or has failed at it:
+    its numbers must not be saved.
     """
 
     run: loop.Run
@@ -51,6 +55,7 @@ class Kept:
     code_changes: str
     notes: list[str]
     losses: dict[str, list[float]]
+    judge: Judge
     previews: preview.Previews
     half_done: bool = False
 
@@ -67,7 +72,7 @@ def set_up(
     """
     team, name = team or faster.Alone(), config.pretrained_model_name_or_path
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
-    pictures = read_datasets(config)
+    everything, pictures, held = chosen(config)
     config = in_steps(config, pictures)
     wanted = preview.wanted(config, prompts_of(config, pictures))
     schedule = model.load_noise_schedule(name, device, *config.noise)
@@ -75,7 +80,8 @@ def set_up(
     state = checkpoint.newest_state(config.out / "checkpoints")
     config = identity.on_schedule(config, state)
     # Whether the folder holds this run is looked at before an hour of encoding.
-    same = identity.identity(config, dtype, pictures, schedule)
+    same = identity.identity(config, dtype, everything, schedule)
+    same["validation_data"] = identity.of_data(held) if config.validation_data else ""
     same |= faster.promise(config, device, team.size)
     begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state, schedule)
     digests = faster.digests(config)
@@ -84,8 +90,9 @@ def set_up(
     say("planning the memory" * (config.memory_plan and device.type == "cuda"))
     config, planned = faster.plan(config, device, dtype, team.size)
     say(report.disk(config, pictures, dtype))  # before they are encoded
-    timesteps = len(schedule.alphas_cumprod)
-    examples = loop.examples_of(config, pictures, device, dtype, timesteps, team.claim)
+    how = (device, dtype, len(schedule.alphas_cumprod), team.claim)
+    examples = loop.examples_of(config, pictures, *how)
+    held = loop.examples_of(dataclasses.replace(config, cache=True), held, *how) if held else None
     plugged_in = {"decode": drawing.decode, "room": faster.between_steps}
     previews = preview.made(config, wanted * team.first, device, dtype, tqdm.write, **plugged_in)
     team.wait()
@@ -99,14 +106,15 @@ def set_up(
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses, previews)
+    judge = Judge(run, team, (state or {}).get("known", {}), held, between_steps)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses, judge, previews)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
     if team.first:  # not before: a start that is refused leaves nothing
         told = {"base_commit": commit, "validation_prompts": prompts_of(config, pictures)}
-        write_down(kept, told, pictures)
+        write_down(kept, told, everything)
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
@@ -167,36 +175,57 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     team.leave()
     if team.first:
         say("saving the adapter")
-        for path in export.export(kept):
+        for path in (*export.export(kept), *export.export_best(kept)):
             say(f"saved, read back and compared: {path}")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
+        say(kept.judge.worst())
         print(f"done: {run.step} steps{skipped if run.loss_scale.enabled else ''}")
+        print(kept.judge.verdict(), end="")
     return 0
 
 
 def step_and_save(kept: Kept, log: report.Log) -> None:
     """loop.fit(), and what is done after each step, until its end or until one is asked to stop."""
     run, team = kept.run, kept.team
-    if run.step % run.config.checkpointing_steps == 0 or run.step == run.config.max_train_steps:
+    config, judge = run.config, kept.judge
+    if judge.validate(log):  # the bare model, or a step after which a run was killed
+        checkpoint.save_state(kept)
+    if run.step % config.checkpointing_steps == 0 or run.step == config.max_train_steps:
+        judge.note()
         # Of step 0, or where a run was killed drawing. A step saved for a signal has no picture.
         kept.previews.draw(run, log.show, lacking=True)
+    if config.stop_when_worse and judge.risen:
+        return
     began = time.perf_counter()
     for step, loss, norm in loop.fit(run):
         # Before saving: a saved step is not done again, so its line would be missing if the run
         # were killed in between.
-        rate = loop.learning_rate(step - 1, run.config)
+        rate = loop.learning_rate(step - 1, config)
         log.write(run, loss, norm, rate, time.perf_counter() - began)
-        last = step == run.config.max_train_steps
-        if step % run.config.checkpointing_steps == 0 or last or team.stop:
+        judge.after_step()
+        lowest = judge.validate(log)
+        worse = config.stop_when_worse and judge.risen
+        due = step % config.checkpointing_steps == 0 or step == config.max_train_steps or worse
+        if due or lowest:
+            judge.note()
+        if due or lowest or team.stop:
             team.check_equal(f"the adapter after step {step}", run.trained)
             checkpoint.save_state(kept)
-            if not team.stop:  # else the next start draws, where a picture is due
-                kept.previews.draw(run, log.show)
+        if due and not team.stop:  # else the next start draws
+            kept.previews.draw(run, log.show)
         if team.stop:
             team.wait()  # the first to leave has torchrun end the others
+        if team.stop or worse:
             return
         began = time.perf_counter()
+
+
+@contextlib.contextmanager
+def between_steps(run: loop.Run) -> Iterator[None]:
+    """A context for looking at the run between two steps, in their memory, as it draws."""
+    with faster.between_steps(run), preview.as_drawn(run):
+        yield
 
 
 def has_own(config: Config) -> bool:

@@ -48,6 +48,7 @@ def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:
         unfused="",
         notes=[],
         losses={},
+        judge=SimpleNamespace(known={}, best=None),
         half_done=False,
     )
     if vector:

@@ -40,7 +40,7 @@ def test_every_option_of_a_run_is_in_one_group_with_a_reason():
             "Steps",
             "Learning",
         ),
-        *("Memory and speed", "Saving", "Drawing"),
+        *("Knowing when it is enough", "Memory and speed", "Saving", "Drawing"),
     ]
     told = [field.name for group in found.values() for field in group]
     assert sorted(["recipe", *told]) == sorted(field.name for field in fields(options.Config))

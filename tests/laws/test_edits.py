@@ -112,7 +112,7 @@ def copied(folder):
     folder.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, folder)
-    for wing in ("inputs", "adapters", "fast", "see", "keep"):
+    for wing in ("inputs", "adapters", "fast", "learn", "see", "keep"):
         shutil.copytree(ROOT / wing, folder / wing, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 

@@ -134,7 +134,7 @@ def test_in_a_tree_whose_fast_was_deleted_the_command_goes_on_to_the_same_bytes(
     tree.mkdir()
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tree)
-    for wing in ("inputs", "adapters", "fast", "see", "keep"):
+    for wing in ("inputs", "adapters", "fast", "learn", "see", "keep"):
         shutil.copytree(ROOT / wing, tree / wing)
 
     def start(name: str, steps: int) -> str:

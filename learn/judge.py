@@ -1,0 +1,194 @@
+"""What a run finds out about itself while it trains, and OUT/metrics.json, where it is told: its
+held-out loss, which pictures fit worst, and how large its adapter is. No bit of the run changes by
+it.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from math import inf, isfinite
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+import data
+import lora
+from inputs.files import sayable, write_whole
+from learn.held_out import BANDS, HeldOut, plan
+
+RISEN, ERRORS = 3, 2  # risen: so many validations in a row, so many standard errors above the best
+
+
+@torch.no_grad()
+def sizes(adapter: lora.Adapter, dtype: torch.dtype) -> dict[str, float]:
+    """||alpha / r B A|| / ||W|| of each block, {"down_blocks.1.attentions.0": ratio, ...}. dtype:
+    the UNet's.
+
+    B A is not built: its squares' sum is the trace of (B'B)(AA'), r x r each. W is read off the
+    layer's answers to unit vectors, since its numbers may be packed in 4 bits.
+    """
+    blocks: dict[str, Tensor] = {}
+    for name, layer in adapter.layers.items():
+        A, B = layer.lora_A, layer.lora_B
+        branch = layer.scale**2 * ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
+        unit = torch.eye(layer.in_features, dtype=dtype, device=A.device)
+        weight = (layer.base(unit) - layer.base(torch.zeros_like(unit[:1]))).float().square().sum()
+        block = name.split(".transformer_blocks")[0]
+        blocks[block] = blocks.get(block, 0) + torch.stack([branch, weight])
+    return {block: (each[0] / each[1]).sqrt().item() for block, each in blocks.items()}
+
+
+class Judge:
+    """Two of the run's sockets are wrapped: each batch gets the places of its examples in the step,
+    so that the loss can leave its numbers there, also where the step is recorded in a CUDA graph.
+
+    team: shares work among processes; held: loop.examples_of() the held-out pictures, or None;
+    room: a context of the run in which it is looked at between two steps.
+
+    known: all that is known, as a checkpoint keeps it: plan(), but with the
+    --validation-steps of now; "rows", losses() of
+    each validation by its step, and at step 0 the bare model's; "fits", (2, pictures, BANDS) fp64,
+    the sums of training losses and their counts; "sizes", sizes() by steps.
+    """
+
+    def __init__(self, run, team, known: dict, held: data.Examples | None, room: Callable):
+        self.run, self.team, self.room, self.held_out = run, team, room, None
+        n, device, count = run.config.examples_per_step, run.unet.device, len(run.examples.names)
+        self.known = {"rows": {}, "fits": torch.zeros(2, count, BANDS).double(), "sizes": {}}
+        self.known |= (plan(run.config, len(held.names)) if held else {}) | known
+        if run.config.validation_steps:
+            self.known["every"] = run.config.validation_steps
+        if held:
+            self.held_out = HeldOut(held, self.known["timesteps"])
+        self.places = torch.arange(n, device=device)
+        self.of_step = torch.zeros(2, n, device=device)  # each example's loss and timestep
+        self.inner_loss, self.inner_batches = run.loss, run.batches
+        run.loss, run.batches = self.loss, self.batches
+
+    # ---- each step
+
+    def batches(self, run, step: int) -> Iterator[dict[str, Tensor]]:
+        """The run's own, each with the places of its examples."""
+        at = self.team.share(range(len(self.places))).start
+        for batch in self.inner_batches(run, step):
+            yield batch | {"places": self.places[at : at + len(batch["t"])]}
+            at += len(batch["t"])
+
+    def loss(self, unet: torch.nn.Module, batch: dict[str, Tensor], *how) -> Tensor:
+        """The run's own."""
+        each = self.inner_loss(unet, batch, *how)
+        if "places" in batch:  # of a step, not of another look at an example
+            told = torch.stack([each.detach(), batch["t"].float()])
+            self.of_step.index_copy_(1, batch["places"], told)
+        return each
+
+    def after_step(self) -> None:
+        """Add up the losses of the step that has just ended."""
+        self.team.all_reduce(self.of_step)
+        losses, t = self.of_step.cpu().numpy().astype(float)
+        self.of_step.zero_()  # each process writes its own places
+        n, examples = len(losses), self.run.examples
+        numbers = range((self.run.step - 1) * n, self.run.step * n)
+        pictures = [examples.decks.picture(i) for i in numbers]
+        bands = (t * BANDS // examples.num_train_timesteps).astype(int)
+        values = np.stack([losses, np.ones(n)])
+        np.add.at(self.known["fits"].numpy(), (slice(None), pictures, bands), values)
+
+    def fit_worst(self) -> dict[str, float]:
+        """Of the ten pictures that fit worst the sum of their losses over what the means of the
+        bands let expect at their timesteps: 1 is usual.
+        """
+        losses, counts = self.known["fits"].numpy()
+        expected = counts * losses.sum(0) / np.maximum(counts.sum(0), 1)  # (pictures, BANDS)
+        ratios = losses.sum(1) / np.maximum(expected.sum(1), 1e-12)  # 0 of one not shown
+        first = np.argsort(-ratios, kind="stable")[:10]
+        return {self.run.examples.names[i]: float(ratios[i]) for i in first if ratios[i]}
+
+    # ---- now and then
+
+    def validate(self, log) -> bool:
+        """Take the held-out loss where it is due, and say it: the bare model's at first, then every
+        so many steps and at the end, each once. Returns whether it is the lowest so far.
+        """
+        run, rows, step = self.run, self.known["rows"], self.run.step
+        due = step == run.config.max_train_steps or step % self.known.get("every", 1) == 0
+        if not self.held_out or not due or step in rows:
+            return False
+        with self.room(run):
+            lora.set_strength(run.adapter, float(step > 0))
+            rows[step] = self.held_out.losses(run, self.team)
+            lora.set_strength(run.adapter, 1.0)
+        log.measured("held-out loss", float(np.mean(rows[step])), step)
+        if not run.config.quiet:
+            tqdm.write(self.line(step))
+        return self.best == step
+
+    @property
+    def best(self) -> int | None:
+        """The step with the lowest held-out loss."""
+        sums = {step: sum(row) for step, row in self.known["rows"].items() if step}
+        return min((s for s in sums if isfinite(sums[s])), key=sums.get, default=None)
+
+    def against(self, step: int, other: int = 0) -> list[tuple[float, float]]:
+        """The held-out loss of a step less that of another, of which 0 is the bare model: the mean
+        over pictures and its standard error, of all timesteps, then of each band.
+        """
+        rows, bands, told = self.known["rows"], self.held_out.bands, []
+        change = np.subtract(rows[step], rows[other]).reshape(bands.shape)  # (M, K)
+        for inside in (bands >= 0, *(bands == band for band in range(BANDS))):
+            each = np.ma.array(change, mask=~inside).mean(1).compressed()  # a number a picture
+            told.append((float(each.mean()), float(each.std(ddof=1) / len(each) ** 0.5)))
+        return told
+
+    @property
+    def risen(self) -> bool:
+        """Whether the newest RISEN validations all lie beyond their error above the best."""
+        best = self.best or inf
+        newest = [self.against(s, best)[0] for s in self.known["rows"] if s > best][-RISEN:]
+        return len(newest) == RISEN and all(above > ERRORS * off for above, off in newest)
+
+    def note(self) -> None:
+        """Take the adapter's size, at a save, and write down all that is known."""
+        run, known, held = self.run, self.known, self.held_out
+        with self.room(run):
+            known["sizes"][run.step] = sizes(run.adapter, run.unet.dtype)
+        told = known | {"best": self.best, "held_out": held.names if held else []}
+        told["rows"] = {step: self.against(step) for step in known["rows"] if step}
+        told["fits"] = self.fit_worst()
+        if self.team.first:
+            write_whole(run.config.out / "metrics.json", json.dumps(told, indent=1).encode())
+
+    # ---- in words
+
+    def line(self, step: int) -> str:
+        """What a validation says, at first how often and at how many timesteps it will be."""
+        known, (change, error), loss = self.known, self.against(step)[0], self.known["rows"][step]
+        if not step:
+            said = "held-out loss every {every} steps, at {timesteps} timesteps of each picture: "
+            said += "{share:.1%} of the run, more where a GPU waits for its host; the bare model's "
+            return said.format(**known) + f"is {np.mean(loss):.4f}"
+        said = (
+            f"step {step}: held-out loss {np.mean(loss):.4f}, {change:+.4f} ± {error:.4f} to the "
+        )
+        said += "bare model's" + ", the lowest so far" * (step == self.best)
+        rise = f"; risen beyond its error {RISEN} times, though the style may still sharpen: "
+        return said + (rise + "--stop-when-worse ends a run so") * self.risen
+
+    def worst(self) -> str:
+        """The pictures that fit worst."""
+        told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
+        return f"fit worst, by loss over what is usual at their timesteps: {', '.join(told)}"
+
+    def verdict(self) -> str:
+        """Which step was best, and how sure that is, a line; "" where nothing is held out."""
+        if not (best := self.best):
+            return ""
+        (change, error), last = self.against(best)[0], max(self.known["rows"])
+        above, off = self.against(last, best)[0]
+        said = f"lowest held-out loss: step {best}, {change:+.4f} ± {error:.4f} to the bare model's"
+        rest = (
+            f" (OUT/best); the last is {above:.4f} higher, {above / max(off, 1e-12):.1f} standard "
+        )
+        rest += "errors. The style may still have sharpened after it: compare the pictures "
+        return said + (rest + "(docs/validation.md)") * (best != last) + "\n"
