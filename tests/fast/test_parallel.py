@@ -25,7 +25,7 @@ import data
 import loop
 import lora
 import model
-from conftest import POCKET, ROOT, make_batch, make_unet
+from conftest import POCKET, ROOT, ink_rows, make_batch, make_unet, write_pictures
 from fast import parallel
 from inputs import blocks
 from inputs import options as configuration
@@ -572,3 +572,20 @@ def test_1_2_3_and_4_processes_give_the_same_adapter(train, tmp_path, optimizer,
         off = (moved(tmp_path / f"p{size}") - want).norm() / want.norm()
         print(f"{size} processes, {optimizer}: {off:.1e}")
         assert off <= bound
+
+
+@pytest.mark.slow
+def test_held_out_pictures_are_shared_and_all_end_at_the_same_step(train, tmp_path):
+    """Three validations of passes that two processes share, and the loss of each example."""
+    folder = write_pictures(tmp_path / "held", ink_rows(10)[6:])
+    more = ("--validation-data", str(folder), "--validation-steps", "1", "--preview-steps", "0")
+    for size in (1, 2):
+        done = train(size, f"of-{size}", *more, "--no-use-8bit-adam")
+        assert done.codes == [0] * size, done.said
+    one, two = (
+        json.loads((tmp_path / f"of-{size}" / "metrics.json").read_text()) for size in (1, 2)
+    )
+    assert one["held_out"] == two["held_out"] and [*one["rows"]] == [*two["rows"]]
+    for step, row in one["rows"].items():
+        assert two["rows"][step][0] == pytest.approx(row[0], rel=1e-2)
+    assert two["fits"] == pytest.approx(one["fits"], rel=1e-3) and len(one["fits"]) == 6
