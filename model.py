@@ -90,10 +90,9 @@ def build_unet(folder: Path) -> UNet2DConditionModel:
 
     Raises Refusal where diffusers cannot build it, or where SDXL's inputs do not pass through it.
     """
-    read_config(folder / "config.json")
+    config = read_config(folder / "config.json")
     no_unet = f"{folder / 'config.json'} describes no UNet of SDXL's kind"
     with vetting.refused(no_unet), torch.device("meta"), torch.no_grad():
-        config = UNet2DConditionModel.load_config(folder)
         check_passes(json.dumps(config))
         return UNet2DConditionModel.from_config(config)
 
@@ -214,8 +213,7 @@ def load_text_encoders(
     tokenizers = load_tokenizers(name)
     for tokenizer, encoder in zip(tokenizers, encoders, strict=True):
         vetting.check_tokenizer(name, tokenizer, encoder)
-    zeros = zeros_for_empty_prompt(name)
-    return TextEncoders(tokenizers, tuple(encoders), zeros, max_tokens // 75)
+    return TextEncoders(tokenizers, tuple(encoders), zeros_for_empty_prompt(name), max_tokens // 75)
 
 
 def load_tokenizers(name: str) -> list[CLIPTokenizer]:
