@@ -82,7 +82,11 @@ def run(options: Options) -> None:
     folder = Path(options.output_dir or file.path.parent / "pictures")
     folder.mkdir(parents=True, exist_ok=True)  # before drawing, so that no picture is lost by it
     plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
-    pictures = generate.draw_at(rows, options, *plugged_in)
+    try:
+        pictures = generate.draw_at(rows, options, *plugged_in)
+    except torch.cuda.OutOfMemoryError as error:
+        found = f"the GPU's memory is full ({first_line(error)})"
+        raise Refusal(found, "room for the model and a picture", "--resolution 512") from error
     if name:
         several = len(set(options.seeds)) > 1
         titles = [f"{p}, seed {seed}" if several else p for p, seed in options.pictures]
@@ -103,8 +107,6 @@ def main(argv_or_options: list[str] | Options | None = None) -> int:
         return 0
     except Refusal as refusal:
         said = str(refusal)
-    except torch.cuda.OutOfMemoryError as error:
-        said = f"the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
     except OSError as error:
         said = f"{error}. What to do: mend that, then the same command"
     except KeyboardInterrupt:

@@ -111,10 +111,11 @@ def set_up(
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
     drawn = preview.describe(config, previews.previews, run.step)
+    usual = [*at, predicts, planned, drawn]
     if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
-        at, predicts, planned, drawn = [], predicts * ("; " in predicts), "", ""
-    lines = [report.describe(kept, pictures, how), *at, predicts, planned, drawn, changes, started]
-    return kept, "".join(f"{each}\n" for each in (*lines, *notes) if each)
+        usual = [predicts] * ("; " in predicts)
+    lines = [report.describe(kept, pictures, how), *usual, changes, started, *notes]
+    return kept, "".join(f"{each}\n" for each in lines if each)
 
 
 def write_down(kept: Kept, more: dict, pictures: Pictures) -> None:
@@ -147,8 +148,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if run.step:
         say(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
-    with report.Log(run.config.out, run.step, run.config, team.first) as log:
-        log.also = {"code_changes": kept.code_changes} if kept.code_changes else {}
+    with report.Log(run.config, run.step, team.first, kept.code_changes) as log:
         try:
             step_and_save(kept, log)
         except FloatingPointError as error:
@@ -228,7 +228,7 @@ def draw(config: Config) -> None:
     """The before/after picture, drawn from the exported file as anyone would draw with it."""
     if not config.validation_prompts or (config.out / "pictures" / "before-after.png").is_file():
         return
-    usual, again = options.RECIPES[config.recipe][1], f"python generate.py {config.out} --compare"
+    usual = options.RECIPES[config.recipe][1]
     given = {"device": config.device, "mixed_precision": config.mixed_precision}
     given |= {"seeds": (config.seed,), "compare": True}  # the rest says config.json
     for name in ("num_inference_steps", "guidance_scale"):  # a distilled base has others
@@ -240,14 +240,11 @@ def draw(config: Config) -> None:
         given["prompts"] = config.validation_prompts
     try:
         drawing.run(Options(str(config.out), **given))
-    except Refusal as refusal:  # of a sampler, say: it speaks of generate.py's options
+    except Refusal as refusal:  # of a full GPU, say; it speaks of generate.py's options
         found, expected, remedy = refusal.parts
         found = f"the adapter is saved, but its picture is not drawn: {found}"
-        raise Refusal(found, expected, f"{again}, with what helps: {remedy}") from refusal
-    except torch.cuda.OutOfMemoryError as error:
-        found = "the adapter is saved, but drawing its picture ran out of GPU memory"
-        smaller = f"{again} --resolution {max(config.resolution)}"
-        raise Refusal(found, "room for the model at its own size", smaller) from error
+        remedy = f"python generate.py {config.out} --compare, with what helps: {remedy}"
+        raise Refusal(found, expected, remedy) from refusal
 
 
 def train(config: Config, team: faster.Alone) -> int:

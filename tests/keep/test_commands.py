@@ -14,12 +14,13 @@ import pytest
 import torch
 from PIL import Image
 
+import generate
 import loop
 import lora
 from conftest import INK, ROOT
 from inputs import files
 from inputs import options as configuration
-from keep import drawing, training
+from keep import training
 
 
 @pytest.fixture
@@ -259,6 +260,8 @@ def test_running_out_of_memory_while_drawing_says_that_the_adapter_is_safe(
     def full(*_):
         raise torch.cuda.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(drawing, "run", full)
-    refused(command("--validation-prompts", "red apple"), "the adapter is saved", "--resolution 64")
+    monkeypatch.setattr(generate, "draw_at", full)
+    refused(
+        command("--validation-prompts", "red apple"), "the adapter is saved", "--resolution 512"
+    )
     assert (tmp_path / "out" / lora.FILE_NAME).is_file()

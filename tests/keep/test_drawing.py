@@ -588,7 +588,6 @@ def test_a_drawing_of_any_size_or_guidance_is_refused():
 @pytest.mark.parametrize(
     "error, code, said",
     [
-        (torch.cuda.OutOfMemoryError("CUDA out of memory"), 1, "--resolution 512"),
         (OSError("the disk is gone"), 1, "error: the disk is gone. What to do: mend that"),
         (KeyboardInterrupt(), 130, "interrupted: pictures drawn so far are not kept"),
     ],

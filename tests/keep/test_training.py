@@ -30,7 +30,7 @@ def test_tensorboards_thread_says_nothing_of_a_full_disk_that_the_next_write_say
         raise error
 
     for error, told in ((OSError(28, "No space left on device"), 0), (ValueError(), 1)):
-        with report.Log(tmp_path, 0, RECIPES["pocket"][1]):
+        with report.Log(replace(RECIPES["pocket"][1], output_dir=str(tmp_path)), 0):
             thread = threading.Thread(target=fail, args=(error,))
             thread.start()
             thread.join()
@@ -65,7 +65,8 @@ def test_a_step_is_in_the_log_though_the_run_was_killed_while_saving_or_logging_
 def test_a_damaged_log_loses_its_damaged_lines_only(tmp_path):
     lines = ['{"step": 1}', '{"st', "", "\0" * 512, '{"step": 2}', '{"step": 9}']
     (tmp_path / "log.jsonl").write_bytes("\n".join(lines).encode() + b"\n\xff\xfe{}\n{}\n[]\n5\n")
-    with report.Log(tmp_path, 2, replace(RECIPES["pocket"][1], tensorboard=False)):
+    config = replace(RECIPES["pocket"][1], tensorboard=False, output_dir=str(tmp_path))
+    with report.Log(config, 2):
         pass
     assert (tmp_path / "log.jsonl").read_text().splitlines() == ['{"step": 1}', '{"step": 2}']
 
