@@ -77,7 +77,7 @@ def set_up(
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
-    begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state, schedule)
+    begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state)
     digests = faster.digests(config)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
