@@ -52,9 +52,9 @@ def export(kept) -> list[Path]:
         for name, matrix in matrices.items():
             matrix.copy_(trained[name])
         if not same or not off <= (0.0 if dtype == torch.float32 else 2e-3):
-            why = "; ".join(kept.notes) or "check the disk and give the same command again"
             found = f"{path}, read back, gives another UNet (outputs differ by {off:.2e})"
-            raise Refusal(found, "the trained one", f"{why}; what was trained is in checkpoints/")
+            remedy = "check the disk, and the start's lines; what was trained is in checkpoints/"
+            raise Refusal(found, "the trained one", remedy)
     return list(files_of(config).values())
 
 

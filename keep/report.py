@@ -187,8 +187,6 @@ def describe(kept, pictures: Pictures, how: str) -> str:
     epochs = config.max_train_steps * n / pictures.cards
     cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
     several = f", shared by {size} processes" if size > 1 else ""
-    if size > n:
-        several += f", of which {size - n} have no example: GPUS={n} would do as well"
     learning = sum(matrix.numel() for matrix in run.trained.values())
     usual = (
         f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",

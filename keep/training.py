@@ -37,9 +37,9 @@ class Kept:
     moments: reads and writes the optimizer's state by matrix; unfused: why its layers are computed
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
-    were changed under it, with leave; notes: how its files will mean something else than it trains;
-    losses: the bare base's (keep/noise.py); previews: what is drawn after each save; half_done:
-    whether the optimizer is at work, or has failed at it: its numbers must not be saved.
+    were changed under it, with leave; losses: the bare base's (keep/noise.py); previews: what is
+    drawn after each save; half_done: whether the optimizer is at work, or has failed at it: its
+    numbers must not be saved.
     """
 
     run: loop.Run
@@ -49,7 +49,6 @@ class Kept:
     identity: dict[str, str]
     code: dict[str, str]
     code_changes: str
-    notes: list[str]
     losses: dict[str, list[float]]
     previews: preview.Previews
     half_done: bool = False
@@ -99,7 +98,7 @@ def set_up(
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses, previews)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, losses, previews)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
@@ -230,14 +229,12 @@ def draw(config: Config) -> None:
         return
     usual = options.RECIPES[config.recipe][1]
     given = {"device": config.device, "mixed_precision": config.mixed_precision}
-    given |= {"seeds": (config.seed,), "compare": True}  # the rest says config.json
+    given |= {"seeds": (config.seed,), "compare": True}  # prompts and the rest says config.json
     for name in ("num_inference_steps", "guidance_scale"):  # a distilled base has others
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
         say("the picture at the end shows captions that were trained on")
-    else:
-        given["prompts"] = config.validation_prompts
     try:
         drawing.run(Options(str(config.out), **given))
     except Refusal as refusal:  # of a full GPU, say; it speaks of generate.py's options

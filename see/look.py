@@ -8,7 +8,6 @@ import collections
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from PIL import Image
 
@@ -70,9 +69,7 @@ def look(config: options.Config) -> bool:
     for group in data.alike(sizes):
         (height, width), crops = sizes[group[0]], [*map(shown, group[::every])]
         rows[f"{width} x {height} px: {len(crops)} of {len(group)} pictures"] = crops
-    names = [*(place(each).resolve().name for each in config.dataset_name), config.recipe]
-    path = Path(f"runs/look-{'-'.join(names)}.png")
-    path = config.out / "look.png" if config.output_dir else path
+    path = config.out / "look.png"
     drawn(rows).save(file := io.BytesIO(), "PNG")
     write_whole(path, file.getvalue())
     count = sum(map(len, rows.values()))
