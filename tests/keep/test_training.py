@@ -184,9 +184,9 @@ def test_a_finished_run_writes_another_dtype(train, r):
     ],
 )
 def test_another_run_in_the_same_folder_is_refused_by_field(train, r, capsys, options, said):
-    """Finished, and to be continued."""
+    """Finished, which is not asked for its dtype, and to be continued."""
     before = adapter(r)
-    for steps in ("2", "4"):
+    for steps in ("4",) if "bf16" in options else ("2", "4"):
         assert train("r", *options, "--max-train-steps", steps) == 1
         assert said in capsys.readouterr().err
     assert adapter(r) == before
