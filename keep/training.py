@@ -37,9 +37,9 @@ class Kept:
     moments: reads and writes the optimizer's state by matrix; unfused: why its layers are computed
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
-    were changed under it, with leave; notes: how its files will mean something else than it trains;
-    losses: the bare base's (keep/noise.py); previews: what is drawn after each save; half_done:
-    whether the optimizer is at work, or has failed at it: its numbers must not be saved.
+    were changed under it, with leave; losses: the bare base's (keep/noise.py); previews: what is
+    drawn after each save; half_done: whether the optimizer is at work, or has failed at it: its
+    numbers must not be saved.
     """
 
     run: loop.Run
@@ -49,7 +49,6 @@ class Kept:
     identity: dict[str, str]
     code: dict[str, str]
     code_changes: str
-    notes: list[str]
     losses: dict[str, list[float]]
     previews: preview.Previews
     half_done: bool = False
@@ -99,7 +98,7 @@ def set_up(
     notes = meaning.meaning(run)
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses, previews)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, losses, previews)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
@@ -111,10 +110,11 @@ def set_up(
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
     drawn = preview.describe(config, previews.previews, run.step)
+    usual = [*at, predicts, planned, drawn]
     if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
-        at, predicts, planned, drawn = [], predicts * ("; " in predicts), "", ""
-    lines = [report.describe(kept, pictures, how), *at, predicts, planned, drawn, changes, started]
-    return kept, "".join(f"{each}\n" for each in (*lines, *notes) if each)
+        usual = [predicts] * ("; " in predicts)
+    lines = [report.describe(kept, pictures, how), *usual, changes, started, *notes]
+    return kept, "".join(f"{each}\n" for each in lines if each)
 
 
 def write_down(kept: Kept, more: dict, pictures: Pictures) -> None:
@@ -147,8 +147,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if run.step:
         say(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
-    with report.Log(run.config.out, run.step, run.config, team.first) as log:
-        log.also = {"code_changes": kept.code_changes} if kept.code_changes else {}
+    with report.Log(run.config, run.step, team.first, kept.code_changes) as log:
         try:
             step_and_save(kept, log)
         except FloatingPointError as error:
@@ -228,26 +227,21 @@ def draw(config: Config) -> None:
     """The before/after picture, drawn from the exported file as anyone would draw with it."""
     if not config.validation_prompts or (config.out / "pictures" / "before-after.png").is_file():
         return
-    usual, again = options.RECIPES[config.recipe][1], f"python generate.py {config.out} --compare"
+    usual = options.RECIPES[config.recipe][1]
     given = {"device": config.device, "mixed_precision": config.mixed_precision}
-    given |= {"seeds": (config.seed,), "compare": True}  # the rest says config.json
+    given |= {"seeds": (config.seed,), "compare": True}  # prompts and the rest says config.json
     for name in ("num_inference_steps", "guidance_scale"):  # a distilled base has others
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
         say("the picture at the end shows captions that were trained on")
-    else:
-        given["prompts"] = config.validation_prompts
     try:
         drawing.run(Options(str(config.out), **given))
-    except Refusal as refusal:  # of a sampler, say: it speaks of generate.py's options
+    except Refusal as refusal:  # of a full GPU, say; it speaks of generate.py's options
         found, expected, remedy = refusal.parts
         found = f"the adapter is saved, but its picture is not drawn: {found}"
-        raise Refusal(found, expected, f"{again}, with what helps: {remedy}") from refusal
-    except torch.cuda.OutOfMemoryError as error:
-        found = "the adapter is saved, but drawing its picture ran out of GPU memory"
-        smaller = f"{again} --resolution {max(config.resolution)}"
-        raise Refusal(found, "room for the model at its own size", smaller) from error
+        remedy = f"python generate.py {config.out} --compare, with what helps: {remedy}"
+        raise Refusal(found, expected, remedy) from refusal
 
 
 def train(config: Config, team: faster.Alone) -> int:

@@ -46,7 +46,6 @@ def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:
         team=SimpleNamespace(first=True),
         code_changes="",
         unfused="",
-        notes=[],
         losses={},
         half_done=False,
     )

@@ -17,7 +17,7 @@ from conftest import INK, ROOT
 from inputs import hub, sources
 from inputs import pictures as decoding
 from inputs.files import Refusal, digest
-from inputs.options import RECIPES, Config
+from inputs.options import Config
 from inputs.sources import Picture, read_dataset
 from keep import identity
 from made import BLUE, PNG, RED, cell, encoded, noisy, write_folder
@@ -608,11 +608,10 @@ def test_the_repositorys_own_folders_are_found_from_everywhere(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert len(read_dataset("pocket/ink")) == 160
     assert (hub.fetch("pocket/model", "unet") / "config.json").is_file()
-    config = RECIPES["pocket"][1]
-    here = identity.local_identity(config, False)
+    here = identity.of_base("pocket/model", False)
     assert identity.public_name("pocket/model") == "model"
     monkeypatch.chdir(ROOT)
-    assert identity.local_identity(config, False) == here and len(here) == 3
+    assert identity.of_base("pocket/model", False) == here
     write_folder(tmp_path / "pocket" / "ink", {"a.png": RED, "a.txt": "mine"})
     monkeypatch.chdir(tmp_path)  # what lies here comes first
     assert [p.captions[0] for p in read_dataset("pocket/ink")] == ["mine"]

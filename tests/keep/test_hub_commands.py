@@ -121,12 +121,13 @@ def data_set(server, few, tmp_path) -> str:
 def test_a_data_set_of_the_hub_is_trained_on_and_serves_while_the_hub_is_away(
     server, data_set, train, tmp_path, said
 ):
-    assert train("a", "--dataset-name", data_set, "--max-train-steps", "2") == 0
-    assert train("local") == 0
+    of_hub = ("--dataset-name", data_set)
+    assert train("a", *of_hub, "--max-train-steps", "1") == 0
+    assert train("local", "--max-train-steps", "2") == 0
     server.stop()
     said()
-    assert train("a", "--dataset-name", data_set) == 0
-    assert "continuing after step 2" in said()
+    assert train("a", *of_hub, "--max-train-steps", "2") == 0
+    assert "continuing after step 1" in said()
     a, b = (load_file(tmp_path / name / "kohya" / f"{name}.safetensors") for name in ("a", "local"))
     assert all(a[key].equal(b[key]) for key in b)
 
@@ -203,7 +204,7 @@ def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     server.faults.clear()
     ask_again()
     assert train("a", *FROM_HUB, "--revision", "main") == 1
-    assert "holds a run with a base of fingerprint" in said()
+    assert "holds a run with base " in said()
     ask_again()
     assert train("b", *FROM_HUB, "--revision", newer, "--plain") == 0
     assert hub.commit_of(NAME) == newer

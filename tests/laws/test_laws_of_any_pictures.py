@@ -240,4 +240,4 @@ def test_one_of_the_captions_that_are_not_finite_is_found_by_the_row_that_was_dr
     assert train("bad", *tags) == 1
     said = capsys.readouterr().err
     name = drawn.names[drawn.example(5).picture]
-    assert f"caption's embedding of picture {name} has NaN ({path})" in said
+    assert f"caption's embedding of picture {name}, in {path}, has NaN" in said
