@@ -151,15 +151,15 @@ def test_every_field_at_rest_passes(tmp_path, init):
         ("Flux", "lora_unet_double_blocks_0_img_attn_proj", 3072),
         ("Flux", "transformer.single_transformer_blocks.0.attn.to_q", 3072),
         ("Stable Diffusion 3 or Qwen-Image", "transformer.transformer_blocks.0.attn.to_q", 1536),
-        ("Stable Diffusion 1", "lora_unet_up_blocks_3_attentions_0_x_attn2_to_k", 768),
-        ("Stable Diffusion 2", "unet.up_blocks.3.attentions.0.x.attn2.to_k", 1024),
+        ("Stable Diffusion 1 or 2", "lora_unet_up_blocks_3_attentions_0_x_attn2_to_k", 768),
+        ("Stable Diffusion 1 or 2", "unet.up_blocks.3.attentions.0.x.attn2.to_k", 1024),
     ],
 )
 def test_another_family_is_told(tmp_path, family, stem, width):
     ends = ("lora_down", "lora_up") if stem.startswith("lora") else ("lora_A", "lora_B")
     shapes = zip(ends, ((4, width), (8, 4)), strict=True)
     save_file({f"{stem}.{e}.weight": torch.ones(s) for e, s in shapes}, tmp_path / "a.safetensors")
-    refused(lambda: files.read(tmp_path), f"is a LoRA of {family}, since", "trained on SDXL")
+    refused(lambda: files.read(tmp_path), f"holds a LoRA of {family}, since", "trained on SDXL")
 
 
 @pytest.mark.parametrize(

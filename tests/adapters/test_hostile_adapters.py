@@ -80,4 +80,4 @@ def test_an_alpha_that_is_complex_is_refused(tmp_path):
     key, path = "lora_unet_a_to_q", tmp_path / "a.safetensors"
     tensors = {f"{key}.lora_down.weight": torch.ones(2, 4), f"{key}.alpha": torch.tensor(4 + 0j)}
     save_file(tensors | {f"{key}.lora_up.weight": torch.ones(4, 2)}, path)
-    refused(lambda: files.read(path), f"{key}.alpha holds [(4+0j)]")
+    refused(lambda: files.read(path), "has alpha (4+0j)")
