@@ -60,9 +60,7 @@ def check_keys(path: Path, tensors: dict[str, Tensor], pattern: str) -> None:
     for kind, mark in KINDS.items():
         if theirs := [key for shaped, key in keys.items() if re.search(mark, shaped)]:
             found = f"{path} holds {kind}, since it has {len(theirs)} keys such as {theirs[0]}"
-            remedy = (
-                "use an adapter that was trained on SDXL's UNet alone, without DoRA, LoHa or LoKr"
-            )
+            remedy = "use an adapter of SDXL's UNet alone, without DoRA, LoHa or LoKr"
             raise Refusal(found, "plain LoRA of SDXL's UNet and nothing else", remedy)
     for key in tensors:
         if not re.fullmatch(pattern, key):
