@@ -121,6 +121,14 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, part):
         identity.of_base(str(name), False)
 
 
+def test_two_tokenizers_of_two_lengths_are_refused(tmp_path):
+    name = pocket_with(tmp_path / "m", "tokenizer")
+    path = name / "tokenizer" / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 5}))
+    with pytest.raises(Refusal, match=r"a model_max_length of 5 and .* 32 places"):
+        model.load_text_encoders(str(name), torch.device("cpu"))
+
+
 @pytest.mark.parametrize("sampler", [[], None, "EulerDiscreteScheduler"])
 def test_a_sampler_that_is_named_oddly_is_refused_at_the_start(tmp_path, sampler):
     name = pocket_with(tmp_path / "m", scheduler=sampler)
