@@ -150,12 +150,12 @@ def check_fits(path: Path, theirs: dict[str, Tensor], mine: dict[str, Tensor]) -
     remedy = "use an adapter that was trained on this architecture's attention alone"
     lacking, unused = mine.keys() - theirs.keys(), theirs.keys() - mine.keys()
     besides = f"adapts {len(unused) // 2} modules besides attention's {len(mine) // 2}, such as"
-    refuse(
+    wrong = [
         (f"{path} {kind} {min(names)}", expected, remedy)
         for kind, names in ((f"lacks {len(lacking)} such as", lacking), (besides, unused))
         if names
-    )
-    shapes = [(name, tuple(theirs[name].shape), tuple(mine[name].shape)) for name in mine]
-    refuse(
-        (f"{path}: {name} is {got}", f"{want}", remedy) for name, got, want in shapes if got != want
-    )
+    ]
+    for name in sorted(mine.keys() & theirs.keys()):
+        got, want = tuple(theirs[name].shape), tuple(mine[name].shape)
+        wrong += [(f"{path}: {name} is {got}", str(want), remedy)] if got != want else []
+    refuse(wrong)

@@ -129,22 +129,16 @@ def find_adapter(name: str | Path = "") -> Path:
     of its newest checkpoint; "" is the newest finished run's. Raises Refusal.
     """
     runs = sorted(Path("runs").glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
-    expected, remedy = "an adapter file, or the folder of a run", "name one, or make train"
-    if not name and not runs:
-        raise Refusal("there is no finished run under runs/", expected, remedy)
-    path = place(str(name)) if name else runs[-1]
+    path = place(str(name)) if name else (runs or [Path("runs")])[-1]
     files = [p for p in (path, path / FILE_NAME) if p.exists() and not p.is_dir()]
     files = files or sorted(p for p in path.glob("[!.]*") if p.suffix.lower() == ".safetensors")
     files = files or sorted(path.glob(f"checkpoints/*/{FILE_NAME}"))[-1:]  # of a run that goes on
-    if len(files) == 1:
-        return files[0]
-    if files:
-        found = f"{path} has {len(files)} files that may be adapters"
-        expected, remedy = "a folder with one", f"name one: {', '.join(map(str, files[:10]))}"
-    else:
-        what = "has no .safetensors file in it" if path.is_dir() else "no such file or folder"
-        found = f"{path}: {what}"
-    raise Refusal(found, expected, remedy)
+    if len(files) != 1:
+        there = ", ".join(map(str, files[:10])) or "no adapter file"
+        remedy = "name one, or make train"
+        found = f"{path} has {there}" if path.is_dir() else f"{path}: no such file or folder"
+        raise Refusal(found, "an adapter file, or the folder of a run or of one", remedy)
+    return files[0]
 
 
 def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list[str]:
@@ -240,8 +234,8 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
 
 def take_base(options: Options, path: Path, about: dict[str, str]) -> tuple[str, str, str]:
     """The base, its revision and the VAE in the place of its own, all of them taken from here on:
-    those asked for, else those of training, which the run around `path` or its header tells of. A
-    VAE of training that is gone is said, and the base's own taken, "".
+    those asked for, else those of training, which the run around `path` or its header tells of.
+    Raises Refusal where one of these is gone.
     """
     given = options.pretrained_model_name_or_path
     its = of_run(path, "pretrained_model_name_or_path")
@@ -253,24 +247,20 @@ def take_base(options: Options, path: Path, about: dict[str, str]) -> tuple[str,
     own = base in (about.get("base_model"), its)
     revision = options.revision or commit * own  # another model has other commits
     vae = options.vae or ("" if options.any_base else of_run(path, "vae") or about.get("vae", ""))
-    try:
-        hub.use_revision(base, revision, vae)
+    hub.use_revision(base, revision, vae)
+    if given:  # and so not the file's word
         hub.fetch(base, "")
-    except Refusal as refusal:
-        if given:
-            raise
-        found, expected, remedy = refusal.parts
-        found = f"{path} says, in its header or its run's config.json, that its base is {base}: "
-        remedy += f"; where it lies elsewhere, {hub.OPTION} WHERE/IT/IS/{Path(base).name}"
-        raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
-    if vae and not options.vae:
-        try:
+    try:
+        hub.fetch(base, "")
+        if vae != options.vae:
             hub.fetch(base, "vae")
-        except Refusal as refusal:
-            found = f"the base's own VAE draws, not {vae}, with which {path} was trained"
-            print(f"{found}: {refusal.parts[0]} (--vae names another place)", file=sys.stderr)
-            hub.use_revision(base, revision)
-            vae = ""
+    except Refusal as refusal:
+        found, expected, remedy = refusal.parts
+        said = f"{path} says, in its header or its run's config.json, that its base is {base}"
+        said += f" and its VAE {vae}" * bool(vae)
+        remedy += f"; where it lies elsewhere, {hub.OPTION} WHERE/IT/IS/{Path(base).name}"
+        remedy += f"; for the base's own VAE --vae {base}" * bool(vae)
+        raise Refusal(f"{said}: {found}", expected, remedy) from refusal
     return base, revision, vae
 
 
@@ -320,7 +310,7 @@ def previews(config: Config, usual: Sequence[str]) -> list[Options]:
     drawn = Options(seeds=(config.seed,), width=side, height=side, **how)
     if not (steps and lines):
         return [replace(drawn, prompts=(prompt,)) for prompt in usual[:1] if steps]
-    if len(lines) == 1 and (lines[0].lower().endswith(".txt") or place(lines[0]).is_file()):
+    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
         with refusing(f"{lines[0]} cannot be read", "a prompt a line", "correct that file"):
             lines = place(lines[0]).read_text("utf-8-sig").splitlines()
         lines = [line for line in lines if line.strip()[:1] != "#"]
@@ -362,14 +352,14 @@ def steps_worth(config: Config, drawn: list[Options]) -> float:
 
 
 def file_name(number: int, prompt: str, seed: int, strength: float) -> str:
-    """A name that every file system takes and every terminal shows: Latin letters and digits of the
-    prompt, or where it has none a digest, so that two prompts have two names.
-    """
+    """A picture's: that of its prompt, and how much of the adapter acts."""
     return f"{stem(number, prompt, seed)}-{strength:g}.png"
 
 
 def stem(number: int, prompt: str, seed: int) -> str:
-    """file_name() without the strength, which previews have not."""
+    """A name that every file system takes and every terminal shows: Latin letters and digits of the
+    prompt, or where it has none a digest, so that two prompts have two names.
+    """
     latin = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", latin).strip("-")[:60] or digest(prompt)[:8]
     return f"{number:02d}-{slug}-{seed}"

@@ -114,17 +114,16 @@ def noise(path: Path, header: dict[str, str], keys: Collection[str]) -> tuple[di
     The mark v_pred decides, since other programs obey it, then the header. Raises Refusal for a
     header's other word.
     """
-    said = {name: header[name] for name in HEADER if header.get(name, "None") != "None"}
+    said = {"v_pred": "v"} if "v_pred" in keys else {}
+    said |= {name: header[name] for name in HEADER if header.get(name, "None") != "None"}
     refuse(
         (f"{path}'s header says {name} {word!r:.50}", "epsilon or v", OTHER)
         for name, word in said.items()
         if word.lower() not in PREDICTS
     )
-    by = {"v_pred": "v_prediction"} if "v_pred" in keys else {}
-    by |= {name: PREDICTS[word.lower()] for name, word in said.items()}
-    who, predicts = next(iter(by.items()), ("nothing says another", "epsilon"))
-    against = [f"; {name} says {what}" for name, what in by.items() if what != predicts]
-    entries, why = {"prediction_type": predicts}, f"{predicts} ({who}{''.join(against)})"
+    predicts = PREDICTS[next(iter(said.values()), "epsilon").lower()]
+    by = ", ".join(": ".join(each) for each in said.items()) or "nothing says another"
+    entries, why = {"prediction_type": predicts}, f"{predicts} ({by})"
     if "ztsnr" in keys:
         entries |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         why += ", zero terminal SNR (ztsnr)"

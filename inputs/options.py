@@ -419,12 +419,9 @@ def of_file(name: str, words: list[str]) -> list[str]:
     read, remedy = tomllib.loads if path.suffix == ".toml" else json.loads, f"correct {path}"
     with refusing(f"--config {path} cannot be read", "options in JSON, or in NAME.toml", remedy):
         given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
+    of_the_file = given.pop("recipe", None)
     named = [words.pop(0)] if words[0][:1] != "-" else []
-    recipe = [str(given.pop("recipe"))] if "recipe" in given else named
-    troubles = []
-    if named not in ([], recipe):
-        found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
-        troubles.append((found, "one recipe", f"leave {named[0]} out"))
+    recipe, troubles = named or [str(of_the_file)] * (of_the_file is not None), []
     for key in given.keys() - NOTES:
         value = given[key]
         several = value if isinstance(value, list) else [value]
@@ -505,13 +502,11 @@ def keep_speaking() -> None:
     """Let stdout and stderr show a letter that they have not as its number, and need no reader."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
-        if old and old is getattr(sys, f"__{name}__"):  # else a test's, or a notebook's
+        if old and old is getattr(sys, f"__{name}__"):  # else a notebook's
             old.flush()
             raw = io.BufferedWriter(Outlet(number, "w", closefd=False))
             lines = {"errors": "backslashreplace", "line_buffering": True}
             setattr(sys, name, io.TextIOWrapper(raw, old.encoding, **lines))
-        elif hasattr(old, "reconfigure"):
-            old.reconfigure(errors="backslashreplace")
 
 
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
@@ -571,17 +566,11 @@ def check(config: Config) -> Config:
     too_long = config.quick and config.recipe not in QUICK
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
-    unit = 64 if config.buckets else 8
-    good = sorted({max(1, round(side / unit)) * unit for side in config.resolution})
-    odd = good != sorted(config.resolution) and not any(side % 8 for side in config.resolution)
-    sides, good = (" ".join(map(str, each)) for each in (config.resolution, good))
-    units = f"multiples of {unit}{' (with --no-buckets of 8)' * config.buckets}, each once"
+    odd = config.buckets and not Within(64, 4096, step=64).hold(config.resolution)
     sets, weights = len(config.dataset_name), len(config.dataset_weights)
     given = f"{weights} --dataset-weights with {sets} data sets"
     unseen = config.plan_for and config.max_train_epochs
     epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
-    alone = config.any_base and not config.start_from
-    kept = config.keep_tags and not (config.shuffle_tags or config.tag_dropout)
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
@@ -589,9 +578,7 @@ def check(config: Config) -> Config:
         (not sets, "--dataset-name without a name", "one or more", "--dataset-name FOLDER"),
         (weights not in (0, sets), given, "one for each", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
-        (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
-        (odd, f"resolution {sides}", units, f"--resolution {good}"),
-        (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
+        (odd, f"resolution {config.resolution} with --buckets", "multiples of 64", "--no-buckets"),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun

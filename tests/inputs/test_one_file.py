@@ -181,7 +181,7 @@ def test_a_parts_fingerprint_is_that_of_its_own_tensors(whole, small, tmp_path):
         assert one_file.fingerprint(tmp_path / "all.safetensors", part) != before[part]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_run_from_the_file_is_the_run_from_the_folder(
     dtype, train, whole, small, tmp_path, capfd
 ):
@@ -270,22 +270,32 @@ MODELSPEC = "modelspec.prediction_type"
     ("marks", "header", "entries", "words"),
     [
         ("", {}, {"prediction_type": "epsilon"}, "epsilon (nothing says another)"),
-        ("", {MODELSPEC: "epsilon"}, {"prediction_type": "epsilon"}, f"epsilon ({MODELSPEC})"),
-        ("v_pred", {}, {"prediction_type": "v_prediction"}, "v_prediction (v_pred)"),
+        (
+            "",
+            {MODELSPEC: "epsilon"},
+            {"prediction_type": "epsilon"},
+            f"epsilon ({MODELSPEC}: epsilon)",
+        ),
+        ("v_pred", {}, {"prediction_type": "v_prediction"}, "v_prediction (v_pred: v)"),
         (
             "v_pred ztsnr",
             {},
             {"prediction_type": "v_prediction"} | ZERO,
-            "(v_pred), zero terminal SNR",
+            "(v_pred: v), zero terminal SNR",
         ),
-        ("", {MODELSPEC: "v"}, {"prediction_type": "v_prediction"}, f"v_prediction ({MODELSPEC})"),
+        (
+            "",
+            {MODELSPEC: "v"},
+            {"prediction_type": "v_prediction"},
+            f"v_prediction ({MODELSPEC}: v)",
+        ),
         ("", {"modelspec.predict_key": "v"}, {"prediction_type": "v_prediction"}, "predict_key"),
         ("", {"ss_v_parameterization": "True"}, {"prediction_type": "v_prediction"}, "ss_v"),
         (
             "v_pred",
             {MODELSPEC: "epsilon"},
             {"prediction_type": "v_prediction"},
-            f"v_prediction (v_pred; {MODELSPEC} says epsilon)",
+            f"v_prediction (v_pred: v, {MODELSPEC}: epsilon)",
         ),
         ("ztsnr", {}, {"prediction_type": "epsilon"} | ZERO, "zero terminal SNR (ztsnr)"),
     ],
