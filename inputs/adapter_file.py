@@ -64,10 +64,9 @@ def check_keys(path: Path, tensors: dict[str, Tensor], pattern: str) -> None:
             raise Refusal(found, "plain LoRA of SDXL's UNet and nothing else", remedy)
     for key in tensors:
         if not re.fullmatch(pattern, key):
-            plain = "draw without --plain, which reads PEFT's keys only, or "
             expected = "unet.<module>.lora_A.weight and .lora_B.weight of Linears (PEFT), or "
             expected += "lora_unet_<module>.lora_down.weight, .lora_up.weight and .alpha (kohya)"
-            remedy = plain * (pattern == PEFT_KEY) + "convert the adapter"
+            remedy = "convert the adapter, or draw without --plain, which reads PEFT's keys only"
             raise Refusal(f"{path} has the key {key}", expected, remedy)
 
 
