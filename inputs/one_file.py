@@ -78,11 +78,11 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
     with open_safetensors(path) as file:
         header, keys = file.metadata() or {}, sorted(file.keys())
         used = {part: keys_of(part, keys).values() for part in parts}
-        read = [key for of_part in used.values() for key in of_part]
-        dtypes = Counter(file.get_slice(key).get_dtype() for key in read)
+        taken = [key for of_part in used.values() for key in of_part]
+        dtypes = Counter(file.get_slice(key).get_dtype() for key in taken)
         first = PREFIXES["unet"] + "input_blocks.0.0.weight"
         channels = file.get_slice(first).get_shape()[1:2] if first in keys else [4]
-    known, lacking = {"v_pred", "ztsnr", *read}, [part for part in parts if not used[part]]
+    known, lacking = {"v_pred", "ztsnr", *taken}, [part for part in parts if not used[part]]
     alone = not lacking and "unet" not in used  # a VAE, or the file that one is taken from
     others = [key for key in keys if not alone or key not in known]
     for kind, mark in (KINDS | MARKS if lacking or alone else MARKS).items():
