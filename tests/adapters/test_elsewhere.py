@@ -13,7 +13,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import lora
-from adapter_tools import ALPHA, RANK, answer, off, pipeline, trained
+from adapter_tools import ALPHA, RANK, answer, off, pipeline, read_only, trained
 from adapters import files
 from conftest import make_unet
 from sentences import refused
@@ -121,7 +121,7 @@ def config(**changes):
 
 
 def with_header(folder, said):
-    matrices = trained().matrices().items()
+    matrices = read_only().matrices().items()
     tensors = {f"unet.{name}.weight": each.detach() for name, each in matrices}
     save_file(tensors, folder / "a.safetensors", {"lora_adapter_metadata": said})
     return folder / "a.safetensors"
@@ -181,7 +181,9 @@ def test_another_family_is_told(tmp_path, family, stem, width):
 )
 @pytest.mark.parametrize("beside", [True, False])
 def test_what_is_more_than_the_unets_lora_is_told_by_its_name(tmp_path, kind, key, beside):
-    tensors = {f"unet.{name}.weight": each.detach() for name, each in trained().matrices().items()}
+    tensors = {
+        f"unet.{name}.weight": each.detach() for name, each in read_only().matrices().items()
+    }
     save_file((tensors if beside else {}) | {key: torch.ones(4, 4)}, tmp_path / "a.safetensors")
     refused(lambda: files.read(tmp_path), f"holds {kind}", f"has 1 keys such as {key}")
 

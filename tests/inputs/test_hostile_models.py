@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import POCKET
 from inputs import hub, vetting
 from inputs.files import Refusal
 from keep import identity
@@ -54,7 +52,7 @@ from sentences import refused
 def test_a_model_whose_files_say_what_cannot_be_is_refused_before_it_is_built(
     tmp_path, part, key, value
 ):
-    shutil.copytree(POCKET, tmp_path / "m")
+    pocket_with(tmp_path / "m", part.split("/")[0])
     name, path, cpu = str(tmp_path / "m"), tmp_path / "m" / part, torch.device("cpu")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     acts = {
