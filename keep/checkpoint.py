@@ -176,14 +176,13 @@ def restore(kept, state: dict | None) -> None:
     if state is None:
         return
     run, optimizer = kept.run, type(kept.run.optimizer).__name__
+    was = state.get("optimizer")
     mine = {name: each.shape for name, each in run.trained.items()}
     theirs = {name: each.shape for name, each in state["trained"].items()}
     wrong = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
-    if wrong or state.get("optimizer") != optimizer:
+    if wrong or was != optimizer:
         found = "the checkpoint holds other layers or another optimizer: "
-        found += (
-            f"{state.get('optimizer')}, and of other shapes {', '.join(wrong[:4]) or 'nothing'}"
-        )
+        found += f"{was}, and of other shapes {', '.join(wrong[:4]) or 'nothing'}"
         expected = f"{optimizer}, and the {len(run.trained)} matrices that this run trains"
         remedy = "use the code and libraries that it ran with, or another --output-dir"
         raise Refusal(found, expected, remedy)

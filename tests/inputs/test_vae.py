@@ -128,18 +128,24 @@ def test_a_run_with_another_vae_is_another_and_its_files_draw_with_it(
     vae.unlink()
     hub.file_of.cache_clear()  # as another process
     capsys.readouterr()
-    gone = draw("d", str(tmp_path / "bare"))
+    assert drawing.main([str(tmp_path / "bare")]) == 1
     told = capsys.readouterr().err
-    assert "the base's own VAE draws, not " in told and "there is no file" in told
-    assert np.abs(gone - by_run).mean() > 0.1
+    assert f"and its VAE {vae}: there is no file" in told and f"--vae {POCKET}\n" in told
+    own = draw("d", str(tmp_path / "bare"), "--vae", str(POCKET))
+    assert np.abs(own - by_run).mean() > 0.1
     assert drawing.main([str(tmp_path / "bare"), "--vae", str(vae)]) == 1
     assert f"there is no file {vae}" in capsys.readouterr().err
 
 
-def test_a_checkpoint_without_vae_trains_with_one(train, places, tmp_path, capsys):
+def test_a_checkpoint_without_vae_asks_for_one(places):
+    hub.use_revision(str(places["no"]), "")
+    with pytest.raises(Refusal, match="without VAE: --vae NAME"):
+        hub.fetch(str(places["no"]), "unet")
+
+
+@pytest.mark.slow
+def test_a_checkpoint_without_vae_trains_with_one(train, places, tmp_path):
     base = ("--max-train-steps", "2", "--pretrained-model-name-or-path")
-    assert train("r", *base, str(places["no"])) == 1
-    assert "without VAE: --vae NAME" in capsys.readouterr().err
     assert train("r", *base, str(places["no"]), "--vae", str(places["bare"])) == 0
     assert train("s", *base, str(places["model"])) == 0
     ours, want = (lora.read(tmp_path / run).matrices for run in "rs")

@@ -322,12 +322,12 @@ def test_a_file_of_zero_terminal_snr_is_drawn_so_with_guidance_rescaled(tmp_path
     of_base = draw(tmp_path / "e", str(drawable(tmp_path / "old")), *base(said))
     assert np.array_equal(of_base, by_file) and "drawing with" not in capsys.readouterr().out
     assert drawing.main([str(drawable(tmp_path / "x", zero_terminal_snr="x"))]) == 1
-    assert "zero_terminal_snr 'x'; expected yes or no" in capsys.readouterr().err
+    assert "zero_terminal_snr 'x'; expected auto or yes or no" in capsys.readouterr().err
 
 
 def test_a_file_that_says_what_nothing_predicts_is_refused(tmp_path, capsys):
     run = drawable(tmp_path / "out", prediction_type="sample")
     assert drawing.main([str(run)]) == 1
     told = capsys.readouterr().err
-    assert "prediction_type 'sample'; expected epsilon or v_prediction" in told
-    assert f"--prediction-type {EPSILON}" in told
+    assert "prediction_type 'sample'; expected auto or epsilon or v_prediction" in told
+    assert "give --prediction_type yourself" in told
