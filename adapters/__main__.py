@@ -1,0 +1,88 @@
+"""Tools for adapter files: python -m adapters COMMAND FILE..."""
+
+import re
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import tyro
+
+from inputs import options as configuration
+from inputs.drawing import find_adapter, of_run
+from inputs.files import place
+from inputs.options import Within
+
+BASE = "pretrained_model_name_or_path"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Inspect adapter files of SDXL's UNet, convert them, add them up, cut them to a rank."""
+
+    # inspect: what a file holds, how strongly it corrects each block, its traps in other programs;
+    # convert: the same in other keys or numbers; merge: the sum of several, exactly (ranks add up)
+    # or cut to a rank; resize: the nearest of a smaller rank.
+    command: tyro.conf.Positional[Literal["inspect", "convert", "merge", "resize"]] = "inspect"
+    # Adapter files or run folders, each with a strength such as :0.5 behind it, if not 1; without
+    # any the newest run's.
+    files: tyro.conf.Positional[tuple[str, ...]] = ("",)
+    # The file to write; there must be none yet.
+    output: str = ""
+    # In which keys: kohya's are read by most programs, peft's by diffusers alone.
+    to: Literal["kohya", "peft"] = "kohya"
+    # auto is the files' own where that loses nothing, else fp32.
+    save_dtype: Literal["auto", "fp32", "fp16", "bf16"] = "auto"
+    # To which rank a sum or a file is cut, by its singular values; 0 does not cut.
+    rank: Annotated[int, Within(0, 640)] = 0
+    # Which share of the squared length is kept, by the smallest rank that does; 0 does not cut.
+    keep: Annotated[float, Within(0, 1)] = 0.0
+    # The model that a file belongs to, if not to SDXL, or to the run around it. inspect measures
+    # against its weights where it is given.
+    pretrained_model_name_or_path: str = ""
+
+
+def parse(argv: list[str] | None = None) -> Options:
+    """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
+    configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
+    asked = configuration.read_words(tyro.cli, Options, argv, "-m adapters COMMAND")
+    inspect, cuts = asked.command == "inspect", (asked.rank > 0) + (asked.keep > 0)
+    allowed = {"merge": (0, 1), "resize": (1,)}.get(asked.command, (0,))
+    sizes = f"--rank {asked.rank} and --keep {asked.keep:g}"
+    acting = [strength for _, strength in strengths(asked.files)]
+    against = [
+        (cuts not in allowed, sizes, "one of them to resize, at most one to merge", "correct that"),
+        (len(asked.files) > 1 and asked.command != "merge", "several files", "one", "merge them"),
+        (0 in acting, "a strength of 0", "files that act", "leave that file out"),
+        (inspect and asked.output, "inspect with --output", "nothing to write", "leave it out"),
+        (inspect and acting != [1], "inspect at a strength", "the file alone", "leave it out"),
+        (not inspect and not asked.output, "no --output", "a new file", "--output NEW.safetensors"),
+    ]
+    configuration.refuse_wrong(asked, Options(), against)
+    return asked
+
+
+def strengths(words: tuple[str, ...]) -> list[tuple[str, float]]:
+    """Each file with its strength: the number behind its last colon, else 1."""
+    split = [[*re.split(r":(-?\d*\.?\d+)$", word), "1"] for word in words]
+    return [(name, float(strength)) for name, strength, *_ in split]
+
+
+def run(argv: list[str] | None = None) -> None:
+    """Do what the command line asks and print what was done. Raises Refusal."""
+    asked = parse(argv)
+    from adapters import describe, tools  # here: they import torch, options are checked before
+
+    paths = [(find_adapter(name), strength) for name, strength in strengths(asked.files)]
+    base, trained_on = asked.pretrained_model_name_or_path, of_run(paths[0][0], BASE)
+    layers = tools.layers_of(base or (trained_on if place(trained_on or "?").exists() else ""))
+    parts = [(tools.read(path, layers), strength) for path, strength in paths]
+    if asked.command == "inspect":
+        print(describe.describe(parts[0][0], layers if base else {}))
+        return
+    for said in tools.write(parts, Path(asked.output), layers, asked):
+        print(said, flush=True)
+
+
+if __name__ == "__main__":
+    configuration.or_leave(run)
