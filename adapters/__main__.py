@@ -3,7 +3,6 @@
 import re
 import sys
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Literal
 
 import tyro
@@ -12,8 +11,6 @@ from inputs import options as configuration
 from inputs.drawing import find_adapter, of_run
 from inputs.files import place
 from inputs.options import Within
-
-BASE = "pretrained_model_name_or_path"
 
 
 @dataclass(frozen=True)
@@ -46,17 +43,18 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     asked = configuration.read_words(tyro.cli, Options, argv, "-m adapters COMMAND")
-    inspect, cuts = asked.command == "inspect", (asked.rank > 0) + (asked.keep > 0)
-    allowed = {"merge": (0, 1), "resize": (1,)}.get(asked.command, (0,))
-    sizes = f"--rank {asked.rank} and --keep {asked.keep:g}"
+    inspect, merge = asked.command == "inspect", asked.command == "merge"
+    cuts, sizes = (asked.rank > 0) + (asked.keep > 0), f"--rank {asked.rank}, --keep {asked.keep:g}"
+    wrong_size = cuts > merge if asked.command != "resize" else cuts != 1
     acting = [strength for _, strength in strengths(asked.files)]
+    weak_or_strong = not all(0 < abs(each) <= 10 for each in acting)
+    named = asked.output.endswith(".safetensors") if not inspect else not asked.output
     against = [
-        (cuts not in allowed, sizes, "one of them to resize, at most one to merge", "correct that"),
-        (len(asked.files) > 1 and asked.command != "merge", "several files", "one", "merge them"),
-        (0 in acting, "a strength of 0", "files that act", "leave that file out"),
-        (inspect and asked.output, "inspect with --output", "nothing to write", "leave it out"),
+        (wrong_size, sizes, "one to resize, one or none to merge, else none", "correct that"),
+        (len(acting) > 1 and not merge, f"{len(acting)} files", "one", "merge adds several up"),
+        (weak_or_strong, f"strengths {acting}", "from -10 to 10, not 0", "correct that"),
         (inspect and acting != [1], "inspect at a strength", "the file alone", "leave it out"),
-        (not inspect and not asked.output, "no --output", "a new file", "--output NEW.safetensors"),
+        (not named, f"--output '{asked.output}'", "NEW.safetensors, to inspect none", "name it so"),
     ]
     configuration.refuse_wrong(asked, Options(), against)
     return asked
@@ -74,14 +72,15 @@ def run(argv: list[str] | None = None) -> None:
     from adapters import describe, tools  # here: they import torch, options are checked before
 
     paths = [(find_adapter(name), strength) for name, strength in strengths(asked.files)]
-    base, trained_on = asked.pretrained_model_name_or_path, of_run(paths[0][0], BASE)
-    layers = tools.layers_of(base or (trained_on if place(trained_on or "?").exists() else ""))
+    base = asked.pretrained_model_name_or_path
+    own = of_run(paths[0][0], "pretrained_model_name_or_path")
+    # What is not on this disk is SDXL itself, or has its layers.
+    layers = tools.layers_of(base or (own if own and place(own).exists() else ""))
     parts = [(tools.read(path, layers), strength) for path, strength in paths]
     if asked.command == "inspect":
         print(describe.describe(parts[0][0], layers if base else {}))
-        return
-    for said in tools.write(parts, Path(asked.output), layers, asked):
-        print(said, flush=True)
+    else:
+        print(tools.write(parts, place(asked.output), layers, asked))
 
 
 if __name__ == "__main__":

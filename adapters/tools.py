@@ -8,7 +8,6 @@ rank is in its singular values. What was written is read back and held to what w
 import hashlib
 import itertools
 import re
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -111,10 +110,10 @@ def combine(parts: Parts, rank: int = 0, keep: float = 0.0) -> lora.Adapter:
             factors[module] = A.float(), (B / scale).float()
     if keep:
         kept = squares.cumsum(0) / squares.sum()
-        rank = int((kept < keep).sum()) + 1
+        rank = int((kept[:-1] < keep).sum()) + 1
     rank = rank or whole
     for module, (A, B) in factors.items():  # what a file lacks is zero: one rank for all modules
-        A, B = F.pad(A, (0, 0, 0, whole)), F.pad(B, (0, whole))
+        A, B = F.pad(A, (0, 0, 0, rank)), F.pad(B, (0, rank))
         layers[module] = SimpleNamespace(lora_A=A[:rank], lora_B=B[:, :rank])
     return lora.Adapter(layers, rank, scale * rank, tuple(layers))
 
@@ -134,33 +133,27 @@ def best_dtype(wanted: lora.Adapter, parts: Parts) -> torch.dtype:
     return dtype if exact else torch.float32
 
 
-def write(parts: Parts, path: Path, layers: dict, how) -> Iterator[str]:
-    """Write what `parts` add up to; yields in sentences what was done and what was lost.
+def write(parts: Parts, path: Path, layers: dict, how) -> str:
+    """Write what `parts` add up to. Returns in words what was written, and what of it was lost.
 
     layers: as read() takes them; how: the command's Options. Raises Refusal where something is at
     `path`, an input above all, and for numbers beyond the dtype.
     """
     if path.exists():
         raise Refusal(f"{path} is there already", "a new file", "another --output, or remove it")
-    bases = {file.about.get("base_model", "one it does not name") for file, _ in parts}
-    if len(bases) > 1:
-        yield f"trained on different bases: {', '.join(sorted(bases))}"
     wanted = combine(parts, how.rank, how.keep)
     dtype = DTYPES.get(how.save_dtype) or best_dtype(wanted, parts)
     if not all(matrix.to(dtype).isfinite().all() for matrix in wanted.matrices().values()):
         raise Refusal(f"numbers beyond {how.save_dtype}", "a dtype with room", "--save-dtype fp32")
     agreed = set.intersection(*(set(file.about.items()) for file, _ in parts))
     about = {key: value for key, value in sorted(agreed) if not re.fullmatch(OWN, key)}
-    sums = [hashlib.sha256(file.path.read_bytes()).hexdigest() for file, _ in parts]
     made = [
-        f"{part[0].path.name}:{part[1]:g} sha256 {each}"
-        for part, each in zip(parts, sums, strict=True)
+        f"{file.path.name}:{k:g} sha256 {hashlib.sha256(file.path.read_bytes()).hexdigest()}"
+        for file, k in parts
     ]
     files.save(wanted, path, how.to, dtype, about | {"made": f"{how.command} {', '.join(made)}"})
     got, size = read(path, layers), path.stat().st_size / 1e6
-    yield (
-        f"{path}: {how.to} keys, {len(wanted.layers)} modules, rank {got.rank}, alpha "
-        f"{got.alpha:g}, {str(dtype)[6:]}, {size:.1f} MB"
-    )
     off = residual(parts, got)
-    yield f"residual: {f'{off:.2g}' if off > 1e-7 else 'below 1e-7'} of the update's length"
+    told = f"{how.to}, {len(wanted.layers)} modules, rank {got.rank}, alpha {got.alpha:g}"
+    lost = f"residual {f'{off:.2g}' if off > 1e-7 else 'below 1e-7'} of the update's length"
+    return f"{path}: {told}, {str(dtype)[6:]}, {size:.1f} MB; {lost}"
