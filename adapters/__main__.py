@@ -23,7 +23,7 @@ class Options:
     command: tyro.conf.Positional[Literal["inspect", "convert", "merge", "resize"]] = "inspect"
     # Adapter files or run folders, each with a strength such as :0.5 behind it, if not 1; without
     # any the newest run's.
-    files: tyro.conf.Positional[tuple[str, ...]] = ("",)
+    files: tyro.conf.Positional[tuple[str, ...]] = ()
     # The file to write; there must be none yet.
     output: str = ""
     # In which keys: kohya's are read by most programs, peft's by diffusers alone.
@@ -62,7 +62,7 @@ def parse(argv: list[str] | None = None) -> Options:
 
 def strengths(words: tuple[str, ...]) -> list[tuple[str, float]]:
     """Each file with its strength: the number behind its last colon, else 1."""
-    split = [[*re.split(r":(-?\d*\.?\d+)$", word), "1"] for word in words]
+    split = [[*re.split(r":(-?\d*\.?\d+)$", word), "1"] for word in words or ("",)]
     return [(name, float(strength)) for name, strength, *_ in split]
 
 
