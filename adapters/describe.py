@@ -39,7 +39,7 @@ def describe(file: lora.AdapterFile, weights: dict[str, tuple]) -> str:
         f"targets: {', '.join(f'{count} {name}' for name, count in sorted(targets.items()))}",
         f"base: {', '.join(base) or 'not told'}",
         f"keys such as {keys[-1]}; its header has {len(about)} entries:",
-        *(f"  {key}: {sayable(value, 70)}" for key, value in sorted(about.items())),
+        *(f"  {key}: {sayable(value, 160)}" for key, value in sorted(about.items())),
         "||scale BA||" + (" / ||W||:" if weights else " itself, since no base was named:"),
     ]
     lengths = lengths_by_block(file, weights)

@@ -156,4 +156,4 @@ def write(parts: Parts, path: Path, layers: dict, how) -> str:
     off = residual(parts, got)
     told = f"{how.to}, {len(wanted.layers)} modules, rank {got.rank}, alpha {got.alpha:g}"
     lost = f"residual {f'{off:.2g}' if off > 1e-7 else 'below 1e-7'} of the update's length"
-    return f"{path}: {told}, {str(dtype)[6:]}, {size:.1f} MB; {lost}"
+    return f"{path}: {told}, {str(dtype)[6:]}, {size:.1f} MB\n{lost}"

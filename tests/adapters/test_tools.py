@@ -17,7 +17,7 @@ import lora
 from adapter_tools import answer, header, off, pipeline
 from adapters import describe, files, tools
 from adapters.__main__ import Options, parse, run
-from conftest import POCKET, make_batch
+from conftest import POCKET, ROOT, make_batch
 from inputs.files import Refusal
 from inputs.vetting import SDXL_UNET
 from sentences import refused
@@ -393,3 +393,25 @@ def test_the_newest_runs_base_is_found_beside_its_file(tmp_path, capsys):
     run(["inspect", str(tmp_path)])
     assert "80 modules" in capsys.readouterr().out
     assert a.is_file()
+
+
+@pytest.mark.slow
+def test_the_pages_lines_bake_an_adapter_into_a_checkpoint(tmp_path):
+    """Of docs/adapters.md, with the small model in fp32."""
+    path, page = written(tmp_path / "a.safetensors"), (ROOT / "docs" / "adapters.md").read_text()
+    (lines,) = re.findall(r"```python\n(.+?)```", page, re.DOTALL)
+    for theirs, ours in {
+        "stabilityai/stable-diffusion-xl-base-1.0": str(POCKET),
+        'torch.float16, variant="fp16"': "torch.float32",
+        "runs/t4/pytorch_lora_weights.safetensors": str(path),
+        '"baked"': repr(str(tmp_path / "baked")),
+    }.items():
+        assert theirs in lines
+        lines = lines.replace(theirs, ours)
+    exec(lines, {})
+    baked = UNet2DConditionModel.from_pretrained(tmp_path / "baked" / "unet").state_dict()
+    bare, more = UNET.state_dict(), updates(path, 0.8)
+    assert baked.keys() == bare.keys()
+    for key, weight in bare.items():
+        want = more.get(key.removesuffix(".weight"), torch.zeros(1)).double()
+        assert (baked[key] - weight - want).norm() <= 1e-6 * want.norm(), key
