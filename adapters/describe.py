@@ -54,14 +54,13 @@ def lengths_by_block(file: lora.AdapterFile, weights: dict[str, tuple]) -> dict[
     """The length of all corrections of a block with attention, as a share of that of the weights
     that they correct; the length itself without `weights`.
     """
-    opened, ours, theirs = {}, Counter(), Counter()
+    ours, theirs = Counter(), Counter()
     for module in progress(sorted(modules_of(file)), "measuring", delay=2):
         block = re.match(r".*?attentions\.\d+", module)[0]
         ours[block] += squared_length(*joined([(file, 1.0)], module))
         if weights:
             path, key = weights[module]
-            opened[path] = opened.get(path) or open_safetensors(path)
-            theirs[block] += opened[path].get_tensor(key).double().square().sum().item()
+            theirs[block] += open_safetensors(path).get_tensor(key).float().norm().item() ** 2
     return {block: (ours[block] / theirs.get(block, 1.0)) ** 0.5 for block in ours}
 
 
