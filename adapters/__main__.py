@@ -43,18 +43,19 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     asked = configuration.read_words(tyro.cli, Options, argv, "-m adapters COMMAND")
-    inspect, merge = asked.command == "inspect", asked.command == "merge"
-    cuts, sizes = (asked.rank > 0) + (asked.keep > 0), f"--rank {asked.rank}, --keep {asked.keep:g}"
-    wrong_size = cuts > merge if asked.command != "resize" else cuts != 1
+    inspect, cuts = asked.command == "inspect", (asked.rank > 0) + (asked.keep > 0)
+    allowed = {"merge": (0, 1), "resize": (1,)}.get(asked.command, (0,))
+    sizes, out = f"--rank {asked.rank}, --keep {asked.keep:g}", f"--output '{asked.output}'"
     acting = [strength for _, strength in strengths(asked.files)]
-    weak_or_strong = not all(0 < abs(each) <= 10 for each in acting)
+    several = len(acting) > 1 and asked.command != "merge"
+    beyond = not all(0 < abs(each) <= 10 for each in acting)
     named = asked.output.endswith(".safetensors") if not inspect else not asked.output
     against = [
-        (wrong_size, sizes, "one to resize, one or none to merge, else none", "correct that"),
-        (len(acting) > 1 and not merge, f"{len(acting)} files", "one", "merge adds several up"),
-        (weak_or_strong, f"strengths {acting}", "from -10 to 10, not 0", "correct that"),
+        (cuts not in allowed, sizes, "one to resize, at most one to merge, else none", "--rank 8"),
+        (several, f"{len(acting)} files", "one", "name one, or merge them"),
+        (beyond, f"strengths {acting}", "from -10 to 10, not 0", "correct that"),
         (inspect and acting != [1], "inspect at a strength", "the file alone", "leave it out"),
-        (not named, f"--output '{asked.output}'", "NEW.safetensors, to inspect none", "name it so"),
+        (not named, out, "--output NEW.safetensors, to inspect none", "correct that"),
     ]
     configuration.refuse_wrong(asked, Options(), against)
     return asked
