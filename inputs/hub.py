@@ -260,26 +260,19 @@ def vae_from_hub(name: str, revision: str) -> Path:
     return check_vae(root / part)
 
 
-@functools.cache  # or what is missing is asked for, and said, with each use of a part
 def fetch_from_hub(name: str, revision: str, part: str, half: bool) -> Path:
     """The folder of a Hub model's commit with `part` in it ("" brings model_index.json). What was
     downloaded before serves where the Hub is away.
     """
     root, files = snapshot(name, revision, "model_index.json")
-    here = bool(part) and is_here(root / part, half)
-    if not part or (here and not files):
+    if not part or (not files and is_here(root / part, half)):
         return root
-    try:
-        files = files or listing("model", name, root.name, f"{name} ({part})", WAY_OUT)[1]
-        coming = to_download(files, root, part, half)
-        if sum(coming.values()) > 1e6 and root not in announced:
-            announce(name, root, files, half)
-        if coming:
-            bring(name, root.name, part, [*coming], sum(coming.values()))
-    except Refusal as refusal:
-        if not here:
-            raise
-        say(f"{refusal.parts[0]}; what is here of it is taken")
+    files = files or listing("model", name, root.name, f"{name} ({part})", WAY_OUT)[1]
+    coming = to_download(files, root, part, half)
+    if sum(coming.values()) > 1e6 and root not in announced:
+        announce(name, root, files, half)
+    if coming:
+        bring(name, root.name, part, [*coming], sum(coming.values()))
     return root
 
 

@@ -56,7 +56,6 @@ DELETE = r"tr -d '\000-\010\013\014\016-\037\177' <"
 NUMBERING = re.compile(r"^\d+$|[\s-]+\d+$|\s*\(\d+\)$")
 WAYS_OUT = '--caption "a photo of sks dog", --caption "" (the empty prompt) or, in a folder of '
 WAYS_OUT += "picture files, --caption-from-name"
-REMOVE = "add, rename or remove what is odd"
 Row = tuple[str, str, str, tuple]  # of a table: its name, the picture's key and name, the captions
 USUAL = Config()  # no column, split, config or caption is asked for
 MEND = "in {}, for each file named, FILE: {} FILE > FILE.new && mv FILE.new FILE"
@@ -287,7 +286,7 @@ def from_folder(
     alike = [p for p in paths if ALIKE.match(p.name) and top in p.parents and not is_picture(p)]
     known = {*tables, *beside}
     left_out["are not named as captions are"] = [p for p in alike if p not in known]
-    texts = paired(folder, [(key(p), str(p)) for p in pictures], rows)
+    texts = paired(folder, set(map(key, pictures)), rows)
 
     def picture(path: Path) -> Picture:
         found = picture_file(folder, str(path), texts.get(key(path), ("",)))
@@ -319,7 +318,7 @@ def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, 
     masks = {normal(str(path)[: -len(MASK)]): str(path) for path in files if path not in pictures}
     if odd := [masks[key] for key in masks.keys() - set(map(stem, pictures))]:
         found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"
-        raise Refusal(found, f"a.jpg beside a{MASK}", REMOVE)
+        raise Refusal(found, f"a.jpg beside a{MASK}", "add, rename or remove what is odd")
     return pictures, masks
 
 
@@ -398,41 +397,31 @@ def kohyas(key: str, row: dict) -> dict:
     return {"file_name": key.replace("\\", "/"), **row, "text": text}
 
 
-def paired(folder: Path, pictures: list[tuple[str, str]], rows: list[Row]) -> dict[str, tuple]:
-    """The texts of the pictures that have any, by their keys. pictures: (key, name). Raises Refusal
-    where files disagree, where a file has a key twice, and where captions lack their picture.
+def paired(folder: Path, keys: set[str], rows: list[Row]) -> dict[str, tuple]:
+    """The texts of the pictures of these keys that have any. Raises Refusal where a file has a key
+    twice, where captions lack their picture, and where files disagree.
     """
-    here = collections.Counter(key for key, _ in pictures)
     lines = collections.Counter((file, key) for file, key, *_ in rows)
-    said: dict[str, dict[str, tuple]] = {key: {} for _, key, *_ in rows}  # of a key by each file
+    odd = [name for file, key, name, _ in rows if key not in keys or lines[file, key] > 1]
+    expected = "a picture for each caption: metadata.jsonl, .csv or .parquet, meta_cap.json, "
+    expected += "a.txt or a.caption (not a.jpg.txt)"
+    found = f"{len(odd)} captions without a picture of their own in {folder}, such as {ten(odd)}"
+    troubles = [(found, expected, "add, rename or remove what is odd")] if odd else []
+    said: dict[str, dict[str, tuple]] = collections.defaultdict(dict)  # of a key by each file
     for file, key, _, texts in rows:
         if words := tuple(filter(None, map(str.strip, texts))):
             said[key][file] = words
-    none = rows and not here.keys() & said.keys()
-    odd = {
-        "pictures without a caption": [
-            name for key, name in pictures if none or (here[key] > 1 and key in said)
-        ],
-        "captions without a picture": [
-            name for file, key, name, _ in rows if key not in here or lines[file, key] > 1
-        ],
-    }
-    expected = "captions for each picture: metadata.jsonl, .csv or .parquet, meta_cap.json, "
-    expected += "a.txt or a.caption (not a.jpg.txt)"
-    told = [
-        (f"{len(names)} {wrong} of their own in {folder}, such as {ten(names)}", expected, REMOVE)
-        for wrong, names in odd.items()
-        if names
-    ]
     for key, each in said.items():
         if len(set(each.values())) > 1:
             both = " and ".join(
                 f"{sayable(' | '.join(t), 40)!r} in {file}" for file, t in each.items()
             )
             remedy = f"correct them in {folder}, or rename what is not meant: mv FILE FILE.unused"
-            told.append((f"captions of {key} disagree: {both}", "the same in all files", remedy))
-    refuse(told)
-    return {key: next(iter(each.values()), ("",)) for key, each in said.items()}
+            troubles.append(
+                (f"captions of {key} disagree: {both}", "the same in all files", remedy)
+            )
+    refuse(troubles)
+    return {key: next(iter(each.values())) for key, each in said.items()}
 
 
 def ten(names: list[str]) -> str:
@@ -507,15 +496,16 @@ def content_of(folder: Path, name: str, kind: str) -> bytes | str:
         return content
     try:
         text = content.decode("utf-8-sig")
+        control = CONTROL.search(text)
+        why, command = f"control character {control[0]!r}" if control else "", DELETE
     except UnicodeDecodeError as error:
         wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # Windows' "Unicode"
-        mend = MEND.format(folder, f"iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8")
-        mend += " (or what else it was written in)" * (not wide)
-        raise Refusal(f"{found} (no UTF-8 at byte {error.start + 1})", expected, mend) from None
-    if control := CONTROL.search(text):
-        found += f" (it holds the control character {control[0]!r})"
-        mend = MEND.format(folder, DELETE)
-        raise Refusal(found, f"{what} without control characters", mend)
+        encoding = "UTF-16" if wide else "WINDOWS-1252"
+        why = f"no UTF-8 at byte {error.start + 1}, maybe {encoding}"
+        command = f"iconv -f {encoding} -t UTF-8"
+    if why:
+        expected += " without control characters"
+        raise Refusal(f"{found} ({why})", expected, MEND.format(folder, command))
     return text
 
 

@@ -218,7 +218,7 @@ def ask_again() -> None:
     """Have the model asked for as a new process does."""
     from inputs import hub
 
-    for each in (hub.snapshot, hub.fetch_from_hub, hub.vae_from_hub, hub.file_of):
+    for each in (hub.snapshot, hub.vae_from_hub, hub.file_of):
         each.cache_clear()
     hub.announced.clear()
     hub.REVISIONS.clear()

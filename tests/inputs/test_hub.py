@@ -212,6 +212,7 @@ def test_fp32_files_serve_for_half_without_the_hub_but_no_part_of_them(server, c
     folder = hub.fetch(HUB_NAME, "unet", half=False)
     for shard in sorted(folder.glob("*.safetensors"))[:lost]:
         shard.unlink()
+    ask_again()
     server.stop()
     if lost:
         refused(lambda: hub.fetch(HUB_NAME, "unet", half=True), "ConnectError")

@@ -286,11 +286,11 @@ def test_of_two_tables_none_is_taken_in_silence(tmp_path):
         read(write_folder(tmp_path, files | {"a.png": RED}))
 
 
-def test_a_table_whose_pictures_are_all_elsewhere_is_refused_with_both_sides(tmp_path):
+def test_a_table_whose_pictures_are_all_elsewhere_is_refused(tmp_path):
     rows = [{"file_name": f"old/{n}.png", "text": n} for n in "xyz"]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE})
     for options in ({}, {"caption": "x"}):
-        with pytest.raises(Refusal, match=r"2 pictures without .*3 captions without .*'old/x"):
+        with pytest.raises(Refusal, match=r"3 captions without a picture .*'old/x"):
             read(folder, **options)
 
 
@@ -327,7 +327,7 @@ def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_pa
         ({"a.png": RED, "a.txt": "a", "b.txt": "b"}, r"1 captions without a picture .*b\.txt"),
         (
             {"x/a.png": RED, "y/a.txt": "a"},
-            r"1 pictures without .*'x/a\.png'.* and 1 captions without .*'y/a\.txt'",
+            r"1 captions without a picture .*'y/a\.txt'",
         ),
     ],
 )
@@ -336,14 +336,10 @@ def test_a_caption_file_alone_is_refused(tmp_path, files, said):
         read_dataset(str(write_folder(tmp_path, files)))
 
 
-def test_two_pictures_that_share_a_caption_file_are_never_reduced_to_one_in_silence(tmp_path):
+def test_two_pictures_share_a_caption_file(tmp_path):
     folder = write_folder(tmp_path, {"a.png": RED, "a.jpg": BLUE, "a.txt": "a"})
-    try:
-        names = {p.name for p in read_dataset(str(folder))}
-    except Refusal as refusal:
-        assert "a.png" in str(refusal) or "a.jpg" in str(refusal)
-    else:
-        assert names == {"a.png", "a.jpg"}
+    told = {p.name: p.captions for p in read_dataset(str(folder))}
+    assert told == {"a.png": ("a",), "a.jpg": ("a",)}
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
@@ -403,7 +399,7 @@ def test_names_match_though_their_accents_are_written_in_two_ways(tmp_path, kind
     assert read_dataset(str(write_folder(tmp_path, files)))[0].captions[0] == "red"
     both = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
     twice = {f"{name}.png": RED for name in both} | {f"{name}.txt": name for name in both}
-    with pytest.raises(Refusal, match=r"2 pictures without .* and 2 captions without"):
+    with pytest.raises(Refusal, match="2 captions without a picture of their own"):
         read_dataset(str(write_folder(tmp_path / "twice", twice)))
 
 
@@ -423,9 +419,9 @@ def test_what_is_nearly_captions_is_named(tmp_path, near, content):
     assert f"1 (the first: {near}) left out" in str(read_dataset(str(folder)))
 
 
-def test_a_caption_behind_the_whole_name_is_refused_with_both(tmp_path):
+def test_a_caption_behind_the_whole_name_is_refused(tmp_path):
     folder = write_folder(tmp_path, {"a.png": RED, "a.png.txt": "red"})
-    with pytest.raises(Refusal, match=r"'a\.png' and .*'a\.png\.txt';.*\(not a\.jpg\.txt\)"):
+    with pytest.raises(Refusal, match=r"'a\.png\.txt';.*\(not a\.jpg\.txt\)"):
         read_dataset(str(folder))
 
 
@@ -539,7 +535,8 @@ def test_of_many_unreadable_files_ten_are_named_and_the_rest_counted(tmp_path):
         read_dataset(str(folder))
     told = str(refusal.value)
     assert all(
-        f"x/{n}.txt (caption) cannot be read (no UTF-8 at byte 4)" in told for n in names[:10]
+        f"x/{n}.txt (caption) cannot be read (no UTF-8 at byte 4, maybe WINDOWS-1252)" in told
+        for n in names[:10]
     )
     assert "2 more; expected" in told and names[10] not in told
     folder = write_folder(tmp_path / "pictures", {f"x/{n}.png": b"junk" for n in names})
