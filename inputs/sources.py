@@ -255,12 +255,16 @@ def from_folder(
     folder: Path, found: tuple[list[Path], dict], tables: list[Path], options: Config
 ) -> Pictures:
     """The pictures of a folder whose captions are in each of `tables`, or in one file each."""
-    paths, left_out = found
+    (paths, left_out), own = found, folder.resolve().name
     top = min((table.parent for table in tables), default=Path())  # of two one is in the other
 
     def key(path: Path) -> str:
         """By what a picture and its caption find each other; Macs write accents as two letters."""
         return normal(str(path if tables else path.with_suffix("")))
+
+    def numbers(name: str) -> list[int]:
+        """Of kohya's folders in which a picture lies, the data set's own included."""
+        return [int(number) for number in NUMBERED.findall(f"{own}/{name}")]
 
     def caption(path: Path) -> Row:
         text = content_of(folder, str(path), "caption").strip()
@@ -271,27 +275,28 @@ def from_folder(
 
     pictures, masks = masks_apart(folder, list(filter(is_picture, paths)))
     left_out[f"lie outside {top}/"] = [p for p in pictures if top not in p.parents]
-    pictures = [p for p in pictures if top in p.parents]
-    obeyed = options.folder_repeats
-    spare = [p for p in pictures if obeyed and REGULARISATION.search(str(p))]
-    left_out["lie in kohya's reg folders (--no-folder-repeats: trained on)"] = spare
-    pictures = [p for p in pictures if p not in spare]
+    inside, obeyed = [p for p in pictures if top in p.parents], options.folder_repeats
+    left_out["lie in kohya's reg folders (--no-folder-repeats: trained on)"] = [
+        p for p in inside if obeyed and REGULARISATION.search(str(p))
+    ]
+    aside = {*chain(*left_out.values())}
+    pictures = [p for p in inside if p not in aside]
+    keys = set(map(key, pictures))
     stems = {p.with_suffix(""): p for p in pictures}
     beside = [p for p in paths if p.suffix.lower() in BESIDE]
     read = [p for p in beside if not tables or p.with_suffix("") in stems]
     rows = [row for table in tables for row in rows_of(folder, table, pictures, options)]
     rows += for_all(caption, read)
-    unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
-    rows = [row for row in rows if row[1] not in unused]
+    unused = set(map(key, aside)) - keys
+    texts = paired(folder, keys, [row for row in rows if row[1] not in unused])
     alike = [p for p in paths if ALIKE.match(p.name) and top in p.parents and not is_picture(p)]
     known = {*tables, *beside}
     left_out["are not named as captions are"] = [p for p in alike if p not in known]
-    texts = paired(folder, set(map(key, pictures)), rows)
 
     def picture(path: Path) -> Picture:
         found = picture_file(folder, str(path), texts.get(key(path), ("",)))
         mask = masks.get(stem(path))
-        repeats = [n for n in numbers(folder, str(path)) if 0 < n < 1000]  # dates are none
+        repeats = [n for n in numbers(str(path)) if 0 < n < 1000]  # dates are none
         weight = repeats[-1] if repeats and obeyed else 1
         return replace(found, mask=picture_file(folder, mask) if mask else None, weight=weight)
 
@@ -299,23 +304,19 @@ def from_folder(
     said = {f"left out, since they {why}": [*map(str, left)] for why, left in left_out.items()}
     often = "so many times, up to 999 (--no-folder-repeats: once)" if obeyed else "once each"
     kohya = f"in folders like 10_style, shown {often}"
-    said[kohya] = [p.name for p in found if numbers(folder, p.name)]
+    said[kohya] = [p.name for p in found if numbers(p.name)]
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
     found.notes += [f"{table} has no rows" for table in tables[:1] if not rows]
     return found
-
-
-def numbers(folder: Path, name: str) -> list[int]:
-    """The numbers of kohya's folders in which a picture lies, the data set's own included."""
-    return [int(number) for number in NUMBERED.findall(f"{folder.resolve().name}/{name}")]
 
 
 def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, str]]:
     """Of the picture files of `folder` those that are no masks, and the names of those that are by
     the beginning of their picture's name. Raises Refusal for masks without a picture.
     """
-    pictures = [path for path in files if not path.name.lower().endswith(MASK)]
-    masks = {normal(str(path)[: -len(MASK)]): str(path) for path in files if path not in pictures}
+    own = {path for path in files if path.name.lower().endswith(MASK)}
+    pictures = [path for path in files if path not in own]
+    masks = {normal(str(path)[: -len(MASK)]): str(path) for path in own}
     if odd := [masks[key] for key in masks.keys() - set(map(stem, pictures))]:
         found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"
         raise Refusal(found, f"a.jpg beside a{MASK}", "add, rename or remove what is odd")
