@@ -99,11 +99,12 @@ def watched(plain: Callable) -> Callable:
 def watch_clients() -> None:
     """Have all requests go through send(), and all bytes be counted."""
     import huggingface_hub
+    from huggingface_hub.utils import disable_progress_bars, tqdm
 
     if not on_terminal():
-        huggingface_hub.utils.disable_progress_bars()
+        disable_progress_bars()
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 2**18  # or a slow line seems to stand still
-    count(huggingface_hub.utils.tqdm)
+    count(tqdm)
     if hasattr(huggingface_hub, "set_client_factory"):  # from version 1 on
         usual = huggingface_hub.get_session()
 
