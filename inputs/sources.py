@@ -410,14 +410,13 @@ def paired(folder: Path, keys: set[str], rows: list[Row]) -> dict[str, tuple]:
     troubles = [(found, expected, "add, rename or remove what is odd")] if odd else []
     said: dict[str, dict[str, tuple]] = collections.defaultdict(dict)  # of a key by each file
     for file, key, _, texts in rows:
-        if words := tuple(filter(None, map(str.strip, texts))):
-            said[key][file] = words
+        if any(map(str.strip, texts)):
+            said[key][file] = texts
+    remedy = f"correct them in {folder}, or rename what is not meant: mv FILE FILE.unused"
     for key, each in said.items():
-        if len(set(each.values())) > 1:
-            both = " and ".join(
-                f"{sayable(' | '.join(t), 40)!r} in {file}" for file, t in each.items()
-            )
-            remedy = f"correct them in {folder}, or rename what is not meant: mv FILE FILE.unused"
+        words = {file: " | ".join(filter(None, map(str.strip, t))) for file, t in each.items()}
+        if len(set(words.values())) > 1:
+            both = " and ".join(f"{sayable(text, 40)!r} in {file}" for file, text in words.items())
             troubles.append(
                 (f"captions of {key} disagree: {both}", "the same in all files", remedy)
             )

@@ -99,10 +99,10 @@ def test_the_usual_caption_columns_are_found(tmp_path, column):
     assert read(folder)[0].captions[0] == "yes"
 
 
-def test_a_named_caption_column_is_taken(tmp_path):
-    rows = [{"file_name": "a.png", "text": "no", "title": "yes"}]
+def test_a_named_caption_column_is_taken_as_it_is(tmp_path):
+    rows = [{"file_name": "a.png", "text": "no", "title": " yes\n"}]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read(folder, caption_column="title")[0].captions[0] == "yes"
+    assert read(folder, caption_column="title")[0].captions[0] == " yes\n"
 
 
 def test_a_wrong_caption_column_is_refused_with_those_that_are_there(tmp_path):
