@@ -421,7 +421,8 @@ def paired(folder: Path, keys: set[str], rows: list[Row]) -> dict[str, tuple]:
                 (f"captions of {key} disagree: {both}", "the same in all files", remedy)
             )
     refuse(troubles)
-    return {key: next(iter(each.values())) for key, each in said.items()}
+    silent = {key: texts for _, key, _, texts in rows}
+    return silent | {key: next(iter(each.values())) for key, each in said.items()}
 
 
 def ten(names: list[str]) -> str:
