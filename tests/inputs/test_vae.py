@@ -16,7 +16,7 @@ import lora
 import model
 from adapters import files
 from conftest import POCKET, SDXL
-from hub_server import serving
+from hub_server import ask_again, serving
 from inputs import hub, one_file
 from inputs.files import Refusal
 from keep import drawing
@@ -226,7 +226,6 @@ def test_what_is_no_vae_of_sdxl_is_refused(make, said, train, places, tmp_path, 
 def test_a_vae_of_the_hub_alone_or_in_a_model_is_downloaded_and_serves_offline(
     places, monkeypatch, tmp_path
 ):
-    monkeypatch.setattr(hub, "REVISIONS", {})
     name = str(POCKET)
     hub.use_revision(name, "", str(places["folder"]))
     want = model.load_vae(name, CPU)
@@ -246,7 +245,7 @@ def test_a_vae_of_the_hub_alone_or_in_a_model_is_downloaded_and_serves_offline(
         with pytest.raises(Refusal, match=r"someone/none has no vae/config.json.*--vae"):
             hub.fetch(name, "vae")
         server.fail("/", 503)
-        hub.vae_from_hub.cache_clear()
+        ask_again()
         hub.use_revision(name, "", "someone/vae")
         assert_same_weights(model.load_vae(name, CPU), want)
         hub.use_revision(name, "", "someone/other")
