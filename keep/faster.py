@@ -89,12 +89,16 @@ class Alone:
     def wait(self) -> None:
         """Until all processes are here."""
 
-    def first_says(self, value: str) -> str:
-        """The first process's value, for all."""
-        return value
+    def told(self, value) -> list:
+        """Every process's `value`, the first's first."""
+        return [value]
 
-    def check_equal(self, what: str, tensors: dict, text: str = "") -> None:
-        """Raise Refusal where `tensors` or `text` are not the same everywhere."""
+    def from_first(self, work: Callable):
+        """What `work()` gives in the first process, for all."""
+        return work()
+
+    def check_equal(self, what: str, tensors: dict, texts: dict | None = None) -> None:
+        """Raise Refusal where `tensors` or `texts` are not the same everywhere."""
 
     def say(self, sentence: str) -> None:
         """An error, said by one process for all."""
@@ -116,7 +120,7 @@ def join(timeout: float):
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Alone()
     remedy = "python loop.py RECIPE, which is one process"
-    return part("parallel", "several processes", remedy).join(timeout)
+    return part("parallel", "several processes", remedy).Team(timeout)
 
 
 def deterministic(on: bool):
@@ -178,8 +182,9 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
 
     said = []
     if may_fuse(run):
-        why = unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
-        unfused = team.first_says(why)
+        unfused = team.from_first(
+            lambda: unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
+        )
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
     if run.config.compile:
         compile.compile_resnets(run.unet)

@@ -29,7 +29,7 @@ from conftest import POCKET, ROOT, make_batch, make_unet
 from fast import parallel
 from inputs import blocks
 from inputs import options as configuration
-from inputs.files import Refusal
+from inputs.files import Refusal, refuse
 from inputs.options import RECIPES
 from keep import faster, training
 
@@ -43,9 +43,13 @@ def stopped(pid: int) -> bool:
     return False
 
 
-def as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for one of its processes; its store is at the port."""
-    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "RANK": str(rank)}
+def as_torchrun(rank: int, size: int, port: int, here: int = 0) -> dict[str, str]:
+    """The variables that torchrun sets for one of its processes, of which `here` (0: all) are on
+    each host; its store is at the port.
+    """
+    here = here or size
+    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(here), "RANK": str(rank)}
+    sizes |= {"GROUP_RANK": str(rank // here), "LOCAL_RANK": str(rank % here)}
     store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     store |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
     return sizes | store
@@ -54,15 +58,16 @@ def as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
 @pytest.fixture
 def together(tmp_path):
     """together(size, work, timeout) forks `size` processes that each do work(team) or, with
-    command=True, work() under torchrun's variables. Returns each one's exit code and result, and
-    what each said on stderr. Whoever is still there `patience` seconds on is killed: code -9.
+    command=True, work() under torchrun's variables, `here` (0: all) on each host. Returns
+    each one's exit code and result, and what each said on stderr. Whoever is still there `patience`
+    seconds on is killed: code -9.
     """
 
-    def child(rank, size, port, work, timeout, command, answers):
+    def child(rank, size, port, here, work, timeout, command, answers):
         all_forked.wait()
         torch.set_num_threads(1)  # more would be started by threads that a fork does not have
         sys.stderr = open(tmp_path / f"stderr-{rank}", "w", buffering=1)
-        os.environ |= as_torchrun(rank, size, port)
+        os.environ |= as_torchrun(rank, size, port, here)
         if command:
             code = work()
             sys.stderr.flush()
@@ -83,20 +88,19 @@ def together(tmp_path):
     # process forked just then would wait for that lock for ever.
     all_forked = FORK.Event()
 
-    def run(size, work, timeout=60.0, command=False, patience=90.0, meanwhile=lambda pids: None):
+    def run(size, work, timeout=60.0, command=False, patience=90.0, here=0):
         # As torchrun does it: the store is not in one of the processes.
         store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         all_forked.clear()
-        answers, results = FORK.Queue(), {}
+        answers, results, what = FORK.Queue(), {}, (work, timeout, command)
         gc.collect()  # a store that a child frees would wait for a thread that is not there
         started = [
-            FORK.Process(target=child, args=(r, size, store.port, work, timeout, command, answers))
-            for r in range(size)
+            FORK.Process(target=child, args=(rank, size, store.port, here, *what, answers))
+            for rank in range(size)
         ]
         for process in started:
             process.start()
         all_forked.set()
-        meanwhile([process.pid for process in started])
         until = time.monotonic() + patience
         while any(p.is_alive() for p in started) and time.monotonic() < until:
             while not answers.empty():
@@ -257,8 +261,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(together):
 def test_ranks_that_drift_apart_are_named(together):
     def work(team):
         a, b = torch.zeros(3, 4).t(), torch.zeros(10)
-        team.check_equal("the kind of GPU", {}, "same")
-        team.check_equal("the start", {"a": a, "b": b}, "same")
+        team.check_equal("the start", {"a": a, "b": b}, {"data": "same"})
+        with pytest.raises(Refusal, match=r"the run is not the same .*: data of rank 2; expected"):
+            team.check_equal("the run", {}, {"base": "0", "data": f"{team.rank == 2}"})
         b[3] += team.rank == 1
         team.check_equal("the adapter", {"a": a, "b": b})
 
@@ -266,16 +271,24 @@ def test_ranks_that_drift_apart_are_named(together):
     assert done.codes == [1, 1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and "the adapter is not the same" in said
-    assert "rank 1 differs" in said
+    assert "numbers of rank 1" in said
 
 
-def test_what_the_first_says_holds_for_all(together):
+def test_what_the_first_finds_or_refuses_all_find_or_refuse(together):
+    """Others of it may be on hosts that do not see its disk."""
+
     def work(team):
-        said = [team.first_says(f"of rank {team.rank}"), team.first_says("")]
-        team.check_equal("what was said", {}, str(said))
-        return said
+        def twice():
+            refuse([("a of it", "X", "do x"), ("b of it", "Y", f"do {'y' * 2000}")])
 
-    assert together(3, work).results == {rank: ["of rank 0", ""] for rank in range(3)}
+        found = team.from_first(lambda: {"rank": team.rank, "numbers": torch.ones(3)})
+        assert found["rank"] == 0 and found["numbers"].equal(torch.ones(3))
+        with pytest.raises(Refusal) as refusal:
+            team.from_first(twice if team.first else None)
+        return str(refusal.value), refusal.value.parts
+
+    said = together(3, work).results
+    assert said[0] == said[1] == said[2] and "What to do: do x | b of it" in said[0][0]
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -358,15 +371,15 @@ def test_one_that_dies_or_hangs_ends_the_others_which_say_it_once(together, monk
     assert time.monotonic() - began < 40
 
 
-def test_each_block_is_claimed_once(together):
+def test_each_block_is_claimed_once_on_each_host(together):
     def work(team):
         mine = [i for i in range(8) if team.claim(f"block {i}")]
         team.wait()
         return mine
 
-    done = together(3, work)
+    done = together(3, work, here=2)
     assert done.codes == [0, 0, 0], done.said
-    assert sorted(i for mine in done.results.values() for i in mine) == list(range(8))
+    assert sorted(done.results[0] + done.results[1]) == done.results[2] == list(range(8))
 
 
 def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
@@ -385,9 +398,9 @@ def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
 
 @pytest.fixture
 def second(monkeypatch):
-    """The second of two processes, which has not met the first."""
+    """The second of two processes on the second of two hosts, which has not met the others."""
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in as_torchrun(1, 2, store.port).items():
+    for name, value in as_torchrun(3, 4, store.port, here=2).items():
         monkeypatch.setenv(name, value)
     yield faster.join(1.0)
     del store
@@ -402,15 +415,8 @@ def test_without_torchrun_or_with_one_process_a_run_is_alone(monkeypatch):
 def test_alone_and_a_team_can_be_asked_the_same(second):
     names = lambda kind: {name for name in dir(kind) if not name.startswith("_")}  # noqa: E731
     assert names(faster.Alone()) <= names(second)
-    assert (second.rank, second.size, second.first) == (1, 2, False)
+    assert (second.rank, second.size, second.first) == (3, 4, False)
     assert not second.asked() and not second.stop
-
-
-def test_processes_on_several_hosts_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(Refusal, match="4 processes, of which 2 are on this host"):
-        faster.join(1.0)
 
 
 @pytest.mark.parametrize(("device", "found"), [("cuda", 1), ("cuda:0", 4)])
@@ -420,7 +426,7 @@ def test_more_processes_than_gpus_are_refused(second, monkeypatch, device, found
         second.start(torch.device(device))
 
 
-def test_each_process_takes_the_gpu_of_its_number(second, monkeypatch):
+def test_each_process_takes_the_gpu_of_its_number_on_its_host(second, monkeypatch):
     calls = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(current=device))
@@ -429,7 +435,7 @@ def test_each_process_takes_the_gpu_of_its_number(second, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda _, device: calls.update(summed=device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
     monkeypatch.setattr(second, "all_reduce", lambda numbers: None)
-    monkeypatch.setattr(second, "check_equal", lambda _, __, text: calls.update(name=text))
+    monkeypatch.setattr(second, "check_equal", lambda _, __, texts: calls.update(texts))
     device = second.start(torch.device("cuda"))
     assert device == calls["current"] == calls["summed"] == torch.device("cuda", 1)
     assert calls["connected"] == device and calls["name"] == "name of cuda:1"
