@@ -2,17 +2,13 @@
 ten seconds a process to import torch, is in test_torchrun.py.
 """
 
-import contextlib
 import dataclasses
-import gc
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import types
 from datetime import timedelta
@@ -31,100 +27,17 @@ from inputs import blocks
 from inputs import options as configuration
 from inputs.files import Refusal, refuse
 from inputs.options import RECIPES
-from keep import faster, training
+from keep import faster
+from runs import moved
 
+pytest_plugins = "forked"
 CPU = torch.device("cpu")
-FORK = multiprocessing.get_context("fork")
-
-
-def stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "T"
-    return False
-
-
-def as_torchrun(rank: int, size: int, port: int, here: int = 0) -> dict[str, str]:
-    """The variables that torchrun sets for one of its processes, of which `here` (0: all) are on
-    each host; its store is at the port.
-    """
-    here = here or size
-    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(here), "RANK": str(rank)}
-    sizes |= {"GROUP_RANK": str(rank // here), "LOCAL_RANK": str(rank % here)}
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    store |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    return sizes | store
-
-
-@pytest.fixture
-def together(tmp_path):
-    """together(size, work, timeout) forks `size` processes that each do work(team) or, with
-    command=True, work() under torchrun's variables, `here` (0: all) on each host. Returns
-    each one's exit code and result, and what each said on stderr. Whoever is still there `patience`
-    seconds on is killed: code -9.
-    """
-
-    def child(rank, size, port, here, work, timeout, command, answers):
-        all_forked.wait()
-        torch.set_num_threads(1)  # more would be started by threads that a fork does not have
-        sys.stderr = open(tmp_path / f"stderr-{rank}", "w", buffering=1)
-        os.environ |= as_torchrun(rank, size, port, here)
-        if command:
-            code = work()
-            sys.stderr.flush()
-            os._exit(code)
-        team = faster.join(timeout)
-        try:
-            with team:
-                team.start(CPU)
-                answers.put((rank, work(team)))
-                answers.close()
-                answers.join_thread()
-        except Refusal as refusal:
-            team.say(f"error: {refusal}")
-            os._exit(1)
-        os._exit(0)
-
-    # The store's thread looks up the name of whoever connects, under a lock of the C library: a
-    # process forked just then would wait for that lock for ever.
-    all_forked = FORK.Event()
-
-    def run(size, work, timeout=60.0, command=False, patience=90.0, here=0):
-        # As torchrun does it: the store is not in one of the processes.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        all_forked.clear()
-        answers, results, what = FORK.Queue(), {}, (work, timeout, command)
-        gc.collect()  # a store that a child frees would wait for a thread that is not there
-        started = [
-            FORK.Process(target=child, args=(rank, size, store.port, here, *what, answers))
-            for rank in range(size)
-        ]
-        for process in started:
-            process.start()
-        all_forked.set()
-        until = time.monotonic() + patience
-        while any(p.is_alive() for p in started) and time.monotonic() < until:
-            while not answers.empty():
-                results.update([answers.get()])
-            if all(stopped(p.pid) for p in started if p.is_alive()):
-                break
-            time.sleep(0.02)
-        while not answers.empty():
-            results.update([answers.get()])
-        for process in started:
-            process.kill()
-            process.join()
-        said = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(size)]
-        codes = [process.exitcode for process in started]
-        return types.SimpleNamespace(codes=codes, results=results, said=said)
-
-    return run
 
 
 # ---- who has which part --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (1, 2), (4, 3), (5, 2), (16, 7)])
 def test_shares_cover_each_example_once_and_differ_by_one_at_most(n, size):
     numbers, parts = range(3 * n, 4 * n), []
     for rank in range(size):
@@ -399,6 +312,8 @@ def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
 @pytest.fixture
 def second(monkeypatch):
     """The second of two processes on the second of two hosts, which has not met the others."""
+    from forked import as_torchrun  # pytest is to import it first, as a plug-in
+
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     for name, value in as_torchrun(3, 4, store.port, here=2).items():
         monkeypatch.setenv(name, value)
@@ -486,39 +401,14 @@ def test_make_train_takes_the_gpus_that_it_finds(tmp_path, cards, more, start, r
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def train(few, cache, tmp_path, together):
-    """train(size, "name", "--option", ...): the command in `size` processes, 4 examples a step."""
-
-    def run(size, name, *options, **more):
-        settings = "--resolution 64 --train-batch-size 4 --gradient-accumulation-steps 1 "
-        settings += "--checkpointing-steps 2 --learning-rate 1e-3 --lr-scheduler constant "
-        settings += "--lr-warmup-steps 0 --max-train-steps 4 --no-tensorboard --random-flip "
-        settings += "--validation-prompts"
-        argv = ["pocket", "--pretrained-model-name-or-path", str(POCKET)]
-        argv += ["--dataset-name", str(few), "--cache-dir", str(cache)]
-        argv += ["--output-dir", str(tmp_path / name), *settings.split(), *options]
-        return together(size, lambda: training.main(argv), command=True, **more)
-
-    return run
-
-
-def moved(folder) -> torch.Tensor:
-    """What training added to the start."""
-    unet = model.load_unet(str(POCKET), CPU, torch.float32)
-    start = lora.inject(unet, lora.TARGETS, 16, 16, RECIPES["pocket"][1].seed).matrices()
-    end = lora.read(folder).matrices
-    return torch.cat([(end[name] - matrix.detach()).flatten() for name, matrix in start.items()])
-
-
 @pytest.mark.slow
-def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path):
-    assert train(1, "whole").codes == [0]
+def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train_by, tmp_path):
+    assert train_by(1, "whole").codes == [0]
     for name, first, second in (("two-one", 2, 1), ("one-two", 1, 2)):
-        done = train(first, name, "--max-train-steps", "2")
+        done = train_by(first, name, "--max-train-steps", "2")
         assert done.codes == [0] * first, done.said
         assert not (tmp_path / name / lora.FILE_NAME).stat().st_size == 0
-        done = train(second, name)
+        done = train_by(second, name)
         assert done.codes == [0] * second, done.said
         assert [("training" in said) for said in done.said] == [True, False][:second]  # one speaks
         want, got = moved(tmp_path / "whole"), moved(tmp_path / name)
@@ -529,36 +419,36 @@ def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_damaged_picture_ends_all_processes_with_one_sentence(train, few, tmp_path):
+def test_a_damaged_picture_ends_all_processes_with_one_sentence(train_by, few, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(few, bad)
     first = json.loads((bad / "metadata.jsonl").read_text().splitlines()[0])["file_name"]
     (bad / first).write_bytes(b"no picture")
     own = ("--cache-dir", str(tmp_path / "own"), "--dataset-name", str(bad))
-    done = train(2, "r", *own)
+    done = train_by(2, "r", *own)
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and f"picture {first} cannot be read" in said
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(train, monkeypatch):
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(train_by, monkeypatch):
     target = model.training_target
 
     def spoiled(*given):
         return target(*given) * (float("nan") if os.environ["RANK"] == "1" else 1)
 
     monkeypatch.setattr(model, "training_target", spoiled)
-    done = train(2, "r")
+    done = train_by(2, "r")
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and "loss of step 1 is nan" in said and ".png" in said
 
 
 @pytest.mark.slow
-def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train):
-    assert train(1, "r", "--deterministic", "--max-train-steps", "2").codes == [0]
-    done = train(2, "r", "--deterministic")
+def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train_by):
+    assert train_by(1, "r", "--deterministic", "--max-train-steps", "2").codes == [0]
+    done = train_by(2, "r", "--deterministic")
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1
@@ -566,15 +456,17 @@ def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("optimizer", "bound"), [("--no-use-8bit-adam", 1e-3), ("--use-8bit-adam", 1e-2)]
-)
-def test_1_2_3_and_4_processes_give_the_same_adapter(train, tmp_path, optimizer, bound):
-    for size in (1, 2, 3, 4):
-        done = train(size, f"p{size}", "--max-train-steps", "20", optimizer, patience=300)
+def test_1_and_3_processes_and_2_hosts_of_2_give_the_same_adapter(train_by, tmp_path):
+    """The two hosts share a folder in which nothing is encoded yet. (Of 8-bit AdamW, 1 and 2
+    processes above.)
+    """
+    cold = ("--cache-dir", str(tmp_path / "cold"))
+    for size, here, more in ((1, 1, ()), (3, 3, ()), (4, 2, cold)):
+        options = ("--max-train-steps", "20", "--no-use-8bit-adam", *more)
+        done = train_by(size, f"p{size}", *options, patience=300, here=here)
         assert done.codes == [0] * size, done.said
+    assert len(os.listdir(tmp_path / "cold")) == 2 and not list(tmp_path.rglob("*.part"))
     want = moved(tmp_path / "p1")
-    for size in (2, 3, 4):
+    for size in (3, 4):
         off = (moved(tmp_path / f"p{size}") - want).norm() / want.norm()
-        print(f"{size} processes, {optimizer}: {off:.1e}")
-        assert off <= bound
+        assert off <= 1e-3
