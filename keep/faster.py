@@ -222,8 +222,7 @@ def record(run, sums: list, say: Callable[[str], None], said: list[str]) -> None
         said.append(f"recorded, so that what it decides in Python is decided once ({why})")
     from fast import graph
 
-    warm_up = 2 if run.config.compile else 1  # what is compiled may be compiled again when called
-    run.micro_step = graph.Recorded(run.micro_step, sums, say, warm_up)
+    run.micro_step = graph.Recorded(run.micro_step, sums, say)
 
 
 def between_steps(run):
