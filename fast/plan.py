@@ -191,7 +191,9 @@ class Rehearsal:
             schedule = model.NoiseSchedule(torch.empty(1000), "epsilon")
             self.run = loop.Run(config, unet, adapter, self.flat.views, None, schedule, *more)
         for name, module in model.checkpointable(unet).items():
-            for part in recomputed_parts(module):
+            # what diffusers hands to checkpoint() one by one where `module` has the flag
+            kind = "transformer_blocks" if hasattr(module, "transformer_blocks") else "resnets"
+            for part in getattr(module, kind):
                 part.register_forward_pre_hook(self.enter)
                 part.register_forward_hook(functools.partial(self.leave, name))
 
@@ -224,11 +226,6 @@ class Rehearsal:
         bytes_before, work_before = self.began
         kept = self.live.bytes - bytes_before - answer.untyped_storage().nbytes()
         self.again[name] += self.live.work - work_before + Work(kept=kept)
-
-
-def recomputed_parts(module: nn.Module) -> nn.ModuleList:
-    """What diffusers hands to checkpoint() one by one where `module` has the flag."""
-    return module.transformer_blocks if hasattr(module, "transformer_blocks") else module.resnets
 
 
 # ---- an NF4 base: the same sizes without the numbers ---------------------------------------------

@@ -261,10 +261,19 @@ def test_one_that_dies_while_caching_loses_the_block_in_hand_and_ends_the_other(
 # ---- death and silence ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """They speak without having waited for torchrun's report, which is not written here."""
+    quick = types.SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10))
+    monkeypatch.setattr(parallel, "time", quick)
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
 )
-def test_one_that_dies_or_hangs_ends_the_others_which_say_it_once(together, monkeypatch, number):
+def test_one_that_dies_or_hangs_ends_the_others_which_say_it_once(
+    together, monkeypatch, at_once, number
+):
     """Who died is in torchrun's report; who hangs, torch finds out."""
     monkeypatch.setattr(parallel, "GRACE", timedelta(seconds=1))
 
@@ -295,7 +304,7 @@ def test_each_block_is_claimed_once_on_each_host(together):
     assert sorted(done.results[0] + done.results[1]) == done.results[2] == list(range(8))
 
 
-def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
+def test_a_refusal_in_one_process_ends_all_and_is_said_once(together, at_once):
     def work(team):
         if team.rank == 1:
             raise Refusal("picture a.png cannot be read", "a picture", "remove it")
