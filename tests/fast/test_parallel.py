@@ -27,7 +27,7 @@ from inputs import blocks
 from inputs import options as configuration
 from inputs.files import Refusal, refuse
 from inputs.options import RECIPES
-from keep import faster
+from keep import checkpoint, faster
 from runs import moved
 
 pytest_plugins = "forked"
@@ -202,6 +202,25 @@ def test_what_the_first_finds_or_refuses_all_find_or_refuse(together):
 
     said = together(3, work).results
     assert said[0] == said[1] == said[2] and "What to do: do x | b of it" in said[0][0]
+
+
+def test_a_later_checkpoint_on_another_host_than_the_first_is_not_passed_over(together, tmp_path):
+    """Which host is the first may have changed since."""
+
+    def work(team):
+        own, shared = tmp_path / str(team.rank), tmp_path / "shared" / "000009"  # cut short
+        for folder in (own / f"{4 * team.rank + 3:06d}", shared):
+            folder.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(Refusal, match=r"no checkpoint under .*shared is whole"):
+            checkpoint.state_of_first(team, shared.parent)
+        assert checkpoint.state_of_first(team, tmp_path / "none") is None
+        checkpoint.state_of_first(team, own)
+
+    done = together(2, work, here=1)
+    assert done.codes == [1, 1]
+    for said in done.said:  # on each host's terminal
+        assert said.count("error: ") == 1
+        assert "holds step 7 on the host of rank 1, and step 3 on that of rank 0" in said
 
 
 # ---- the cache -----------------------------------------------------------------------------------
