@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +35,9 @@ class Refusal(Exception):
     def __init__(self, found: str, expected: str, remedy: str):
         self.parts = tuple(map(sayable, (found, expected, remedy)))
         super().__init__("{}; expected {}. What to do: {}".format(*self.parts))
+
+    def __reduce__(self):  # pickled, for another process, it is the same sentence
+        return Refusal, self.parts, vars(self) | {"args": self.args}
 
 
 def refuse(troubles: Iterable[Iterable[str]]) -> None:
@@ -135,7 +140,7 @@ def write_whole(path: Path, data: bytes) -> None:
     Raises Refusal where the folder cannot be written or the disk is full; the part file is removed
     then, and on Ctrl-C.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    aside = part_of(path)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -146,6 +151,13 @@ def write_whole(path: Path, data: bytes) -> None:
             os.replace(aside, path)
         finally:
             aside.unlink(missing_ok=True)  # gone already where it was renamed
+
+
+def part_of(path: Path) -> Path:
+    """Where `path` is half-written until it is renamed: in its folder, under the number of this
+    process and its host's name, since several hosts may share a disk.
+    """
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
 @contextlib.contextmanager
@@ -183,11 +195,19 @@ def sweep_parts(folder: Path) -> None:
     container every start may have the same.
     """
     for part in list(folder.rglob(".*.part")):
-        ours = re.fullmatch(r"\..+\.(\d+)\.part", part.name)  # others' hidden files may end so, too
-        at_work = ours and int(ours[1]) != os.getpid() and Path("/proc", ours[1]).exists()
-        if ours and not at_work:
-            with contextlib.suppress(OSError):  # a read-only cache, say: it does no harm there
+        with contextlib.suppress(OSError):  # a read-only cache, say: it does no harm there
+            if is_left(part):
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
+
+
+def is_left(part: Path) -> bool:
+    """Whether who was writing `part` is gone. Other hosts' processes cannot be asked for: what is
+    theirs is taken for left when it is a day old.
+    """
+    ours = re.fullmatch(r"(\..+)\.(\d+)\.part", part.name)  # others' hidden files may end so, too
+    if ours and ours[1].endswith(f".{socket.gethostname()}"):
+        return int(ours[2]) == os.getpid() or not Path("/proc", ours[2]).exists()
+    return bool(ours) and time.time() - part.stat().st_mtime > 24 * 3600
 
 
 def safetensors_bytes(tensors: dict, metadata: dict[str, str]) -> bytes:

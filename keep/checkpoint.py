@@ -19,7 +19,7 @@ import lora
 import model
 from adapters import files as adapter_files
 from inputs import code
-from inputs.files import Refusal, write_whole
+from inputs.files import Refusal, part_of, write_whole
 from keep import faults
 from keep.identity import about
 
@@ -81,7 +81,7 @@ def save_state(kept) -> None:
         for layout, name in (("peft", folder.name), ("kohya", named)):
             path = config.out / "adapters" / f"{name}.safetensors"
             adapter_files.save(run.adapter, path, layout, *how)
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    aside = part_of(folder)
     try:
         for name, content in files.items():
             write_whole(aside / name, content)
@@ -167,6 +167,19 @@ def newest_state(root: Path) -> dict | None:
         remedy = f"rm -r {root} to start again from step 1, or another --output-dir"
         raise Refusal(f"no checkpoint under {root} is whole", "one to continue from", remedy)
     return None
+
+
+def state_of_first(team, root: Path) -> dict | None:
+    """newest_state() of the disk that the first process sees; other hosts need not see it. Raises
+    Refusal where another host's holds a later step: which one is the first may have changed.
+    """
+    steps = team.told(max((int(folder.name) for folder in checkpoints(root)), default=0))
+    if (newest := max(steps)) > steps[0]:
+        found = f"{root} holds step {newest} on the host of rank {steps.index(newest)}, and step "
+        expected = "the newest on the host of rank 0, which saves"
+        remedy = f"copy {root} there, or give another --output-dir"
+        raise Refusal(f"{found}{steps[0]} on that of rank 0", expected, remedy)
+    return team.from_first(lambda: newest_state(root))
 
 
 def restore(kept, state: dict | None) -> None:

@@ -79,12 +79,16 @@ class Alone(contextlib.nullcontext):
     def wait(self) -> None:
         """Until all processes are here."""
 
-    def first_says(self, value: str) -> str:
-        """The first process's value, for all."""
-        return value
+    def told(self, value) -> list:
+        """Every process's `value`, the first's first."""
+        return [value]
 
-    def check_equal(self, what: str, tensors: dict, text: str = "") -> None:
-        """Raise Refusal where `tensors` or `text` are not the same everywhere."""
+    def from_first(self, work: Callable):
+        """What `work()` gives in the first process, for all."""
+        return work()
+
+    def check_equal(self, what: str, tensors: dict, texts: dict | None = None) -> None:
+        """Raise Refusal where `tensors` or `texts` are not the same everywhere."""
 
     def say(self, sentence: str) -> None:
         """An error, said by one process for all."""
@@ -105,7 +109,7 @@ def join(timeout: float):
     """The processes that torchrun started, this one among them; Alone without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Alone()
-    return part("parallel", "several processes").join(timeout)
+    return part("parallel", "several processes").Team(timeout)
 
 
 def deterministic(on: bool):
@@ -166,8 +170,9 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
 
     said = []
     if may_fuse(run):
-        why = unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
-        unfused = team.first_says(why)
+        unfused = team.from_first(
+            lambda: unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
+        )
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
     if run.config.compile:
         compile.compile_resnets(run.unet)
@@ -205,8 +210,7 @@ def record(run, sums: list, say: Callable[[str], None], said: list[str]) -> None
         said.append(f"recorded, so that what it decides in Python is decided once ({why})")
     from fast import graph
 
-    warm_up = 2 if run.config.compile else 1  # what is compiled may be compiled again when called
-    run.micro_step = graph.Recorded(run.micro_step, sums, say, warm_up)
+    run.micro_step = graph.Recorded(run.micro_step, sums, say)
 
 
 def between_steps(run):

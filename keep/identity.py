@@ -64,14 +64,14 @@ def identity(
     return fixed_options(config) | base | told
 
 
-def use_revision(config: Config) -> None:
-    """Take the base at the commit that the run in config.out began with, unless another revision
-    is asked for, or another base; else at the revision that is asked for.
+def revision(config: Config) -> str:
+    """The commit of the base that the run in config.out began with, unless another revision is
+    asked for, or another base; else the revision that is asked for.
     """
     name, run = config.pretrained_model_name_or_path, config.out / "config.json"
     same = of_run(run, "pretrained_model_name_or_path") == name
     same = same and config.revision in ("", of_run(run, "revision"))
-    hub.use_revision(name, (same and of_run(run, "base_commit")) or config.revision, config.vae)
+    return (same and of_run(run, "base_commit")) or config.revision
 
 
 def of_base(name: str, half: bool) -> dict[str, str]:

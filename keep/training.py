@@ -71,13 +71,15 @@ def set_up(
     wanted = preview.wanted(config, prompts_of(config, pictures))
     schedule = model.load_noise_schedule(name, device, *config.noise)
     commit = hub.commit_of(name)
-    state = checkpoint.newest_state(config.out / "checkpoints")
+    state = checkpoint.state_of_first(team, config.out / "checkpoints")
     config = identity.on_schedule(config, state)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, pictures, schedule)
     same |= faster.promise(config, device, team.size)
     begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state, schedule)
     digests = faster.digests(config)
+    meeting = {"steps": str((config.max_train_steps, config.checkpointing_steps))}
+    team.check_equal("the run", {}, same | digests | meeting)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
     say("planning the memory" * (config.memory_plan and device.type == "cuda"))
@@ -102,7 +104,7 @@ def set_up(
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
-    team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
+    team.check_equal("the run's start", run.trained)
     if team.first:  # not before: a start that is refused leaves nothing
         told = {"base_commit": commit, "validation_prompts": prompts_of(config, pictures)}
         write_down(kept, told, pictures)
@@ -246,9 +248,13 @@ def draw(config: Config) -> None:
 
 def train(config: Config, team: faster.Alone) -> int:
     """The run and its picture, unless they are there already. Returns the command's exit code."""
-    alone = only_run(config.out) if team.first else contextlib.nullcontext()
-    with report.Interrupts() as interrupts, team, alone, faster.deterministic(config.deterministic):
-        said = team.first_says(export.finished(config) if team.first else "")
+    name, held = config.pretrained_model_name_or_path, contextlib.ExitStack()
+    with report.Interrupts() as interrupts, team, held, faster.deterministic(config.deterministic):
+        # The output folder is the first process's: others may be on hosts that do not see it.
+        team.from_first(lambda: held.enter_context(only_run(config.out)))
+        revision = team.from_first(lambda: identity.revision(config))
+        hub.use_revision(name, revision, config.vae)
+        said = team.from_first(lambda: export.finished(config))
         if said:
             print(said)
         elif exit_code := fit(config, interrupts, team):
@@ -268,8 +274,8 @@ def main(argv: list[str] | Config | None = None) -> int:
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
         quiet[0] = config.quiet
-        identity.use_revision(config)
         if config.plan_for:
+            hub.use_revision(config.pretrained_model_name_or_path, config.revision, config.vae)
             print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
             return 0
         team = faster.join(config.ddp_timeout)

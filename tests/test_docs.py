@@ -15,7 +15,8 @@ from inputs import drawing, options
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Options that pages name and that are not ours, by the command that has them.
 OTHERS = {
-    "torchrun": {"--nproc-per-node", "--max-restarts"},
+    "torchrun": {"--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend"}
+    | {"--rdzv-endpoint", "--local-addr"},
     "pip": {"--index-url"},
     "sd-scripts": {"--network_weights"},
     "sd-scripts' files of prompts": {"--n", "--d", "--w", "--h", "--s", "--l"},

@@ -220,12 +220,10 @@ def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     ],
 )
 def test_a_begun_run_goes_on_with_its_commit_unless_another_revision_is_asked_for(
-    monkeypatch, tmp_path, begun, asked_for, taken
+    tmp_path, begun, asked_for, taken
 ):
-    monkeypatch.setattr(hub, "REVISIONS", {})
     if begun:
         told = {"pretrained_model_name_or_path": NAME, "base_commit": "abc"} | begun
         (tmp_path / "config.json").write_text(json.dumps(told))
     words = ["t4", *FROM_HUB, "--output-dir", str(tmp_path), "--revision", asked_for]
-    identity.use_revision(options.parse(words))
-    assert hub.REVISIONS == {NAME: taken}
+    assert (identity.revision(options.parse(words)) or "main") == taken
