@@ -357,7 +357,7 @@ def test_without_torchrun_or_with_one_process_a_run_is_alone(monkeypatch):
 
 def test_alone_and_a_team_can_be_asked_the_same(second):
     names = lambda kind: {name for name in dir(kind) if not name.startswith("_")}  # noqa: E731
-    assert names(faster.Alone()) <= names(second)
+    assert names(faster.Alone) <= names(second)
     assert (second.rank, second.size, second.first) == (3, 4, False)
     assert not second.asked() and not second.stop
 
