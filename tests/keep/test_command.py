@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -78,6 +79,7 @@ def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
     with begun(words, PYTHONPATH=str(tmp_path)) as process:
         assert IMPORTING in process.stderr.readline()
         assert process.stderr.readline() == "\n"  # torch's import has begun
+        time.sleep(0.2)  # caught while it returns from that write, it would write it again
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "\ninterrupted: nothing had begun\n"
     assert process.returncode == 128 + signal.SIGINT
