@@ -5,6 +5,7 @@ RECIPE ?=
 ARGS   ?=
 GPUS   ?=
 DATA   ?=
+FILE   ?=
 CARD   ?= T4
 # tests in a process for each core, up to four
 SHARED := -n auto --maxprocesses 4 --dist worksteal
@@ -53,6 +54,9 @@ xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencie
 generate: $(SETUP)  ## before/after picture of the newest run, also with options alone, ARGS="--seeds 1 2"; an adapter or prompts are drawn as given, ARGS="runs/t4 --prompts 'a fox'"
 	$(PYTHON) generate.py $(ARGS) $(if $(filter-out -%,$(firstword $(ARGS)))$(filter --prompts% --plain --checkpoints --strengths% --help -h,$(ARGS)),,--compare)
 
+inspect: $(SETUP)  ## what an adapter file holds, where it acts, its traps in other programs; FILE=a.safetensors, else the newest run's (docs/adapters.md)
+	@$(PYTHON) -m adapters inspect $(if $(FILE),"$(FILE)") $(ARGS)
+
 board: $(SETUP)  ## losses, learning rates and previews of all runs in TensorBoard, at the address that it prints
 	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)
 
@@ -81,5 +85,5 @@ clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train plan look xformers generate board bench test check notebooks stress slow check-all clean
+.PHONY: help setup train plan look xformers generate inspect board bench test check notebooks stress slow check-all clean
 .DEFAULT_GOAL := help

@@ -11,6 +11,7 @@ from typing import Literal, get_args, get_origin
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from adapters.__main__ import Options as Tools  # noqa: E402
 from inputs import drawing, options  # noqa: E402
 from inputs.help import groups  # noqa: E402
 from inputs.options import QUICK, RECIPES, Within  # noqa: E402
@@ -42,6 +43,7 @@ The others may change between two starts of one run, with four limits:
 - `--deterministic` may be given up later, but not taken up. While it is on, what changes the order
   of additions must stay, too."""
 DRAWING = "\n## Drawing: `python generate.py ADAPTER`\n"
+FILES = "\n## Adapter files: `python -m adapters COMMAND FILES`, with [examples](adapters.md)\n"
 
 
 def shown(value) -> str:
@@ -100,7 +102,7 @@ def page() -> str:
     told = "\n".join(f"- **{name}**: {what}" for name, (what, _) in RECIPES.items())
     parts = [TRAINING.replace("RECIPES", told)]
     parts += entries(options.Config, recipes)
-    parts += [DRAWING, *entries(drawing.Options, {})]
+    parts += [DRAWING, *entries(drawing.Options, {}), FILES, *entries(Tools, {})]
     return "\n".join(parts) + "\n"
 
 

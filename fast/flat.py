@@ -7,8 +7,7 @@ views of it, and the book's lines run unchanged.
 Letters: `N` numbers in the vector, padding included.
 """
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -67,29 +66,23 @@ class Flat:
         for name, (module, leaf) in self.homes.items():
             setattr(module, leaf, tensors[name])
 
-    @contextlib.contextmanager
-    def cast_once(self, dtype: torch.dtype) -> Iterator[Tensor]:
-        """Inside, every layer reads its matrices from one cast of the vector, which is given: (N,)
-        in `dtype`, a leaf that gathers the gradient of all of them.
-
-        split() and not slices: the gradient of each slice would be a vector of the whole size.
+    def micro_step(self, inner: Callable) -> Callable:
+        """`inner`, a micro_step(run, batch), while which every layer reads its matrices from one
+        cast of the vector to the UNet's dtype. The cast is a leaf that gathers the gradient of all
+        of them, which reaches the vector's in one addition.
         """
-        cast = self.vector.detach().to(dtype).requires_grad_()
         counts = {name: self.shapes[name].numel() for name in self.spans}
         sizes = [size for count in counts.values() for size in (count, padded(count) - count)]
-        parts = zip(self.spans, cast.split(sizes)[::2], strict=True)
-        self._read({name: part.view(self.shapes[name]) for name, part in parts})
-        try:
-            yield cast
-        finally:
-            self._read(self.views)
-
-    def micro_step(self, inner: Callable) -> Callable:
-        """`inner`, a micro_step(run, batch): its gradient reaches the vector's in one addition."""
 
         def micro_step(run, batch) -> None:
-            with self.cast_once(run.unet.dtype) as cast:
+            cast = self.vector.detach().to(run.unet.dtype).requires_grad_()
+            # split() and not slices: each slice's gradient would be a vector of the whole size.
+            parts = zip(self.spans, cast.split(sizes)[::2], strict=True)
+            self._read({name: part.view(self.shapes[name]) for name, part in parts})
+            try:
                 inner(run, batch)
+            finally:
+                self._read(self.views)
             self.vector.grad.add_(cast.grad)
 
         return micro_step

@@ -24,13 +24,13 @@ class Recorded:
     """A run's `micro_step(run, batch)`, recorded for each shape of batch when that comes for the
     second time, then replayed; of more than MOST shapes the others are computed as they stand.
 
-    sums: the tensors that it adds to; they are put back after the `warm_up` passes before
-    recording, in which libraries choose their kernels and make workspaces. Where recording fails,
+    sums: the tensors that it adds to; they are put back after the pass before recording, the second
+    in which libraries choose kernels, make workspaces and compile. Where recording fails,
     `micro_step` itself is called from then on. `say` gets the reason, or the seconds that it took.
     """
 
-    def __init__(self, micro_step: Callable, sums: list[Tensor], say=print, warm_up=1):
-        self.micro_step, self.sums, self.say, self.warm_up = micro_step, sums, say, warm_up
+    def __init__(self, micro_step: Callable, sums: list[Tensor], say=print):
+        self.micro_step, self.sums, self.say = micro_step, sums, say
         self.recordings: dict[tuple, tuple[torch.cuda.CUDAGraph, Batch]] = {}
         self.eager, self.seen = False, set()
         # One memory for all recordings, and for what is not recorded: one of them runs at a time.
@@ -38,7 +38,7 @@ class Recorded:
 
     def __call__(self, run, batch: Batch) -> None:
         key = tuple((name, t.shape, t.dtype) for name, t in batch.items())
-        if key in self.seen and key not in self.recordings and self.room():
+        if key in self.seen and key not in self.recordings and not self.eager:
             self.record(key, run, batch)
         self.seen.add(key)
         if key not in self.recordings:
@@ -48,14 +48,13 @@ class Recorded:
             inputs[name].copy_(tensor, non_blocking=True)
         recording.replay()
 
-    def unrecorded(self, run, batch: Batch, times: int = 1) -> None:
+    def unrecorded(self, run, batch: Batch) -> None:
         """The micro-step as it stands, in the recordings' memory: beside it there may be no room
         for a second step's.
         """
         # The memory of a pool is for the thread that asks: backward must not be another one's.
         with self.memory(), torch.autograd.set_multithreading_enabled(False):
-            for _ in range(times):
-                self.micro_step(run, batch)
+            self.micro_step(run, batch)
 
     @contextlib.contextmanager
     def memory(self) -> Iterator[None]:
@@ -69,20 +68,19 @@ class Recorded:
         finally:  # after an error, too: what was begun writes where the next step does
             torch.cuda.current_stream().wait_stream(self.stream)
 
-    def room(self) -> bool:
-        """Whether another shape may be recorded; says so once where it may not."""
-        if len(self.recordings) == MOST and not self.eager:
+    def record(self, key: tuple, run, batch: Batch) -> None:
+        """Warm up and record the step for batches like this one; `sums` end as they were. Of more
+        than MOST shapes none is recorded, which is said once.
+        """
+        if len(self.recordings) == MOST:
             self.say(f"{MOST} shapes of batches are recorded; others are computed unrecorded")
             self.eager = True
-        return not self.eager
-
-    def record(self, key: tuple, run, batch: Batch) -> None:
-        """Warm up and record the step for batches like this one; `sums` end as they were."""
+            return
         began = time.perf_counter()
         inputs = {name: tensor.clone() for name, tensor in batch.items()}
         # On the host, since a peak of the GPU's memory is a peak, however short.
         before = [tensor.to("cpu", copy=True) for tensor in self.sums]
-        self.unrecorded(run, inputs, self.warm_up)
+        self.unrecorded(run, inputs)
         recording = torch.cuda.CUDAGraph()
         try:
             # thread_local: NCCL's watchdog asks the GPU for news from a thread of its own, which

@@ -5,6 +5,9 @@ of a step's examples, and the sum of their gradients is one all-reduce of the fl
 step's socket exchange. What is here is that, and what is around it: who has which share, who
 encodes which block of pictures, who speaks, and that all are alike.
 
+They may be on several hosts, one torchrun on each. Hosts need not share a disk: each encodes for
+itself, and only rank 0 reads and writes the run's folder; what it finds there it tells the others.
+
 Who dies or hangs is noticed by torchrun and by torch.distributed. What that looks like:
 
 A process dies: torchrun asks the others to end, kills them 30 s later, and names the dead one's
@@ -21,7 +24,7 @@ lost (two H200s, a timeout of 20 s: ended 80 s after the other had stopped, whic
 s later).
 
 A process refuses (a damaged picture, say): its sentence is said once, with its rank, and torchrun
-ends the others. torchrun itself killed: its processes go on to the end, unless they still encode.
+ends the others. torchrun itself killed: its processes end before the next step's exchange.
 
 After each of them the same command continues from the newest checkpoint. The timeout is also for
 what one process does between two meeting points: one that downloads for longer than the others by
@@ -34,7 +37,6 @@ import contextlib
 import os
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from datetime import timedelta
 
@@ -50,7 +52,8 @@ AGAIN = "give the same command again: it continues from its newest checkpoint"
 
 
 class Team:
-    """One of `size` processes of this host, as torchrun's variables say; timeout in seconds.
+    """One of `size` processes, of which `here` are on this host, as torchrun's variables say;
+    timeout in seconds.
 
     asked: whether this process was asked to stop. What all answered in a step's exchange is known
     as `stop`.
@@ -58,7 +61,10 @@ class Team:
 
     def __init__(self, timeout: float):
         self.timeout = timedelta(seconds=timeout)
+        names = ("GROUP_RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        self.host, self.number, self.here = (int(os.environ[name]) for name in names)
         store, self.rank, self.size = next(dist.rendezvous("env://", timeout=self.timeout))
+        self.torchrun = os.getppid()
         # With --max-restarts the store outlives the processes, and what they have said in it.
         self.store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         self.first = self.rank == 0
@@ -84,11 +90,12 @@ class Team:
         """
         if device.type == "cuda":
             found = torch.cuda.device_count()
-            if self.size > found or device.index is not None:
-                said = f"{self.size} processes on device {device}, and {found} GPUs are here"
+            if self.here > found or device.index is not None:
+                said = f"{self.here} processes on device {device}, and {found} GPUs are here"
                 expected = "a GPU for each process, and no number in --device"
-                raise Refusal(said, expected, f"make train GPUS={found}, with --device cuda")
-            device = torch.device("cuda", self.rank)
+                remedy = f"make train GPUS={found}, or --nproc-per-node {found}, with --device cuda"
+                raise Refusal(said, expected, remedy)
+            device = torch.device("cuda", self.number)
             # Before anything touches a GPU: pinned memory, bitsandbytes and Triton use the current.
             torch.cuda.set_device(device)
         backend = "nccl" if device.type == "cuda" else "gloo"
@@ -101,7 +108,8 @@ class Team:
             torch.cuda.synchronize(device)
             torch.cuda.empty_cache()
             # Whose roundings, and the dtype that "auto" takes, are its own.
-            self.check_equal("the kind of GPU", {}, torch.cuda.get_device_name(device))
+            kind = {"name": torch.cuda.get_device_name(device)}
+            self.check_equal("the kind of GPU", {}, kind)
         return device
 
     def leave(self) -> None:
@@ -126,6 +134,8 @@ class Team:
         All that a step decides is decided on these sums, so every process decides the same. The
         small ones go apart from the vector, whose own end is the adapter's.
         """
+        if os.getppid() != self.torchrun:  # or the other hosts' would wait at the run's end
+            raise Refusal("torchrun, which started this, is gone", "it to the run's end", AGAIN)
         for group in run.optimizer.param_groups:
             for vector in group["params"]:
                 self.all_reduce(vector.grad)
@@ -154,45 +164,62 @@ class Team:
     # ---- around the steps
 
     def claim(self, name: str) -> bool:
-        """Whether the work `name` is this process's to do: it is the first to ask."""
+        """Whether the work `name` is this process's to do: it is the first of its host to ask.
+        Hosts need not share a disk, so what is on it each has to make for itself.
+        """
         with self.answered():
-            return self.store.add(f"claim {name}", 1) == 1
+            return self.store.add(f"claim {self.host} {name}", 1) == 1
 
     def wait(self, timeout: timedelta | None = None) -> None:
         """Until all processes are here. Raises Refusal where one is not within `timeout`."""
         with self.answered():
             dist.monitored_barrier(timeout=timeout or self.timeout)
 
-    def told(self, value: str) -> list[str]:
+    def told(self, value) -> list:
         """Every process's `value`, by rank."""
         self.wait()
-        said = [""] * self.size
+        said = [None] * self.size
         with self.answered():
             dist.all_gather_object(said, value)
         return said
 
-    def first_says(self, value: str) -> str:
-        """Rank 0's `value`, in every process."""
-        return self.told(value)[0]
+    def from_first(self, work: Callable):
+        """What `work()` gives in rank 0, or the Refusal that it raises there, in every process."""
+        said = [None]
+        if self.first:
+            try:
+                said = [work()]
+            except Refusal as refusal:
+                said = [refusal]
+        self.wait()
+        with self.answered():
+            dist.broadcast_object_list(said)
+        if isinstance(said[0], Refusal):
+            raise said[0]
+        return said[0]
 
-    def check_equal(self, what: str, tensors: dict[str, Tensor], text: str = "") -> None:
-        """Raise Refusal, naming the ranks, where `tensors`, in their order, or `text` are not the
-        same in all processes.
+    def check_equal(self, what: str, tensors: dict, texts: dict | None = None) -> None:
+        """Raise Refusal, naming rank and text, where `tensors`, in their order, or `texts` are not
+        the same in all processes.
         """
         each = (tensor.detach().cpu().contiguous().numpy() for tensor in tensors.values())
-        found = self.told(digest(*(numbers.tobytes() for numbers in each), text))
-        usual = Counter(found).most_common(1)[0][0]  # of equally many, rank 0's
-        if others := [str(rank) for rank, theirs in enumerate(found) if theirs != usual]:
-            said = f"{what} is not the same in all processes: rank {', '.join(others)} differs"
-            remedy = f"{AGAIN}; if it happens again, GPUS=1 (one process), or GPUs of one kind"
-            raise Refusal(said, "the same bits, since all take the same steps", remedy)
+        found = self.told({"numbers": digest(*(n.tobytes() for n in each))} | (texts or {}))
+        usual = max(found, key=found.count)  # of equally many, rank 0's
+        for rank, theirs in enumerate(found):
+            if other := [key for key in usual | theirs if theirs.get(key) != usual.get(key)]:
+                said = f"{what} is not the same in all processes: {', '.join(other)} of rank {rank}"
+                remedy = "the same code, options, model, pictures and kind of GPU on every host; "
+                remedy += f"where they are, {AGAIN}; and if it happens again, GPUS=1 (one process)"
+                raise Refusal(said, "the same bits, since all take the same steps", remedy)
 
     def say(self, sentence: str) -> None:
-        """An error, said by one process for all: by the first that has one."""
-        with contextlib.suppress(RuntimeError):  # without a store, each speaks for itself
-            if self.store.add("said", 1) > 1:
-                return
-        print(f"{sentence} (rank {self.rank} of {self.size})", file=sys.stderr, flush=True)
+        """An error, said by one process of each host for all: by the first that has one."""
+        try:
+            earlier = self.store.add(f"said {self.host}", 1) - 1
+        except RuntimeError:  # the store is gone with the first host, or its torchrun
+            earlier = self.number
+        if not earlier:
+            print(f"{sentence} (rank {self.rank} of {self.size})", file=sys.stderr, flush=True)
 
     @contextlib.contextmanager
     def answered(self):
@@ -207,13 +234,3 @@ class Team:
             expected = f"an answer from all {self.size} within {self.timeout.total_seconds():g} s"
             remedy = f"{AGAIN}; who died is in torchrun's report, who hangs is named here only"
             raise Refusal(said, expected, remedy) from error
-
-
-def join(timeout: float) -> Team:
-    """The processes that torchrun started, this one among them."""
-    size, local = (int(os.environ.get(name, 0)) for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"))
-    if local != size:  # the cache is shared by its disk
-        found = f"{size} processes, of which {local} are on this host"
-        remedy = "torchrun --standalone --nproc-per-node GPUS loop.py RECIPE"
-        raise Refusal(found, "all of them on one host", remedy)
-    return Team(timeout)

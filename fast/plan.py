@@ -50,7 +50,7 @@ RESERVE = int(0.125 * GIB)
 
 aten = torch.ops.aten
 PRODUCTS = flop_registry | {aten.addmm_: flop_registry[aten.addmm]}
-NO_KERNEL = ("empty", "detach", "_unsafe_view", "split", "as_strided", "chunk", "unbind")
+NO_KERNEL = ("empty", "_unsafe_view", "split_with_sizes", "chunk")  # views are left out anyway
 
 # What is done, by kind. flop: the arithmetic of matrix products, convolutions and attention; moved:
 # the bytes that all other operators read and write, as if nothing stayed in a cache; launches: how
@@ -196,7 +196,9 @@ class Rehearsal:
             schedule = model.NoiseSchedule(torch.empty(1000), "epsilon")
             self.run = loop.Run(config, unet, adapter, self.flat.views, None, schedule, *more)
         for name, module in model.checkpointable(unet).items():
-            for part in recomputed_parts(module):
+            # what diffusers hands to checkpoint() one by one where `module` has the flag
+            kind = "transformer_blocks" if hasattr(module, "transformer_blocks") else "resnets"
+            for part in getattr(module, kind):
                 part.register_forward_pre_hook(self.enter)
                 part.register_forward_hook(functools.partial(self.leave, name))
 
@@ -231,11 +233,6 @@ class Rehearsal:
         self.again[name] += self.live.work - work_before + Work(kept=kept)
 
 
-def recomputed_parts(module: nn.Module) -> nn.ModuleList:
-    """What diffusers hands to checkpoint() one by one where `module` has the flag."""
-    return module.transformer_blocks if hasattr(module, "transformer_blocks") else module.resnets
-
-
 # ---- an NF4 base: the same sizes without the numbers ---------------------------------------------
 
 
@@ -263,7 +260,7 @@ def quantise(unet: nn.Module, dtype: torch.dtype) -> None:
 class Card:
     """name: words of what torch calls it; gib: about what torch reports as its memory; tflops: peak
     TFLOP/s of fp16 (or bf16) products summed in fp32, which GeForce cards do at half the rate of
-    sums in fp16, and a P100 as it does fp32; tflops_fp32 of fp32 products, dense; bf16: whether it
+    sums in fp16; tflops_fp32 of fp32 products, dense; bf16: whether it
     computes that.
     """
 
@@ -282,7 +279,6 @@ class Card:
 # reaches is SHARES' assumption.
 CARDS = (
     Card("T4", 14.56, 24, 8.1, 300, bf16=False),
-    Card("P100", 15.89, 9.3, 9.3, 732, bf16=False),
     Card("RTX 2060", 5.79, 26, 6.5, 336, bf16=False),
     Card("RTX 2070", 7.78, 30, 7.5, 448, bf16=False),
     Card("RTX 3060", 11.75, 25.5, 12.7, 360),
@@ -319,9 +315,9 @@ def step_seconds(config: Config, work: Work, *about) -> float:
 
 def named_card(name: str) -> Card:
     """The card of CARDS that `name` means. Raises Refusal for none."""
-    for card in CARDS:
-        if card.name.replace(" ", "").lower() == name.replace(" ", "").lower():
-            return card
+    known = {card.name.replace(" ", "").lower(): card for card in CARDS}
+    if card := known.get(name.replace(" ", "").lower()):
+        return card
     listed = ", ".join(card.name for card in CARDS)
     raise Refusal(f"card {name}", f"one of {listed}", "make plan CARD=T4, or --plan-for T4")
 
@@ -342,9 +338,9 @@ def in_dtype(card: Card, dtype: torch.dtype) -> Card:
 
 # ---- previews, which are drawn between two steps ------------------------------------------------
 
-# Bytes of SDXL's VAE in fp32, and for each pixel that it decodes at once; its FLOP and bytes moved
-# for a pixel. Counted as a step is. Before it, the UNet's passes for two examples need less.
-VAE, DECODING, VAE_WORK = 335e6, 4900, Work(flop=9.6e6, moved=44.6e3)
+# Bytes of SDXL's VAE in fp32, and for each pixel that it decodes at once; its FLOP for a pixel.
+# Counted as a step is. Before it, the UNet's passes for two examples need less.
+VAE, DECODING, VAE_FLOP = 335e6, 4900, 9.6e6
 
 
 def preview_bytes(config: Config) -> int:
@@ -355,32 +351,23 @@ def preview_bytes(config: Config) -> int:
     return int(max((VAE + DECODING * p.width * p.height / 4 for p in drawn), default=0))
 
 
-def preview_seconds(config: Config, work: Work, card: Card) -> float:
-    """Of drawing all previews once, where passes over train_batch_size examples have `work` to do;
-    as if the passes were recorded, which they are not: a slow host takes longer.
-    """
-    drawn = previews(config, config.validation_prompts)
-    decoding = Work(
-        {kind: n * sum(p.width * p.height for p in drawn) for kind, n in VAE_WORK.items()}
-    )
-    fp32 = in_dtype(card, torch.float32)
-    return steps_worth(config, drawn) * step_seconds(config, work, card) + seconds(decoding, fp32)
-
-
 def in_previews(config: Config, work: Work, card: Card) -> str:
-    """What previews cost, in words."""
-    each, count = preview_seconds(config, work, card), times(config)
-    share = each * count / (config.max_train_steps * step_seconds(config, work, card))
-    said = f"at least {each:.1f} s each time, {count} times: {share:.1%} of the run"
-    return said if each else "none"
+    """What previews cost, in words, where passes over train_batch_size examples have `work` to do;
+    as if the previews' passes were recorded, which they are not: a slow host takes longer.
+    """
+    drawn, step = previews(config, config.validation_prompts), step_seconds(config, work, card)
+    if not drawn:
+        return "none"
+    decoding = Work(flop=VAE_FLOP * sum(p.width * p.height for p in drawn))
+    each = steps_worth(config, drawn) * step + seconds(decoding, in_dtype(card, torch.float32))
+    share = each * times(config) / (config.max_train_steps * step)
+    return f"at least {each:.1f} s each time, {times(config)} times: {share:.1%} of the run"
 
 
 # ---- the plan ------------------------------------------------------------------------------------
 
-Predict = Callable[[Config], Prediction]
 
-
-def predictor(config: Config, dtype: torch.dtype, about: dict) -> Predict:
+def predictor(config: Config, dtype: torch.dtype, about: dict) -> Callable[[Config], Prediction]:
     """A function from a Config that differs in batch size and recomputed blocks to a Prediction,
     some five seconds each.
     """
@@ -406,7 +393,7 @@ def enlarged(work: Work, size: int) -> Work:
 
 
 def candidates(
-    config: Config, predict: Predict, card: Card, sizes: list[int]
+    config: Config, predict: Callable, card: Card, sizes: list[int]
 ) -> list[tuple[int, Config]]:
     """Every way to cut the step into passes of one of `sizes` and to recompute blocks, fastest
     first: its bytes and its Config.
@@ -428,7 +415,7 @@ def candidates(
 
 
 def choose_plan(
-    config: Config, predict: Predict, card: Card, free: int, most: int = 0
+    config: Config, predict: Callable, card: Card, free: int, most: int = 0
 ) -> tuple[Config, Prediction]:
     """The fastest way that fits into FILL of `free` bytes, in passes of at most `most` examples (0:
     of all); `config` itself where it is not to be planned. Raises Refusal where none does.

@@ -21,14 +21,14 @@ def usable_cores() -> int:
 
 
 @contextlib.contextmanager
-def work_ahead(work: Callable, items: Iterable, depth: int, workers: int = 0) -> Iterator[Iterator]:
+def work_ahead(work: Callable, items: Iterable, depth: int) -> Iterator[Iterator]:
     """`work(item)` for each item, in the items' order, at most `depth` items ahead of the reader.
 
-    Results depend on nothing but the item, so neither order nor content knows how many `workers`
+    Results depend on nothing but the item, so neither order nor content knows how many threads
     there are. An error in `work` is raised when its item's turn comes. Leaving the `with` block
     starts nothing more and waits for nothing: Ctrl-C is not kept waiting.
     """
-    pool = ThreadPoolExecutor(workers or min(usable_cores(), 8))  # more feed no encoder that exists
+    pool = ThreadPoolExecutor(min(usable_cores(), 8))  # more feed no encoder that exists
     begun = (pool.submit(work, item) for item in items)
     coming = collections.deque(itertools.islice(begun, depth))
 

@@ -1,6 +1,5 @@
-"""Files of the cache: each holds ROWS_PER_FILE rows, is written whole or not at all, and carries a
-checksum. Damage, and another file's content under its name, are noticed at the start of a run, and
-the file is made anew.
+"""Files of the cache: each holds ROWS_PER_FILE rows and is written whole or not at all. One that is
+cut short is noticed at the start of a run, and made anew.
 """
 
 import contextlib
@@ -11,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from inputs.files import digest, read_tensors, safetensors_bytes, sweep_parts, write_whole
+from inputs.files import digest, open_safetensors, safetensors_bytes, sweep_parts, write_whole
 from inputs.progress import progress
 
 ROWS_PER_FILE = 16  # pictures or captions in one file: what an interruption may cost
@@ -51,14 +50,13 @@ def fill(
     files = [folder / f"{kind}-{digest(*(keys[i] for i in block))}.safetensors" for block in blocks]
     sweep_parts(folder)
     phase = {"prompt": "texts", "latent": "pictures"}.get(kind, kind)
-    shown = progress(files, f"reading encoded {phase}", delay=2)
-    pairs = zip(shown, blocks, strict=True)
+    pairs = list(zip(files, blocks, strict=True))
     if todo := [(file, block) for file, block in pairs if not is_whole(file)]:
         total = sum(len(block) for _, block in todo)
         with progress(None, phase, total, leave=True) as bar:
             write_blocks(todo, encode, claim, bar)
     places = {}
-    for file, block in zip(files, blocks, strict=True):
+    for file, block in pairs:
         places |= {i: (file, row) for row, i in enumerate(block)}
     return [places[i] for i in range(len(keys))]
 
@@ -90,22 +88,16 @@ def write_blocks(todo: list[tuple[Path, list]], encode: Callable, claim: Callabl
 
 
 def write_block(path: Path, tensors: dict[str, Tensor]) -> None:
-    """Write a file of the cache with its checksum."""
-    write_whole(path, safetensors_bytes(tensors, checksum(path, tensors)))
-
-
-def checksum(path: Path, tensors: dict[str, Tensor]) -> dict[str, str]:
-    """What the header of a cache file says: a digest of its name and of all that it holds."""
-    return {"checksum": digest(path.name, safetensors_bytes(tensors, {}))}
+    """Write a file of the cache."""
+    write_whole(path, safetensors_bytes(tensors, {}))
 
 
 def is_whole(path: Path) -> bool:
-    """Whether `path` is as write_block() left it; says so where it is there and is not."""
+    """Whether a file of the cache is as long as its header states; says so where it is not."""
     if not path.exists():
         return False
-    with contextlib.suppress(Exception):  # whatever a damaged file does to its reader
-        tensors, said = read_tensors(path)
-        if said == checksum(path, tensors):
-            return True
+    with contextlib.suppress(Exception):
+        open_safetensors(path)
+        return True
     print(f"{path} is damaged and is made anew")
     return False

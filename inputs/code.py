@@ -16,7 +16,7 @@ ROOT = Path(__file__).parent.parent
 MODULES = {
     "lora": "FILE_NAME set_strength refuse_merged merge unmerge unwrap peft_bytes save AdapterFile "
     "read load",
-    "model": "READERS free_memory load_unet build_unet fill_unet use_attention "
+    "model": "READERS free_memory load_unet build_unet check_passes fill_unet use_attention "
     "use_gradient_checkpointing checkpointable load_text_encoders load_vae load_tokenizers",
     "data": "in_batches send",
     "loop": "CONFIG train_plain",

@@ -5,10 +5,10 @@ The clients answer a failure with a retry, then with a look at the disk, and tel
 which is seldom the reason. Every request of theirs goes through send() here.
 """
 
-import contextlib
 import functools
 import os
 import re
+import shutil
 import sys
 import threading
 import time
@@ -38,13 +38,14 @@ ERROR = {  # what to do about an error, by what it says
 }
 # What the clients ask on their own account, about themselves and not about any repository.
 ASIDE = re.compile("/api/(agent-|telemetry)")
-# What went wrong since the last good answer: in which thread, in words, and what to do.
-failures: list[tuple[int, str, str]] = []
-received = [0]  # bytes; the clients' bars count them, shown or not, Xet's too
+# What went wrong first in each thread since its last good answer, in words, and what to do: several
+# threads download at once, and each tries again.
+failures: dict[int, tuple[str, str]] = {}
+received = [0]  # bytes and rows; the clients' bars count them, shown or not, Xet's too
 
 
 class Unanswered(Exception):
-    """The Hub's clients would try again; failures[0] is the reason."""
+    """The Hub's clients would try again; the first of failures is the reason."""
 
 
 def of_answer(request, response) -> tuple[str, str] | None:
@@ -74,21 +75,21 @@ def watched(plain: Callable) -> Callable:
             return plain(request, **options)
         times = {"connect": CONNECT, "pool": CONNECT, "read": READ, "write": READ}
         request.extensions["timeout"] = times
-        me = threading.get_ident()  # several threads download at once, and each tries again
-        tried = any(each[0] == me for each in failures)
+        me = threading.get_ident()
+        tried = me in failures
         try:
             response = plain(request, **options)
         except Exception as error:
-            failures.append((me, *of_error(error)))
+            failures.setdefault(me, of_error(error))
             if tried:
                 raise Unanswered from error
             raise
         if trouble := of_answer(request, response):
-            failures.append((me, *trouble))
+            failures.setdefault(me, trouble)
             if response.status_code < 400 or tried:
                 raise Unanswered
-        elif tried:
-            failures[:] = [each for each in failures if each[0] != me]
+        else:
+            failures.pop(me, None)
         return response
 
     return send
@@ -103,13 +104,7 @@ def watch_clients() -> None:
     if not on_terminal():
         disable_progress_bars()
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 2**18  # or a slow line seems to stand still
-    shown = tqdm.update
-
-    def update(self, n=1):
-        received[0] += n or 0
-        return shown(self, n)
-
-    tqdm.update = update
+    count(tqdm)
     if hasattr(huggingface_hub, "set_client_factory"):  # from version 1 on
         usual = huggingface_hub.get_session()
 
@@ -121,41 +116,45 @@ def watch_clients() -> None:
         huggingface_hub.set_client_factory(client)
 
 
+@functools.cache  # once a class
+def count(bar: type) -> None:
+    """Have what a client's class of bars is told be counted as received."""
+    shown = bar.update
+
+    def update(self, n=1):
+        received[0] += n or 0
+        return shown(self, n)
+
+    bar.update = update
+
+
 def asked(kind: str, name: str, what: str, way_out: str, call: Callable, total: int = 0) -> Any:
-    """call(), which asks the Hub for `what` of `name`. kind: "models" or "datasets"; way_out: what
+    """call(), which asks the Hub for `what` of `name`. kind: "model" or "dataset"; way_out: what
     else there is to do; total: bytes that are to come, 0 where nobody knows.
 
     Raises Refusal with the first error, and where no byte comes for GIVE_UP seconds. What is no
-    fault of the Hub is raised as the error that caused it.
+    fault of the Hub is raised as it is.
     """
     import huggingface_hub
 
     watch_clients()
     failures.clear()
-    constants, result = huggingface_hub.constants, []
-    watch = [Path(constants.HF_HUB_CACHE) / f"{kind}--{name.replace('/', '--')}"]
-    if kind == "datasets":  # it writes what came once more, as tables
-        cache = Path(sys.modules["datasets"].config.HF_DATASETS_CACHE)
-        watch.append(cache / name.partition("/")[0])
+    result: list[tuple[Any, BaseException | None]] = []
     thread = threading.Thread(target=lambda: result.append(attempt(call)), daemon=True)
     try:
         thread.start()
-        if os.path.isdir(name):  # nothing is asked for
-            thread.join()
-        wait_for(thread, name, watch, total)
+        wait_for(thread, name, total)
     finally:
         if not result:  # atexit's own functions would come too late
             code = 130 if sys.exc_info()[0] else 1
             threading._register_atexit(leave_anyway, result, code)
     answer, error = result[0] if result else (None, TimeoutError(f"no byte in {GIVE_UP} s"))
-    if result and not error:
+    if not error:
         return answer
-    while error.__cause__ and not failures:  # "an error occurred while generating the dataset"
-        error = error.__cause__
     if result and not failures and not isinstance(error, ConnectionError):
         raise error
-    _, found, remedy = [*failures, (0, *of_error(error))][0]
-    page = f"{constants.ENDPOINT}/{'datasets/' if kind == 'datasets' else ''}{name}"
+    found, remedy = next(iter(failures.values()), of_error(error))
+    page = f"{huggingface_hub.constants.ENDPOINT}/{'datasets/' * (kind == 'dataset')}{name}"
     remedy = f"{'' if result else NO_XET + '; '}{remedy.format(page=page)}; or {way_out}"
     raise Refusal(f"{what} did not come: {found}", "an answer of the Hub", remedy) from error
 
@@ -167,23 +166,21 @@ def attempt(call: Callable) -> tuple[Any, BaseException | None]:
         return None, error
 
 
-def wait_for(thread: threading.Thread, name: str, watch: list[Path], total: int) -> None:
-    """Until the thread has ended, or no byte has come for GIVE_UP seconds. Says where it stands.
-    watch: how the names of the folders begin that it writes to.
-    """
-    began, life = size_of(watch[0]), None
+def wait_for(thread: threading.Thread, name: str, total: int) -> None:
+    """Until the thread has ended, or no byte has come for GIVE_UP seconds. Says where it stands."""
+    began, life, warned = received[0], -1, False
     changed = said = time.monotonic()
     while thread.is_alive() and time.monotonic() - changed < GIVE_UP:
         thread.join(min(1, SAY / 4))
-        now, sizes = time.monotonic(), [size_of(each) for each in watch]
-        if life != (life := [*sizes, received[0]]):
-            changed, warned = now, False
+        now = time.monotonic()
+        if life != received[0]:
+            changed, life, warned = now, received[0], False
         elif now - changed > QUIET and not warned:
             warned = True
             say(f"{name}: no byte came for {QUIET} s; if it stays so: {NO_XET}")
-        if now - said > SAY and sizes[0] > began and not (quiet[0] or on_terminal()):  # else bars
-            said, of = now, f" of {total / 1e9:.2f}" if total else ""
-            say(f"{name}: {(sizes[0] - began) / 1e9:.2f}{of} GB are here")
+        if total and now - said > SAY and not (quiet[0] or on_terminal()):  # else bars
+            said = now
+            say(f"{name}: {(life - began) / 1e9:.2f} of {total / 1e9:.2f} GB are here")
 
 
 def say(line: str) -> None:
@@ -192,13 +189,31 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
-def size_of(beginning: Path) -> int:
-    """Bytes of the files in folders whose name begins so; one that goes in between is none."""
-    size = 0
-    for path in beginning.parent.glob(f"{beginning.name}*/**/*"):
-        with contextlib.suppress(OSError):
-            size += path.lstat().st_size
-    return size
+def listing(
+    kind: str, name: str, revision: str, what: str, way_out: str
+) -> tuple[str, dict[str, int]]:
+    """The commit that a revision of a repository means now, and the size in bytes of each of its
+    files. Raises as asked() does.
+    """
+    from huggingface_hub import HfApi
+
+    own = {"repo_type": kind, "revision": revision, "files_metadata": True}
+    found = asked(kind, name, what, way_out, lambda: HfApi().repo_info(name, **own))
+    return found.sha, {each.rfilename: each.size or 0 for each in found.siblings}
+
+
+def check_room(size: int, what: str, way_out: str) -> None:
+    """Say that so many bytes come, and where to. Raises Refusal where they have no room."""
+    from huggingface_hub import constants
+
+    folder = Path(constants.HF_HUB_CACHE)
+    folder.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(folder).free
+    said = f"{size / 1e9:.2f} GB of {what} into {folder}, where {free / 1e9:.2f} GB are free"
+    if size > free:
+        remedy = f"free some space, or HF_HUB_CACHE=FOLDER on a larger disk; or {way_out}"
+        raise Refusal(f"this needs {said}", "room for the download", remedy)
+    say(f"downloading {said}")
 
 
 def leave_anyway(result: list, code: int) -> None:

@@ -104,18 +104,11 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     options = configuration.read_words(tyro.cli, Options, argv, "generate.py")
-    plain, remedy = options.plain, "leave --plain out, which then finds the newest run, or name one"
-    names = ("plain", "compare", "checkpoints", "strengths", "strength")
+    names = ("strength", "plain", "compare", "checkpoints", "strengths")
     given = [f"--{n}" for n in names if getattr(options, n) != getattr(Options, n)]
-    rows = len(given) > 1 and {"--checkpoints", "--strengths"} & {*given}
-    told = [f"{each:g}" for each in options.strengths]  # as a sheet tells them
-    twice = next((each for each in told if told.count(each) > 1), "")
-    against = [
-        (plain and options.compare, "--plain with --compare", "single pictures", "leave one out"),
-        (rows, " with ".join(given), "one of them", "leave the others out"),
-        (twice, f"--strengths with {twice} twice", "each once", "leave one out"),
-        (plain and not options.adapter, "--plain without an adapter", "a file or a run", remedy),
-    ]
+    alone = {"--checkpoints", "--strengths"} & {*given} or {"--plain", "--compare"} <= {*given}
+    several = len(given) > 1 and alone
+    against = [(several, " with ".join(given), "one of them", "leave the others out")]
     configuration.refuse_wrong(options, Options(), against)
     # No shell does so behind --output-dir=.
     return replace(options, output_dir=os.path.expanduser(options.output_dir))
@@ -136,22 +129,16 @@ def find_adapter(name: str | Path = "") -> Path:
     of its newest checkpoint; "" is the newest finished run's. Raises Refusal.
     """
     runs = sorted(Path("runs").glob(f"*/{FILE_NAME}"), key=lambda path: path.stat().st_mtime)
-    expected, remedy = "an adapter file, or the folder of a run", "name one, or make train"
-    if not name and not runs:
-        raise Refusal("there is no finished run under runs/", expected, remedy)
-    path = place(str(name)) if name else runs[-1]
+    path = place(str(name)) if name else (runs or [Path("runs")])[-1]
     files = [p for p in (path, path / FILE_NAME) if p.exists() and not p.is_dir()]
     files = files or sorted(p for p in path.glob("[!.]*") if p.suffix.lower() == ".safetensors")
     files = files or sorted(path.glob(f"checkpoints/*/{FILE_NAME}"))[-1:]  # of a run that goes on
-    if len(files) == 1:
-        return files[0]
-    if files:
-        found = f"{path} has {len(files)} files that may be adapters"
-        expected, remedy = "a folder with one", f"name one: {', '.join(map(str, files[:10]))}"
-    else:
-        what = "has no .safetensors file in it" if path.is_dir() else "no such file or folder"
-        found = f"{path}: {what}"
-    raise Refusal(found, expected, remedy)
+    if len(files) != 1:
+        there = ", ".join(map(str, files[:10])) or "no adapter file"
+        remedy = "name one, or make train"
+        found = f"{path} has {there}" if path.is_dir() else f"{path}: no such file or folder"
+        raise Refusal(found, "an adapter file, or the folder of a run or of one", remedy)
+    return files[0]
 
 
 def of_run(path: Path, option: str, default: str | list[str] = "") -> str | list[str]:
@@ -179,47 +166,45 @@ def few_steps(name: str, sampler: str, settings: dict) -> tuple[str, int, float]
     https://huggingface.co/docs/diffusers/api/pipelines/stable_diffusion/sdxl_turbo
     https://huggingface.co/ByteDance/SDXL-Lightning, https://arxiv.org/abs/2311.05556 (LCM-LoRA)
     """
-    # Models of v-prediction or zero terminal SNR are drawn with trailing timesteps as well.
-    usual = {"prediction_type": "epsilon", "rescale_betas_zero_snr": False} | settings
-    trailing = usual.get("timestep_spacing") == "trailing" and not usual["rescale_betas_zero_snr"]
-    trailing = trailing and usual["prediction_type"] == "epsilon"
     if sampler == "LCMScheduler":
         return "LCM", 8, 1.0
+    # Models of v-prediction or zero terminal SNR are drawn with trailing timesteps as well.
+    trailing = settings.get("timestep_spacing") == "trailing"
+    trailing = trailing and settings.get("prediction_type", "epsilon") == "epsilon"
+    trailing = trailing and not settings.get("rescale_betas_zero_snr")
     if trailing and sampler == "EulerAncestralDiscreteScheduler":
         return "Turbo", 4, 0.0
     lightning = trailing and sampler == "EulerDiscreteScheduler" and "lightning" in name.lower()
     return ("Lightning" if lightning else "", 4, 0.0)
 
 
+RESCALE = 0.7  # of guidance, with zero terminal SNR (Lin et al. 2023, section 3.4)
+# Of an adapter's header: what is taken where it says nothing, and what it may say.
+TOLD = {
+    "prediction_type": ("auto", "epsilon", "v_prediction"),
+    "zero_terminal_snr": ("auto", "yes", "no"),
+    "max_tokens": ("75", "150", "225"),
+    "base_quantization": ("none", "nf4"),
+}
+
+
 def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
     """`options` where what was left open is as the config.json of the run around the adapter file
     `path` has it, else as the file's header, its recipe and the base do. Raises Refusal where no
-    base is named, or none is where the file says.
+    base is named, or none is where the file says, and for a header that says what cannot be.
     """
     recipe = RECIPES.get(about.get("recipe"), RECIPES["t4"])[1]
-    # What another base predicts only its own file knows.
-    trained = {} if options.any_base else about
-    predicts = options.prediction_type
-    given, weights = options.pretrained_model_name_or_path, options.base_quantization
-    base = given or of_run(path, "pretrained_model_name_or_path") or about.get("base_model", "")
-    if not base:
-        found = f"{path} does not say which base it was trained on"
-        raise Refusal(found, "an SDXL model to put it on", f"{hub.OPTION} {hub.SDXL}")
-    own = base in (about.get("base_model"), of_run(path, "pretrained_model_name_or_path"))
-    commit = of_run(path, "base_commit") or about.get("base_commit", "")
-    revision = options.revision or commit * own  # another model has other commits
-    try:
-        vae = take_vae(options, base, revision, path, about.get("vae", ""))
-        settings = hub.read_scheduler(base)
-    except Refusal as refusal:
-        if given:
-            raise
-        found, expected, remedy = refusal.parts
-        found = f"{path} says, in its header or its run's config.json, that its base is {base}: "
-        remedy += f"; where it lies elsewhere, {hub.OPTION} WHERE/IT/IS/{Path(base).name}"
-        raise Refusal(found + refusal.parts[0], expected, remedy) from refusal
-    zero, rescale = zero_snr(options, trained.get("zero_terminal_snr", "auto"), settings)
-    sampler = sampler_of(base)
+    if options.any_base:  # what another base predicts only its own file knows
+        about = about | {"prediction_type": "auto", "zero_terminal_snr": "auto"}
+    told = {name: str(getattr(options, name)) for name in TOLD}
+    told = {n: about.get(n, TOLD[n][0]) if it in ("auto", "0") else it for n, it in told.items()}
+    refuse(
+        (f"{path} says {name} {word!r:.50}", " or ".join(TOLD[name]), f"give --{name} yourself")
+        for name, word in told.items()
+        if word not in TOLD[name]
+    )
+    base, revision, vae = take_base(options, path, about)
+    sampler, settings = sampler_of(base), hub.read_scheduler(base)
     steps, guidance = options.num_inference_steps, options.guidance_scale
     kind, few, little = few_steps(base, sampler, settings)
     if kind and (steps == 0 or guidance < 0):
@@ -228,58 +213,55 @@ def complete(options: Options, path: Path, about: dict[str, str]) -> Options:
         print(said, file=sys.stderr)
     else:
         few, little = recipe.num_inference_steps, recipe.guidance_scale
-    told = about.get("max_tokens", "75")
-    if not options.max_tokens and told not in ("75", "150", "225"):
-        found = f"{path} says max_tokens {told!r:.50}"
-        raise Refusal(found, "75, 150 or 225", "--max-tokens 75, or what it was trained with")
+    zero, rescale = told["zero_terminal_snr"], options.guidance_rescale
+    pure = zero == "yes" or (zero == "auto" and settings.get("rescale_betas_zero_snr"))
     prompts = options.prompts or of_run(path, "validation_prompts", [])
     return replace(
         options,
+        **told | {"max_tokens": int(told["max_tokens"])},
         adapter=str(path),
         prompts=tuple(prompts or recipe.validation_prompts),
-        max_tokens=options.max_tokens or int(told),
-        prediction_type=predicts if predicts != "auto" else trained.get("prediction_type", "auto"),
         scheduler=options.scheduler or sampler,
         num_inference_steps=steps or few,
         guidance_scale=guidance if guidance >= 0 else little,
-        zero_terminal_snr=zero,
-        guidance_rescale=rescale,
+        guidance_rescale=rescale if rescale >= 0 else RESCALE * bool(pure),
         vae=vae,
         pretrained_model_name_or_path=base,
         revision=revision,
-        base_quantization=weights if weights != "auto" else about.get("base_quantization", "none"),
         cache_dir=options.cache_dir or of_run(path, "cache_dir") or "cache",
     )
 
 
-RESCALE = 0.7  # of guidance, with zero terminal SNR (Lin et al. 2023, section 3.4)
-
-
-def zero_snr(options: Options, trained: str, settings: dict) -> tuple[str, float]:
-    """--zero-terminal-snr, where it is open as `trained` with, and the guidance rescale that goes
-    with it, or with what the model's `settings` say (Lin et al. 2023, section 3.4).
+def take_base(options: Options, path: Path, about: dict[str, str]) -> tuple[str, str, str]:
+    """The base, its revision and the VAE in the place of its own, all of them taken from here on:
+    those asked for, else those of training, which the run around `path` or its header tells of.
+    Raises Refusal where one of these is gone.
     """
-    asked, rescale = options.noise[1], options.guidance_rescale
-    asked = trained if asked == "auto" else asked
-    zero = asked == "yes" or (asked == "auto" and settings.get("rescale_betas_zero_snr"))
-    return asked, rescale if rescale >= 0 else RESCALE * bool(zero)
-
-
-def take_vae(options: Options, base: str, revision: str, path: Path, told: str) -> str:
-    """Take `base` from here on with the VAE that is asked for, else with the one of training, which
-    the run around `path` or its header, `told`, names; where that is gone, said, with its own, "".
-    """
-    trained = "" if options.any_base else of_run(path, "vae") or told
-    hub.use_revision(base, revision, options.vae or trained)
-    if trained and not options.vae:
-        try:
+    given = options.pretrained_model_name_or_path
+    its = of_run(path, "pretrained_model_name_or_path")
+    base = given or its or about.get("base_model", "")
+    if not base:
+        found = f"{path} does not say which base it was trained on"
+        raise Refusal(found, "an SDXL model to put it on", f"{hub.OPTION} {hub.SDXL}")
+    commit = of_run(path, "base_commit") or about.get("base_commit", "")
+    own = base in (about.get("base_model"), its)
+    revision = options.revision or commit * own  # another model has other commits
+    vae = options.vae or ("" if options.any_base else of_run(path, "vae") or about.get("vae", ""))
+    hub.use_revision(base, revision, vae)
+    if given:  # and so not the file's word
+        hub.fetch(base, "")
+    try:
+        hub.fetch(base, "")
+        if vae != options.vae:
             hub.fetch(base, "vae")
-        except Refusal as refusal:
-            found = f"the base's own VAE draws, not {trained}, with which {path} was trained"
-            print(f"{found}: {refusal.parts[0]} (--vae names another place)", file=sys.stderr)
-            hub.use_revision(base, revision)
-            return ""
-    return options.vae or trained
+    except Refusal as refusal:
+        found, expected, remedy = refusal.parts
+        said = f"{path} says, in its header or its run's config.json, that its base is {base}"
+        said += f" and its VAE {vae}" * bool(vae)
+        remedy += f"; where it lies elsewhere, {hub.OPTION} WHERE/IT/IS/{Path(base).name}"
+        remedy += f"; for the base's own VAE --vae {base}" * bool(vae)
+        raise Refusal(f"{said}: {found}", expected, remedy) from refusal
+    return base, revision, vae
 
 
 def header(config: Config, schedule) -> dict[str, str]:
@@ -328,7 +310,7 @@ def previews(config: Config, usual: Sequence[str]) -> list[Options]:
     drawn = Options(seeds=(config.seed,), width=side, height=side, **how)
     if not (steps and lines):
         return [replace(drawn, prompts=(prompt,)) for prompt in usual[:1] if steps]
-    if len(lines) == 1 and (lines[0].lower().endswith(".txt") or place(lines[0]).is_file()):
+    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
         with refusing(f"{lines[0]} cannot be read", "a prompt a line", "correct that file"):
             lines = place(lines[0]).read_text("utf-8-sig").splitlines()
         lines = [line for line in lines if line.strip()[:1] != "#"]
@@ -341,13 +323,10 @@ def previews(config: Config, usual: Sequence[str]) -> list[Options]:
             try:
                 name, read = MARKS[mark], type(getattr(drawn, MARKS[mark]))
                 given = (int(value),) if name == "seeds" else read(value.strip())
-                if given == 0 and name != "guidance_scale":  # which Options takes for an open one
-                    raise ValueError
                 found[-1] = replace(found[-1], **{name: given})
                 configuration.refuse_wrong(found[-1], Options(), [])
-            except (KeyError, ValueError, Refusal) as error:
-                expected = error.parts[1] if isinstance(error, Refusal) else MARKED
-                troubles.append((f"--{mark} {value} in {line!r}", expected, "correct that mark"))
+            except (KeyError, ValueError, Refusal):
+                troubles.append((f"--{mark} {value} in {line!r}", MARKED, "correct that mark"))
     refuse(troubles)
     return found
 
@@ -373,14 +352,14 @@ def steps_worth(config: Config, drawn: list[Options]) -> float:
 
 
 def file_name(number: int, prompt: str, seed: int, strength: float) -> str:
-    """A name that every file system takes and every terminal shows: Latin letters and digits of the
-    prompt, or where it has none a digest, so that two prompts have two names.
-    """
+    """A picture's: that of its prompt, and how much of the adapter acts."""
     return f"{stem(number, prompt, seed)}-{strength:g}.png"
 
 
 def stem(number: int, prompt: str, seed: int) -> str:
-    """file_name() without the strength, which previews have not."""
+    """A name that every file system takes and every terminal shows: Latin letters and digits of the
+    prompt, or where it has none a digest, so that two prompts have two names.
+    """
     latin = unicodedata.normalize("NFKD", prompt).encode("ascii", "ignore").decode().lower()
     slug = re.sub(r"[^a-z0-9]+", "-", latin).strip("-")[:60] or digest(prompt)[:8]
     return f"{number:02d}-{slug}-{seed}"

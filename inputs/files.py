@@ -11,6 +11,8 @@ import json
 import os
 import re
 import shutil
+import socket
+import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -33,6 +35,9 @@ class Refusal(Exception):
     def __init__(self, found: str, expected: str, remedy: str):
         self.parts = tuple(map(sayable, (found, expected, remedy)))
         super().__init__("{}; expected {}. What to do: {}".format(*self.parts))
+
+    def __reduce__(self):  # pickled, for another process, it is the same sentence
+        return Refusal, self.parts, vars(self) | {"args": self.args}
 
 
 def refuse(troubles: Iterable[Iterable[str]]) -> None:
@@ -68,13 +73,9 @@ def folder_of(name: str, option: str, expected: str) -> Path | None:
     if path.is_dir():
         return path
     if path.is_file():
-        packed = path.suffix.lower() in (".zip", ".tar", ".gz", ".tgz", ".7z", ".rar")
-        remedy = "unpack it" if packed else "name the folder that it lies in"
-        if ".safetensors" in expected and not packed:  # a model may be one file
-            remedy = f"where it is one, call it {path.name}.safetensors, or {remedy}"
-        remedy = CONVERT if path.suffix.lower() in PICKLES else f"{remedy}: {option} FOLDER"
-        kind = f"a {path.suffix} file" if path.suffix else "a file"
-        raise Refusal(f"{name} is {kind}, no folder", expected, remedy)
+        remedy = f"unpack it, or name the folder that it lies in: {option} FOLDER"
+        remedy = CONVERT if path.suffix.lower() in PICKLES else remedy
+        raise Refusal(f"{name} is a {path.suffix or 'plain'} file, no folder", expected, remedy)
     if "://" in name:
         hub_name = "/".join(re.sub(r"^\w+://[^/]*/(datasets/)?", "", name).split("/")[:2])
         raise Refusal(f"{name} is an address", expected, f"{option} {hub_name}")
@@ -126,33 +127,37 @@ def digest(*parts: bytes | str) -> str:
     return sha.hexdigest()[:32]
 
 
+def writing(path: Path) -> contextlib.AbstractContextManager[None]:
+    """Inside, what keeps `path` from being written becomes a Refusal."""
+    expected = "a folder that this user may write to, with room"
+    remedy = "free some space or name another --output-dir or --cache-dir, then the same command"
+    return refusing(f"{path} could not be written", expected, remedy)
+
+
 def write_whole(path: Path, data: bytes) -> None:
     """Write `data` so that `path` holds all of it or is untouched: write aside, fsync, rename.
 
     Raises Refusal where the folder cannot be written or the disk is full; the part file is removed
     then, and on Ctrl-C.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
+    aside = part_of(path)
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(aside, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(aside, path)
-    except OSError as error:
-        raise unwritable(path, len(data), error) from error
-    finally:  # gone already where it was renamed
-        with contextlib.suppress(OSError):
-            aside.unlink(missing_ok=True)
+        try:
+            with open(aside, "wb") as file:
+                file.write(data)
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)  # gone already where it was renamed
 
 
-def unwritable(path: Path, size: int, error: OSError) -> Refusal:
-    """The refusal for a path that an OSError kept from being written; `size` in bytes."""
-    room = f" with {size / 1e6:.1f} MB free" if size else ""
-    found = f"{path} could not be written ({error.strerror or error})"
-    remedy = "free some space or name another --output-dir or --cache-dir, then the same command"
-    return Refusal(found, f"a folder that this user may write to{room}", remedy)
+def part_of(path: Path) -> Path:
+    """Where `path` is half-written until it is renamed: in its folder, under the number of this
+    process and its host's name, since several hosts may share a disk.
+    """
+    return path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.part")
 
 
 @contextlib.contextmanager
@@ -167,12 +172,9 @@ def only_run(folder: Path):
 
     # No soft lock, a file that counts as a lock while it is there: it would outlive a lost machine.
     lock = FileLock(folder / ".lock", timeout=0, fallback_to_soft=False)
-    try:
-        made = [each for each in (folder, *folder.parents) if not each.exists()]
+    with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         (folder / ".lock").touch()
-    except OSError as error:
-        raise unwritable(folder, 0, error) from error
     try:
         lock.acquire()
     except Timeout:
@@ -184,11 +186,6 @@ def only_run(folder: Path):
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if made and os.listdir(folder) == [".lock"]:  # refused before it wrote anything
-                (folder / ".lock").unlink()
-                for each in made:
-                    each.rmdir()
         lock.release()
 
 
@@ -198,21 +195,19 @@ def sweep_parts(folder: Path) -> None:
     container every start may have the same.
     """
     for part in list(folder.rglob(".*.part")):
-        ours = re.fullmatch(r"\..+\.(\d+)\.part", part.name)  # others' hidden files may end so, too
-        if ours and not is_at_work(int(ours[1])):
-            with contextlib.suppress(OSError):  # a read-only cache, say: it does no harm there
+        with contextlib.suppress(OSError):  # a read-only cache, say: it does no harm there
+            if is_left(part):
                 shutil.rmtree(part) if part.is_dir() else part.unlink()
 
 
-def is_at_work(process: int) -> bool:
-    """Whether another process of that number lives."""
-    try:
-        os.kill(process, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:
-        pass  # another user's
-    return process != os.getpid()
+def is_left(part: Path) -> bool:
+    """Whether who was writing `part` is gone. Other hosts' processes cannot be asked for: what is
+    theirs is taken for left when it is a day old.
+    """
+    ours = re.fullmatch(r"(\..+)\.(\d+)\.part", part.name)  # others' hidden files may end so, too
+    if ours and ours[1].endswith(f".{socket.gethostname()}"):
+        return int(ours[2]) == os.getpid() or not Path("/proc", ours[2]).exists()
+    return bool(ours) and time.time() - part.stat().st_mtime > 24 * 3600
 
 
 def safetensors_bytes(tensors: dict, metadata: dict[str, str]) -> bytes:

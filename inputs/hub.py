@@ -8,13 +8,12 @@ import functools
 import hashlib
 import json
 import re
-import shutil
 import sys
 from collections.abc import Collection
 from pathlib import Path
 
 from inputs import one_file
-from inputs.download import asked, failures, say
+from inputs.download import asked, check_room, listing, say
 from inputs.files import Refusal, folder_of, open_safetensors, place, refuse, refusing
 
 PARTS = {  # and the file without which each is nothing
@@ -150,7 +149,7 @@ def file_of(name: str) -> Path | None:
         repository, _, file = rest.partition("/")
         if not file or name.startswith((".", "/", "~")):
             raise Refusal(f"there is no file {name}", EXPECTED, f"correct {OPTION}")
-        path = file_from_hub(f"{user}/{repository}", REVISIONS.get(name, "main"), file)
+        path = snapshot(f"{user}/{repository}", REVISIONS.get(name, "main"), file)[0] / file
     # Not on stdout, where generate.py names its pictures and nothing else.
     print(one_file.read_kind(path, parts_of(name))[1], file=sys.stderr, flush=True)
     return path
@@ -197,7 +196,7 @@ def zeros_for_empty_prompt(name: str) -> bool:
 
 REVISIONS: dict[str, str] = {}  # the branch, tag or commit of each Hub model; else main
 VAES: dict[str, str] = {}  # of each model the VAE to take in the place of its own, or ""
-announced: set[Path] = set()  # the downloads whose size was said
+announced: set[Path] = set()  # the commits whose size was said
 WAY_OUT = f"copy the model here and pass {OPTION} FOLDER"
 
 
@@ -223,55 +222,58 @@ def commit_of(name: str) -> str:
     return file.parents[name.count("/") - 2].name if file else fetch(name, "").name
 
 
-def file_from_hub(name: str, revision: str, file: str) -> Path:
-    """One file of a Hub repository, downloaded if it is not here."""
-    from huggingface_hub import HfApi, constants, try_to_load_from_cache
+@functools.cache  # a branch means one commit in all of a run
+def snapshot(name: str, revision: str, file: str) -> tuple[Path, dict[str, int]]:
+    """The folder of the commit that `revision` means now, with `file` in it, and the size of each
+    file of that commit; of an earlier download, which is said, and without sizes, where the Hub
+    does not answer.
+    """
+    from huggingface_hub import try_to_load_from_cache
 
-    if not isinstance(try_to_load_from_cache(name, file, revision=revision), str):
-        ask = functools.partial(HfApi().get_paths_info, name, file, revision=revision)
-        found = asked("models", name, f"{name}/{file}", WAY_OUT, ask)
-        if not found:
-            raise Refusal(f"{name} has no {file}", "a file that it has", f"correct {OPTION}")
-        Path(constants.HF_HUB_CACHE).mkdir(parents=True, exist_ok=True)
-        if found[0].size > 1e6:
-            check_room(found[0].size, f"{name}/{file}", Path(constants.HF_HUB_CACHE))
-    return resolve(name, revision, file) / file
+    with refusing(f"{name} could not be downloaded", "a name on the Hub", f"correct {OPTION}"):
+        try:
+            commit, files = listing("model", name, revision, f"{name} ({file})", WAY_OUT)
+            if file not in files:
+                raise Refusal(f"{name} has no {file}", "a file that it has", f"correct {OPTION}")
+            here = isinstance(try_to_load_from_cache(name, file, revision=commit), str)
+            if files[file] > 1e6 and not here:
+                check_room(files[file], f"{name}/{file}", WAY_OUT)
+            # By the name of the branch, so that the client keeps which commit it is.
+            return bring(name, revision, file, [file], files[file]), files
+        except Refusal as refusal:
+            path = try_to_load_from_cache(name, file, revision=revision)
+            if not isinstance(path, str):
+                raise
+            root = Path(path).parents[file.count("/")]
+            say(f"{refusal.parts[0]}; {name} is taken as downloaded before, commit {root.name}")
+            return root, {}
 
 
 @functools.cache
 def vae_from_hub(name: str, revision: str) -> Path:
     """The folder of a VAE that is a Hub repository, or that is in a model's."""
     try:
-        part, config = "", file_from_hub(name, revision, "config.json")
+        root, part = snapshot(name, revision, "config.json")[0], ""
     except Refusal:
-        part, config = "vae/", file_from_hub(name, revision, "vae/config.json")
-    commit = config.parents[len(part) // 4].name
-    file_from_hub(name, commit, f"{part}diffusion_pytorch_model.safetensors")
-    return check_vae(config.parent)
+        root, part = snapshot(name, revision, "vae/config.json")[0], "vae/"
+    snapshot(name, root.name, f"{part}diffusion_pytorch_model.safetensors")
+    return check_vae(root / part)
 
 
-@functools.cache  # a branch means one commit in all of a run; and it asks for a part many times
 def fetch_from_hub(name: str, revision: str, part: str, half: bool) -> Path:
     """The folder of a Hub model's commit with `part` in it ("" brings model_index.json). What was
     downloaded before serves where the Hub is away.
     """
-    remedy = f"correct {OPTION}, or {WAY_OUT}"
-    with refusing(f"{name} could not be downloaded", "a Hub model, and room for it", remedy):
-        if not part:
-            return resolve(name, revision)
-        root = fetch_from_hub(name, revision, "", False)
-        try:
-            files = files_of(name, root, part)
-            coming = to_download(files, root, part, half)
-            if sum(coming.values()) > 1e6:
-                announce(name, root, files, half)
-            if coming:
-                bring(name, root.name, part, [*coming], sum(coming.values()))
-        except Refusal as refusal:
-            if not is_here(root / part, half):
-                raise
-            say(f"{refusal.parts[0]}; what is here of it is taken")
+    root, files = snapshot(name, revision, "model_index.json")
+    if not part or (not files and is_here(root / part, half)):
         return root
+    files = files or listing("model", name, root.name, f"{name} ({part})", WAY_OUT)[1]
+    coming = to_download(files, root, part, half)
+    if sum(coming.values()) > 1e6 and root not in announced:
+        announce(name, root, files, half)
+    if coming:
+        bring(name, root.name, part, [*coming], sum(coming.values()))
+    return root
 
 
 def is_here(folder: Path, half: bool) -> bool:
@@ -284,44 +286,12 @@ def is_here(folder: Path, half: bool) -> bool:
     return main in names and bool(whole or main != "config.json")
 
 
-def bring(name: str, revision: str, part: str, files: list[str], total: int = 0) -> Path:
-    """Download these files of a Hub model. Returns the folder of their commit."""
+def bring(name: str, revision: str, part: str, files: list[str], total: int) -> Path:
+    """Download these files of a Hub model, of `total` bytes. Returns the folder of their commit."""
     from huggingface_hub import snapshot_download
 
-    what = f"{name} ({part or 'model_index.json'})"
     call = functools.partial(snapshot_download, name, revision=revision, allow_patterns=files)
-    return Path(asked("models", name, what, WAY_OUT, call, total))
-
-
-def resolve(name: str, revision: str, file: str = "model_index.json") -> Path:
-    """The folder of the commit that `revision` means now, with that file of it; of an earlier
-    download, which is said, where the Hub does not answer.
-    """
-    from huggingface_hub import try_to_load_from_cache
-
-    try:
-        root = bring(name, revision, "", [file])
-    except Refusal:
-        here = try_to_load_from_cache(name, file, revision=revision)
-        if not isinstance(here, str):
-            raise
-        root = Path(here).parents[file.count("/")]
-    if failures:
-        say(f"{failures[0][1]}; {name} is taken as downloaded before, commit {root.name}")
-    return root
-
-
-def files_of(name: str, root: Path, part: str) -> dict[str, int]:
-    """The size in bytes of every file of a commit: as the client kept it, or else the Hub says."""
-    from huggingface_hub import HfApi
-
-    try:
-        kept = json.loads((root.parents[1] / "trees" / f"{root.name}.json").read_text())
-        return {path: file["size"] for path, file in kept["files"].items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        tree = functools.partial(HfApi().list_repo_tree, name, recursive=True, revision=root.name)
-        found = asked("models", name, f"{name} ({part})", WAY_OUT, lambda: list(tree()))
-        return {file.path: file.size for file in found if hasattr(file, "size")}
+    return Path(asked("model", name, f"{name} ({part})", WAY_OUT, call, total))
 
 
 def to_download(files: dict[str, int], root: Path, part: str, half: bool) -> dict[str, int]:
@@ -333,26 +303,13 @@ def to_download(files: dict[str, int], root: Path, part: str, half: bool) -> dic
 
 
 def announce(name: str, root: Path, files: dict[str, int], half: bool) -> None:
-    """Say once, of all parts, how much of the model comes and where to. Raises Refusal where it has
-    no room.
+    """Say, of all parts, how much of the model comes and where to. Raises Refusal where it has no
+    room. By the first part that comes: of another the half that is asked for is its own.
     """
-    folder = root.parents[1]
-    if root in announced:  # by the first part: of another the half that is asked for is its own
-        return
     coming = {p: to_download(files, root, p, half and p != "vae").values() for p in PARTS}
     parts = ", ".join(f"{p} {sum(each) / 1e9:.2f}" for p, each in coming.items() if sum(each) > 1e7)
-    check_room(sum(map(sum, coming.values())), f"{name} ({parts})", folder)
+    check_room(sum(map(sum, coming.values())), f"{name} ({parts})", WAY_OUT)
     announced.add(root)
-
-
-def check_room(size: int, what: str, folder: Path) -> None:
-    """Say that so many bytes come into `folder`. Raises Refusal where they have no room."""
-    free = shutil.disk_usage(folder).free
-    said = f"{size / 1e9:.2f} GB of {what} into {folder}, where {free / 1e9:.2f} GB are free"
-    if size > free:
-        remedy = f"free some space, or HF_HUB_CACHE=FOLDER on a larger disk; or {WAY_OUT}"
-        raise Refusal(f"this needs {said}", "room for the download", remedy)
-    say(f"downloading {said}")
 
 
 # ---- what tells one model from another -----------------------------------------------------------

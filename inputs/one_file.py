@@ -9,6 +9,7 @@ What it says of itself, in tensors that are marks and in its header, is read and
 import hashlib
 import json
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -77,36 +78,32 @@ def read_kind(path: Path, parts: Collection[str] = tuple(PREFIXES)) -> tuple[dic
     with open_safetensors(path) as file:
         header, keys = file.metadata() or {}, sorted(file.keys())
         used = {part: keys_of(part, keys).values() for part in parts}
-        lacking = [f"no {part}" for part, of_part in used.items() if not of_part]
-        known = {"v_pred", "ztsnr", *(key for of_part in used.values() for key in of_part)}
-        alone = not lacking and "unet" not in used  # a VAE, or the file that one is taken from
-        others = [key for key in keys if not alone or key not in known]
-        for kind, mark in (KINDS | MARKS if lacking or alone else MARKS).items():
-            for key in filter(re.compile(mark).search, others):
-                remedy = next((REMEDIES[k] for k in REMEDIES if kind.startswith(k)), OTHER)
-                raise Refusal(f"{path} is {kind}: it has {key}", EXPECTED, remedy)
-        said = header.get("modelspec.architecture")
-        more = f"; its header says {said}, its first tensor is {min(keys, default=None)}"
-        if lacking:
-            remedy = OTHER + "; without VAE: --vae NAME" * (lacking == ["no vae"])
-            there = ", ".join(part for part in used if f"no {part}" not in lacking) or "nothing"
-            found = f"{there} of SDXL's parts, and {', '.join(lacking)}".replace("_", " ")
-            raise Refusal(f"{path} has {found}{more}", EXPECTED, remedy)
-        about = [file.get_slice(key) for of_part in used.values() for key in of_part]
-        dtypes = [each.get_dtype() for each in about]
+        taken = [key for of_part in used.values() for key in of_part]
+        dtypes = Counter(file.get_slice(key).get_dtype() for key in taken)
         first = PREFIXES["unet"] + "input_blocks.0.0.weight"
         channels = file.get_slice(first).get_shape()[1:2] if first in keys else [4]
+    known, lacking = {"v_pred", "ztsnr", *taken}, [part for part in parts if not used[part]]
+    alone = not lacking and "unet" not in used  # a VAE, or the file that one is taken from
+    others = [key for key in keys if not alone or key not in known]
+    for kind, mark in (KINDS | MARKS if lacking or alone else MARKS).items():
+        for key in filter(re.compile(mark).search, others):
+            remedy = next((REMEDIES[k] for k in REMEDIES if kind.startswith(k)), OTHER)
+            raise Refusal(f"{path} is {kind}: it has {key}", EXPECTED, remedy)
+    if lacking:
+        said, least = header.get("modelspec.architecture"), min(keys, default=None)
+        found = f"{path} lacks {', '.join(lacking)}; its header says {said}, its first tensor is "
+        remedy = OTHER + "; without VAE: --vae NAME" * (lacking == ["vae"])
+        raise Refusal(f"{found}{least}", EXPECTED, remedy)
     if channels != [4]:
-        task = "an inpainting model" if channels == [9] else "of another task"
-        raise Refusal(f"{path} is {task}: its UNet takes {channels[0]} channels", "4", OTHER)
-    if wrong := set(dtypes) - set(NUMBERS):
-        found = f"{path} has {sum(map(wrong.__contains__, dtypes))} tensors in {', '.join(wrong)}"
+        found = f"{path} is an inpainting or editing model: its UNet takes {channels[0]} channels"
+        raise Refusal(found, "4", OTHER)
+    if wrong := dtypes.keys() - {*NUMBERS}:
+        found = f"{path} has tensors in {', '.join(sorted(wrong))}"
         raise Refusal(found, ", ".join(NUMBERS), REMEDIES["quantised"])
     scheduler, why = noise(path, header, keys)
-    left = [key for key in keys if not key.startswith(tuple(PREFIXES.values()))]
-    left = [key for key in left if key not in known]
+    left = [k for k in keys if k not in known and not k.startswith(tuple(PREFIXES.values()))]
     words = [f"{path.name}{VAE if alone else f' is SDXL in one file: {why}'}"]
-    words += [f"{dtypes.count(dtype)} tensors in {dtype.lower()}" for dtype in sorted(set(dtypes))]
+    words += [f"{count} tensors in {dtype.lower()}" for dtype, count in sorted(dtypes.items())]
     words += [f"{len(left)} tensors of no part are not read, such as {m}" for m in left[:1]]
     return scheduler, ", ".join(words)
 
@@ -117,17 +114,16 @@ def noise(path: Path, header: dict[str, str], keys: Collection[str]) -> tuple[di
     The mark v_pred decides, since other programs obey it, then the header. Raises Refusal for a
     header's other word.
     """
-    said = {name: header[name] for name in HEADER if header.get(name, "None") != "None"}
+    said = {"v_pred": "v"} if "v_pred" in keys else {}
+    said |= {name: header[name] for name in HEADER if header.get(name, "None") != "None"}
     refuse(
         (f"{path}'s header says {name} {word!r:.50}", "epsilon or v", OTHER)
         for name, word in said.items()
         if word.lower() not in PREDICTS
     )
-    by = {"v_pred": "v_prediction"} if "v_pred" in keys else {}
-    by |= {name: PREDICTS[word.lower()] for name, word in said.items()}
-    who, predicts = next(iter(by.items()), ("nothing says another", "epsilon"))
-    against = [f"; {name} says {what}" for name, what in by.items() if what != predicts]
-    entries, why = {"prediction_type": predicts}, f"{predicts} ({who}{''.join(against)})"
+    predicts = PREDICTS[next(iter(said.values()), "epsilon").lower()]
+    by = ", ".join(": ".join(each) for each in said.items()) or "nothing says another"
+    entries, why = {"prediction_type": predicts}, f"{predicts} ({by})"
     if "ztsnr" in keys:
         entries |= {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
         why += ", zero terminal SNR (ztsnr)"
@@ -152,41 +148,33 @@ def names(keys: Collection[str], part: str) -> dict[str, Source]:
     config, found = json.loads((SHIPPED / part / "config.json").read_text()), {}
     lines = (Path(__file__).parent / "sdxl" / "names.txt").read_text().splitlines()
     table = [line.split()[1:] for line in lines if line.startswith(f"{part} ")]
-    own = keys_of(part, keys)
-    theirs = part == "vae" and any("_blocks." in name for name in own)  # diffusers' own names
-    for name, key in own.items():
-        cut = ""
-        for pattern, instead in () if theirs else table:
-            name = re.sub(pattern, instead, name)
-        if part in ("unet", "vae") and not theirs:
-            name = count_in_blocks(name, config["layers_per_block"], config["block_out_channels"])
-        if key.endswith(".model.text_projection"):
-            cut = "T"
-        elif part == "vae" and re.search(r"\.attentions\.0\.to_.*weight$", name):
-            cut = "1x1"
-        if fused := re.fullmatch(r"(.*\.)in_proj_(weight|bias)", name):
-            found |= {f"{fused[1]}{c}_proj.{fused[2]}": Source(key, c) for c in "qkv"}
-        else:
-            found[name] = Source(key, cut)
+    for name, key in keys_of(part, keys).items():
+        name, cut = in_its_block(name, config), ""
+        for pattern, instead, *how in table:
+            name, times = re.subn(pattern, instead, name)
+            cut = how[0] if how and times else cut
+        for third in "qkv" if cut == "qkv" else [cut]:
+            found[name.replace("*", third)] = Source(key, third)
     return found
 
 
-def count_in_blocks(name: str, layers: int, widths: list[int]) -> str:
+def in_its_block(name: str, config: dict) -> str:
     """LDM counts the VAE decoder's blocks from its end, and the UNet's rows through: a block has
-    `layers`, on its way down and one that halves the size, on its way up one more.
+    layers_per_block, on its way down and one that halves the size, on its way up one more.
     """
-    if found := re.fullmatch(r"(decoder\.up_blocks\.)(\d+)(\..*)", name):
-        return f"{found[1]}{len(widths) - 1 - int(found[2])}{found[3]}"
-    found = re.fullmatch(r"(in|out)put_blocks\.(\d+)\.(\d)\.(op|conv)?(.*)", name)
-    if not found:
+    if found := re.fullmatch(r"decoder\.up\.(\d+)(\..*)", name):
+        block = len(config["block_out_channels"]) - 1 - int(found[1])
+        return f"decoder.up_blocks.{block}{found[2]}"
+    found = re.fullmatch(r"(in|out)put_blocks\.(\d+)\.(\d)\.(?:(op|conv)\.)?(.*)", name)
+    if not found or name.startswith("input_blocks.0."):  # conv_in
         return name
     way, row, column, sampler, rest = found.groups()
-    block, layer = divmod(int(row) - (way == "in"), layers + 1)
+    block, layer = divmod(int(row) - (way == "in"), config["layers_per_block"] + 1)
     way = "down" if way == "in" else "up"
-    if sampler and rest.startswith("."):
-        return f"{way}_blocks.{block}.{way}samplers.0.conv{rest}"
+    if sampler:
+        return f"{way}_blocks.{block}.{way}samplers.0.conv.{rest}"
     kind = "attentions" if column == "1" else "resnets"
-    return f"{way}_blocks.{block}.{kind}.{layer}.{sampler or ''}{rest}"
+    return f"{way}_blocks.{block}.{kind}.{layer}.{rest}"
 
 
 def check_names(path: Path, part: str, found: dict[str, Source], wanted: set[str]) -> None:
@@ -202,13 +190,9 @@ def check_names(path: Path, part: str, found: dict[str, Source], wanted: set[str
 
 def read(file, source: Source):
     """One tensor of an open file as diffusers and transformers have it, in the file's dtype."""
-    if source.cut in tuple("qkv"):
-        third, fused = "qkv".index(source.cut), file.get_slice(source.key)
-        rows, odd = divmod(fused.get_shape()[0], 3)
-        if odd:
-            raise ValueError(f"{source.key} has {fused.get_shape()[0]} rows for q, k and v")
-        return fused[rows * third : rows * (third + 1)]
     tensor = file.get_tensor(source.key)
+    if source.cut in tuple("qkv"):  # a copy, or each third would hold all three
+        return tensor.chunk(3)["qkv".index(source.cut)].clone()
     if source.cut == "T":
         return tensor.T.contiguous()
     return tensor.flatten(1) if source.cut == "1x1" else tensor

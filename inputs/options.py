@@ -16,7 +16,7 @@ import sys
 import time
 import tomllib
 from collections.abc import Callable
-from contextlib import redirect_stderr, redirect_stdout
+from contextlib import redirect_stderr
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -125,7 +125,7 @@ class Config:
 
     # How many times each picture of these data sets is shown where another is shown once, a whole
     # number for each data set, as kohya's repeats; left empty, all alike.
-    dataset_weights: tuple[float, ...] = ()
+    dataset_weights: Annotated[tuple[int, ...], Within(1, 999)] = ()
     # Of sub-folders in kohya's layout show what lies in 10_style so many times, and leave out reg,
     # reg_NAME and regularisation.
     folder_repeats: bool = True
@@ -388,9 +388,8 @@ def parse(argv: list[str] | None = None) -> Config:
     refuse_unknown(words, Config)
     recipes = RECIPES | QUICK if "--quick" in words else RECIPES
     if (first := "".join(words[:1])) not in (*recipes, "-h", "--help"):
-        near = difflib.get_close_matches(first, recipes, 1) or ["t4"]
         found = f"the recipe {first}" if first else "no recipe"
-        raise Refusal(found, f"one of {', '.join(recipes)}", f"loop.py {near[0]}, or make train")
+        raise Refusal(found, f"one of {', '.join(recipes)}", "loop.py t4, say, or make train")
     asked = read_words(tyro.extras.overridable_config_cli, recipes, words, "loop.py")
     # A typed alpha of 16 is read as 16.0; as the recipe's own 16 it is the same run and file.
     same = {k: v for k, v in vars(recipes[first][1]).items() if v == getattr(asked, k)}
@@ -434,23 +433,16 @@ def of_file(name: str, words: list[str]) -> list[str]:
     read, remedy = tomllib.loads if path.suffix == ".toml" else json.loads, f"correct {path}"
     with refusing(f"--config {path} cannot be read", "options in JSON, or in NAME.toml", remedy):
         given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
+    of_the_file = given.pop("recipe", None)
     named = [words.pop(0)] if words[0][:1] != "-" else []
-    recipe = [str(given.pop("recipe"))] if "recipe" in given else named
-    troubles = []
-    if named not in ([], recipe):
-        found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
-        troubles.append((found, "one recipe", f"leave {named[0]} out"))
-    if given.get("config") and "versions" not in given:  # a run's config.json holds its all
-        found = f"--config {given['config']} in {path}"
-        troubles.append((found, "one file of options", "put its options in here"))
+    recipe, troubles = named or [str(of_the_file)] * (of_the_file is not None), []
     for key in given.keys() - NOTES:
         value = given[key]
         several = value if isinstance(value, list) else [value]
         told = [each for each in several if isinstance(each, str | int | float)]
-        dashed = value is several and any(str(each)[:2] == "--" for each in told)
-        # tyro checks the rest; but of null or a table it would make a text, of "--seed" an option.
-        if (told != several and (key, value) != ("caption", None)) or dashed:
-            expected = "texts that begin with no hyphen, numbers, true or false"
+        # tyro checks the rest; but of null or a table it would make a text.
+        if told != several and (key, value) != ("caption", None):
+            expected = "texts, numbers, true or false"
             troubles.append((f"{key} is {value!r:.200}", expected, remedy))
         option = f"--no-{key}" if value is False else f"--{key}"
         if value is several:
@@ -461,36 +453,24 @@ def of_file(name: str, words: list[str]) -> list[str]:
     return recipe + words
 
 
-ELSEWHERE = {  # other trainers' names: ours
-    "enable-bucket": "--buckets",
+ELSEWHERE = {  # other trainers' names that are not like ours: ours
     "cache-latents": "--cache, which is on",
     "optimizer": "--use-8bit-adam",
     "network-dim": "--lora-rank",
-    "rank": "--lora-rank",
-    "network-alpha": "--lora-alpha",
     "lr": "--learning-rate",
     "unet-lr": "--learning-rate",
     "train-data-dir": "--dataset-name FOLDER",
     "instance-data-dir": "--dataset-name FOLDER",
     "instance-prompt": "--caption",
-    "dataset-config-name": "--dataset-config",
-    "num-train-epochs": "--max-train-epochs",
-    "dataset-repeats": "--dataset-weights",
     "num-repeats": "--dataset-weights",
     "alpha-mask": "--mask-from-alpha",
     "network-weights": "--start-from",
-    "output-name": "--output-dir",
-    "shuffle-caption": "--shuffle-tags",
-    "keep-tokens": "--keep-tags",
     "caption-tag-dropout-rate": "--tag-dropout",
-    "max-token-length": "--max-tokens",
     "save-every-n-steps": "--checkpointing-steps",
     "optimizer-type": "--use-8bit-adam",
-    "min-snr-gamma": "--snr-gamma",
     "v-parameterization": "--prediction-type v_prediction",
     "pretrained-vae-model-name-or-path": "--vae",
     "xformers": "--attention xformers",
-    "validation-prompt": "--validation-prompts",
 }
 
 
@@ -533,53 +513,40 @@ class Outlet(io.FileIO):
 
 
 def keep_speaking() -> None:
-    """Let stdout and stderr show a letter that they have not as its number, and need no reader; a
-    closed one leads nowhere.
-    """
+    """Let stdout and stderr show a letter that they have not as its number, and need no reader."""
     for name, number in (("stdout", 1), ("stderr", 2)):
         old = getattr(sys, name)
-        own = old is getattr(sys, f"__{name}__")  # else a test's, or a silent process's
-        if old is None:
-            setattr(sys, name, open(os.devnull, "w"))
-        elif own and isinstance(getattr(old.buffer, "raw", old.buffer), io.FileIO):
+        if old and old is getattr(sys, f"__{name}__"):  # else a notebook's
             old.flush()
-            raw = Outlet(number, "w", closefd=False)
-            if hasattr(old.buffer, "raw"):  # not with PYTHONUNBUFFERED
-                raw = io.BufferedWriter(raw)
-            lines = old.line_buffering or old.isatty()
-            how = (old.encoding, "backslashreplace", None, lines, old.write_through)
-            setattr(sys, name, io.TextIOWrapper(raw, *how))
-        elif hasattr(old, "reconfigure"):
-            old.reconfigure(errors="backslashreplace")
+            raw = io.BufferedWriter(Outlet(number, "w", closefd=False))
+            lines = {"errors": "backslashreplace", "line_buffering": True}
+            setattr(sys, name, io.TextIOWrapper(raw, old.encoding, **lines))
 
 
 def or_leave(parse: Callable, argv: list[str] | None = None) -> Any:
-    """parse(argv). Leaves with exit code 1 and a sentence where that is refused."""
+    """parse(argv). Leaves with exit code 1 and a sentence where that is refused; of several
+    processes the first says it.
+    """
     keep_speaking()
     try:
         return parse(argv)
     except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
+        if SPEAKS:
+            print(f"error: {refusal}", file=sys.stderr)
+        else:
+            time.sleep(10)  # torchrun ends all with the first that leaves
         sys.exit(1)
 
 
 def parse_or_leave(argv: list[str] | None = None) -> Config:
     """The command line's Config, and the run's first line: what is going to be done. Leaves with an
-    error now if it has one; of several processes the first says it.
+    error now if it has one.
     """
-    keep_speaking()
-    if not SPEAKS:
-        try:
-            with redirect_stdout(io.StringIO()), redirect_stderr(io.StringIO()):
-                return or_leave(parse, argv)
-        except SystemExit:
-            time.sleep(10)  # torchrun ends all with the first that leaves
-            raise
     config = or_leave(parse, argv)
     for name in config.dataset_name:  # a mistyped folder is answered now
         or_leave(functools.partial(folder_of, name, "--dataset-name"), "a folder of pictures")
     what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
-    if not config.quiet:
+    if SPEAKS and not config.quiet:
         announce(f"recipe {config.recipe}, {what}")
     return config
 
@@ -602,7 +569,7 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
         value, good = getattr(options, field.name), getattr(usual, field.name)
         remedy = f"--{field.name.replace('_', '-')} {str(good).strip('(,)')}"
         for bounds in getattr(field.type, "__metadata__", ()):
-            if isinstance(bounds, Within) and not bounds.hold(value):
+            if value != good and isinstance(bounds, Within) and not bounds.hold(value):
                 said = " ".join(map(str, value)) if isinstance(value, tuple) else value
                 troubles.append((f"{field.name} is {said}", str(bounds), remedy))
     refuse(troubles)
@@ -613,34 +580,24 @@ def check(config: Config) -> Config:
     too_long = config.quick and config.recipe not in QUICK
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
-    unit = 64 if config.buckets else 8
-    good = sorted({max(1, round(side / unit)) * unit for side in config.resolution})
-    odd = good != sorted(config.resolution) and not any(side % 8 for side in config.resolution)
-    sides, good = (" ".join(map(str, each)) for each in (config.resolution, good))
-    units = f"multiples of {unit}{' (with --no-buckets of 8)' * config.buckets}, each once"
-    sets, weights = len(config.dataset_name), config.dataset_weights
-    wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
-    told = " ".join(f"{weight:g}" for weight in weights)
-    given = f"--dataset-weights {told} with {sets} data set{'s' * (sets > 1)}"
+    odd = config.buckets and not Within(64, 4096, step=64).hold(config.resolution)
+    sets, weights = len(config.dataset_name), len(config.dataset_weights)
+    given = f"{weights} --dataset-weights with {sets} data sets"
     unseen = config.plan_for and config.max_train_epochs
     epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
-    alone = config.any_base and not config.start_from
     held_out = [n for n in ("validation_share", "validation_data") if getattr(config, n)]
     judged = config.validation_steps or config.stop_when_worse
     lone = "--validation-steps or --stop-when-worse alone"
-    kept = config.keep_tags and not (config.shuffle_tags or config.tag_dropout)
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
         (not sets, "--dataset-name without a name", "one or more", "--dataset-name FOLDER"),
-        (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
+        (weights not in (0, sets), given, "one for each", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
-        (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
-        (odd, f"resolution {sides}", units, f"--resolution {good}"),
+        (odd, f"resolution {config.resolution} with --buckets", "multiples of 64", "--no-buckets"),
         (held_out[1:], "--validation-share with --validation-data", "one", "leave one out"),
         (judged and not held_out, lone, "held-out pictures", "--validation-share 0.05 with it"),
-        (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -648,18 +605,13 @@ def check(config: Config) -> Config:
         left = ("checkpoints", "finished.json", "pytorch_lora_weights.safetensors")
         held = " and ".join(name for name in left if os.path.exists(config.out / name))
         folder = f"--plain with {config.out}, which holds {held}"
+        more = ("plan_for", "deterministic", "start_from", "compile", "quiet", *held_out)
+        more = " and ".join(f"--{n.replace('_', '-')}" for n in more if getattr(config, n))
         against += [
             (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),
             (nf4, "--plain with an NF4 base", "an unquantized one", "--base-quantization none"),
             (held, folder, "a folder without", "another --output-dir"),
-            (config.plan_for, "--plain with --plan-for", ours, "leave one out"),
-            (config.deterministic, "--plain with --deterministic", ours, "leave one out"),
-            (config.start_from, "--plain with --start-from", ours, "leave one out"),
-            (config.compile, "--plain with --compile", ours, "leave one out"),
-            (held_out, "--plain with held-out pictures", ours, "leave one out"),
-            (config.quiet, "--plain with --quiet", ours, "leave one out"),
+            (more, f"--plain with {more}", ours, "leave one out"),
         ]
-    elif not (Path(__file__).parent.parent / "keep").is_dir():
-        against.append((True, "no folder keep/ here", "it, or the book's lines alone", "--plain"))
     refuse_wrong(config, RECIPES[config.recipe][1], against)
     return config

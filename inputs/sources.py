@@ -8,12 +8,10 @@ import csv
 import functools
 import importlib
 import io
-import itertools
 import json
 import math
 import os
 import re
-import shlex
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable, Sequence
@@ -25,8 +23,8 @@ from typing import Any
 from PIL import Image
 
 from inputs.captions import variants
-from inputs.download import asked
-from inputs.files import Refusal, digest, folder_of, place, refuse, refusing, sayable
+from inputs.download import asked, check_room, count, listing
+from inputs.files import Refusal, digest, folder_of, refuse, refusing, sayable
 from inputs.options import Config
 from inputs.progress import on_terminal, progress, quiet
 
@@ -45,13 +43,10 @@ NOT_MADE_BY_PEOPLE |= {"#recycle", "$RECYCLE.BIN", "lost+found", "Thumbs.db"}
 TABLE = re.compile(r"metadata\.(jsonl|csv|parquet)|meta_[\w-]+\.json")
 BESIDE = (".txt", ".caption")  # how a caption's own file ends
 MASK = ".mask.png"  # how the mask of a picture ends, beside it
-# In a picture's path kohya's folders: how often what lies in 10_style is repeated (dates are no
-# repeats), and its pictures for prior preservation.
-NUMBERED = re.compile(r"(?:^|/)\d+_[^/]*/")
-REPEATS = re.compile(r"(?:^|/)0*([1-9]\d{0,2})_(?=[^/]*/)")
+# In a picture's path kohya's folders: how often what lies in 10_style is repeated, and its pictures
+# for prior preservation.
+NUMBERED = re.compile(r"(?:^|/)(\d+)_(?=[^/]*/)")
 REGULARISATION = re.compile(r"(?i)(?:^|/)(\d+_)?reg([_ -][^/]*|ulari[sz]ation[^/]*)?/")
-# What others' masks end with, or lie in: a_mask.png, mask/a.png.
-LIKE_MASK = re.compile(r"(?i)[._-]mask$|(?<![^/])masks?/")
 # What may hold captions by its name: metadata.json1, Meta_cap.json, train.csv, a.tags.
 ALIKE = re.compile(r"(?i)(meta|caption).*\.|.*\.(jsonl?|csv|tsv|tags|parquet)$")
 CAPTIONS = ("text", "caption", "prompt")  # how data sets call their column
@@ -61,10 +56,11 @@ DELETE = r"tr -d '\000-\010\013\014\016-\037\177' <"
 NUMBERING = re.compile(r"^\d+$|[\s-]+\d+$|\s*\(\d+\)$")
 WAYS_OUT = '--caption "a photo of sks dog", --caption "" (the empty prompt) or, in a folder of '
 WAYS_OUT += "picture files, --caption-from-name"
+Row = tuple[str, str, str, tuple]  # of a table: its name, the picture's key and name, the captions
 USUAL = Config()  # no column, split, config or caption is asked for
 MEND = "in {}, for each file named, FILE: {} FILE > FILE.new && mv FILE.new FILE"
 # Bytes. Files are read whole; decode() takes no picture over 89 megapixels, 0.7 GB in 16 bits.
-LARGEST = {"picture": 10**9, "parquet": 10**9, "metadata": 10**9, "caption": 10**6}
+LARGEST = 10**9
 
 
 @dataclass(frozen=True)
@@ -111,12 +107,6 @@ def read_datasets(options: Config) -> Pictures:
     where no picture has the transparency that was asked for.
     """
     names, found = options.dataset_name, Pictures()
-    places = ((name, place(name).resolve()) for name in names)
-    refuse(
-        (f"--dataset-name {a} and {b}, which holds the same", "each once", "leave one out")
-        for (a, one), (b, other) in itertools.combinations(places, 2)
-        if one in (other, *other.parents) or other in one.parents
-    )
     sets, several = for_all(lambda name: read_dataset(name, options), names), len(names) > 1
     found.notes = []
     weights = [int(weight) for weight in options.dataset_weights] or [1] * len(names)
@@ -177,21 +167,18 @@ def read_dataset(name: str, options: Config = USUAL) -> Pictures:
     """
     expected = "metadata.jsonl and its pictures, name.txt beside name.jpg, or a Hub data set"
     folder = folder_of(name, "--dataset-name", expected)
-    tables = tables_of(folder, options) if folder else None
+    found = files_in(folder) if folder else ([], {})
+    tables = tables_of(folder, found[0], options) if folder else None
     if folder and tables is not None:
-        pictures = from_folder(folder, tables, options)
+        pictures = from_folder(folder, found, tables, options)
     elif options.caption_from_name:
-        found = f"--caption-from-name with {name}, whose pictures are rows of a table"
-        raise Refusal(found, "files with names", '--caption-column NAME or --caption "TEXT"')
+        told = f"--caption-from-name with {name}, whose pictures are rows of a table"
+        raise Refusal(told, "files with names", '--caption-column NAME or --caption "TEXT"')
     else:
         pictures = from_hub(str(folder or name), options)
-        beside = files_in(folder)[0] if folder else []
-        loose = [p.relative_to(folder).as_posix() for p in beside if is_picture(p)]
-        if loose:
-            pictures.notes = [*pictures.notes, f"{named(loose)} used only where a row names them"]
     if not pictures:
-        found = "; ".join([f"{name} holds no pictures", *pictures.notes])
-        raise Refusal(found, expected, "--dataset-name FOLDER")
+        told = "; ".join([f"{name} holds no pictures", *pictures.notes])
+        raise Refusal(told, expected, "--dataset-name FOLDER")
     return with_captions(pictures, name, options)
 
 
@@ -242,121 +229,102 @@ def for_all(work: Callable, items: Iterable) -> list:
 # ---- a folder ------------------------------------------------------------------------------------
 
 
-def tables_of(folder: Path, options: Config) -> list[Path] | None:
-    """The files in which a folder's captions are: tables at its top or in the split's folder, a
-    parquet file there with file names under any name; none where captions lie beside the pictures;
-    None where they are in parquet files with the pictures. Raises Refusal for both, and for a split
-    or a config that a folder of pictures does not have.
+def tables_of(folder: Path, paths: list[Path], options: Config) -> list[Path] | None:
+    """Of a folder's files those in which its captions are: tables at its top or in the split's
+    folder; none where captions lie beside the pictures; None where it is a data set of parquet
+    files. Raises Refusal for both, and for a split or a config that a folder of pictures does not
+    have.
     """
-    paths, split = files_in(folder)[0], folder / options.dataset_split
-    tables = [p for p in paths if TABLE.fullmatch(p.name) and p.is_file()]
-    found = [p for p in tables if p.parent in (folder, split)]
-    parquet = [p for p in paths if p.suffix == ".parquet" and p.is_file() and p not in found]
-    if parquet and any(map(is_picture, paths)):
-        hold = {path: held_in(path) for path in parquet}
-        found += [p for p in parquet if hold[p] == "captions" and p.parent in (folder, split)]
-        parquet = [p for p in parquet if hold[p] == "pictures"]
-    if found and (parquet := parquet[:1]):
-        told = " and ".join(p.relative_to(folder).as_posix() for p in found + parquet)
-        raise Refusal(f"{folder} holds {told}", "one table", "rename or remove the others")
-    there = sorted({p.parent.name for p in tables if p.parent.parent == folder})
-    if not parquet and (options.dataset_config or split.name not in ("train", *there)):
+    split = Path(options.dataset_split)
+    tables = [path for path in paths if TABLE.fullmatch(path.name)]
+    found = [path for path in tables if path.parent in (Path(), split)]
+    parquet = [path for path in paths if path.suffix == ".parquet" and path not in found]
+    if parquet and (others := [*found, *filter(is_picture, paths)]):
+        told = f"{folder} holds {others[0]} and {parquet[0]}"
+        remedy = "call a table of captions metadata.parquet, or move one kind elsewhere"
+        raise Refusal(told, "pictures and their captions, or parquet files with both", remedy)
+    there = sorted({table.parent.name for table in tables if len(table.parts) == 2})
+    if not parquet and (options.dataset_config or str(split) not in ("train", *there)):
         told = f"{folder} has no configs, and the splits {', '.join(there) or '(none)'}"
         remedy = "correct or leave out --dataset-split and --dataset-config, or name a sub-folder"
         raise Refusal(told, "SPLIT/metadata.jsonl, or parquet files", remedy)
     return None if parquet else found
 
 
-def held_in(path: Path) -> str:
-    """What a parquet file holds, by its columns: "pictures", "captions" of files, or ""."""
-    import pyarrow.parquet  # here, since it takes a while
-
-    with refusing(f"{path} is no table", "a whole parquet file", "replace or remove it"):
-        schema = pyarrow.parquet.read_schema(path)
-    if any(re.search("binary|bytes:", str(kind)) for kind in schema.types):
-        return "pictures"
-    return "captions" if "file_name" in schema.names else ""
-
-
-def from_folder(folder: Path, tables: list[Path], options: Config) -> Pictures:
+def from_folder(
+    folder: Path, found: tuple[list[Path], dict], tables: list[Path], options: Config
+) -> Pictures:
     """The pictures of a folder whose captions are in each of `tables`, or in one file each."""
-    paths, left_out = files_in(folder)
-    top = min((table.parent for table in tables), default=folder)  # of two one is in the other
-
-    def named_in(path: Path) -> str:
-        return path.relative_to(folder).as_posix()
+    (paths, left_out), own = found, folder.resolve().name
+    top = min((table.parent for table in tables), default=Path())  # of two one is in the other
 
     def key(path: Path) -> str:
         """By what a picture and its caption find each other; Macs write accents as two letters."""
-        return normal(named_in(path if tables else path.with_suffix("")))
+        return normal(str(path if tables else path.with_suffix("")))
 
-    def caption(path: Path) -> tuple[str, str, tuple]:
-        text = content_of(folder, named_in(path), "caption").strip()
+    def numbers(name: str) -> list[int]:
+        """Of kohya's folders in which a picture lies, the data set's own included."""
+        return [int(number) for number in NUMBERED.findall(f"{own}/{name}")]
+
+    def caption(path: Path) -> Row:
+        text = content_of(folder, str(path), "caption").strip()
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         texts = tuple(lines) if options.caption_lines and lines else (text,)
-        return key(stems.get(path.with_suffix(""), path)), named_in(path), texts
+        picture = stems.get(path.with_suffix(""), path)
+        return f"*{path.suffix.lower()}", key(picture), str(path), texts
 
-    pictures = [p for p in paths if is_picture(p) and (p.is_file() or p.is_symlink())]
-    pictures, masks, like_masks = masks_apart(folder, pictures)
-    left_out[f"lie outside {top.name}/"] = [p for p in pictures if top not in p.parents]
-    pictures = [p for p in pictures if top in p.parents]
-    obeyed = options.folder_repeats
-    spare = {p for p in pictures if obeyed and REGULARISATION.search(named_in(p))}
-    left_out["lie in kohya's reg folders (--no-folder-repeats: trained on)"] = sorted(spare)
-    pictures = [p for p in pictures if p not in spare]
+    pictures, masks = masks_apart(folder, list(filter(is_picture, paths)))
+    left_out[f"lie outside {top}/"] = [p for p in pictures if top not in p.parents]
+    inside, obeyed = [p for p in pictures if top in p.parents], options.folder_repeats
+    left_out["lie in kohya's reg folders (--no-folder-repeats: trained on)"] = [
+        p for p in inside if obeyed and REGULARISATION.search(str(p))
+    ]
+    aside = {*chain(*left_out.values())}
+    pictures = [p for p in inside if p not in aside]
+    keys = set(map(key, pictures))
     stems = {p.with_suffix(""): p for p in pictures}
     beside = [p for p in paths if p.suffix.lower() in BESIDE]
     read = [p for p in beside if not tables or p.with_suffix("") in stems]
-    told = {named_in(table): rows_of(folder, table, pictures, options) for table in tables}
-    rows = for_all(caption, read)
-    told |= {f"*{end}": [row for row in rows if row[1].lower().endswith(end)] for end in BESIDE}
-    captions, notes = agreed(folder, told)
-    unused = {key(path) for each in left_out.values() for path in each} - set(map(key, pictures))
-    captions = [each for each in captions if each[0] not in unused]
-    alike = [p for p in paths if ALIKE.match(p.name) and p.is_file() and top in p.parents]
-    known = {*tables, *beside, *filter(is_picture, alike)}
+    rows = [row for table in tables for row in rows_of(folder, table, pictures, options)]
+    rows += for_all(caption, read)
+    unused = set(map(key, aside)) - keys
+    texts = paired(folder, keys, [row for row in rows if row[1] not in unused])
+    alike = [p for p in paths if ALIKE.match(p.name) and top in p.parents and not is_picture(p)]
+    known = {*tables, *beside}
     left_out["are not named as captions are"] = [p for p in alike if p not in known]
-    texts = paired(folder, [(key(p), named_in(p)) for p in pictures], captions)
 
     def picture(path: Path) -> Picture:
-        name = named_in(path)
-        repeats = REPEATS.findall(name) if obeyed else []
-        found = picture_file(folder, name, texts.get(key(path), ("",)))
-        mask = masks.get(stem(name))
-        mask = picture_file(folder, mask) if mask else None
-        return replace(found, mask=mask, weight=int(repeats[-1]) if repeats else 1)
+        found = picture_file(folder, str(path), texts.get(key(path), ("",)))
+        mask = masks.get(stem(path))
+        repeats = [n for n in numbers(str(path)) if 0 < n < 1000]  # dates are none
+        weight = repeats[-1] if repeats and obeyed else 1
+        return replace(found, mask=picture_file(folder, mask) if mask else None, weight=weight)
 
     found = Pictures(for_all(picture, progress(sorted(pictures), "reading", delay=2)))
-    said = {f"left out, since they {why}": [*map(named_in, left)] for why, left in left_out.items()}
+    said = {f"left out, since they {why}": [*map(str, left)] for why, left in left_out.items()}
     often = "so many times, up to 999 (--no-folder-repeats: once)" if obeyed else "once each"
     kohya = f"in folders like 10_style, shown {often}"
-    said[kohya] = [p.name for p in found if NUMBERED.search(p.name)]
-    said[f"are called as masks of others are, and trained on: a mask is NAME{MASK}"] = like_masks
+    said[kohya] = [p.name for p in found if numbers(p.name)]
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
-    found.notes += notes + [f"{named_in(t)} has no rows" for t in tables[:1] if not captions]
-    own = REPEATS.findall(f"{folder.resolve().name}/") if obeyed else []
-    found.notes += [f"its own name's {n} is not counted (--dataset-weights {n} is)" for n in own]
+    found.notes += [f"{table} has no rows" for table in tables[:1] if not rows]
     return found
 
 
-def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, str], list[str]]:
-    """Of the picture files of `folder` those that are no masks, by the beginning of their picture's
-    name the names of those that are, and the names of pictures that are called as other programs
-    call the masks of pictures that are there. Raises Refusal for masks without a picture.
+def masks_apart(folder: Path, files: list[Path]) -> tuple[list[Path], dict[str, str]]:
+    """Of the picture files of `folder` those that are no masks, and the names of those that are by
+    the beginning of their picture's name. Raises Refusal for masks without a picture.
     """
-    names = [path.relative_to(folder).as_posix() for path in files]
-    masks = {stem(name[: -len(MASK)] + "."): name for name in names if name.lower().endswith(MASK)}
-    pictures = [path for path in files if not path.name.lower().endswith(MASK)]
-    there = {stem(name): name for name in (p.relative_to(folder).as_posix() for p in pictures)}
-    like = [n for key, n in there.items() if (of := LIKE_MASK.sub("", key)) != key and of in there]
-    odd = [name for key, name in masks.items() if key not in there]
-    found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"
-    refuse([(found, f"a.jpg beside a{MASK}", "add, rename or remove what is odd")] if odd else [])
-    return pictures, masks, like
+    own = {path for path in files if path.name.lower().endswith(MASK)}
+    pictures = [path for path in files if path not in own]
+    masks = {normal(str(path)[: -len(MASK)]): str(path) for path in own}
+    if odd := [masks[key] for key in masks.keys() - set(map(stem, pictures))]:
+        found = f"{len(odd)} masks without a picture of their own in {folder}, such as {ten(odd)}"
+        raise Refusal(found, f"a.jpg beside a{MASK}", "add, rename or remove what is odd")
+    return pictures, masks
 
 
-def stem(name: str) -> str:
-    return normal(name.rpartition(".")[0])
+def stem(path: Path) -> str:
+    return normal(str(path.with_suffix("")))
 
 
 def picture_file(folder: Path, name: str, captions: tuple[str, ...] = ("",)) -> Picture:
@@ -373,55 +341,51 @@ def named(names: list[str]) -> str:
     return f"{len(names)} (the first: {sayable(names[0])})"
 
 
-def rows_of(
-    folder: Path, table: Path, pictures: list[Path], options: Config
-) -> list[tuple[str, str, tuple]]:
-    """The rows of a table: the picture's key, its name there, and its captions."""
-    top, kohya = table.parent.relative_to(folder), collections.defaultdict(set)
+def rows_of(folder: Path, table: Path, pictures: list[Path], options: Config) -> list[Row]:
+    """The rows of a table."""
+    kohya = collections.defaultdict(set)
     for path in pictures if table.suffix == ".json" else ():
         for name in (path.name, path.stem):  # their keys have no ending, or another machine's path
-            kohya[normal(name)].add(normal(path.relative_to(folder).as_posix()))
+            kohya[normal(name)].add(normal(str(path)))
 
-    def row(line: tuple[str, str | dict]) -> tuple[str, str, tuple]:
-        where, cells = line
+    def row(line: tuple[int | str, str | dict]) -> Row:
+        where, cells = f"{table} line {line[0]}", line[1]
         expected = '{"file_name": "a.png", "text": "a caption"}'
         with refusing(f"{where} is not a row", expected, f"correct that in {folder}"):
             cells = json.loads(cells) if isinstance(cells, str) else cells
             if not isinstance(cells, dict) or "file_name" not in cells:  # or called otherwise
                 raise OSError(f"no file_name in {json.dumps(cells, default=str):.100}")
-            name = (top / cells["file_name"]).as_posix()
+            name = (table.parent / cells["file_name"]).as_posix()
         texts = captions_of(cells.get(caption_column(list(cells), options, where)), where)
         own = kohya[normal(Path(name).name)]
-        return next(iter(own)) if len(own) == 1 else normal(name), name, texts
+        return str(table), next(iter(own)) if len(own) == 1 else normal(name), name, texts
 
     return for_all(row, lines_of(folder, table))
 
 
-def lines_of(folder: Path, table: Path) -> list[tuple[str, str | dict]]:
-    """Where each row of a table stands, and the row; of .jsonl its line, to be read."""
-    name = table.relative_to(folder).as_posix()
-    text = content_of(folder, name, "parquet" if table.suffix == ".parquet" else "metadata")
+def lines_of(folder: Path, table: Path) -> Iterable[tuple[int | str, str | dict]]:
+    """The number or key of each row of a table, and the row; of .jsonl its line, to be read."""
+    kind = "parquet" if table.suffix == ".parquet" else "metadata"
+    content = content_of(folder, str(table), kind)
     if table.suffix == ".jsonl":
-        lines = enumerate(text.split("\n"), 1)
-        numbered: Iterable = [(number, line) for number, line in lines if line.strip()]
-    elif table.suffix == ".parquet":
-        import pyarrow.parquet  # here, since it takes a while
+        return [(i, line) for i, line in enumerate(content.split("\n"), 1) if line.strip()]
+    expected = {
+        ".parquet": "a whole parquet file",
+        ".json": '{"a.png": {"caption": "a caption", "tags": "one, two"}}',
+        ".csv": 'file_name,text, then quotes around a caption with commas: a.png,"red, round"',
+    }[table.suffix]
+    with refusing(f"{table} is no table", expected, f"correct or replace it in {folder}"):
+        if table.suffix == ".parquet":
+            import pyarrow.parquet  # here, since it takes a while
 
-        with refusing(f"{name} is no table", "a whole parquet file", f"replace it in {folder}"):
-            numbered = enumerate(pyarrow.parquet.read_table(io.BytesIO(text)).to_pylist(), 1)
-    elif table.suffix == ".json":
-        expected = '{"a.png": {"caption": "a caption", "tags": "one, two"}}'
-        with refusing(f"{name} is no table", expected, f"correct or rename it in {folder}"):
-            numbered = [(key, kohyas(key, row)) for key, row in dict(json.loads(text)).items()]
-    else:
-        remedy = f'in {folder}, quotes around a caption with commas: a.png,"red, round"'
-        with refusing(f"{name} is no table", "file_name,text and one row a picture", remedy):
-            reader = csv.DictReader(io.StringIO(text, newline=""), restkey="", strict=True)
-            numbered = [(reader.line_num, row) for row in reader]
-            for line, row in numbered:
-                if "" in row:
-                    raise ValueError(f"line {line} has more cells than there are columns")
-    return [(f"{name} line {number}", row) for number, row in numbered]
+            return enumerate(pyarrow.parquet.read_table(io.BytesIO(content)).to_pylist(), 1)
+        if table.suffix == ".json":
+            return [(key, kohyas(key, row)) for key, row in dict(json.loads(content)).items()]
+        reader = csv.DictReader(io.StringIO(content, newline=""), strict=True)
+        rows = [(reader.line_num, row) for row in reader]
+        if longer := [line for line, row in rows if None in row]:
+            raise ValueError(f"line {longer[0]} has more cells than there are columns")
+        return rows
 
 
 def kohyas(key: str, row: dict) -> dict:
@@ -434,57 +398,31 @@ def kohyas(key: str, row: dict) -> dict:
     return {"file_name": key.replace("\\", "/"), **row, "text": text}
 
 
-def agreed(folder: Path, told: dict[str, list[tuple]]) -> tuple[list[tuple], list[str]]:
-    """Of all rows of the files `told` for each picture those of the first that has words for it,
-    and a note where several are taken together. Raises Refusal for two that say different things.
+def paired(folder: Path, keys: set[str], rows: list[Row]) -> dict[str, tuple]:
+    """The texts of the pictures of these keys that have any. Raises Refusal where a file has a key
+    twice, where captions lack their picture, and where files disagree.
     """
-    words = lambda row: " | ".join(filter(None, map(str.strip, row[2])))  # noqa: E731
-    every = [(file, row) for file, rows in told.items() for row in rows]
-    first: dict[str, str] = {}
-    said: dict[str, dict[str, str]] = collections.defaultdict(dict)  # of a key by each file
-    for file, row in sorted(every, key=lambda each: not words(each[1])):  # the silent ones last
-        first.setdefault(row[0], file)
-        if words(row):
-            said[row[0]].setdefault(file, words(row))
-    if odd := [key for key, each in said.items() if len(set(each.values())) > 1]:
-        each = [[f"{sayable(t, 40)!r} in {f}" for f, t in said[key].items()] for key in odd[:3]]
-        found = "; ".join(f"{key} is {' and '.join(t)}" for key, t in zip(odd, each, strict=False))
-        found += f"; {len(odd) - 3} more" * (len(odd) > 3)
-        remedy = f"correct them, or leave one kind out: find {shlex.quote(str(folder))} "
-        remedy += f"-name '{Path([*said[odd[0]]][1]).name}' -exec mv {{}} {{}}.unused \\;"
-        raise Refusal(f"captions in {folder} disagree: {found}", "the same captions", remedy)
-    rows = [(file, row) for file, row in every if first[row[0]] == file]
-    taken = list(dict.fromkeys(file for file, row in rows if words(row)))
-    note = f"captions of {' and '.join(taken)} taken together"
-    return [row for _, row in rows], [note] * (len(taken) > 1)
-
-
-def paired(folder: Path, pictures: list[tuple], captions: list[tuple]) -> dict[str, tuple]:
-    """The texts by the keys of their pictures. pictures: (key, name); captions: (key, name, texts).
-    Raises Refusal where a key stands twice and where captions lack their picture.
-    """
-    here = collections.Counter(key for key, _ in pictures)
-    told = collections.Counter(key for key, *_ in captions)
-    none = captions and not here.keys() & told.keys()
-    odd = {
-        "pictures without a caption": [
-            name
-            for key, name in pictures
-            if (here[key] > 1 and told[key]) or (none and not told[key])
-        ],
-        "captions without a picture": [
-            name for key, name, _ in captions if told[key] > here[key] or told[key] > 1
-        ],
-    }
-    expected = "captions for each picture: metadata.jsonl, .csv or .parquet, meta_cap.json, "
+    lines = collections.Counter((file, key) for file, key, *_ in rows)
+    odd = [name for file, key, name, _ in rows if key not in keys or lines[file, key] > 1]
+    expected = "a picture for each caption: metadata.jsonl, .csv or .parquet, meta_cap.json, "
     expected += "a.txt or a.caption (not a.jpg.txt)"
-    remedy = "add, rename or remove what is odd"
-    refuse(
-        (f"{len(names)} {wrong} of their own in {folder}, such as {ten(names)}", expected, remedy)
-        for wrong, names in odd.items()
-        if names
-    )
-    return {key: texts for key, _, texts in captions}
+    found = f"{len(odd)} captions without a picture of their own in {folder}, such as {ten(odd)}"
+    troubles = [(found, expected, "add, rename or remove what is odd")] if odd else []
+    said: dict[str, dict[str, tuple]] = collections.defaultdict(dict)  # of a key by each file
+    for file, key, _, texts in rows:
+        if any(map(str.strip, texts)):
+            said[key][file] = texts
+    remedy = f"correct them in {folder}, or rename what is not meant: mv FILE FILE.unused"
+    for key, each in said.items():
+        words = {file: " | ".join(filter(None, map(str.strip, t))) for file, t in each.items()}
+        if len(set(words.values())) > 1:
+            both = " and ".join(f"{sayable(text, 40)!r} in {file}" for file, text in words.items())
+            troubles.append(
+                (f"captions of {key} disagree: {both}", "the same in all files", remedy)
+            )
+    refuse(troubles)
+    silent = {key: texts for _, key, _, texts in rows}
+    return silent | {key: next(iter(each.values())) for key, each in said.items()}
 
 
 def ten(names: list[str]) -> str:
@@ -493,32 +431,31 @@ def ten(names: list[str]) -> str:
 
 
 def files_in(folder: Path) -> tuple[list[Path], dict[str, list[Path]]]:
-    """What is below `folder`, sorted, and of the pictures and films there those that are left out,
-    by the reason. Raises Refusal for a link to a folder: it may lead anywhere, also in a circle,
-    and what it holds would otherwise be left out without a word.
+    """The files below `folder`, as paths in it, sorted, and of the pictures and films there those
+    that are left out, by the reason. A link to a folder is not followed: it may lead anywhere, also
+    in a circle.
     """
-    hidden, shown = "are hidden or another program's own", []
+    hidden, linked, shown = "are hidden or another program's own", "are links to folders", []
     unread = "are no pictures that Pillow opens here (HEIC: pip install pillow-heif, JPEG XL: "
     unread += "pip install pillow-jxl-plugin, others: convert them to PNG)"
-    left_out: dict[str, list[Path]] = {hidden: [], unread: []}
+    left_out: dict[str, list[Path]] = {hidden: [], unread: [], linked: []}
     left_out[closed := "are folders that this user may not read"] = []
+
+    def shut(error: OSError) -> None:
+        left_out[closed].append(Path(error.filename).relative_to(folder))
+
     # Not rglob(): it passes over a folder that it may not read.
-    walk = os.walk(folder, onerror=lambda error: left_out[closed].append(Path(error.filename)))
+    walk = os.walk(folder, onerror=shut)
     for path in sorted(Path(top, name) for top, *names in walk for name in chain(*names)):
-        parts = path.relative_to(folder).parts
-        by_itself = any(part[0] == "." or part in NOT_MADE_BY_PEOPLE for part in parts)
-        ending = path.suffix.lower()
+        own, ending = path.relative_to(folder), path.suffix.lower()
         medium = ending in MEDIA or ending in Image.registered_extensions()
-        if by_itself:
-            left_out[hidden] += [path] * medium
-            continue
-        left_out[unread] += [path] * (medium and not is_picture(path))
-        shown.append(path)
-    refuse(
-        (f"{path} is a link to a folder", "links to single files only", "move its pictures here")
-        for path in shown
-        if path.is_symlink() and path.is_dir()
-    )
+        if any(part[0] == "." or part in NOT_MADE_BY_PEOPLE for part in own.parts):
+            left_out[hidden] += [own] * medium
+        elif path.is_dir():
+            left_out[linked] += [own] * path.is_symlink()
+        else:
+            left_out[unread] += [own] * (medium and not is_picture(own))
+            shown.append(own)
     return shown, left_out
 
 
@@ -547,27 +484,29 @@ def content_of(folder: Path, name: str, kind: str) -> bytes | str:
     """
     binary = kind in ("picture", "parquet")
     what = "a file" if binary else "text in UTF-8"
-    expected = f"{what} of at most {LARGEST[kind] / 1e6:.0f} MB"
+    expected = f"{what} of at most {LARGEST / 1e6:.0f} MB"
     path, found = folder / name, f"{name} ({kind}) cannot be read"
     with refusing(found, expected, f"replace or remove it in {folder}"):
         size = path.stat().st_size
         if not path.is_file():
             raise OSError("no file")
-        if size > LARGEST[kind]:
+        if size > LARGEST:
             raise OSError(f"{size / 1e6:.1f} MB")
         content = path.read_bytes()
     if binary:
         return content
-    wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # Windows' "Unicode"
-    mend = MEND.format(folder, f"iconv -f {'UTF-16' if wide else 'WINDOWS-1252'} -t UTF-8")
-    with refusing(found, expected, mend + " (or what else it was written in)" * (not wide)):
-        try:
-            text = content.decode("utf-8-sig")
-        except UnicodeDecodeError as error:  # its own words are so long that ten are cut
-            raise OSError(f"no UTF-8 at byte {error.start + 1}") from None
-    with refusing(found, f"{what} without control characters", MEND.format(folder, DELETE)):
-        if control := CONTROL.search(text):
-            raise OSError(f"it holds the control character {control[0]!r}")
+    try:
+        text = content.decode("utf-8-sig")
+        control = CONTROL.search(text)
+        why, command = f"control character {control[0]!r}" if control else "", DELETE
+    except UnicodeDecodeError as error:
+        wide = content[:2] in (b"\xff\xfe", b"\xfe\xff")  # Windows' "Unicode"
+        encoding = "UTF-16" if wide else "WINDOWS-1252"
+        why = f"no UTF-8 at byte {error.start + 1}, maybe {encoding}"
+        command = f"iconv -f {encoding} -t UTF-8"
+    if why:
+        expected += " without control characters"
+        raise Refusal(f"{found} ({why})", expected, MEND.format(folder, command))
     return text
 
 
@@ -582,11 +521,11 @@ def caption_of(value: Any, where: str) -> str:
     holds (JSON lets half a surrogate pair through), or has control characters.
     """
     value = "" if value is None else value
-    if not isinstance(value, str) or value.encode(errors="ignore").decode() != value:
-        raise Refusal(f"{where} has the caption {value!r:.200}", "text", "another --caption-column")
-    if CONTROL.search(value):
-        expected = "text without control characters"
-        raise Refusal(f"{where} has the caption {value!r:.200}", expected, "correct that caption")
+    text = isinstance(value, str) and value.encode(errors="ignore").decode() == value
+    if not text or CONTROL.search(value):
+        found = f"{where} has the caption {value!r:.200}"
+        remedy = "correct it, or name another --caption-column"
+        raise Refusal(found, "text without control characters", remedy)
     return value
 
 
@@ -599,17 +538,16 @@ def from_hub(name: str, options: Config) -> Pictures:
 
     if not on_terminal():  # or bars of its own, by their hundreds
         datasets.disable_progress_bars()
-    if not Path(name).is_dir() and not quiet[0]:  # a mistyped folder is looked for half a minute
-        print(f"{name} is no folder here: asking the Hub for a data set", file=sys.stderr)
     split, config = options.dataset_split, options.dataset_config or None
     found = f"the data set {name} could not be loaded"
     expected = f"a folder of pictures with captions, or a Hub data set with the split {split}"
     remedy = "check the name and the network, pass --dataset-name FOLDER, or where splits or "
     remedy += "configs are listed --dataset-split NAME --dataset-config NAME"
     with refusing(found, expected, remedy):
-        load = functools.partial(datasets.load_dataset, name, name=config, split=split)
-        what, way_out = f"the data set {name} (no folder here)", "pass --dataset-name FOLDER"
-        table = asked("datasets", name, what, way_out, load)
+        if Path(name).is_dir():
+            table = datasets.load_dataset(name, config, split=split)
+        else:
+            table = download(name, config).as_dataset(split)
     taken = image_column(table, name, options)
     column = caption_column(table.column_names, options, name)
     captions = table[column] if column else [None] * len(table)
@@ -631,6 +569,39 @@ def from_hub(name: str, options: Config) -> Pictures:
     if taken not in ("image", options.image_column):
         pictures.notes = [f"pictures taken from the column {taken}"]
     return pictures
+
+
+def download(name: str, config: str | None) -> Any:
+    """The `datasets` builder of a Hub data set that is here then. Before anything of it is fetched
+    it is said how much of which commit that is. Raises Refusal where it does not come, or has no
+    room.
+    """
+    import datasets
+    from huggingface_hub import try_to_load_from_cache
+
+    if not quiet[0]:  # a mistyped folder is looked for half a minute
+        print(f"{name} is no folder here: asking the Hub for a data set", file=sys.stderr)
+    count(datasets.utils.tqdm)
+    what, way_out = f"the data set {name} (no folder here)", "pass --dataset-name FOLDER"
+    ask = functools.partial(asked, "dataset", name, what, way_out)
+    builder = ask(functools.partial(datasets.load_dataset_builder, name, config))
+    if Path(builder.cache_dir).exists():
+        return builder  # it came before
+    addresses = chain(*(builder.config.data_files or {}).values())
+    found = {m.groups() for m in map(re.compile(r"@([0-9a-f]{40})/(.+)").search, addresses) if m}
+    coming = [
+        (commit, path)
+        for commit, path in found
+        if not isinstance(try_to_load_from_cache(name, path, None, commit, "dataset"), str)
+    ]
+    size = 0
+    if coming:
+        commit = coming[0][0]
+        sizes = listing("dataset", name, commit, what, way_out)[1]
+        size = sum(sizes.get(path, 0) for _, path in coming)
+        check_room(size, f"the data set {name} at commit {commit}, {len(coming)} files,", way_out)
+    ask(builder.download_and_prepare, size)
+    return builder
 
 
 def image_column(table: Any, name: str, options: Config) -> str:
@@ -661,18 +632,17 @@ def kind_of(feature: Any) -> str:
 
 
 def own_file(name: str, path: str) -> Path:
-    """The file that a row of the data set `name` names: in its folder, or where `datasets` keeps
-    what it downloaded. A table from anywhere could name any other file of this disk.
+    """The file that a row of the data set `name` names, where `datasets` keeps what it downloaded.
+    A table from anywhere could name any other file of this disk.
     """
     import datasets
     import huggingface_hub
 
     kept = (datasets.config.HF_DATASETS_CACHE, huggingface_hub.constants.HF_HUB_CACHE)
-    folders = [Path(name)] if Path(name).is_dir() else [Path(each) for each in kept]
-    target = (folders[0] / path).resolve()  # `path` itself where it is absolute
-    if "://" in path or not any(target.is_relative_to(folder.resolve()) for folder in folders):
+    target = Path(path).resolve()
+    if not any(target.is_relative_to(Path(folder).resolve()) for folder in kept):
         found = f"a row of {name} names the picture {path!r}, which is outside the data set"
-        raise Refusal(found, "pictures inside the data set", "put them into the table or beside it")
+        raise Refusal(found, "pictures inside the data set", "put them into the table")
     return target
 
 

@@ -9,7 +9,6 @@ import dataclasses
 import hashlib
 import io
 import os
-import re
 import shutil
 from pathlib import Path
 
@@ -20,7 +19,7 @@ import lora
 import model
 from adapters import files as adapter_files
 from inputs import code
-from inputs.files import Refusal, write_whole
+from inputs.files import Refusal, part_of, write_whole
 from keep import faults
 from keep.identity import about
 
@@ -64,25 +63,25 @@ def save_state(kept) -> None:
     Raises Refusal where a number of it is not finite: a run cannot be continued from that.
     """
     run, config = kept.run, kept.run.config
-    if bad := faults.in_state(kept):
+    if bad := faults.bad(faults.of_state(kept)):
         found = f"after step {run.step} {bad}, so that it is not saved"
         raise Refusal(found, "finite numbers", faults.AGAIN)
     if not kept.team.first:
         return
     folder, buffer = folder_of(run), io.BytesIO()
     torch.save(state_of(kept), buffer)
+    how = (model.DTYPES[config.save_dtype], about(kept))
     files = {
-        lora.FILE_NAME: lora.peft_bytes(run.adapter, model.DTYPES[config.save_dtype], about(kept)),
+        lora.FILE_NAME: lora.peft_bytes(run.adapter, *how),
         "state.pt": buffer.getvalue(),
         "state.sha256": sum_of(buffer.getvalue()).encode(),
     }
     if config.keep_adapters:  # before the state: a step that is saved is not done again
-        dtype, kept_in = model.DTYPES[config.save_dtype], config.out / "adapters"
         named = f"kohya/{config.out.resolve().name}-{folder.name}"
         for layout, name in (("peft", folder.name), ("kohya", named)):
-            path = kept_in / f"{name}.safetensors"
-            adapter_files.save(run.adapter, path, layout, dtype, about(kept))
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+            path = config.out / "adapters" / f"{name}.safetensors"
+            adapter_files.save(run.adapter, path, layout, *how)
+    aside = part_of(folder)
     try:
         for name, content in files.items():
             write_whole(aside / name, content)
@@ -99,6 +98,7 @@ def state_of(kept) -> dict:
     return {
         "step": run.step,
         "trained": on_the_host(run.trained),
+        "optimizer": type(run.optimizer).__name__,
         "moments": on_the_host(kept.moments.read()),
         "scale": dataclasses.asdict(run.loss_scale),
         "identity": kept.identity,
@@ -137,7 +137,7 @@ def save_state_once(kept) -> None:
     not finite.
     """
     saved = folder_of(kept.run).exists()
-    if kept.run.step and not saved and not kept.half_done and not faults.in_state(kept):
+    if kept.run.step and not saved and not kept.half_done and not faults.bad(faults.of_state(kept)):
         save_state(kept)
 
 
@@ -148,8 +148,8 @@ def checkpoints(root: Path) -> list[Path]:
     """The folders of checkpoints under `root`, whole or not, by their steps: 1000000 after 999999,
     which their names do not say.
     """
-    found = [p for p in root.glob("*") if re.fullmatch(r"[0-9]{6,9}", p.name) and p.is_dir()]
-    return sorted(found, key=lambda p: int(p.name))
+    found = [path for path in root.glob("*") if path.name.isdecimal() and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name))
 
 
 def newest_state(root: Path) -> dict | None:
@@ -170,27 +170,34 @@ def newest_state(root: Path) -> dict | None:
     return None
 
 
+def state_of_first(team, root: Path) -> dict | None:
+    """newest_state() of the disk that the first process sees; other hosts need not see it. Raises
+    Refusal where another host's holds a later step: which one is the first may have changed.
+    """
+    steps = team.told(max((int(folder.name) for folder in checkpoints(root)), default=0))
+    if (newest := max(steps)) > steps[0]:
+        found = f"{root} holds step {newest} on the host of rank {steps.index(newest)}, and step "
+        expected = "the newest on the host of rank 0, which saves"
+        remedy = f"copy {root} there, or give another --output-dir"
+        raise Refusal(f"{found}{steps[0]} on that of rank 0", expected, remedy)
+    return team.from_first(lambda: newest_state(root))
+
+
 def restore(kept, state: dict | None) -> None:
     """Put a checkpoint's numbers into the run. Raises Refusal, with nothing of them taken over,
-    where they are of other layers or another optimizer: a copy would stretch one number over a
-    matrix, and bitsandbytes' kernels would read beyond the end of a short one.
+    where they are of other layers or another optimizer, as after an edit that was accepted.
     """
     if state is None:
         return
-    run = kept.run
-    if any(state.get("moments", {}).values()):  # else every step so far was skipped
-        # A step at rate 0, over gradients of 0, moves nothing: it has the optimizer make what it
-        # keeps, so that it can be compared, whichever optimizer it is.
-        for group in run.optimizer.param_groups:
-            group["lr"] = 0.0
-        run.optimizer.step()
-    parts = {"trained": run.trained, "moments": kept.moments.read(), "scale": vars(run.loss_scale)}
-    mine, theirs = looks(parts), looks({key: state.get(key, {}) for key in parts})
-    if wrong := [place for place in mine | theirs if mine.get(place) != theirs.get(place)]:
-        told = [f"{k}: {theirs.get(k, 'nothing')}, not {mine.get(k, 'nothing')}" for k in wrong[:4]]
-        found = "the checkpoint holds other layers or another optimizer "
-        found += f"({len(wrong)} differences; {'; '.join(told)})"
-        expected = f"the {len(run.trained)} matrices that this run trains, and its optimizer's"
+    run, optimizer = kept.run, type(kept.run.optimizer).__name__
+    was = state.get("optimizer")
+    mine = {name: each.shape for name, each in run.trained.items()}
+    theirs = {name: each.shape for name, each in state["trained"].items()}
+    wrong = [name for name in mine | theirs if mine.get(name) != theirs.get(name)]
+    if wrong or was != optimizer:
+        found = "the checkpoint holds other layers or another optimizer: "
+        found += f"{was}, and of other shapes {', '.join(wrong[:4]) or 'nothing'}"
+        expected = f"{optimizer}, and the {len(run.trained)} matrices that this run trains"
         remedy = "use the code and libraries that it ran with, or another --output-dir"
         raise Refusal(found, expected, remedy)
     with torch.no_grad():
@@ -199,15 +206,6 @@ def restore(kept, state: dict | None) -> None:
     kept.moments.write(state["moments"])
     run.loss_scale = type(run.loss_scale)(**state["scale"])
     run.step = state["step"]
-
-
-def looks(tree, name: str = "") -> dict[str, str]:
-    """Of each tensor in dicts of dicts its dtype and shape, of anything else its type, by place."""
-    if isinstance(tree, dict):
-        inner = [looks(each, f"{name} {key}".strip()) for key, each in tree.items()]
-        return {place: look for each in inner for place, look in each.items()}
-    tensor = torch.is_tensor(tree)
-    return {name: f"{tree.dtype} {[*tree.shape]}" if tensor else type(tree).__name__}
 
 
 def sum_of(content: bytes) -> str:

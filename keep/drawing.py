@@ -34,9 +34,8 @@ def decode(
     # Out here the error no longer holds what filled the memory.
     print("a whole picture does not fit this GPU's memory: decoding in tiles", flush=True)
     model.free_memory()
-    scale = vae.tile_sample_min_size // vae.tile_latent_min_size
     vae.use_tiling, vae.tile_latent_min_size = True, max(latents[0].shape) // 2
-    vae.tile_sample_min_size = scale * vae.tile_latent_min_size
+    vae.tile_sample_min_size = 8 * vae.tile_latent_min_size
     return generate.decode(vae, latents, scaling)
 
 
@@ -62,15 +61,13 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
 
 def stages(file: AdapterFile) -> dict[int, AdapterFile]:
     """What the run of `file` has kept of its adapter, by steps. What another run has left in the
-    same folder is left out, said. Raises Refusal where there is only one.
+    same folder is no stage of it. Raises Refusal where there is only one.
     """
     folders = [*file.path.resolve().parents][:3]  # OUT/, OUT/adapters/, OUT/checkpoints/000200/
     out = next((each for each in folders if (each / "config.json").is_file()), folders[0])
     places = ("adapters/*.safetensors", f"checkpoints/*/{lora.FILE_NAME}", lora.FILE_NAME)
     found = [adapter_files.read(path) for place in places for path in out.glob(place)]
     own = [each for each in found if each.about.get("run", "") == file.about.get("run")]
-    if other := [str(each.path.relative_to(out)) for each in found if each not in own]:
-        print(f"left out, of another run than {file.path}: {', '.join(other)}", file=sys.stderr)
     kept = {int(each.about["steps"]): each for each in own}  # a header with a run has them
     if len(kept) < 2:
         remedy = "train with --keep-adapters, which keeps one at every save"
@@ -86,7 +83,11 @@ def run(options: Options) -> None:
     folder = Path(options.output_dir or file.path.parent / "pictures")
     folder.mkdir(parents=True, exist_ok=True)  # before drawing, so that no picture is lost by it
     plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
-    pictures = generate.draw_at(rows, options, *plugged_in)
+    try:
+        pictures = generate.draw_at(rows, options, *plugged_in)
+    except torch.cuda.OutOfMemoryError as error:
+        found = f"the GPU's memory is full ({first_line(error)})"
+        raise Refusal(found, "room for the model and a picture", "--resolution 512") from error
     if name:
         several = len(set(options.seeds)) > 1
         titles = [f"{p}, seed {seed}" if several else p for p, seed in options.pictures]
@@ -107,8 +108,6 @@ def main(argv_or_options: list[str] | Options | None = None) -> int:
         return 0
     except Refusal as refusal:
         said = str(refusal)
-    except torch.cuda.OutOfMemoryError as error:
-        said = f"the GPU's memory is full ({first_line(error)}). What to do: --resolution 512"
     except OSError as error:
         said = f"{error}. What to do: mend that, then the same command"
     except KeyboardInterrupt:

@@ -14,11 +14,12 @@ import lora
 import model
 from adapters import files
 from inputs import code
-from inputs.files import Refusal, sweep_parts, write_whole
+from inputs.files import Refusal, place, sweep_parts, write_whole
 from inputs.options import Config
+from inputs.sources import read_datasets
 from keep import faster
 from keep.checkpoint import folder_of, remove_old, sum_of
-from keep.identity import about, check_same, fixed_options, local_identity, on_schedule, start_of
+from keep.identity import about, check_same, fixed_options, of_base, of_data, on_schedule, start_of
 
 
 @torch.no_grad()
@@ -52,9 +53,9 @@ def export(kept, best: str = "") -> list[Path]:
         for name, matrix in matrices.items():
             matrix.copy_(trained[name])
         if not same or not off <= (0.0 if dtype == torch.float32 else 2e-3):
-            why = "; ".join(kept.notes) or "check the disk and give the same command again"
             found = f"{path}, read back, gives another UNet (outputs differ by {off:.2e})"
-            raise Refusal(found, "the trained one", f"{why}; what was trained is in checkpoints/")
+            remedy = "check the disk, and the start's lines; what was trained is in checkpoints/"
+            raise Refusal(found, "the trained one", remedy)
     return list(files_of(config, best).values())
 
 
@@ -129,19 +130,20 @@ def finished(config: Config) -> str:
         whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
         half, done = note["identity"]["dtype"] != "torch.float32", note["steps"]
         # Of the same pictures, as check_same() finds, as many epochs are as many steps.
-        enough = note.get("epochs", 0) >= epochs if epochs else done >= steps
-        enough |= config.stop_when_worse and note.get("stopped_when_worse", False)
+        enough = note["epochs"] >= epochs if epochs else done >= steps
+        enough |= config.stop_when_worse and note["stopped_when_worse"]
     except (OSError, ValueError, KeyError, TypeError):  # not ended yet, or damaged
         return ""
-    config = on_schedule(config, note)
-    mine = fixed_options(config) | local_identity(config, half)
-    mine["start_from"] = start_of(config, half, note)[1]
-    if config.deterministic:  # a promise about how it was computed, from the first step on
-        mine["deterministic"] = "True"
+    config, name = on_schedule(config, note), config.pretrained_model_name_or_path
+    mine = fixed_options(config) | {"start_from": start_of(config, half, note)[1]}
+    if place(name).exists():
+        mine |= of_base(name, half)
+    if all(place(data).is_dir() for data in config.dataset_name):
+        mine["data"] = of_data(read_datasets(config))
     check_same(config, mine, note)
     if not whole or not enough:
         return ""
-    names = code.changed(faster.digests(config), note.get("code", {}))
+    names = code.changed(faster.digests(config), note["code"])
     other = f", by other code ({', '.join(names)})" if names else ""
     return (
         f"{config.out} is finished{other}: {done} steps on {' '.join(config.dataset_name)}. To go "

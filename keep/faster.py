@@ -2,8 +2,6 @@
 goes on by the book's lines; what needs it is refused.
 """
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import importlib.util
@@ -14,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import data
 import loop
 import model
 from inputs import code
@@ -47,7 +46,7 @@ OF_ALL_AT_ONCE = ("loop.step_batches", "loop.diffusion_loss", "model.predict")
 MATRIX_BY_MATRIX = tuple(name for name in WRITTEN_FOR if name not in OF_ALL_AT_ONCE)
 
 
-class Alone:
+class Alone(contextlib.nullcontext):
     """A run of one process: it has everything, waits for nobody, and says what there is to say.
 
     asked: whether this process was asked to stop. fast.parallel.Team has the same methods for one
@@ -56,12 +55,7 @@ class Alone:
 
     size, first = 1, True
     asked: Callable[[], bool] = staticmethod(lambda: False)
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        pass
+    claim = staticmethod(data.every_block)
 
     def start(self, device):
         """The device that this process computes on."""
@@ -85,31 +79,31 @@ class Alone:
     def all_reduce(self, sums) -> None:
         """Of one process a sum is whole already."""
 
-    def claim(self, name: str) -> bool:
-        """Whether the work `name` is this process's to do."""
-        return True
-
     def wait(self) -> None:
         """Until all processes are here."""
 
-    def first_says(self, value: str) -> str:
-        """The first process's value, for all."""
-        return value
+    def told(self, value) -> list:
+        """Every process's `value`, the first's first."""
+        return [value]
 
-    def check_equal(self, what: str, tensors: dict, text: str = "") -> None:
-        """Raise Refusal where `tensors` or `text` are not the same everywhere."""
+    def from_first(self, work: Callable):
+        """What `work()` gives in the first process, for all."""
+        return work()
+
+    def check_equal(self, what: str, tensors: dict, texts: dict | None = None) -> None:
+        """Raise Refusal where `tensors` or `texts` are not the same everywhere."""
 
     def say(self, sentence: str) -> None:
         """An error, said by one process for all."""
         print(sentence, file=sys.stderr, flush=True)
 
 
-def part(name: str, asked: str, remedy: str = "the same command without it"):
+def part(name: str, asked: str):
     """The module `name` of fast/. Raises Refusal where what is `asked` for needs it and fast/ is
     not here.
     """
     if not fast:
-        found = f"{asked}, and there is no folder fast/"
+        found, remedy = f"{asked}, and there is no folder fast/", "the same command without it"
         raise Refusal(found, "that folder beside loop.py", remedy)
     return importlib.import_module(f"fast.{name}")
 
@@ -118,8 +112,7 @@ def join(timeout: float):
     """The processes that torchrun started, this one among them; Alone without torchrun."""
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return Alone()
-    remedy = "python loop.py RECIPE, which is one process"
-    return part("parallel", "several processes", remedy).join(timeout)
+    return part("parallel", "several processes").Team(timeout)
 
 
 def deterministic(on: bool):
@@ -148,8 +141,7 @@ def plan(config: Config, device, dtype, processes: int) -> tuple[Config, str]:
 
 def nf4():
     """What makes and loads a base in 4 bits."""
-    remedy = "--base-quantization none, or --plain, on the whole base"
-    return part("nf4", "a base in NF4", remedy)
+    return part("nf4", "--base-quantization nf4")
 
 
 def unet_loader(asked) -> Callable:
@@ -182,8 +174,9 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
 
     said = []
     if may_fuse(run):
-        why = unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
-        unfused = team.first_says(why)
+        unfused = team.from_first(
+            lambda: unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
+        )
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
     if run.config.compile:
         compile.compile_resnets(run.unet)
@@ -221,8 +214,7 @@ def record(run, sums: list, say: Callable[[str], None], said: list[str]) -> None
         said.append(f"recorded, so that what it decides in Python is decided once ({why})")
     from fast import graph
 
-    warm_up = 2 if run.config.compile else 1  # what is compiled may be compiled again when called
-    run.micro_step = graph.Recorded(run.micro_step, sums, say, warm_up)
+    run.micro_step = graph.Recorded(run.micro_step, sums, say)
 
 
 def between_steps(run):

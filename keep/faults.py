@@ -5,7 +5,7 @@ matrix of the adapter. None of it runs in a step while all is well.
 import contextlib
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 
@@ -17,8 +17,8 @@ AGAIN = (
     "back, with a new --output-dir a lower --learning-rate, or check this machine's memory"
 )
 ANEW = (
-    "rm {}, then the same command: it is encoded anew, and the run continues; if it comes back, "
-    "--mixed-precision fp32 with a new --output-dir"
+    "rm that file, then the same command: it is encoded anew, and the run continues; if it comes "
+    "back, --mixed-precision fp32 with a new --output-dir"
 )
 BASE = "the same command; if it comes back, the base model's file holds it: get it anew"
 PRECISION = (
@@ -27,70 +27,54 @@ PRECISION = (
 )
 
 
-def kind(value) -> str:
-    """NaN or Inf, whichever is in a tensor of floats; empty where all is finite, and for anything
-    else, such as the bytes of 8-bit AdamW.
+def bad(named: Iterable[tuple]) -> str:
+    """The first of these pairs of a name and a tensor that holds NaN or Inf, in words; "" where all
+    are finite. What is no tensor of floats, such as the bytes of 8-bit AdamW, always is.
     """
-    if not torch.is_tensor(value) or not value.is_floating_point():
-        return ""
-    # Looked at without a temporary of its size: this is also called where a GPU is full.
-    peak = torch.linalg.vector_norm(value.detach(), math.inf).item()
-    return "" if math.isfinite(peak) else "NaN" if math.isnan(peak) else "Inf"
+    for name, value in named:
+        if torch.is_tensor(value) and value.is_floating_point():
+            # Without a temporary of its size: this is also called where a GPU is full.
+            peak = torch.linalg.vector_norm(value.detach(), math.inf).item()
+            if not math.isfinite(peak):
+                return f"{name} has {'NaN' if math.isnan(peak) else 'Inf'}"
+    return ""
 
 
 # ---- the places to look --------------------------------------------------------------------------
 
 
-def in_state(kept) -> str:
-    """Where the adapter, the optimizer's state or the loss scale is not finite; empty if nowhere.
-
-    What is so must not be saved: a run that continued from it could not be mended.
+def of_state(kept) -> Iterator[tuple]:
+    """The optimizer's state, the adapter and the loss scale. What is bad there must not be saved: a
+    run that continued from it could not be mended.
     """
     # The optimizer's first: what has gone bad there spoils the adapter in its step.
     for name, moments in kept.moments.read().items():
         for key, value in moments.items():
-            if bad := kind(value):
-                return f"the optimizer's {key} has {bad} in {name}"
+            yield f"the optimizer's {key} of {name}", value
     for name, matrix in kept.run.trained.items():
-        if bad := kind(matrix):
-            return f"the adapter has {bad} in {name}"
-    scale = kept.run.loss_scale.value
-    return "" if math.isfinite(scale) else f"the loss scale is {scale}"
+        yield f"the adapter's {name}", matrix
+    yield "the loss scale", torch.tensor(kept.run.loss_scale.value)
 
 
-def in_cache(run) -> tuple[str, str]:
-    """The first of the step's pictures whose cached latent or embedding is not finite, and what to
-    do; empty where there is none.
-    """
+def of_cache(run) -> Iterator[tuple]:
+    """The cached latents and embeddings of the step's pictures and captions."""
     cache = run.examples.source
     for e in examples(run) if isinstance(cache, data.Cache) else ():
-        prompt = run.examples.prompt(e)
+        prompt, name = run.examples.prompt(e), run.examples.names[e.picture]
         for what, rows, file in (
             ("latent", cache.latent(e.picture, e.flip), cache.latents[e.picture][0]),
             ("caption's embedding", cache.prompt(prompt), cache.prompts[prompt][0]),
         ):
-            if bad := next(filter(None, map(kind, rows)), ""):
-                name = run.examples.names[e.picture]
-                found = f"the cached {what} of picture {name} has {bad} ({file})"
-                return found, ANEW.format(file)
-    return "", ""
+            for row in rows:
+                yield f"the cached {what} of picture {name}, in {file},", row
 
 
-def in_base(run) -> str:
-    """The first of the frozen UNet's weights that is not finite; empty where there is none."""
+def of_base(run) -> Iterator[tuple]:
+    """The frozen UNet's weights."""
     for name, weight in itertools.chain(run.unet.named_parameters(), run.unet.named_buffers()):
         state = getattr(weight, "quant_state", None)  # of NF4: bytes, and what they are scaled by
         for part in state.as_dict().values() if state else [weight]:
-            if bad := kind(part):
-                return f"the base model's {name.replace('.base.', '.')} has {bad}"
-    return ""
-
-
-def in_gradient(run) -> str:
-    """The matrices whose gradient is not finite, and the step's pictures."""
-    bad = [name for name, matrix in run.trained.items() if kind(matrix.grad)]
-    which = f"{len(bad)} of {len(run.trained)} matrices, such as {bad[0]}" if bad else "its sum"
-    return f"in {which} ({pictures(run)})"
+            yield f"the base model's {name.replace('.base.', '.')}", part
 
 
 @torch.no_grad()
@@ -100,7 +84,7 @@ def in_unet(run) -> str:
         with contextlib.suppress(Exception):  # a full GPU, say: what was found is told without this
             numbers = range(e.number, e.number + 1)
             batch = run.examples.batch(numbers, run.unet.device, run.timesteps)
-            if kind(run.loss(run.unet, batch, run.schedule, run.latent_scaling)):
+            if bad([("", run.loss(run.unet, batch, run.schedule, run.latent_scaling))]):
                 name, t = run.examples.names[e.picture], int(batch["t"])
                 return f"the UNet overflows on picture {name} at timestep {t}"
     return pictures(run)
@@ -123,13 +107,15 @@ def refusal(kept) -> Refusal:
     """
     run, scale, loss = kept.run, kept.run.loss_scale, kept.run.loss_sum.item()
     # From what is read to what is computed from it.
-    causes = [in_cache(run), (in_state(kept), AGAIN), (in_base(run), BASE)]
-    what, remedy = next((cause for cause in causes if cause[0]), ("", PRECISION))
+    causes = ((of_cache(run), ANEW), (of_state(kept), AGAIN), (of_base(run), BASE))
+    found = ((bad(place), remedy) for place, remedy in causes)
+    what, remedy = next((cause for cause in found if cause[0]), ("", PRECISION))
     if not math.isfinite(loss):
         found, what = f"the loss of step {run.step + 1} is {loss}", what or in_unet(run)
     else:
         skips = f", after {scale.skipped} skipped steps, at loss scale {scale.value:g}"
         found = f"the gradient of step {run.step + 1} is not finite{skips * scale.enabled}"
-        what = what or in_gradient(run)
+        gradients = ((f"that of {name}", matrix.grad) for name, matrix in run.trained.items())
+        what = what or f"{bad(gradients) or 'its sum'} ({pictures(run)})"
     run.optimizer.zero_grad(set_to_none=False)
     return Refusal(f"{found}: {what}", "finite numbers", remedy)

@@ -38,13 +38,6 @@ MAY_CHANGE = {
 }
 CHANGED = "changed in picture, mask, weight or caption"
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
-FINGERPRINTS = {  # of what the values of identity() are no options
-    "base": "a base of fingerprint",
-    "encoders": "text encoders, tokenizers and VAE of fingerprint",
-    "data": "pictures and captions of fingerprint",
-    "validation_data": "held-out pictures of fingerprint",
-    "start_from": "a start from the adapter of fingerprint",
-}
 
 
 def fixed_options(config: Config) -> dict[str, str]:
@@ -56,9 +49,9 @@ def fixed_options(config: Config) -> dict[str, str]:
 
 def on_schedule(config: Config, began: dict | None) -> Config:
     """`config` with its schedule's length: as asked, else as the run began with, which `began`, its
-    checkpoint or the note of its end, tells; one from before that was kept follows the run's.
+    checkpoint or the note of its end, tells.
     """
-    kept = began["identity"].get("lr_schedule_steps", 0) if began else config.max_train_steps
+    kept = began["identity"]["lr_schedule_steps"] if began else config.max_train_steps
     return dataclasses.replace(config, lr_schedule_steps=config.lr_schedule_steps or int(kept))
 
 
@@ -72,19 +65,19 @@ def identity(
     return fixed_options(config) | base | told
 
 
-def use_revision(config: Config) -> None:
-    """Take the base at the commit that the run in config.out began with, unless another revision
-    is asked for, or another base; else at the revision that is asked for.
+def revision(config: Config) -> str:
+    """The commit of the base that the run in config.out began with, unless another revision is
+    asked for, or another base; else the revision that is asked for.
     """
     name, run = config.pretrained_model_name_or_path, config.out / "config.json"
     same = of_run(run, "pretrained_model_name_or_path") == name
     same = same and config.revision in ("", of_run(run, "revision"))
-    hub.use_revision(name, (same and of_run(run, "base_commit")) or config.revision, config.vae)
+    return (same and of_run(run, "base_commit")) or config.revision
 
 
 def of_base(name: str, half: bool) -> dict[str, str]:
     encoders = digest(str(hub.encoder_fingerprints(name, half)))
-    return {"base": hub.unet_fingerprint(name, half), "encoders": encoders}
+    return {"base": hub.unet_fingerprint(name, half), "text encoders, tokenizers and VAE": encoders}
 
 
 def start_of(
@@ -135,28 +128,14 @@ def listed(pictures: list[Picture]) -> dict[str, str]:
 
 
 def other_pictures(config: Config) -> str:
-    """What of the data set is not as in OUT/pictures.json, in words; "" where that is not there."""
-    try:
-        old = json.loads((config.out / PICTURES).read_text())
-    except (OSError, ValueError):  # an early version wrote none
-        return ""
+    """What of the data set is not as in OUT/pictures.json, in words."""
+    old = json.loads((config.out / PICTURES).read_text())
     new, found = listed(read_datasets(config)), {}
     for name in (name for name in sorted(old | new) if old.get(name) != new.get(name)):
         how = "added" if name not in old else "gone" if name not in new else CHANGED
         found.setdefault(how, []).append(name)
     told = [f"{len(names)} {how} ({ten(names)})" for how, names in found.items()]
     return ", ".join(told) or "the same pictures in another order"
-
-
-def local_identity(config: Config, half: bool) -> dict[str, str]:
-    """identity() as far as it is of folders and files on this disk, which can be replaced in place
-    and looked at without a download.
-    """
-    name = config.pretrained_model_name_or_path
-    found = of_base(name, half) if place(name).exists() else {}
-    if all(place(data).is_dir() for data in config.dataset_name):
-        found["data"] = of_data(read_datasets(config))
-    return found
 
 
 def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None:
@@ -168,12 +147,10 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
     # A run from before an option existed ran as the option's default does.
     theirs = {k: state["identity"].get(k, str(getattr(Config, k, "not set"))) for k in mine}
     if other := [key for key in mine if theirs[key] != mine[key]]:
-        told = [
-            {key: f"{FINGERPRINTS.get(key, key)} {each[key] or '(none)'}" for key in other}
-            for each in (theirs, mine)
-        ]
-        if "data" in other and (changes := other_pictures(config)):
-            told[0]["data"], told[1]["data"] = f"the pictures in its {PICTURES}", changes
+        told = [{key: f"{key} {each[key] or '(none)'}" for key in other} for each in (theirs, mine)]
+        if "data" in other:
+            told[0]["data"] = f"the pictures in its {PICTURES}"
+            told[1]["data"] = other_pictures(config)
         was, now = (", ".join(each.values()) for each in told)
         found = f"{config.out} holds a run with {was}, and this command has {now}"
         expected = "the same options, base model, pictures and captions as at its start "
@@ -190,9 +167,9 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
     """
     if state is None:
         return ""
-    names = ", ".join(changed(mine, state.get("code", {})))  # an early version kept none
+    names = ", ".join(changed(mine, state["code"]))
     if names and not config.accept_code_change:
-        commit = state.get("commit", "").removesuffix("+")
+        commit = state["commit"].removesuffix("+")
         found = f"since step {state['step']} of the run in {config.out} its code has changed: "
         expected = "the code that it began with (comments, docstrings and layout may change)"
         then = f", git checkout {commit}, as it was committed then" if commit else ""
@@ -200,7 +177,7 @@ def check_code(config: Config, mine: dict[str, str], state: dict | None) -> str:
         remedy += "--accept-code-change, to go on and have that noted; or another --output-dir"
         raise Refusal(found + names, expected, remedy)
     new = f"code changed after step {state['step']}: {names}" if names else ""
-    return "; ".join(filter(None, (state.get("code_changes"), new)))
+    return "; ".join(filter(None, (state["code_changes"], new)))
 
 
 def about(kept) -> dict[str, str]:

@@ -37,11 +37,7 @@ def meaning(run) -> list[str]:
             f"A x, as does {name} ({how}): this run goes on with what they compute, and its files "
             "will act otherwise in other programs"
         )
-    matrices = adapter.matrices()
-    ranks = {each.shape[0 if name.endswith("A") else 1] for name, each in matrices.items()}
-    if ranks != {adapter.rank}:
-        lines.append(f"the layers' ranks are {sorted(ranks)}: no file of one rank can hold them")
-    if beyond := sorted(run.trained.keys() - matrices.keys()):
+    if beyond := sorted(run.trained.keys() - adapter.matrices().keys()):
         lines.append(
             f"{len(beyond)} trained parameters, such as {beyond[0]}, have no place in an adapter "
             "file: they are kept in the checkpoints alone"

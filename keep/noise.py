@@ -72,8 +72,6 @@ def judge(config: Config, predicts: str, losses: dict[str, list[float]]) -> str:
     if own or zero != "auto":
         line += f", {'without' if zero == 'no' else 'with'} zero terminal SNR ("
         line += told if zero == "auto" else f"--zero-terminal-snr; {told}"
-    if predicts == "epsilon" and (zero == "yes" or (own and zero == "auto")):
-        line += "; its last timestep, pure noise, teaches epsilon nothing"
     (other,) = {*KINDS} - {predicts}
     mine, theirs = losses.get(predicts, [1.0] * 3), losses.get(other, [1.0] * 3)
     ratios = [a / max(b, 1e-9) for a, b in zip(mine[:2], theirs[:2], strict=True)]

@@ -1,10 +1,7 @@
 """What a run says, and how it hears signals. Deleting any of it changes no number of the run."""
 
-from __future__ import annotations
-
 import collections
 import contextlib
-import itertools
 import json
 import math
 import os
@@ -18,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
+from tqdm.std import EMA
 
 import model
 from inputs.files import sayable, write_whole
@@ -36,35 +34,21 @@ SPILL = (
 )
 
 
-class Smoothed:
-    """An exponential average corrected for its start, as TensorBoard's smoothing is: the mean of
-    what came, each value counting `weight` times as much as the next.
-    """
-
-    def __init__(self, weight: float):
-        self.weight, self.sum, self.share = weight, 0.0, 0.0
-
-    def add(self, value: float) -> float:
-        """The average with one more value."""
-        self.sum = self.weight * self.sum + (1 - self.weight) * value
-        self.share = self.weight * self.share + (1 - self.weight)  # 1 - weight ** count
-        return self.sum / self.share
-
-
 class Log:
     """A bar or plain lines, one JSON line and one set of TensorBoard scalars for each step; nothing
     of it in a process that does not speak for the run.
     """
 
-    def __init__(self, out: Path, start: int, config: Config, speaks: bool = True):
+    def __init__(self, config: Config, start: int, speaks: bool = True, code_changes: str = ""):
         self.board, self.hook, self.watch = None, threading.excepthook, Watch(config)
-        self.also: dict[str, str] = {}  # what every line of log.jsonl says besides
-        # Of some 50 losses, since timesteps differ more than steps; of 10 times, which change.
-        self.steps, self.loss, self.seconds = config.max_train_steps, Smoothed(0.98), Smoothed(0.9)
+        self.also = {"code_changes": code_changes} if code_changes else {}  # in every line
+        # Of some 50 losses, since timesteps differ more than steps; of 10 times, which change. Both
+        # are corrected for their start, as TensorBoard's smoothing is.
+        self.steps, self.loss, self.seconds = config.max_train_steps, EMA(0.02), EMA(0.1)
         if not speaks:
             self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
             return
-        path = out / "log.jsonl"
+        path = config.out / "log.jsonl"
         old = path.read_text(errors="replace").splitlines() if path.is_file() else []
         # Steps that a killed run did after its last checkpoint are done again, not said twice.
         kept = ""
@@ -77,10 +61,10 @@ class Log:
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(out / "tensorboard"), purge_step=start + 1)
+            self.board = SummaryWriter(str(config.out / "tensorboard"), purge_step=start + 1)
             threading.excepthook = self._in_a_thread
 
-    def __enter__(self) -> Log:
+    def __enter__(self):
         return self
 
     def __exit__(self, *_) -> None:
@@ -100,8 +84,8 @@ class Log:
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "loss_scale": scale.value}
         values |= {"skipped": scale.skipped, "seconds": seconds, "gib": peak}
-        sayable = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
-        print(json.dumps({"step": run.step} | sayable | self.also), file=self.file, flush=True)
+        told = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
+        print(json.dumps({"step": run.step} | told | self.also), file=self.file, flush=True)
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
         if not math.isfinite(norm):
@@ -112,8 +96,8 @@ class Log:
         if device.type == "cuda":
             for warning in self.watch.after(run.step, seconds, device):
                 tqdm.write(warning)
-        each = self.seconds.add(seconds)
-        said = f"loss {self.loss.add(loss):.3f} {each:.2f} s/step "
+        each = self.seconds(seconds)
+        said = f"loss {self.loss(loss):.3f} {each:.2f} s/step "
         said += f"{clock((self.steps - run.step) * each)} left" + f" {peak:.1f} GiB" * bool(peak)
         tell(self.bar, said, f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled)
         self.bar.update()
@@ -176,9 +160,9 @@ class Interrupts:
         self.gently, self.caught, self.raised = False, 0, False
 
     def __enter__(self):
-        heard, hangup = {signal.SIGINT, signal.SIGTERM}, getattr(signal, "SIGHUP", None)
-        if hangup and signal.getsignal(hangup) != signal.SIG_IGN:
-            heard.add(hangup)
+        heard = {signal.SIGINT, signal.SIGTERM}
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            heard.add(signal.SIGHUP)
         self.old = {s: signal.signal(s, self._handle) for s in heard}
         return self
 
@@ -190,7 +174,7 @@ class Interrupts:
             raise KeyboardInterrupt(self.caught) from error
 
     def _handle(self, number, _frame):
-        second_time = bool(self.caught) and number != getattr(signal, "SIGHUP", None)
+        second_time = bool(self.caught) and number != signal.SIGHUP
         self.caught = number
         if not self.gently or second_time:
             self.raised = True
@@ -198,42 +182,48 @@ class Interrupts:
 
 
 def describe(kept, pictures: Pictures, how: str) -> str:
-    """The lines a run begins with; every number is computed."""
+    """The lines a run begins with; every number is computed. With --quiet only what is odd."""
     run, config, size = kept.run, kept.run.config, kept.team.size
     n, device = config.examples_per_step, run.unet.device
     where = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     nf4 = ", its Linear weights in NF4" if config.base_quantization == "nf4" else ""
-    captions = [each for p in pictures for each in p.captions if each.strip()]
-    bare = [p.name for p in pictures if not all(map(str.strip, p.captions))]
-    first = f" (the first: {bare[0]})" if bare else ""
-    cut = cut_captions(captions, config)
-    more = f"; --max-tokens {config.max_tokens + 75} reads more" * (config.max_tokens < 225)
-    such = f" (the first: {sayable(cut[0], 60)}{more})" if cut else ""
-    epochs = config.max_train_steps * n / pictures.cards
-    cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
     at, used = f"{', '.join(map(str, config.resolution))} px", len(set(run.examples.sizes))
     if config.buckets:
         at += f" in {used} bucket{'s' * (used > 1)}"
-    rare = never_shown(run)
+    epochs = config.max_train_steps * n / pictures.cards
+    cards = f" of {pictures.cards}, by their weights" if pictures.cards > len(pictures) else ""
     several = f", shared by {size} processes" if size > 1 else ""
-    if size > n:
-        several += f", of which {size - n} have no example: GPUS={n} would do as well"
     learning = sum(matrix.numel() for matrix in run.trained.values())
-    loud, lacking = not config.quiet, bool(bare or cut)
-    lines = (
-        f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})" * loud,
-        f"{len(pictures)} pictures at {at}; captions: {len(bare)} missing or empty{first}, "
-        f"{len(cut)} cut at the tokenizer's length{such}" * (loud or lacking),
-        "; ".join(pictures.notes),
-        table_of_sizes(pictures, run.examples.sizes) * (used > 1 and loud),
-        changes(pictures, run.examples.sizes),
+    usual = (
+        f"recipe {config.recipe} on {where}, UNet in {str(run.unet.dtype)[6:]}{nf4} ({how})",
+        f"{len(pictures)} pictures at {at}",
+        table_of_sizes(pictures, run.examples.sizes) * (used > 1),
         f"{config.max_train_steps} optimizer steps x {n} images ({config.train_batch_size} x "
-        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}" * loud,
+        f"{config.gradient_accumulation_steps}) = {epochs:.1f} epochs{cards}{several}",
+        f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers",
+    )
+    rare = never_shown(run)
+    odd = (
+        describe_captions(config, pictures),
+        "; ".join(pictures.notes),
+        changes(pictures, run.examples.sizes),
         f"{named(rare)} come in none of these steps: few are of their size" if rare else "",
         describe_rate(config),
-        f"{learning:,} trainable parameters in {len(run.adapter.layers)} layers" * loud,
     )
-    return "\n".join(filter(None, lines))
+    return "\n".join(filter(None, odd if config.quiet else usual + odd))
+
+
+def describe_captions(config: Config, pictures: Pictures) -> str:
+    """How many are missing and how many will lose their end; "" with --quiet where none is."""
+    bare = [p.name for p in pictures if not all(map(str.strip, p.captions))]
+    first = f" (the first: {bare[0]})" if bare else ""
+    cut = cut_captions([each for p in pictures for each in p.captions], config)
+    more = f"; --max-tokens {config.max_tokens + 75} reads more" * (config.max_tokens < 225)
+    such = f" (the first: {sayable(cut[0], 60)}{more})" if cut else ""
+    if config.quiet and not (bare or cut):
+        return ""
+    said = f"captions: {len(bare)} missing or empty{first}, "
+    return f"{said}{len(cut)} cut at the tokenizer's length{such}"
 
 
 def last_lines(config: Config) -> str:
@@ -243,9 +233,7 @@ def last_lines(config: Config) -> str:
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
     anew = ""
     if config.lr_scheduler == "cosine":  # its rate has fallen: to go on would learn next to nothing
-        names = (f"{out}-longer{n or ''}" for n in itertools.count())
-        free = next(name for name in names if not Path(name).exists())
-        longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(free)}"
+        longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"
         anew = ", from the start, since the rate has fallen"
     python = Path(sys.executable)  # as it is typed here: the one of .venv, say
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
@@ -266,9 +254,8 @@ def never_shown(run: Run) -> list[str]:
     steps = min(run.config.max_train_steps, decks.count)
     if steps * n < decks.count:
         return []
-    decks.turn(steps - 1)
-    left = [decks.order(deck, 0)[taken * n :] for deck, taken in enumerate(decks.taken)]
-    return [run.examples.names[i] for each in left for i in dict.fromkeys(each.tolist())]
+    shown = {decks.picture(i) for i in range(steps * n)}
+    return [name for i, name in enumerate(run.examples.names) if i not in shown]
 
 
 def describe_rate(config: Config) -> str:

@@ -40,10 +40,9 @@ class Kept:
     moments: reads and writes the optimizer's state by matrix; unfused: why its layers are computed
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
-    were changed under it, with leave; notes: how its files will mean something else than it trains;
-    losses: the bare base's (keep/noise.py); judge: what it has found out about itself; previews:
-    what is drawn after each save; half_done: whether the optimizer is at work, or has failed at it:
-    its numbers must not be saved.
+    were changed under it, with leave; losses: the bare base's (keep/noise.py); judge: what it has
+    found out about itself; previews: what is drawn after each save; half_done: whether the
+    optimizer is at work, or has failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
@@ -53,7 +52,6 @@ class Kept:
     identity: dict[str, str]
     code: dict[str, str]
     code_changes: str
-    notes: list[str]
     losses: dict[str, list[float]]
     judge: Judge
     previews: preview.Previews
@@ -77,7 +75,7 @@ def set_up(
     wanted = preview.wanted(config, prompts_of(config, pictures))
     schedule = model.load_noise_schedule(name, device, *config.noise)
     commit = hub.commit_of(name)
-    state = checkpoint.newest_state(config.out / "checkpoints")
+    state = checkpoint.state_of_first(team, config.out / "checkpoints")
     config = identity.on_schedule(config, state)
     # Whether the folder holds this run is looked at before an hour of encoding.
     same = identity.identity(config, dtype, everything, schedule)
@@ -85,6 +83,8 @@ def set_up(
     same |= faster.promise(config, device, team.size)
     begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state, schedule)
     digests = faster.digests(config)
+    meeting = {"steps": str((config.max_train_steps, config.checkpointing_steps))}
+    team.check_equal("the run", {}, same | digests | meeting)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
     say("planning the memory" * (config.memory_plan and device.type == "cuda"))
@@ -107,11 +107,11 @@ def set_up(
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
     judge = Judge(run, team, (state or {}).get("known", {}), held, between_steps)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, notes, losses, judge, previews)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, losses, judge, previews)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
-    team.check_equal("the run's start", run.trained, f"{run.step} {same} {digests}")
+    team.check_equal("the run's start", run.trained)
     if team.first:  # not before: a start that is refused leaves nothing
         told = {"base_commit": commit, "validation_prompts": prompts_of(config, pictures)}
         write_down(kept, told, everything)
@@ -119,10 +119,11 @@ def set_up(
     at = [f"{name} at commit {commit}"] * bool(commit)
     at += [f"the VAE is {config.vae}"] * bool(config.vae)
     drawn = preview.describe(config, previews.previews, run.step)
+    usual = [*at, predicts, planned, drawn]
     if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
-        at, predicts, planned, drawn = [], predicts * ("; " in predicts), "", ""
-    lines = [report.describe(kept, pictures, how), *at, predicts, planned, drawn, changes, started]
-    return kept, "".join(f"{each}\n" for each in (*lines, *notes) if each)
+        usual = [predicts] * ("; " in predicts)
+    lines = [report.describe(kept, pictures, how), *usual, changes, started, *notes]
+    return kept, "".join(f"{each}\n" for each in lines if each)
 
 
 def write_down(kept: Kept, more: dict, pictures: Pictures) -> None:
@@ -155,8 +156,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if run.step:
         say(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
-    with report.Log(run.config.out, run.step, run.config, team.first) as log:
-        log.also = {"code_changes": kept.code_changes} if kept.code_changes else {}
+    with report.Log(run.config, run.step, team.first, kept.code_changes) as log:
         try:
             step_and_save(kept, log)
         except FloatingPointError as error:
@@ -257,33 +257,32 @@ def draw(config: Config) -> None:
     """The before/after picture, drawn from the exported file as anyone would draw with it."""
     if not config.validation_prompts or (config.out / "pictures" / "before-after.png").is_file():
         return
-    usual, again = options.RECIPES[config.recipe][1], f"python generate.py {config.out} --compare"
+    usual = options.RECIPES[config.recipe][1]
     given = {"device": config.device, "mixed_precision": config.mixed_precision}
-    given |= {"seeds": (config.seed,), "compare": True}  # the rest says config.json
+    given |= {"seeds": (config.seed,), "compare": True}  # prompts and the rest says config.json
     for name in ("num_inference_steps", "guidance_scale"):  # a distilled base has others
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
         say("the picture at the end shows captions that were trained on")
-    else:
-        given["prompts"] = config.validation_prompts
     try:
         drawing.run(Options(str(config.out), **given))
-    except Refusal as refusal:  # of a sampler, say: it speaks of generate.py's options
+    except Refusal as refusal:  # of a full GPU, say; it speaks of generate.py's options
         found, expected, remedy = refusal.parts
         found = f"the adapter is saved, but its picture is not drawn: {found}"
-        raise Refusal(found, expected, f"{again}, with what helps: {remedy}") from refusal
-    except torch.cuda.OutOfMemoryError as error:
-        found = "the adapter is saved, but drawing its picture ran out of GPU memory"
-        smaller = f"{again} --resolution {max(config.resolution)}"
-        raise Refusal(found, "room for the model at its own size", smaller) from error
+        remedy = f"python generate.py {config.out} --compare, with what helps: {remedy}"
+        raise Refusal(found, expected, remedy) from refusal
 
 
 def train(config: Config, team: faster.Alone) -> int:
     """The run and its picture, unless they are there already. Returns the command's exit code."""
-    alone = only_run(config.out) if team.first else contextlib.nullcontext()
-    with report.Interrupts() as interrupts, team, alone, faster.deterministic(config.deterministic):
-        said = team.first_says(export.finished(config) if team.first else "")
+    name, held = config.pretrained_model_name_or_path, contextlib.ExitStack()
+    with report.Interrupts() as interrupts, team, held, faster.deterministic(config.deterministic):
+        # The output folder is the first process's: others may be on hosts that do not see it.
+        team.from_first(lambda: held.enter_context(only_run(config.out)))
+        revision = team.from_first(lambda: identity.revision(config))
+        hub.use_revision(name, revision, config.vae)
+        said = team.from_first(lambda: export.finished(config))
         if said:
             print(said)
         elif exit_code := fit(config, interrupts, team):
@@ -303,8 +302,8 @@ def main(argv: list[str] | Config | None = None) -> int:
     try:
         config = argv if isinstance(argv, Config) else options.parse(argv)
         quiet[0] = config.quiet
-        identity.use_revision(config)
         if config.plan_for:
+            hub.use_revision(config.pretrained_model_name_or_path, config.revision, config.vae)
             print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
             return 0
         team = faster.join(config.ddp_timeout)

@@ -40,16 +40,17 @@ def sizes(adapter: lora.Adapter, dtype: torch.dtype) -> dict[str, float]:
 
 
 class Judge:
-    """Two of the run's sockets are wrapped: each batch gets the places of its examples in the step,
-    so that the loss can leave its numbers there, also where the step is recorded in a CUDA graph.
+    """Where pictures are held out, two of the run's sockets are wrapped: each batch gets the places
+    of its examples in the step, so that the loss can leave its numbers there, also where the step
+    is recorded in a CUDA graph.
 
     team: shares work among processes; held: loop.examples_of() the held-out pictures, or None;
     room: a context of the run in which it is looked at between two steps.
 
-    known: all that is known, as a checkpoint keeps it: plan(), but with the
-    --validation-steps of now; "rows", losses() of
-    each validation by its step, and at step 0 the bare model's; "fits", (2, pictures, BANDS) fp64,
-    the sums of training losses and their counts; "sizes", sizes() by steps.
+    known: all that is known, as a checkpoint keeps it: plan(), but with the --validation-steps of
+    now; "rows", losses() of each validation by its step, and at step 0 the bare model's; "fits",
+    (2, pictures, BANDS) fp64, the sums of training losses and their counts; "sizes", sizes() by
+    steps.
     """
 
     def __init__(self, run, team, known: dict, held: data.Examples | None, room: Callable):
@@ -59,12 +60,12 @@ class Judge:
         self.known |= (plan(run.config, len(held.names)) if held else {}) | known
         if run.config.validation_steps:
             self.known["every"] = run.config.validation_steps
-        if held:
-            self.held_out = HeldOut(held, self.known["timesteps"])
         self.places = torch.arange(n, device=device)
         self.of_step = torch.zeros(2, n, device=device)  # each example's loss and timestep
         self.inner_loss, self.inner_batches = run.loss, run.batches
-        run.loss, run.batches = self.loss, self.batches
+        if held:  # else no step is touched
+            self.held_out = HeldOut(held, self.known["timesteps"])
+            run.loss, run.batches = self.loss, self.batches
 
     # ---- each step
 
@@ -84,7 +85,9 @@ class Judge:
         return each
 
     def after_step(self) -> None:
-        """Add up the losses of the step that has just ended."""
+        """Add up the losses of the step that has just ended, where pictures are held out."""
+        if not self.held_out:
+            return
         self.team.all_reduce(self.of_step)
         losses, t = self.of_step.cpu().numpy().astype(float)
         self.of_step.zero_()  # each process writes its own places
@@ -176,9 +179,10 @@ class Judge:
         return said + (rise + "--stop-when-worse ends a run so") * self.risen
 
     def worst(self) -> str:
-        """The pictures that fit worst."""
+        """The pictures that fit worst; "" where none is held out."""
         told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
-        return f"fit worst, by loss over what is usual at their timesteps: {', '.join(told)}"
+        said = f"fit worst, by loss over what is usual at their timesteps: {', '.join(told)}"
+        return said * bool(told)
 
     def verdict(self) -> str:
         """Which step was best, and how sure that is, a line; "" where nothing is held out."""

@@ -8,14 +8,12 @@ import collections
 import io
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 from PIL import Image
 
 from inputs import options
 from inputs.ahead import work_ahead
 from inputs.files import Refusal, place, write_whole
-from inputs.hub import PARTS
 from inputs.one_file import SHIPPED
 from inputs.pictures import changes, refuse_small, table_of_sizes, upright_size
 from inputs.progress import progress
@@ -71,25 +69,12 @@ def look(config: options.Config) -> bool:
     for group in data.alike(sizes):
         (height, width), crops = sizes[group[0]], [*map(shown, group[::every])]
         rows[f"{width} x {height} px: {len(crops)} of {len(group)} pictures"] = crops
-    names = [*(place(each).resolve().name for each in config.dataset_name), config.recipe]
-    path = Path(f"runs/look-{'-'.join(names)}.png")
-    path = config.out / "look.png" if config.output_dir else path
+    path = config.out / "look.png"
     drawn(rows).save(file := io.BytesIO(), "PNG")
     write_whole(path, file.getvalue())
     count = sum(map(len, rows.values()))
     print(f"{path}: {count} of {len(pictures)} pictures as the run cuts them, none mirrored")
     return len(whole) == len(pictures)
-
-
-def tokenizer_of(name: str) -> Path:
-    """The folder of the tokenizer of the model `name` if it is on this disk, else of SDXL's own."""
-    from huggingface_hub import try_to_load_from_cache  # here, as above
-
-    file = place(name) / "tokenizer" / PARTS["tokenizer"]
-    if not file.is_file() and name.count("/") == 1:
-        kept = try_to_load_from_cache(name, f"tokenizer/{file.name}")
-        file = Path(kept) if isinstance(kept, str) else file  # else it is known to be nowhere
-    return file.parent if file.is_file() else SHIPPED / "tokenizer"
 
 
 def odd(pictures: list[Picture], config: options.Config) -> Iterator[str]:
@@ -98,9 +83,10 @@ def odd(pictures: list[Picture], config: options.Config) -> Iterator[str]:
 
     import model
 
-    folder = tokenizer_of(config.pretrained_model_name_or_path)
-    tokenizer = CLIPTokenizer.from_pretrained(folder)
-    whose = f"{'SDXL' if folder.parent == SHIPPED else 'the model'}'s tokenizer"
+    # A model of the Hub may not be here; every SDXL has the same tokenizer.
+    own = place(config.pretrained_model_name_or_path) / "tokenizer"
+    tokenizer = CLIPTokenizer.from_pretrained(own if own.is_dir() else SHIPPED / "tokenizer")
+    whose = f"{'the model' if own.is_dir() else 'SDXL'}'s tokenizer"
     chunks = config.max_tokens // 75
     captions = [each.strip() for p in pictures for each in p.captions]
     files: dict[str, list[str]] = {}

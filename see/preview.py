@@ -3,20 +3,17 @@ generate.py's own lines with the UNet that is trained, as it stands. They change
 """
 
 import contextlib
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from PIL import Image
 
 import generate
 import model
-from inputs import blocks, drawing, hub, vetting
-from inputs.code import together
+from inputs import drawing, hub, vetting
 from inputs.drawing import Options
-from inputs.files import Refusal, digest, place, read_tensors, sayable, write_whole
+from inputs.files import Refusal, first_line, place, write_whole
 from inputs.options import RECIPES, Config
 
 LESS = "fewer --preview-prompts or smaller ones (--w, --h), or --preview-steps 0"
@@ -49,25 +46,6 @@ def describe(config: Config, previews: list[Options], step: int) -> str:
     return f"{said}{less}"
 
 
-def embeddings(config: Config, previews: list[Options], device, half: bool) -> list[dict]:
-    """generate.encode() of each, read from the cache where they are in it: a run that goes on loads
-    no text encoders for them.
-    """
-    name, tokens = config.pretrained_model_name_or_path, config.max_tokens
-    made = ("encode_prompts", "encode_unconditional", "tokens_of")
-    by = together("generate.encode", *(f"model.{each}" for each in made))
-    encoders = f"{hub.encoder_fingerprints(name, half)['text']} {tokens} tokens, half {half}"
-    prompts, away = [each.prompts[0] for each in previews], [p.negative_prompt for p in previews]
-    path = Path(config.cache_dir) / f"previews-{digest(by, encoders, *prompts, *away)}.safetensors"
-    if config.cache and blocks.is_whole(path):
-        tensors = read_tensors(path)[0]
-        return [{key: rows[i] for key, rows in tensors.items()} for i in range(len(previews))]
-    rows = generate.encode(name, prompts, away, device, half, tokens)
-    if config.cache:
-        blocks.write_block(path, {key: torch.stack([r[key] for r in rows]) for key in rows[0]})
-    return rows
-
-
 def rescale(run) -> float:
     """How far guidance is rescaled, by the schedule that is trained."""
     return drawing.RESCALE * (not run.schedule.alphas_cumprod[-1])
@@ -75,8 +53,8 @@ def rescale(run) -> float:
 
 def in_words(error: Exception) -> str:
     """An error as its user reads it; one of the code, which may have no text, with its kind."""
-    kind = "" if isinstance(error, Refusal) else f"{type(error).__name__}: "
-    return f"{kind}{sayable(str(error))}"
+    known = isinstance(error, Refusal)
+    return str(error) if known else f"{type(error).__name__}: {first_line(error)}"
 
 
 @contextlib.contextmanager
@@ -108,38 +86,33 @@ class Previews:
     say: Callable[[str], None]
     decode: Callable
     room: Callable
-    timed: bool = False
 
     def draw(self, run, show: Callable, lacking: bool = False) -> None:
         """Draw those of run.step into OUT/pictures, all or only what is `lacking` there; show(name,
         picture, step) gets each.
         """
-        failed, folder, began = "", run.config.out / "pictures", time.perf_counter()
+        folder, failed = run.config.out / "pictures", ""
         names = [drawing.stem(i, *each.pictures[0]) for i, each in enumerate(self.previews)]
         todo = {i: folder / f"{run.step:06d}-{name}.png" for i, name in enumerate(names)}
+        if lacking and run.step:  # at step 0 what is there is an earlier run's
+            todo = {i: path for i, path in todo.items() if not path.exists()}
+        if not todo:
+            return
         try:
-            if lacking and run.step:  # at step 0 what is there is an earlier run's
-                todo = {i: path for i, path in todo.items() if not path.exists()}
             with self.room(run):
                 pictures = self.drawn(run, [*todo])
             for i, picture in zip(todo, pictures, strict=True):
                 write_whole(todo[i], generate.png_bytes(picture, self.about(run, i)))
                 show(names[i], picture, run.step)
-            if pictures and not self.timed and not run.config.quiet:
-                self.timed = True  # measured: the plan's estimate knows no host
-                self.say(f"drawn in {time.perf_counter() - began:.1f} s: {folder}")
-        except torch.cuda.OutOfMemoryError:
-            failed = f"the GPU's memory is full. What to do: {LESS}"
-        except Exception as error:  # whatever it is, it is not worth a run
+        except Exception as error:  # a full GPU, or whatever it is: it is not worth a run
             failed = in_words(error)
         if failed:  # out here the error no longer holds what filled the memory
             model.free_memory()
-            self.say(f"no preview of step {run.step}, and the run goes on: {failed}")
+            said = f"no preview of step {run.step}, and the run goes on: {failed}"
+            self.say(f"{said}; to have less drawn: {LESS}")
 
     def drawn(self, run, numbers: list[int]) -> list[Image.Image]:
         """The pictures of these numbers. The VAE is in memory only for them."""
-        if not numbers:
-            return []
         latents = []
         with as_drawn(run):
             for each, row in ((self.previews[i], self.embeddings[i]) for i in numbers):
@@ -165,12 +138,14 @@ def made(
 ) -> Previews:
     """Encoded, before the UNet is loaded: text encoders and UNet never share the memory."""
     rows, sampler, name = [], None, config.pretrained_model_name_or_path
+    half = dtype != torch.float32
     try:
         if previews:
             steps = max(each.num_inference_steps for each in previews)
             with torch.random.fork_rng([]):  # some samplers draw noise when they are tried
                 sampler = vetting.load_sampler(name, "", steps, *config.noise)
-            rows = embeddings(config, previews, device, dtype != torch.float32)
+            prompts, away = [p.prompts[0] for p in previews], [p.negative_prompt for p in previews]
+            rows = generate.encode(name, prompts, away, device, half, config.max_tokens)
     except Exception as error:  # a sampler that is not known here, say
         say(f"no previews, and the run goes on: {in_words(error)}")
         previews = []

@@ -4,6 +4,7 @@ row.
 
 import importlib.util
 import sys
+import textwrap
 import unicodedata
 from pathlib import Path
 
@@ -49,19 +50,18 @@ def block(
 ) -> Image.Image:
     """A title above each column, a label before each row."""
     across, down = next(iter(rows.values()))[0].size
-    size, line = int(font.size), int(font.size * 1.3)
+    size = int(font.size)
     column = max(across, 3 * size)  # a picture may be narrower than any word
     words = [fit(title or "(no words)", font, column - size) for title in titles]
-    head = line * max(map(len, words)) + size // 2
-    margin = int(size * 1.5)
-    labels = ["\n".join(fit(label, font, column)) for label in rows]
+    head = int(size * 1.3) * max(text.count("\n") + 1 for text in words) + size // 2
+    margin, labels = int(size * 1.5), [fit(label, font, column) for label in rows]
     left = margin + int(max(font.getlength(line) for each in labels for line in each.split("\n")))
     width, height = left + column * len(titles) + margin // 2, head + down * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
     pen = ImageDraw.Draw(sheet)
-    for x, lines in enumerate(words):
-        for y, text in enumerate(lines):
-            pen.text((left + column * x + size // 2, 2 + line * y), text, fill="black", font=font)
+    for x, text in enumerate(words):
+        place = (left + column * x + size // 2, 2)
+        pen.text(place, text, fill="black", font=font, spacing=size // 5)
     for y, (label, pictures) in enumerate(zip(labels, rows.values(), strict=True)):
         place = (margin // 3, head + down * y + down // 2)
         pen.text(place, label, fill="black", font=font, anchor="lm")
@@ -71,13 +71,11 @@ def block(
 
 
 def load_font(size: int) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, which matplotlib brings along (https://dejavu-fonts.github.io/License.html), of
-    `size` pixels: it has the Latin, Greek and Cyrillic letters. Where that is not installed,
-    Pillow's own font, which has those of English.
+    """DejaVu Sans Mono, which matplotlib brings along (https://dejavu-fonts.github.io/License.html),
+    of `size` pixels: it has the Latin, Greek and Cyrillic letters, all of one width.
     """
-    found = importlib.util.find_spec("matplotlib")  # found, not imported: that takes a second
-    path = Path(found.origin if found else "").parent / "mpl-data/fonts/ttf/DejaVuSans.ttf"
-    return ImageFont.truetype(path, size) if path.is_file() else ImageFont.load_default(size)
+    found = importlib.util.find_spec("matplotlib").origin  # not imported: that takes a second
+    return ImageFont.truetype(Path(found).parent / "mpl-data/fonts/ttf/DejaVuSansMono.ttf", size)
 
 
 def can_draw(character: str, font: ImageFont.FreeTypeFont) -> bool:
@@ -86,28 +84,14 @@ def can_draw(character: str, font: ImageFont.FreeTypeFont) -> bool:
     return character.isspace() or bytes(font.getmask(character)) not in (lacking, b"")
 
 
-def fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
+def fit(text: str, font: ImageFont.FreeTypeFont, width: int) -> str:
     """`text` in at most LINES lines no wider than `width` pixels. What is too long loses its
     middle, marked: prompts often differ at their end, and so do two seeds of one.
     """
-    lines = wrap(text, font, width)
-    kept = min(len(text), 200)
+    columns = max(1, int(width / font.getlength("m")))
+    lines, kept = textwrap.wrap(text, columns), min(len(text), LINES * columns)
     while len(lines) > LINES and kept:
         kept -= 1
-        lines = wrap(f"{text[: kept - kept // 3]} ... {text[len(text) - kept // 3 :]}", font, width)
-    return lines
-
-
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int) -> list[str]:
-    """`text` in lines no wider than `width` pixels; a word that is wider is broken."""
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and font.getlength(longer) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-        while font.getlength(lines[-1]) > width and len(lines[-1]) > 1:
-            fits = [n for n in range(1, len(lines[-1])) if font.getlength(lines[-1][:n]) <= width]
-            lines[-1:] = lines[-1][: max(fits, default=1)], lines[-1][max(fits, default=1) :]
-    return lines
+        less = f"{text[: kept - kept // 3]} ... {text[len(text) - kept // 3 :]}"
+        lines = textwrap.wrap(less, columns)
+    return "\n".join(lines)

@@ -182,7 +182,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             body = {"id": name.removeprefix("datasets/"), "sha": commit, "private": False}
             body |= {"tags": [], "gated": False, "disabled": False, "downloads": 0}
-            body |= {"siblings": [{"rfilename": path} for path in files]}
+            body["siblings"] = [{"rfilename": p, "size": size_of(f)} for p, f in files.items()]
         self.send(200, json.dumps(body).encode(), {"Content-Type": "application/json"}, kind)
 
     def refuse(self, status: int, said: tuple[str, str], head: dict | None = None) -> None:
@@ -212,6 +212,17 @@ class Handler(BaseHTTPRequestHandler):
                 break
             self.wfile.write(body[start : start + size])
             time.sleep(wait)
+
+
+def ask_again() -> None:
+    """Have the model asked for as a new process does."""
+    from inputs import hub
+
+    for each in (hub.snapshot, hub.vae_from_hub, hub.file_of):
+        each.cache_clear()
+    hub.announced.clear()
+    hub.REVISIONS.clear()
+    hub.VAES.clear()
 
 
 def entry(path: str, file: bytes | Path) -> dict:

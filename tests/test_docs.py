@@ -8,13 +8,15 @@ from dataclasses import fields
 
 import pytest
 
+from adapters.__main__ import Options as Tools
 from conftest import ROOT
 from inputs import drawing, options
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Options that pages name and that are not ours, by the command that has them.
 OTHERS = {
-    "torchrun": {"--nproc-per-node", "--max-restarts"},
+    "torchrun": {"--nproc-per-node", "--max-restarts", "--nnodes", "--rdzv-backend"}
+    | {"--rdzv-endpoint", "--local-addr"},
     "pip": {"--index-url"},
     "sd-scripts": {"--network_weights"},
     "sd-scripts' files of prompts": {"--n", "--d", "--w", "--h", "--s", "--l"},
@@ -30,7 +32,7 @@ def words(page) -> str:
 
 def parser_knows() -> set[str]:
     known = set()
-    for cls in (options.Config, drawing.Options):
+    for cls in (options.Config, drawing.Options, Tools):
         for field in fields(cls):
             name = field.name.replace("_", "-")
             known |= {f"--{name}", f"--no-{name}"} if field.type is bool else {f"--{name}"}
@@ -41,7 +43,7 @@ def test_the_page_of_options_is_what_the_options_say():
     page = runpy.run_path(str(ROOT / "docs" / "make_options.py"))
     told = page["PAGE"].read_text()
     assert told == page["page"](), "python docs/make_options.py writes it anew"
-    for field in (*fields(options.Config)[1:], *fields(drawing.Options)):
+    for field in (*fields(options.Config)[1:], *fields(drawing.Options), *fields(Tools)):
         name = field.name.replace("_", "-")
         assert f"**`--{name}`**" in told or f"**`{name.upper()}`**" in told, name
 

@@ -46,7 +46,6 @@ def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:
         team=SimpleNamespace(first=True),
         code_changes="",
         unfused="",
-        notes=[],
         losses={},
         judge=SimpleNamespace(known={}, best=None),
         half_done=False,

@@ -5,7 +5,7 @@ import hashlib
 import os
 import subprocess
 import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -24,12 +24,14 @@ from adapter_tools import (
     numbers,
     off,
     pipeline,
+    read_only,
+    refused,
     trained,
     write_edited,
 )
 from adapters import files
 from conftest import ROOT, make_unet
-from inputs.files import Refusal, data_section
+from inputs.files import data_section
 from lora import FILE_NAME
 
 LAYOUTS = ("peft", "kohya")
@@ -61,15 +63,15 @@ def test_round_trip(tmp_path, layout, dtype):
     assert os.listdir(path.parent) == [path.name]  # no part file stays behind
 
 
-@pytest.mark.parametrize("alpha", [0.1, 22.6, 16 * 2**0.5, 1000, 100_000])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_every_alpha_that_config_allows_survives_its_file(tmp_path, layout, dtype, alpha):
-    adapter = trained(alpha=alpha)
-    files.save(adapter, tmp_path / "a.safetensors", layout, dtype, {})
-    file = files.read(tmp_path / "a.safetensors")
-    files.load(adapter, file)
-    assert file.alpha == pytest.approx(alpha, rel=1e-3)
+def test_every_alpha_that_config_allows_survives_its_file(tmp_path, layout, dtype):
+    for alpha in (0.1, 22.6, 16 * 2**0.5, 1000, 100_000):
+        adapter = replace(trained(), alpha=alpha)
+        files.save(adapter, tmp_path / "a.safetensors", layout, dtype, {})
+        file = files.read(tmp_path / "a.safetensors")
+        files.load(adapter, file)
+        assert file.alpha == pytest.approx(alpha, rel=1e-3)
 
 
 def test_kohya_keys_shapes_and_one_alpha(tmp_path):
@@ -92,7 +94,7 @@ def test_kohya_keys_shapes_and_one_alpha(tmp_path):
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_header_holds_rank_alpha_and_about_in_the_given_order(tmp_path, layout):
-    files.save(trained(), tmp_path / "a.safetensors", layout, torch.float16, ABOUT)
+    files.save(read_only(), tmp_path / "a.safetensors", layout, torch.float16, ABOUT)
     said = header(tmp_path / "a.safetensors")["__metadata__"]
     assert list(said.items())[-7:] == [("rank", "4"), ("alpha", "6.0"), *ABOUT.items()]
     with safetensors.safe_open(tmp_path / "a.safetensors", "pt") as file:
@@ -101,7 +103,7 @@ def test_header_holds_rank_alpha_and_about_in_the_given_order(tmp_path, layout):
 
 
 def test_kohya_header_says_what_a1111_needs(tmp_path):
-    files.save(trained(), tmp_path / "a.safetensors", "kohya", torch.float16, ABOUT)
+    files.save(read_only(), tmp_path / "a.safetensors", "kohya", torch.float16, ABOUT)
     said = header(tmp_path / "a.safetensors")["__metadata__"]
     assert said["ss_base_model_version"].startswith("sdxl_")  # A1111 hides the file otherwise
     assert said["ss_network_module"] == "networks.lora"
@@ -112,7 +114,7 @@ def test_kohya_header_says_what_a1111_needs(tmp_path):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_sshs_model_hash_is_sha256_of_the_data_section(tmp_path, dtype):
-    files.save(trained(), tmp_path / "a.safetensors", "kohya", dtype, ABOUT)
+    files.save(read_only(), tmp_path / "a.safetensors", "kohya", dtype, ABOUT)
     blob = (tmp_path / "a.safetensors").read_bytes()
     data = blob[8 + int.from_bytes(blob[:8], "little") :]
     said = header(tmp_path / "a.safetensors")["__metadata__"]
@@ -123,6 +125,7 @@ def test_sshs_model_hash_is_sha256_of_the_data_section(tmp_path, dtype):
 
 TWICE = """
 import sys
+from dataclasses import replace
 from pathlib import Path
 import torch
 from torch import nn
@@ -159,7 +162,7 @@ def test_equal_adapters_saved_by_two_processes_are_equal_files(tmp_path):
 # ---- loaded by diffusers -------------------------------------------------------------------------
 
 
-STRENGTHS = (0, 0.5, 1, 1.5)
+STRENGTHS = (0, 0.5, 1)
 
 
 @pytest.mark.parametrize(
@@ -221,17 +224,6 @@ def test_a_merged_adapter_is_exported_as_it_was_trained(tmp_path, unet, batch, l
 # ---- strict --------------------------------------------------------------------------------------
 
 
-def refused(path: Path) -> str:
-    """What load() says to this file; the adapter is the same to the bit afterwards."""
-    adapter = lora.inject(make_unet(), rank=RANK, alpha=ALPHA, seed=9)
-    before = numbers(adapter)
-    with pytest.raises(Refusal) as refusal:
-        files.load(adapter, files.read(path))
-    assert torch.equal(numbers(adapter), before)
-    assert "What to do: " in str(refusal.value)
-    return str(refusal.value)
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_an_unchanged_file_is_accepted(tmp_path, layout):
     """The tests below refuse files for their one change, not for being written by save_file."""
@@ -246,7 +238,7 @@ def test_an_unchanged_file_is_accepted(tmp_path, layout):
 def test_load_refuses_by_name(tmp_path, case):
     layout, edit, must_say = CASES[case]
     path = write_edited(tmp_path / "a.safetensors", layout, edit)
-    said = refused(path)
+    said = refused(path, files)
     for words in [str(path), *must_say]:
         assert words in said
 
@@ -255,7 +247,7 @@ def test_load_refuses_by_name(tmp_path, case):
 @pytest.mark.parametrize("rank, alpha", [(8, 6), (4, 12), (2, 3)])  # the last with the same scale
 def test_load_refuses_another_rank_or_alpha(tmp_path, layout, rank, alpha):
     path = write_edited(tmp_path / "a.safetensors", layout, lambda t, m: None, rank, alpha)
-    said = refused(path)
+    said = refused(path, files)
     assert f"{path} has rank {rank} and alpha {alpha}; expected rank 4 and alpha 6" in said
     assert f"--lora-rank {rank} --lora-alpha {alpha}" in said
 
@@ -264,15 +256,15 @@ def test_load_refuses_another_rank_or_alpha(tmp_path, layout, rank, alpha):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_load_refuses_a_file_that_is_not_whole(tmp_path, layout, how):
     path = tmp_path / "a.safetensors"
-    files.save(trained(), path, layout, torch.float32, ABOUT)
+    files.save(read_only(), path, layout, torch.float32, ABOUT)
     BROKEN[how](path, path.read_bytes())
-    said = refused(path)
+    said = refused(path, files)
     assert f"{path} is not a whole safetensors file ({path.stat().st_size} bytes" in said
     assert "expected a file as its writer left it" in said
 
 
 @pytest.mark.parametrize("where", ["nowhere.safetensors", "no/folder/here.safetensors", ""])
 def test_load_refuses_a_file_that_is_not_there(tmp_path, where):
-    said = refused(tmp_path / where)
-    wrong = "no such file or folder" if where else "has no .safetensors file in it"
-    assert f"{tmp_path / where}: {wrong}; expected an adapter file" in said
+    said = refused(tmp_path / where, files)
+    wrong = ": no such file or folder" if where else " has no adapter file"
+    assert f"{tmp_path / where}{wrong}; expected an adapter file" in said

@@ -481,15 +481,19 @@ def test_rows_come_back_by_their_index_whatever_their_number(tmp_path, count):
 
 
 def test_what_a_killed_process_left_half_written_is_swept_away(tmp_path):
-    dead = tmp_path / f".latent-abc.safetensors.{2**30}.part"
-    alive = tmp_path / f".latent-abc.safetensors.{os.getppid()}.part"
-    # In a container every start may have the same number, and this process has written nothing yet.
-    same = tmp_path / f".latent-abc.safetensors.{os.getpid()}.part"
+    same = files.part_of(tmp_path / "latent-abc.safetensors")
+    host = same.name.removesuffix(f".{os.getpid()}.part")
+    dead, alive = (same.with_name(f"{host}.{pid}.part") for pid in (2**30, os.getppid()))
+    # A number means nothing on another host, which may share this disk.
+    new, old = (same.with_name(f"{host}er.{pid}.part") for pid in (2**30, os.getppid()))
     for _ in range(2):  # the second time nothing is left to encode
-        for path in (dead, alive, same):
+        for path in (dead, alive, same, new, old):
             path.write_bytes(b"half")
+        os.utime(old, (0, time.time() - 90_000))
         data.fill(tmp_path, "latent", KEYS[:3], each(row))
+        # In a container every start may have the same number, and this one has written nothing yet.
         assert not dead.exists() and not same.exists() and alive.exists()
+        assert not old.exists() and new.exists()
 
 
 def test_ctrl_c_while_a_file_is_written_leaves_no_half_of_it(tmp_path, monkeypatch):

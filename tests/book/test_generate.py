@@ -162,7 +162,7 @@ def test_a_sampler_draws_from_pure_noise_where_the_model_says_so_or_is_refused(t
     elif "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, kind)).parameters:
         assert vetting.load_sampler(str(tmp_path / "m"), kind, 4).alphas_cumprod[-1] < 1e-7
     else:
-        with pytest.raises(Refusal, match=f"{kind}, .* rescale_betas_zero_snr.*--scheduler Euler"):
+        with pytest.raises(Refusal, match=f"{kind} .* rescale_betas_zero_snr.*--scheduler Euler"):
             vetting.load_sampler(str(tmp_path / "m"), kind, 4)
 
 
@@ -230,7 +230,7 @@ def test_as_many_tokens_are_read_as_the_adapter_was_trained_with_unless_asked(tm
     assert tokens({"max_tokens": "150"}, "--max-tokens", "225") == 225
     assert tokens({"max_tokens": "x"}, "--max-tokens", "75") == 75
     for said in ("x", "76", "0", ""):
-        with pytest.raises(Refusal, match=f"says max_tokens '{said}'.*--max-tokens 75"):
+        with pytest.raises(Refusal, match=f"says max_tokens '{said}'.*--max_tokens yourself"):
             tokens({"max_tokens": said})
 
 
@@ -295,7 +295,6 @@ def test_the_targets_of_a_file_in_either_layouts_names():
 def test_plain_refuses_what_only_the_command_does(run, tmp_path):
     for words, said in (
         ([str(run), "--compare"], "--plain with --compare"),
-        ([], "--plain without an adapter"),
         ([str(run), "--base-quantization", "nf4"], "--plain with a base in 4 bits"),
         ([str(run / "kohya" / "out.safetensors")], "draw without --plain"),
         ([str(tmp_path / "none")], "no such file"),

@@ -4,7 +4,6 @@ and a file that is not exactly right is refused by name."""
 import errno
 import json
 import os
-from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -27,6 +26,7 @@ from adapter_tools import (
     header,
     numbers,
     off,
+    refused,
     trained,
     write_edited,
 )
@@ -183,28 +183,17 @@ def test_a_file_that_diffusers_wrote_loads_here_with_its_alpha(tmp_path, unet, b
 
 def test_a_kohya_file_is_refused_with_the_way_out(tmp_path):
     files.save(trained(), tmp_path / "a.safetensors", "kohya", torch.float32, {})
-    assert "draw without --plain" in refused(tmp_path / "a.safetensors")
+    assert "draw without --plain" in refused(tmp_path / "a.safetensors", lora)
 
 
 # ---- strict --------------------------------------------------------------------------------------
-
-
-def refused(path: Path) -> str:
-    """What load() says to this file; the adapter is the same to the bit afterwards."""
-    adapter = lora.inject(make_unet(), rank=RANK, alpha=ALPHA, seed=9)
-    before = numbers(adapter)
-    with pytest.raises(Refusal) as refusal:
-        lora.load(adapter, lora.read(path))
-    assert torch.equal(numbers(adapter), before)
-    assert "What to do: " in str(refusal.value)
-    return str(refusal.value)
 
 
 @pytest.mark.parametrize("case", [name for name, case in CASES.items() if case[0] == "peft"])
 def test_load_refuses_by_name(tmp_path, case):
     _, edit, must_say = CASES[case]
     path = write_edited(tmp_path / "a.safetensors", "peft", edit)
-    said = refused(path)
+    said = refused(path, lora)
     for words in [str(path), *must_say]:
         assert words in said
 
@@ -212,7 +201,7 @@ def test_load_refuses_by_name(tmp_path, case):
 @pytest.mark.parametrize("rank, alpha", [(8, 6), (4, 12), (2, 3)])  # the last with the same scale
 def test_load_refuses_another_rank_or_alpha(tmp_path, rank, alpha):
     path = write_edited(tmp_path / "a.safetensors", "peft", lambda t, m: None, rank, alpha)
-    said = refused(path)
+    said = refused(path, lora)
     assert f"{path} has rank {rank} and alpha {alpha}; expected rank 4 and alpha 6" in said
     assert f"--lora-rank {rank} --lora-alpha {alpha}" in said
 
@@ -220,7 +209,7 @@ def test_load_refuses_another_rank_or_alpha(tmp_path, rank, alpha):
 def test_load_refuses_another_architecture(tmp_path):
     adapter = trained(make_unet(transformer_layers_per_block=(1, 1)))
     lora.save(adapter, tmp_path / "a.safetensors", torch.float32, {})
-    said = refused(tmp_path / "a.safetensors")
+    said = refused(tmp_path / "a.safetensors", lora)
     assert "lacks 64 such as down_blocks.1" in said and MODULES in said
 
 
@@ -229,7 +218,7 @@ def test_what_fp16_cannot_hold_is_refused_when_read_back(tmp_path):
     with torch.no_grad():
         adapter.layers[PEFT_MODULE].lora_B[3, 2] = 7e4  # above 65,504
     lora.save(adapter, tmp_path / "a.safetensors", torch.float16, {})
-    assert f"{PEFT_MODULE}.lora_B holds NaN or Inf" in refused(tmp_path / "a.safetensors")
+    assert f"{PEFT_MODULE}.lora_B holds NaN or Inf" in refused(tmp_path / "a.safetensors", lora)
 
 
 @pytest.mark.parametrize("how", BROKEN)
@@ -237,7 +226,7 @@ def test_load_refuses_a_file_that_is_not_whole(tmp_path, how):
     path = tmp_path / "a.safetensors"
     lora.save(trained(), path, torch.float32, ABOUT)
     BROKEN[how](path, path.read_bytes())
-    said = refused(path)
+    said = refused(path, lora)
     assert f"{path} is not a whole safetensors file ({path.stat().st_size} bytes" in said
     assert "expected a file as its writer left it" in said
 
@@ -245,6 +234,6 @@ def test_load_refuses_a_file_that_is_not_whole(tmp_path, how):
 @pytest.mark.parametrize("where", ["nowhere.safetensors", "no/folder/here.safetensors", ""])
 def test_load_refuses_a_file_that_is_not_there(tmp_path, where):
     path = tmp_path / where if where else tmp_path / FILE_NAME  # the folder itself has no adapter
-    said = refused(tmp_path / where)
+    said = refused(tmp_path / where, lora)
     assert f"{path} is not a whole safetensors file (no such file" in said
     assert "expected a file as its writer left it" in said

@@ -152,14 +152,6 @@ def test_all_masks_whose_white_is_cut_away_are_named_by_a_run(tmp_path):
         data.fill_cache(tmp_path, encoder, True, torch.float32, {"text": "", "vae": ""})
 
 
-def test_pictures_that_are_called_as_others_masks_are_said(tmp_path):
-    masks = ("a-Mask.png", "a.mask.jpg", "a_mask.png", "mask/a.png")
-    files = dict.fromkeys(("a.jpg", *masks, "b_mask.png", "masks/c.png"), encoded(noisy(8, 8)))
-    found = read(write_folder(tmp_path / "a", files), caption="x")
-    said = "4 (the first: a-Mask.png) are called as masks of others are, and trained on: a mask is"
-    assert len(found) == 7 and found.notes[0].startswith(said)
-
-
 def test_a_mask_that_is_added_changes_that_picture_alone(tmp_path):
     """By which a begun run says what has changed."""
     files = {f"{x}.png": encoded(noisy(8, 8, seed=ord(x))) for x in "abc"}

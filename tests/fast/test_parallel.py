@@ -2,17 +2,13 @@
 ten seconds a process to import torch, is in test_torchrun.py.
 """
 
-import contextlib
 import dataclasses
-import gc
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import types
 from datetime import timedelta
@@ -29,98 +25,19 @@ from conftest import POCKET, ROOT, ink_rows, make_batch, make_unet, write_pictur
 from fast import parallel
 from inputs import blocks
 from inputs import options as configuration
-from inputs.files import Refusal
+from inputs.files import Refusal, refuse
 from inputs.options import RECIPES
-from keep import faster, training
+from keep import checkpoint, faster
+from runs import moved
 
+pytest_plugins = "forked"
 CPU = torch.device("cpu")
-FORK = multiprocessing.get_context("fork")
-
-
-def stopped(pid: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat") as file:
-        return file.read().rpartition(")")[2].split()[0] == "T"
-    return False
-
-
-def as_torchrun(rank: int, size: int, port: int) -> dict[str, str]:
-    """The variables that torchrun sets for one of its processes; its store is at the port."""
-    sizes = {"WORLD_SIZE": str(size), "LOCAL_WORLD_SIZE": str(size), "RANK": str(rank)}
-    store = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    store |= {"TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0"}
-    return sizes | store
-
-
-@pytest.fixture
-def together(tmp_path):
-    """together(size, work, timeout) forks `size` processes that each do work(team) or, with
-    command=True, work() under torchrun's variables. Returns each one's exit code and result, and
-    what each said on stderr. Whoever is still there `patience` seconds on is killed: code -9.
-    """
-
-    def child(rank, size, port, work, timeout, command, answers):
-        all_forked.wait()
-        torch.set_num_threads(1)  # more would be started by threads that a fork does not have
-        sys.stderr = open(tmp_path / f"stderr-{rank}", "w", buffering=1)
-        os.environ |= as_torchrun(rank, size, port)
-        if command:
-            code = work()
-            sys.stderr.flush()
-            os._exit(code)
-        team = faster.join(timeout)
-        try:
-            with team:
-                team.start(CPU)
-                answers.put((rank, work(team)))
-                answers.close()
-                answers.join_thread()
-        except Refusal as refusal:
-            team.say(f"error: {refusal}")
-            os._exit(1)
-        os._exit(0)
-
-    # The store's thread looks up the name of whoever connects, under a lock of the C library: a
-    # process forked just then would wait for that lock for ever.
-    all_forked = FORK.Event()
-
-    def run(size, work, timeout=60.0, command=False, patience=90.0, meanwhile=lambda pids: None):
-        # As torchrun does it: the store is not in one of the processes.
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        all_forked.clear()
-        answers, results = FORK.Queue(), {}
-        gc.collect()  # a store that a child frees would wait for a thread that is not there
-        started = [
-            FORK.Process(target=child, args=(r, size, store.port, work, timeout, command, answers))
-            for r in range(size)
-        ]
-        for process in started:
-            process.start()
-        all_forked.set()
-        meanwhile([process.pid for process in started])
-        until = time.monotonic() + patience
-        while any(p.is_alive() for p in started) and time.monotonic() < until:
-            while not answers.empty():
-                results.update([answers.get()])
-            if all(stopped(p.pid) for p in started if p.is_alive()):
-                break
-            time.sleep(0.02)
-        while not answers.empty():
-            results.update([answers.get()])
-        for process in started:
-            process.kill()
-            process.join()
-        said = [(tmp_path / f"stderr-{rank}").read_text() for rank in range(size)]
-        codes = [process.exitcode for process in started]
-        return types.SimpleNamespace(codes=codes, results=results, said=said)
-
-    return run
 
 
 # ---- who has which part --------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("size", [1, 2, 3, 4, 7])
-@pytest.mark.parametrize("n", [1, 2, 4, 5, 16])
+@pytest.mark.parametrize(("n", "size"), [(1, 1), (1, 2), (4, 3), (5, 2), (16, 7)])
 def test_shares_cover_each_example_once_and_differ_by_one_at_most(n, size):
     numbers, parts = range(3 * n, 4 * n), []
     for rank in range(size):
@@ -257,8 +174,9 @@ def test_a_signal_to_one_process_stops_all_after_the_same_step(together):
 def test_ranks_that_drift_apart_are_named(together):
     def work(team):
         a, b = torch.zeros(3, 4).t(), torch.zeros(10)
-        team.check_equal("the kind of GPU", {}, "same")
-        team.check_equal("the start", {"a": a, "b": b}, "same")
+        team.check_equal("the start", {"a": a, "b": b}, {"data": "same"})
+        with pytest.raises(Refusal, match=r"the run is not the same .*: data of rank 2; expected"):
+            team.check_equal("the run", {}, {"base": "0", "data": f"{team.rank == 2}"})
         b[3] += team.rank == 1
         team.check_equal("the adapter", {"a": a, "b": b})
 
@@ -266,16 +184,43 @@ def test_ranks_that_drift_apart_are_named(together):
     assert done.codes == [1, 1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and "the adapter is not the same" in said
-    assert "rank 1 differs" in said
+    assert "numbers of rank 1" in said
 
 
-def test_what_the_first_says_holds_for_all(together):
+def test_what_the_first_finds_or_refuses_all_find_or_refuse(together):
+    """Others of it may be on hosts that do not see its disk."""
+
     def work(team):
-        said = [team.first_says(f"of rank {team.rank}"), team.first_says("")]
-        team.check_equal("what was said", {}, str(said))
-        return said
+        def twice():
+            refuse([("a of it", "X", "do x"), ("b of it", "Y", f"do {'y' * 2000}")])
 
-    assert together(3, work).results == {rank: ["of rank 0", ""] for rank in range(3)}
+        found = team.from_first(lambda: {"rank": team.rank, "numbers": torch.ones(3)})
+        assert found["rank"] == 0 and found["numbers"].equal(torch.ones(3))
+        with pytest.raises(Refusal) as refusal:
+            team.from_first(twice if team.first else None)
+        return str(refusal.value), refusal.value.parts
+
+    said = together(3, work).results
+    assert said[0] == said[1] == said[2] and "What to do: do x | b of it" in said[0][0]
+
+
+def test_a_later_checkpoint_on_another_host_than_the_first_is_not_passed_over(together, tmp_path):
+    """Which host is the first may have changed since."""
+
+    def work(team):
+        own, shared = tmp_path / str(team.rank), tmp_path / "shared" / "000009"  # cut short
+        for folder in (own / f"{4 * team.rank + 3:06d}", shared):
+            folder.mkdir(parents=True, exist_ok=True)
+        with pytest.raises(Refusal, match=r"no checkpoint under .*shared is whole"):
+            checkpoint.state_of_first(team, shared.parent)
+        assert checkpoint.state_of_first(team, tmp_path / "none") is None
+        checkpoint.state_of_first(team, own)
+
+    done = together(2, work, here=1)
+    assert done.codes == [1, 1]
+    for said in done.said:  # on each host's terminal
+        assert said.count("error: ") == 1
+        assert "holds step 7 on the host of rank 1, and step 3 on that of rank 0" in said
 
 
 # ---- the cache -----------------------------------------------------------------------------------
@@ -335,10 +280,19 @@ def test_one_that_dies_while_caching_loses_the_block_in_hand_and_ends_the_other(
 # ---- death and silence ---------------------------------------------------------------------------
 
 
+@pytest.fixture
+def at_once(monkeypatch):
+    """They speak without having waited for torchrun's report, which is not written here."""
+    quick = types.SimpleNamespace(sleep=lambda seconds: time.sleep(seconds / 10))
+    monkeypatch.setattr(parallel, "time", quick)
+
+
 @pytest.mark.parametrize(
     "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
 )
-def test_one_that_dies_or_hangs_ends_the_others_which_say_it_once(together, monkeypatch, number):
+def test_one_that_dies_or_hangs_ends_the_others_which_say_it_once(
+    together, monkeypatch, at_once, number
+):
     """Who died is in torchrun's report; who hangs, torch finds out."""
     monkeypatch.setattr(parallel, "GRACE", timedelta(seconds=1))
 
@@ -358,18 +312,18 @@ def test_one_that_dies_or_hangs_ends_the_others_which_say_it_once(together, monk
     assert time.monotonic() - began < 40
 
 
-def test_each_block_is_claimed_once(together):
+def test_each_block_is_claimed_once_on_each_host(together):
     def work(team):
         mine = [i for i in range(8) if team.claim(f"block {i}")]
         team.wait()
         return mine
 
-    done = together(3, work)
+    done = together(3, work, here=2)
     assert done.codes == [0, 0, 0], done.said
-    assert sorted(i for mine in done.results.values() for i in mine) == list(range(8))
+    assert sorted(done.results[0] + done.results[1]) == done.results[2] == list(range(8))
 
 
-def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
+def test_a_refusal_in_one_process_ends_all_and_is_said_once(together, at_once):
     def work(team):
         if team.rank == 1:
             raise Refusal("picture a.png cannot be read", "a picture", "remove it")
@@ -385,9 +339,11 @@ def test_a_refusal_in_one_process_ends_all_and_is_said_once(together):
 
 @pytest.fixture
 def second(monkeypatch):
-    """The second of two processes, which has not met the first."""
+    """The second of two processes on the second of two hosts, which has not met the others."""
+    from forked import as_torchrun  # pytest is to import it first, as a plug-in
+
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    for name, value in as_torchrun(1, 2, store.port).items():
+    for name, value in as_torchrun(3, 4, store.port, here=2).items():
         monkeypatch.setenv(name, value)
     yield faster.join(1.0)
     del store
@@ -401,16 +357,9 @@ def test_without_torchrun_or_with_one_process_a_run_is_alone(monkeypatch):
 
 def test_alone_and_a_team_can_be_asked_the_same(second):
     names = lambda kind: {name for name in dir(kind) if not name.startswith("_")}  # noqa: E731
-    assert names(faster.Alone()) <= names(second)
-    assert (second.rank, second.size, second.first) == (1, 2, False)
+    assert names(faster.Alone) <= names(second)
+    assert (second.rank, second.size, second.first) == (3, 4, False)
     assert not second.asked() and not second.stop
-
-
-def test_processes_on_several_hosts_are_refused(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    with pytest.raises(Refusal, match="4 processes, of which 2 are on this host"):
-        faster.join(1.0)
 
 
 @pytest.mark.parametrize(("device", "found"), [("cuda", 1), ("cuda:0", 4)])
@@ -420,7 +369,7 @@ def test_more_processes_than_gpus_are_refused(second, monkeypatch, device, found
         second.start(torch.device(device))
 
 
-def test_each_process_takes_the_gpu_of_its_number(second, monkeypatch):
+def test_each_process_takes_the_gpu_of_its_number_on_its_host(second, monkeypatch):
     calls = {}
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     monkeypatch.setattr(torch.cuda, "set_device", lambda device: calls.update(current=device))
@@ -429,7 +378,7 @@ def test_each_process_takes_the_gpu_of_its_number(second, monkeypatch):
     monkeypatch.setattr(torch, "zeros", lambda _, device: calls.update(summed=device))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"name of {device}")
     monkeypatch.setattr(second, "all_reduce", lambda numbers: None)
-    monkeypatch.setattr(second, "check_equal", lambda _, __, text: calls.update(name=text))
+    monkeypatch.setattr(second, "check_equal", lambda _, __, texts: calls.update(texts))
     device = second.start(torch.device("cuda"))
     assert device == calls["current"] == calls["summed"] == torch.device("cuda", 1)
     assert calls["connected"] == device and calls["name"] == "name of cuda:1"
@@ -440,11 +389,11 @@ def test_a_wrong_option_is_said_by_the_first_process_alone(monkeypatch, capsys):
     slept = []
     monkeypatch.setattr(configuration, "SPEAKS", False)
     monkeypatch.setattr(configuration.time, "sleep", slept.append)
-    for argv, code in ((["t5"], 1), (["t4", "--resolution", "500"], 1), (["--help"], 0)):
+    for argv in (["t5"], ["t4", "--resolution", "500"]):
         with pytest.raises(SystemExit) as left:
             configuration.parse_or_leave(argv)
-        assert left.value.code == code
-    assert slept == [10] * 3  # torchrun ends all when one leaves: the first speaks before
+        assert left.value.code == 1
+    assert slept == [10] * 2  # torchrun ends all when one leaves: the first speaks before
     assert capsys.readouterr() == ("", "")
     configuration.parse_or_leave(["t4"])
 
@@ -480,39 +429,14 @@ def test_make_train_takes_the_gpus_that_it_finds(tmp_path, cards, more, start, r
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def train(few, cache, tmp_path, together):
-    """train(size, "name", "--option", ...): the command in `size` processes, 4 examples a step."""
-
-    def run(size, name, *options, **more):
-        settings = "--resolution 64 --train-batch-size 4 --gradient-accumulation-steps 1 "
-        settings += "--checkpointing-steps 2 --learning-rate 1e-3 --lr-scheduler constant "
-        settings += "--lr-warmup-steps 0 --max-train-steps 4 --no-tensorboard --random-flip "
-        settings += "--validation-prompts"
-        argv = ["pocket", "--pretrained-model-name-or-path", str(POCKET)]
-        argv += ["--dataset-name", str(few), "--cache-dir", str(cache)]
-        argv += ["--output-dir", str(tmp_path / name), *settings.split(), *options]
-        return together(size, lambda: training.main(argv), command=True, **more)
-
-    return run
-
-
-def moved(folder) -> torch.Tensor:
-    """What training added to the start."""
-    unet = model.load_unet(str(POCKET), CPU, torch.float32)
-    start = lora.inject(unet, lora.TARGETS, 16, 16, RECIPES["pocket"][1].seed).matrices()
-    end = lora.read(folder).matrices
-    return torch.cat([(end[name] - matrix.detach()).flatten() for name, matrix in start.items()])
-
-
 @pytest.mark.slow
-def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path):
-    assert train(1, "whole").codes == [0]
+def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train_by, tmp_path):
+    assert train_by(1, "whole").codes == [0]
     for name, first, second in (("two-one", 2, 1), ("one-two", 1, 2)):
-        done = train(first, name, "--max-train-steps", "2")
+        done = train_by(first, name, "--max-train-steps", "2")
         assert done.codes == [0] * first, done.said
         assert not (tmp_path / name / lora.FILE_NAME).stat().st_size == 0
-        done = train(second, name)
+        done = train_by(second, name)
         assert done.codes == [0] * second, done.said
         assert [("training" in said) for said in done.said] == [True, False][:second]  # one speaks
         want, got = moved(tmp_path / "whole"), moved(tmp_path / name)
@@ -523,36 +447,36 @@ def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train, tmp_path)
 
 
 @pytest.mark.slow
-def test_a_damaged_picture_ends_all_processes_with_one_sentence(train, few, tmp_path):
+def test_a_damaged_picture_ends_all_processes_with_one_sentence(train_by, few, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(few, bad)
     first = json.loads((bad / "metadata.jsonl").read_text().splitlines()[0])["file_name"]
     (bad / first).write_bytes(b"no picture")
     own = ("--cache-dir", str(tmp_path / "own"), "--dataset-name", str(bad))
-    done = train(2, "r", *own)
+    done = train_by(2, "r", *own)
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and f"picture {first} cannot be read" in said
 
 
 @pytest.mark.slow
-def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(train, monkeypatch):
+def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(train_by, monkeypatch):
     target = model.training_target
 
     def spoiled(*given):
         return target(*given) * (float("nan") if os.environ["RANK"] == "1" else 1)
 
     monkeypatch.setattr(model, "training_target", spoiled)
-    done = train(2, "r")
+    done = train_by(2, "r")
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1 and "loss of step 1 is nan" in said and ".png" in said
 
 
 @pytest.mark.slow
-def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train):
-    assert train(1, "r", "--deterministic", "--max-train-steps", "2").codes == [0]
-    done = train(2, "r", "--deterministic")
+def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train_by):
+    assert train_by(1, "r", "--deterministic", "--max-train-steps", "2").codes == [0]
+    done = train_by(2, "r", "--deterministic")
     assert done.codes == [1, 1]
     said = "".join(done.said)
     assert said.count("error: ") == 1
@@ -560,27 +484,29 @@ def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(tra
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("optimizer", "bound"), [("--no-use-8bit-adam", 1e-3), ("--use-8bit-adam", 1e-2)]
-)
-def test_1_2_3_and_4_processes_give_the_same_adapter(train, tmp_path, optimizer, bound):
-    for size in (1, 2, 3, 4):
-        done = train(size, f"p{size}", "--max-train-steps", "20", optimizer, patience=300)
+def test_1_and_3_processes_and_2_hosts_of_2_give_the_same_adapter(train_by, tmp_path):
+    """The two hosts share a folder in which nothing is encoded yet. (Of 8-bit AdamW, 1 and 2
+    processes above.)
+    """
+    cold = ("--cache-dir", str(tmp_path / "cold"))
+    for size, here, more in ((1, 1, ()), (3, 3, ()), (4, 2, cold)):
+        options = ("--max-train-steps", "20", "--no-use-8bit-adam", *more)
+        done = train_by(size, f"p{size}", *options, patience=300, here=here)
         assert done.codes == [0] * size, done.said
+    assert len(os.listdir(tmp_path / "cold")) == 2 and not list(tmp_path.rglob("*.part"))
     want = moved(tmp_path / "p1")
-    for size in (2, 3, 4):
+    for size in (3, 4):
         off = (moved(tmp_path / f"p{size}") - want).norm() / want.norm()
-        print(f"{size} processes, {optimizer}: {off:.1e}")
-        assert off <= bound
+        assert off <= 1e-3
 
 
 @pytest.mark.slow
-def test_held_out_pictures_are_shared_and_all_end_at_the_same_step(train, tmp_path):
+def test_held_out_pictures_are_shared_and_all_end_at_the_same_step(train_by, tmp_path):
     """Three validations of passes that two processes share, and the loss of each example."""
     folder = write_pictures(tmp_path / "held", ink_rows(10)[6:])
     more = ("--validation-data", str(folder), "--validation-steps", "1", "--preview-steps", "0")
     for size in (1, 2):
-        done = train(size, f"of-{size}", *more, "--no-use-8bit-adam")
+        done = train_by(size, f"of-{size}", *more, "--no-use-8bit-adam")
         assert done.codes == [0] * size, done.said
     one, two = (
         json.loads((tmp_path / f"of-{size}" / "metrics.json").read_text()) for size in (1, 2)

@@ -1,7 +1,8 @@
-"""torchrun --nproc-per-node 2 loop.py: the command as it is typed, killed, stopped and repeated.
+"""torchrun --nproc-per-node 2 loop.py, and two torchruns as on two hosts: the command as it is
+typed, killed, stopped and repeated.
 
-Each process imports torch, some ten seconds, so all of it is slow. The same cases, forked, are in
-test_parallel.py.
+Each process imports torch, some ten seconds, so all of it is slow, and the run that nobody
+interrupts is forked. More such cases, forked, are in test_parallel.py.
 """
 
 import fcntl
@@ -9,6 +10,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -17,29 +19,41 @@ import pytest
 
 import lora
 from conftest import POCKET, ROOT
+from keep import training
+from runs import moved
 
 pytestmark = pytest.mark.slow
+pytest_plugins = "forked"
 
 
 @pytest.fixture
-def torchrun(few, cache, tmp_path):
-    """torchrun("name", "--option", ..., how=[...]) starts two processes with 30 steps of 4."""
-    started = []
+def argv(few, cache, tmp_path):
+    """argv("name", "--option", ...): what is typed behind loop.py, for 30 steps of 4."""
 
-    def start(name, *options, how=()):
+    def words(name, *options):
         settings = "--resolution 64 --train-batch-size 4 --gradient-accumulation-steps 1 "
         settings += "--checkpointing-steps 4 --learning-rate 1e-3 --max-train-steps 30 "
         settings += "--no-tensorboard --random-flip --validation-prompts"
-        argv = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        argv += ["--nproc-per-node", "2", *how, "loop.py", "pocket", "--device", "cpu"]
-        argv += ["--pretrained-model-name-or-path", str(POCKET), "--dataset-name", str(few)]
-        argv += ["--cache-dir", str(cache), "--output-dir", str(tmp_path / name)]
+        argv = ["pocket", "--device", "cpu", "--pretrained-model-name-or-path", str(POCKET)]
+        argv += ["--dataset-name", str(few), "--cache-dir", str(cache)]
+        return [*argv, "--output-dir", str(tmp_path / name), *settings.split(), *options]
+
+    return words
+
+
+@pytest.fixture
+def torchrun(argv):
+    """torchrun("name", "--option", ..., how=[...]) starts two processes, or what `how` says."""
+    started = []
+
+    def start(name, *options, how=("--standalone", "--nproc-per-node", "2")):
         process = subprocess.Popen(
-            [*argv, *settings.split(), *options],
+            [sys.executable, "-m", "torch.distributed.run", *how, "loop.py", *argv(name, *options)],
             cwd=ROOT,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
         )
         started.append(process)
         return process
@@ -83,18 +97,15 @@ def adapter(tmp_path, name: str) -> bytes:
 
 
 @pytest.fixture
-def whole(torchrun, tmp_path) -> bytes:
-    """The adapter of the run that nobody interrupts."""
-    process = torchrun("whole")
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert "shared by 2 processes" in said and said.count("done: 30 steps") == 1
+def whole(together, argv, tmp_path) -> bytes:
+    """The adapter of the run of two processes, each on a host, that nobody interrupts."""
+    done = together(2, lambda: training.main(argv("whole")), command=True, here=1)
+    assert done.codes == [0, 0], done.said
     return adapter(tmp_path, "whole")
 
 
 def test_killed_signalled_restarted_and_hung_it_ends_as_uninterrupted(torchrun, tmp_path, whole):
-    # One process is killed: the other saves and says so once, torchrun's report says who it was,
-    # and the same command continues.
+    # One process is killed: the other saves and says so once; torchrun's report says who it was.
     process = torchrun("killed")
     after_step(tmp_path, "killed", 6)
     os.kill(ranks(process.pid)[1], signal.SIGKILL)
@@ -103,19 +114,17 @@ def test_killed_signalled_restarted_and_hung_it_ends_as_uninterrupted(torchrun, 
     assert re.search(r"Root Cause.*\n.*\n.*\n.*\n  rank +: 1 .*\n  exitcode +: -9", said), said
     step = max(logged(tmp_path, "killed"))
     assert (tmp_path / "killed" / "checkpoints" / f"{step:06d}").is_dir()
-    process = torchrun("killed")
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0 and "continuing after step" in said
-    assert adapter(tmp_path, "killed") == whole
-    assert logged(tmp_path, "killed") == list(range(1, 31))
 
     # One is killed, and torchrun starts both again by itself.
-    process = torchrun("restarted", how=["--max-restarts", "2"])
+    how = ["--standalone", "--nproc-per-node", "2", "--max-restarts", "2"]
+    process = torchrun("restarted", how=how)
     after_step(tmp_path, "restarted", 6)
     os.kill(ranks(process.pid)[0], signal.SIGKILL)
     said, _ = process.communicate(timeout=300)
     assert process.returncode == 0 and "continuing after step" in said
+    assert "shared by 2 processes" in said and said.count("done: 30 steps") == 1
     assert adapter(tmp_path, "restarted") == whole
+    assert logged(tmp_path, "restarted") == list(range(1, 31))
 
     # torchrun is told to stop: both stop after the same step, which is saved.
     process = torchrun("stopped")
@@ -139,10 +148,46 @@ def test_killed_signalled_restarted_and_hung_it_ends_as_uninterrupted(torchrun, 
     assert time.monotonic() - began < 80
     step = max(logged(tmp_path, "hung"))
     assert (tmp_path / "hung" / "checkpoints" / f"{step:06d}").is_dir()
-    process = torchrun("hung")
-    said, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, said
-    assert adapter(tmp_path, "hung") == whole
+
+
+def test_two_hosts_without_a_shared_disk_killed_and_continued_end_as_one_run(
+    torchrun, together, argv, tmp_path, whole
+):
+    def start(*options):
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            end = f"127.0.0.1:{free.getsockname()[1]}"
+        how = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+        how += ["--rdzv-endpoint", end, "--local-addr"]  # by which the first host is the first
+        for host in "12":
+            own = ("--cache-dir", str(tmp_path / f"cache-{host}"), *options)
+            yield torchrun(f"host-{host}", *own, how=[*how, f"127.0.0.{host}"])
+
+    # torchrun of the second host is killed: its process ends, and so does the first host.
+    first, second = start("--ddp-timeout", "20")
+    after_step(tmp_path, "host-1", 6)
+    began = time.monotonic()
+    second.kill()
+    said = [host.communicate(timeout=60)[0] for host in (first, second)]
+    assert time.monotonic() - began < 20 + 2 * 10 and first.returncode == 1
+    errors = [[x for x in each.splitlines() if x.startswith("error: ")] for each in said]
+    assert [len(each) for each in errors] == [1, 1], said
+    assert "error: the other processes do not answer (" in errors[0][0]
+    assert "error: torchrun, which started this, is gone" in errors[1][0]
+    step = max(logged(tmp_path, "host-1"))
+    assert (tmp_path / "host-1" / "checkpoints" / f"{step:06d}").is_dir()
+
+    # The same two commands continue, and the second host has nothing but what it encoded.
+    said = [host.communicate(timeout=300)[0] for host in list(start())]
+    assert f"continuing after step {step} of 30" in said[0] and said[1] == "", said
+    assert logged(tmp_path, "host-1") == list(range(1, 31))
+    assert not (tmp_path / "host-2").exists()
+    encoded = [sorted(os.listdir(tmp_path / f"cache-{host}")) for host in "12"]
+    assert encoded[0] == encoded[1] and len(encoded[0]) == 2
+    assert adapter(tmp_path, "host-1") == whole
+    assert together(1, lambda: training.main(argv("alone")), command=True).codes == [0]
+    one, two = moved(tmp_path / "alone"), moved(tmp_path / "host-1")
+    assert 0 < (two - one).norm() <= 1e-2 * one.norm()
 
 
 def test_a_wrong_option_is_said_once(torchrun):

@@ -125,20 +125,20 @@ def test_caption_files_that_agree_are_read(tmp_path):
     [
         (
             {"meta_cap.json": KOHYA.replace("red", "rot")},
-            r"disagree: a\.png is 'rot' in meta_cap\.json and "
-            r"'red' in metadata\.jsonl; exp.* -name 'metadata\.jsonl' -exec mv \{\} \{\}\.unused",
+            r"captions of a\.png disagree: 'rot' in meta_cap\.json and "
+            r"'red' in metadata\.jsonl; exp.* mv FILE FILE\.unused",
         ),
         (
             {"metadata.csv": "file_name,text\nb.png,b\n"},
-            r"disagree: b\.png is 'b' in .*\.csv and 'blue' in",
+            r"of b\.png disagree: 'b' in .*\.csv and 'blue' in",
         ),
         (
             {"a.txt": "rot", "b.txt": "b"},
-            r"disagree: a\.png is 'red' in .*\.jsonl and 'rot' in \*\.txt; b\.png",
+            r"a\.png disagree: 'red' in .*\.jsonl and 'rot' in \*\.txt and captions of b\.png",
         ),
         (
             {"a.txt": "a" * 999, "metadata.jsonl": "", "a.caption": "b"},
-            r"disagree: a\.png is 'a+ \.\.\. a+' in \*\.txt and 'b' in \*",
+            r"a\.png disagree: 'b' in \*\.caption and 'a+ \.\.\. a+' in \*\.txt",
         ),
     ],
 )
@@ -149,19 +149,15 @@ def test_caption_files_that_disagree_are_refused_by_name(tmp_path, other, said):
     assert str(refusal.value).count("What to do") == 1
 
 
-def test_caption_files_that_complete_each_other_are_taken_together_and_said(tmp_path):
+def test_caption_files_that_complete_each_other_are_taken_together(tmp_path):
     files = {"a.txt": "red", "a.caption": "red", "b.txt": "", "b.caption": "blue", "c.png": RED}
     files["meta_lat.json"] = '{"a": {"train_resolution": [8, 8]}, "b": {}, "c": {}}'
     folder = write_folder(tmp_path / "beside", TWO | files)
     found = read_dataset(str(folder))
     assert [p.captions for p in found] == [("red",), ("blue",), ("",)]
-    assert found.notes == ["captions of *.txt and *.caption taken together"]
     files = {"metadata.jsonl": ROWS[:1], "b.txt": "blue", "b.caption": "blue"}
     found = read_dataset(str(write_folder(tmp_path / "table", TWO | files)))
     assert [p.captions for p in found] == [("red",), ("blue",)]
-    assert found.notes == ["captions of metadata.jsonl and *.txt taken together"]
-    files = {"a.txt": "red", "a.caption": "red", "b.txt": "blue", "b.caption": "blue"}
-    assert not read_dataset(str(write_folder(tmp_path / "same", TWO | files))).notes
 
 
 def test_kohyas_json_may_hold_lists_of_captions(tmp_path):
@@ -170,19 +166,12 @@ def test_kohyas_json_may_hold_lists_of_captions(tmp_path):
     assert found == {"a.png": ("one, t", "two, t"), "b.png": ("",)}
 
 
-def test_a_parquet_file_beside_pictures_is_a_table_of_captions_or_is_said(tmp_path):
+def test_pictures_beside_parquet_files_of_another_name_are_refused(tmp_path):
+    folder = write_folder(tmp_path, TWO | {"a.txt": "red"})
     columns = {"file_name": ["a.png", "b.png"], "text": [["red", "rouge"], ["blue"]]}
-    folder = write_folder(tmp_path / "captions", TWO)
     datasets.Dataset.from_dict(columns).to_parquet(folder / "captions.parquet")
-    for caption in (None, "x"):
-        found = read_dataset(str(folder), Config(caption=caption))
-        assert [p.captions for p in found] == [("red", "rouge"), ("blue",)] and not found.notes
-    folder = write_folder(tmp_path / "stray", TWO | {"a.txt": "red", "b.txt": "blue"})
-    datasets.Dataset.from_dict({"key": ["a"]}).to_parquet(folder / "stats.parquet")
-    found = read_dataset(str(folder))
-    assert [p.captions for p in found] == [("red",), ("blue",)]
-    note = "1 (the first: stats.parquet) left out, since they are not named as captions are"
-    assert found.notes == [note]
+    with pytest.raises(Refusal, match=r"a\.png and captions\.parquet;.*metadata\.parquet"):
+        read(folder)
 
 
 # ---- what is made of them ------------------------------------------------------------------------
@@ -254,8 +243,6 @@ def test_a_picture_whose_caption_is_the_trigger_alone_is_said(tmp_path):
 
 
 def test_what_has_nothing_to_act_on_or_cannot_be_is_refused():
-    with pytest.raises(Refusal, match="--keep-tags alone"):
-        parse(["pocket", "--keep-tags", "1"])
     with pytest.raises(Refusal, match=r"tag_dropout is 2\.0"):
         parse(["pocket", "--tag-dropout", "2"])
     with pytest.raises(Refusal, match="invalid choice '77' for argument '--max-tokens'"):

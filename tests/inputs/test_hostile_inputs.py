@@ -5,7 +5,6 @@ reader found.
 import json
 import os
 import shutil
-import struct
 
 import numpy as np
 import pytest
@@ -76,23 +75,21 @@ def test_a_name_in_metadata_cannot_lead_outside_and_a_linked_file_may(folder, tm
     assert [p.read() for p in read(folder)][1] == outside.read_bytes()
 
 
-@pytest.mark.parametrize("kind", ["metadata", "captions"])
-def test_a_linked_folder_is_refused_and_not_followed(folder, tmp_path, kind):
+def test_a_linked_folder_is_not_followed_and_said(folder, tmp_path):
     """Through one, the name d/../b.png is inside by its letters and outside on the disk."""
     (folder / "d").symlink_to(tmp_path / "outside" / "deeper", target_is_directory=True)
     (tmp_path / "outside" / "deeper").mkdir()
-    if kind == "metadata":
-        rows = [{"file_name": n, "text": "x"} for n in ("a.png", "d/../b.png")]
-        (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    refused(lambda: read(folder), "is a link to a folder")
+    shutil.copy(folder / "a.png", tmp_path / "outside" / "deeper")
+    found = read(folder)
+    assert [p.name for p in found] == ["a.png"]
+    assert found.notes == ["1 (the first: d) left out, since they are links to folders"]
+    rows = [{"file_name": n, "text": "a fox"} for n in ("a.png", "d/../b.png")]
+    (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    refused(lambda: read(folder), "1 captions without a picture")
 
 
 def test_a_table_cannot_name_a_file_outside_the_data_set(tmp_path):
-    own = tmp_path / "own"
-    own.mkdir()
-    assert sources.own_file(str(own), "b.png") == own / "b.png"
-    for path in ("/etc/passwd", "../b.png", str(tmp_path / "b.png")):
-        refused(lambda path=path: sources.own_file(str(own), path), "outside the data set")
+    for path in ("/etc/passwd", "../b.png", "https://x.org/a.png", str(tmp_path / "b.png")):
         refused(lambda path=path: sources.own_file("someone/set", path), "outside the data set")
 
 
@@ -124,7 +121,7 @@ def test_pipes_folders_links_to_nothing_and_terabytes_are_refused_by_name(folder
 # ---- the cache -----------------------------------------------------------------------------------
 
 
-def test_a_damaged_or_swapped_cache_file_is_made_anew(tmp_path, capsys):
+def test_a_cache_file_that_is_cut_short_is_made_anew(tmp_path, capsys):
     def encode(blocks):
         for block in blocks:
             for i in block:
@@ -134,11 +131,7 @@ def test_a_damaged_or_swapped_cache_file_is_made_anew(tmp_path, capsys):
     places = blocks.fill(tmp_path, "latent", keys, encode)
     files = list(dict.fromkeys(file for file, _ in places))
     good = [file.read_bytes() for file in files]
-    header = struct.unpack("<Q", good[0][:8])[0] + 8
-    flipped = bytearray(good[0])
-    flipped[header + 5] ^= 1
-    for bad in (bytes(flipped), good[1], good[0][:-1], b"", good[0].replace(b"F32", b"I32")):
-        assert bad != good[0]
+    for bad in (good[0][:-1], good[0][:20], b"", b"\xff" * 99, good[0] + b"x"):
         files[0].write_bytes(bad)
         assert blocks.fill(tmp_path, "latent", keys, encode) == places
         assert [file.read_bytes() for file in files] == good

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +9,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import POCKET, make_unet
 from inputs import hub, vetting
 from inputs.files import Refusal
 from keep import identity
@@ -54,7 +52,7 @@ from sentences import refused
 def test_a_model_whose_files_say_what_cannot_be_is_refused_before_it_is_built(
     tmp_path, part, key, value
 ):
-    shutil.copytree(POCKET, tmp_path / "m")
+    pocket_with(tmp_path / "m", part.split("/")[0])
     name, path, cpu = str(tmp_path / "m"), tmp_path / "m" / part, torch.device("cpu")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     acts = {
@@ -76,20 +74,6 @@ def test_all_that_cannot_be_in_a_file_is_named_at_once(tmp_path):
     allowed = ("epsilon or v_prediction", "between 0 and 1", "null")
     said = [f"{k} {v!r}; expected {a}" for (k, v), a in zip(changes.items(), allowed, strict=True)]
     refused(lambda: hub.read_config(path), *said)
-
-
-def test_a_unet_made_for_other_embeddings_is_refused():
-    unet = make_unet()
-    vetting.check_widths(unet, torch.zeros(1, 7, 48), torch.zeros(1, 24))
-    for context, pooled in ((47, 24), (48, 25)):
-        widths = f"width {context} and {pooled}"
-        refused(
-            lambda c=context, p=pooled: vetting.check_widths(
-                unet, torch.zeros(1, 7, c), torch.zeros(1, p)
-            ),
-            widths,
-            "48 and 24",
-        )
 
 
 @pytest.mark.parametrize("content", [b"", b"[]", b"\xff", b"[" * 10**5, b'{"a": ' + b"9" * 9999])
@@ -121,11 +105,11 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, part):
         identity.of_base(str(name), False)
 
 
-def test_two_tokenizers_of_two_lengths_are_refused_by_both(tmp_path):
+def test_two_tokenizers_of_two_lengths_are_refused(tmp_path):
     name = pocket_with(tmp_path / "m", "tokenizer")
     path = name / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 5}))
-    with pytest.raises(Refusal, match="two tokenizers have a model_max_length of 5 and 32"):
+    with pytest.raises(Refusal, match=r"a model_max_length of 5 and .* 32 places"):
         model.load_text_encoders(str(name), torch.device("cpu"))
 
 

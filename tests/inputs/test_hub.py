@@ -12,16 +12,15 @@ import datasets
 import huggingface_hub
 import pytest
 import torch
-from huggingface_hub import _tree_cache
 from safetensors.torch import load_file, save_file
 
 import model
 from conftest import POCKET, ROOT, make_unet
-from hub_server import serving
+from hub_server import ask_again, serving
 from inputs import download, hub
 from inputs.files import Refusal
 from inputs.sources import read_dataset
-from made import assert_same_weights, pocket_with, pocket_with_unet
+from made import RED, cell, pocket_with, pocket_with_unet
 from sentences import refused
 
 CPU = torch.device("cpu")
@@ -131,8 +130,6 @@ INDEX = (POCKET / "model_index.json").read_bytes()
 @pytest.fixture
 def server(monkeypatch, tmp_path):
     """A Hub for the real clients; push() and fail() say what it holds and how it answers."""
-    monkeypatch.setattr(hub, "REVISIONS", {})
-    hub.announced.clear()
     with serving(monkeypatch, tmp_path / "here") as server:
         yield server
 
@@ -150,8 +147,7 @@ def as_pushed(files: dict[str, bytes], root: Path) -> set[str]:
 
 
 @pytest.mark.parametrize("half", [True, False])
-@pytest.mark.parametrize("part", ["", *hub.PARTS])
-def test_only_a_parts_small_files_and_one_variant_are_downloaded(server, part, half):
+def test_only_a_parts_small_files_and_one_variant_are_downloaded(server, half):
     v = ".fp16" if half else ""
     tokenizer = {"merges.txt", "special_tokens_map.json", "tokenizer_config.json", "vocab.json"}
     want = {
@@ -163,13 +159,15 @@ def test_only_a_parts_small_files_and_one_variant_are_downloaded(server, part, h
         "tokenizer": tokenizer,
         "tokenizer_2": tokenizer,
         "scheduler": {"scheduler_config.json"},
-    }[part]
-    files = dummies(SDXL_BASE_FILES)
+    }
+    files, there = dummies(SDXL_BASE_FILES), {"model_index.json"}
     commit = server.push(HUB_NAME, files)
-    folder = hub.fetch(HUB_NAME, part, half)
-    root = folder.parent if part else folder
-    assert root.name == commit == hub.commit_of(HUB_NAME)
-    assert as_pushed(files, root) == {"model_index.json", *(f"{part}/{f}" for f in want)}
+    for part in ("", *hub.PARTS):
+        folder = hub.fetch(HUB_NAME, part, half)
+        root = folder.parent if part else folder
+        assert root.name == commit == hub.commit_of(HUB_NAME)
+        there |= {f"{part}/{file}" for file in want[part]}
+        assert as_pushed(files, root) == there
 
 
 @pytest.mark.parametrize("half", [True, False])
@@ -182,15 +180,13 @@ def test_all_shards_of_one_variant_are_downloaded(server, half):
     assert {"model_index.json", "unet/config.json"} <= got and "model.safetensors" not in got
 
 
-def ask_again() -> None:
-    """As a new process does."""
-    hub.fetch_from_hub.cache_clear()
-    hub.announced.clear()
-    hub.REVISIONS.clear()
-
-
-@pytest.mark.parametrize("files", [SDXL_BASE_FILES, SHARDED_FILES])
-@pytest.mark.parametrize("way", ["away", "offline", 503, 401, "portal", "no listing"])
+@pytest.mark.parametrize(
+    ("way", "files"),
+    [
+        ("away", SHARDED_FILES),
+        *((way, SDXL_BASE_FILES) for way in ("away", "offline", 503, 401, "portal")),
+    ],
+)
 def test_what_was_downloaded_serves_without_the_hub_and_that_is_said(
     server, monkeypatch, capsys, files, way
 ):
@@ -199,13 +195,10 @@ def test_what_was_downloaded_serves_without_the_hub_and_that_is_said(
     ask_again()
     if way == "offline":
         monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
-    elif way in ("away", "no listing"):
+    elif way == "away":
         server.stop()
     else:
         server.fail("/", way)
-    if way == "no listing":  # which earlier clients do not keep
-        shutil.rmtree(first.parents[2] / "trees")
-        _tree_cache._IN_MEMORY_TREE_CACHE.clear()
     assert hub.fetch(HUB_NAME, "unet", half=True) == first
     said = capsys.readouterr().err
     assert f"{HUB_NAME} is taken as downloaded before, commit {commit}" in said
@@ -220,6 +213,7 @@ def test_fp32_files_serve_for_half_without_the_hub_but_no_part_of_them(server, c
     folder = hub.fetch(HUB_NAME, "unet", half=False)
     for shard in sorted(folder.glob("*.safetensors"))[:lost]:
         shard.unlink()
+    ask_again()
     server.stop()
     if lost:
         refused(lambda: hub.fetch(HUB_NAME, "unet", half=True), "ConnectError")
@@ -234,9 +228,9 @@ def test_the_commit_is_resolved_once_and_every_part_is_of_it(server):
     first = server.push(HUB_NAME, old)
     pushed = []
     server.after = lambda path: pushed or pushed.append(server.push(HUB_NAME, new))
-    roots = {hub.fetch(HUB_NAME, part).parent for part in hub.PARTS}
-    assert {root.name for root in roots} == {first} and pushed
-    assert as_pushed(old, roots.pop())
+    (root,) = {hub.fetch(HUB_NAME, part).parent for part in hub.PARTS}
+    taken = {first: old, pushed[0]: new}[root.name]
+    assert {"unet/config.json", "vae/config.json"} < as_pushed(taken, root)
     ask_again()
     assert hub.commit_of(HUB_NAME) == pushed[0]  # main, as it is by now
     ask_again()
@@ -300,8 +294,15 @@ def hinder(server, monkeypatch, kind: str | int) -> None:
         server.fail("/", kind)
 
 
-@pytest.mark.parametrize("reason", REASONS)
-@pytest.mark.parametrize("later", [False, True])
+@pytest.mark.parametrize(
+    ("later", "reason"),
+    [
+        *((False, reason) for reason in REASONS),
+        (True, "gated"),
+        (True, "no answer"),
+        (True, "down"),
+    ],
+)
 def test_the_first_error_is_told_with_what_to_do_about_it(server, monkeypatch, reason, later):
     kind, *words = REASONS[reason]
     server.push(HUB_NAME, dummies(SDXL_BASE_FILES))
@@ -336,7 +337,7 @@ def test_what_the_client_asks_about_itself_is_no_reason(server):
             assert huggingface_hub.get_session().get(f"{server.url}/api/{path}").is_error
         return huggingface_hub.HfApi().model_info("someone/else")
 
-    act = functools.partial(download.asked, "models", "someone/else", "it", "a way", ask)
+    act = functools.partial(download.asked, "model", "someone/else", "it", "a way", ask)
     refused(act, "the Hub answers 401 Invalid", "/api/models/someone/else")
     assert len(download.failures) == 1
 
@@ -412,7 +413,7 @@ def call():
 
 download.GIVE_UP = 1 if sys.argv[1] == "give up" else 300
 try:
-    download.asked("models", "a/b", "a/b", "another", call)
+    download.asked("model", "a/b", "a/b", "another", call)
 except (Refusal, KeyboardInterrupt) as error:
     print(type(error).__name__)
     sys.exit(1)
@@ -427,6 +428,46 @@ def test_a_download_that_hangs_does_not_keep_the_process(way, code, said):
     command = [sys.executable, "-c", HANGING, way]
     ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (ended.returncode, ended.stdout.strip()) == (code, said)
+
+
+@pytest.fixture
+def data_set(server, tmp_path) -> str:
+    """A data set of two parquet files, of which its README takes one. Returns its commit."""
+    table = datasets.Dataset.from_dict({"image": [cell(RED)], "text": ["a"]})
+    table.cast_column("image", datasets.Image()).to_parquet(tmp_path / "made.parquet")
+    made = (tmp_path / "made.parquet").read_bytes()
+    readme = b"---\nconfigs:\n- config_name: default\n  data_files: data/a.parquet\n---\n"
+    files = {"README.md": readme, "data/a.parquet": made, "more/b.parquet": made + b"x"}
+    return server.push("datasets/someone/ink", files)
+
+
+def test_a_data_sets_commit_and_size_are_said_before_it_comes_and_not_again(
+    server, data_set, capsys
+):
+    assert len(read_dataset("someone/ink")) == 1
+    told = f"downloading 0.00 GB of the data set someone/ink at commit {data_set}, 1 files, into "
+    said = capsys.readouterr().err
+    assert said.count(told) == 1 and "GB are free" in said
+    assert not any("more/b.parquet" in each for each in server.asked)
+    shutil.rmtree(huggingface_hub.constants.HF_HUB_CACHE)  # the tables made of it are left
+    for away in (False, True):
+        if away:
+            server.stop()
+        assert len(read_dataset("someone/ink")) == 1
+        assert "downloading" not in capsys.readouterr().err
+
+
+def test_a_data_set_that_the_disk_has_no_room_for_is_refused_before_it_comes(
+    server, data_set, monkeypatch
+):
+    usage = shutil.disk_usage("/")._replace(free=1000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: usage)
+    words = (
+        f"this needs 0.00 GB of the data set someone/ink at commit {data_set}",
+        "HF_HUB_CACHE=",
+    )
+    refused(lambda: read_dataset("someone/ink"), *words, "pass --dataset-name FOLDER")
+    assert not any(each.endswith("/data/a.parquet") for each in server.asked)
 
 
 def test_a_model_that_the_disk_has_no_room_for_is_refused_before_it_is_begun(server, monkeypatch):
@@ -461,22 +502,15 @@ def empty_hub_cache(monkeypatch, tmp_path) -> Path:
 def test_what_an_early_client_downloaded_serves_without_a_network(empty_hub_cache):
     hub_cache(empty_hub_cache)
     assert hub.fetch(HUB_NAME, "unet").is_relative_to(empty_hub_cache)
-    unet = model.load_unet(HUB_NAME, CPU, torch.float32)
-    assert_same_weights(unet, model.load_unet(str(POCKET), CPU, torch.float32))
-    here, there = (
-        model.encode_prompts(["red apple", ""], model.load_text_encoders(name, CPU))[0]
-        for name in (HUB_NAME, str(POCKET))
-    )
-    assert torch.equal(here, there)
-    assert model.latent_scaling(HUB_NAME) == model.latent_scaling(str(POCKET))
     assert hub.unet_fingerprint(HUB_NAME, False) == hub.unet_fingerprint(str(POCKET), False)
-    model.load_vae(HUB_NAME, CPU)
+    here, there = (hub.encoder_fingerprints(name, False) for name in (HUB_NAME, str(POCKET)))
+    assert here == there
     model.load_noise_schedule(HUB_NAME, CPU)
 
 
 def test_a_part_that_was_never_downloaded_is_refused_by_name(empty_hub_cache):
     hub_cache(empty_hub_cache, ("unet", "scheduler"))
-    model.load_unet(HUB_NAME, CPU, torch.float32)
+    assert hub.fetch(HUB_NAME, "unet").is_dir()
     with pytest.raises(Refusal, match=r"someone/sdxl \(.*vae\)"):
         model.load_vae(HUB_NAME, CPU)
 
@@ -521,21 +555,15 @@ LOADERS = {
     "tokenizer_2": lambda name: model.load_tokenizers(name),
     "scheduler": lambda name: model.load_noise_schedule(name, CPU),
 }
-WEIGHTY = ("unet", "vae", "text_encoder", "text_encoder_2")
+WEIGHTY = ("unet", "vae", "text_encoder")  # text_encoder_2 is read by the same lines
 
 
 @pytest.mark.parametrize("part", hub.PARTS)
-def test_a_missing_part_is_refused_by_name(tmp_path, part):
+def test_a_missing_and_an_empty_part_are_refused_by_name(tmp_path, part):
     folder = pocket_with(tmp_path / "m")
     (folder / part).unlink()
     with pytest.raises(Refusal, match=f"has no .*{part}/"):
         LOADERS[part](str(folder))
-
-
-@pytest.mark.parametrize("part", hub.PARTS)
-def test_an_empty_part_is_refused_by_name(tmp_path, part):
-    folder = pocket_with(tmp_path / "m")
-    (folder / part).unlink()
     (folder / part).mkdir()
     with pytest.raises(Refusal, match=part):
         LOADERS[part](str(folder))

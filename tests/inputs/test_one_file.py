@@ -181,7 +181,7 @@ def test_a_parts_fingerprint_is_that_of_its_own_tensors(whole, small, tmp_path):
         assert one_file.fingerprint(tmp_path / "all.safetensors", part) != before[part]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_a_run_from_the_file_is_the_run_from_the_folder(
     dtype, train, whole, small, tmp_path, capfd
 ):
@@ -236,7 +236,6 @@ def test_a_file_that_is_nowhere_is_refused(name):
 def test_a_file_on_the_hub_is_downloaded_at_one_commit_and_serves_offline(
     whole, small, monkeypatch, tmp_path, capsys
 ):
-    monkeypatch.setattr(hub, "REVISIONS", {})
     with serving(monkeypatch, tmp_path / "here") as server:
         commit = server.push("someone/models", {"v1/model.safetensors": whole})
         name = "someone/models/v1/model.safetensors"
@@ -252,7 +251,7 @@ def test_a_file_on_the_hub_is_downloaded_at_one_commit_and_serves_offline(
         hub.use_revision(name, commit)
         assert hub.file_of(name).read_bytes() == whole.read_bytes()
         hub.file_of.cache_clear()
-        with pytest.raises(Refusal, match=r"models/v2\.safetensors did not come: .* 503"):
+        with pytest.raises(Refusal, match=r"models \(v2\.safetensors\) did not come: .* 503"):
             hub.fetch("someone/models/v2.safetensors", "vae")
     with serving(monkeypatch, tmp_path / "here") as server:
         server.push("someone/models", {"a.txt": b""})
@@ -270,22 +269,32 @@ MODELSPEC = "modelspec.prediction_type"
     ("marks", "header", "entries", "words"),
     [
         ("", {}, {"prediction_type": "epsilon"}, "epsilon (nothing says another)"),
-        ("", {MODELSPEC: "epsilon"}, {"prediction_type": "epsilon"}, f"epsilon ({MODELSPEC})"),
-        ("v_pred", {}, {"prediction_type": "v_prediction"}, "v_prediction (v_pred)"),
+        (
+            "",
+            {MODELSPEC: "epsilon"},
+            {"prediction_type": "epsilon"},
+            f"epsilon ({MODELSPEC}: epsilon)",
+        ),
+        ("v_pred", {}, {"prediction_type": "v_prediction"}, "v_prediction (v_pred: v)"),
         (
             "v_pred ztsnr",
             {},
             {"prediction_type": "v_prediction"} | ZERO,
-            "(v_pred), zero terminal SNR",
+            "(v_pred: v), zero terminal SNR",
         ),
-        ("", {MODELSPEC: "v"}, {"prediction_type": "v_prediction"}, f"v_prediction ({MODELSPEC})"),
+        (
+            "",
+            {MODELSPEC: "v"},
+            {"prediction_type": "v_prediction"},
+            f"v_prediction ({MODELSPEC}: v)",
+        ),
         ("", {"modelspec.predict_key": "v"}, {"prediction_type": "v_prediction"}, "predict_key"),
         ("", {"ss_v_parameterization": "True"}, {"prediction_type": "v_prediction"}, "ss_v"),
         (
             "v_pred",
             {MODELSPEC: "epsilon"},
             {"prediction_type": "v_prediction"},
-            f"v_prediction (v_pred; {MODELSPEC} says epsilon)",
+            f"v_prediction (v_pred: v, {MODELSPEC}: epsilon)",
         ),
         ("ztsnr", {}, {"prediction_type": "epsilon"} | ZERO, "zero terminal SNR (ztsnr)"),
     ],
@@ -350,25 +359,25 @@ def test_parts_that_are_not_there_are_named_together(whole, tmp_path):
     save_file(less, path, {"modelspec.architecture": "stable-diffusion-xl-v1-base"})
     refused(
         path,
-        "has unet of SDXL's parts, and no vae, no text encoder, no text encoder 2; its header",
+        "lacks vae, text_encoder, text_encoder_2; its header says stable-diffusion-xl-v1-base",
     )
     less |= {k: t for k, t in tensors.items() if k.startswith("conditioner.")}
     save_file(less, path)
-    refused(path, "has unet, text encoder, text encoder 2 of SDXL's parts, and no vae;")
+    refused(path, "lacks vae; its header.*--vae NAME")
     one_file.read_kind(path, ("unet", "text_encoder", "text_encoder_2"))  # with a VAE of its own
 
 
-@pytest.mark.parametrize(("channels", "words"), [(9, "inpainting"), (8, "another task")])
-def test_a_unet_of_more_channels_is_refused(channels, words, whole, tmp_path):
+@pytest.mark.parametrize("channels", [9, 8])
+def test_a_unet_of_more_channels_is_refused(channels, whole, tmp_path):
     key, path = "model.diffusion_model.input_blocks.0.0.weight", tmp_path / "more.safetensors"
     save_file(load_file(whole) | {key: torch.zeros(64, channels, 3, 3)}, path)
-    refused(path, rf"{words}.*takes {channels} channels")
+    refused(path, f"inpainting.*takes {channels} channels")
 
 
 def test_whole_numbers_and_unknown_words_are_refused(whole, tmp_path):
     tensors, path = load_file(whole), tmp_path / "odd.safetensors"
     save_file({k: t.to(torch.int8) for k, t in tensors.items()}, path)
-    refused(path, r"\d+ tensors in I8.*F32, F16")
+    refused(path, "tensors in I8; expected F32, F16")
     save_file(tensors, path, {MODELSPEC: "rectified flow"})
     refused(path, f"{MODELSPEC} 'rectified flow'; expected epsilon or v")
 

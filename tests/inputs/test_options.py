@@ -145,11 +145,14 @@ def test_the_values_of_every_recipe_can_be():
         (drawing.parse, "one --network-mul 2", ("the option --network-mul",)),
     ],
 )
-@pytest.mark.parametrize("encoding", ["utf-8", "cp1252"])  # in which tyro draws no box
-def test_what_cannot_be_read_is_said_in_one_line(monkeypatch, parse, typed, words, encoding):
-    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), encoding))
+def test_what_cannot_be_read_is_said_in_one_line(monkeypatch, parse, typed, words):
     monkeypatch.setenv("COLUMNS", "60")
     refused(lambda: parse(typed.split()), *words)
+
+
+def test_a_terminal_in_which_tyro_draws_no_box_gets_the_same_line(monkeypatch):
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(io.BytesIO(), "cp1252"))
+    refused(lambda: options.parse(["t4", "--lora-rank", "many"]), "--lora-rank", "'many'")
 
 
 def test_help_is_printed_and_not_refused(capsys):
@@ -194,6 +197,7 @@ def test_a_file_written_by_hand_is_laid_over_its_recipe_and_the_command_line_ove
     found = options.parse(["--config", path, *typed])
     assert found == replace(mine, lora_rank=2, random_flip=True, validation_prompts=("a cat",))
     assert options.parse([*typed[:2], "--config", path]) == replace(mine, lora_rank=2)
+    assert options.parse(["t4", "--config", path]).recipe == "t4"
     quick = file("b.toml", 'quick = true\nrecipe = "pocket"')
     assert options.parse(["--config", quick]) == replace(options.SHORT, quick=True, config=quick)
 
@@ -225,12 +229,6 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(file):
 @pytest.mark.parametrize(
     ("name", "content", "typed", "words"),
     [
-        (
-            "a.json",
-            '{"recipe": "native"}',
-            ["t4"],
-            ("the recipe t4, and native in", "leave t4 out"),
-        ),
         ("a.json", '{"seed": 1}', [], ("the recipe --seed=1", "native")),
         ("a.json", '{"recipe": "nativ"}', [], ("the recipe nativ;",)),
         ("a.json", "seed = 1", ["t4"], ("a.json cannot be read", "NAME.toml")),
@@ -250,12 +248,10 @@ def test_a_file_that_cannot_be_used_is_refused(file, name, content, typed, words
     ("given", "words"),
     [
         ({"caption": {"a": 1}}, ("caption is {'a': 1}",)),
-        ({"validation_prompts": ["--seed"]}, ("validation_prompts is ['--seed']", "no hyphen")),
         ({"resolution": [[64]]}, ("resolution is [[64]]", "numbers")),
         ({"learning_rate": True}, ("'--learning-rate'", "Missing value")),
         ({"fused": 1}, ("Unrecognized options: 1",)),
         ({"seed": "x"}, ("'x'", "--seed")),
-        ({"config": "b.json"}, ("--config b.json in ", "one file of options")),
         ({"output_dir": "a\0b"}, ("'--output_dir=a\\x00b'", "no UTF-8")),
         ({"dataset_name": "\ud800"}, ("'--dataset_name=\\ud800'", "no UTF-8")),
     ],
@@ -282,15 +278,17 @@ def test_a_prompt_that_is_no_utf8_is_refused_before_the_run(monkeypatch):
 # ---- streams -------------------------------------------------------------------------------------
 
 
-def test_a_name_that_the_terminal_has_no_letters_for_is_shown_by_its_numbers(monkeypatch):
-    out, err = (io.TextIOWrapper(io.BytesIO(), "cp1252") for _ in range(2))
-    for name, stream in (("stdout", out), ("stderr", err)):
+def test_a_name_that_the_terminal_has_no_letters_for_is_shown_by_its_numbers(
+    monkeypatch, capfdbinary
+):
+    for name in ("stdout", "stderr"):
+        stream = io.TextIOWrapper(io.BytesIO(), "cp1252")
         monkeypatch.setattr(sys, name, stream)
         monkeypatch.setattr(sys, f"__{name}__", stream)
     with pytest.raises(SystemExit):
         options.parse_or_leave(["日本語"])
     print("é 語.png")
-    for stream, said in ((err, "the recipe 日本語; "), (out, "é 語.png\n")):
-        stream.flush()
+    out, err = capfdbinary.readouterr()
+    for got, said in ((err, "the recipe 日本語; "), (out, "é 語.png\n")):
         expected = said.encode("cp1252", "backslashreplace")
-        assert expected in stream.buffer.getvalue() and b"\\u8a9e" in expected
+        assert expected in got and b"\\u8a9e" in expected

@@ -17,7 +17,7 @@ from conftest import INK, ROOT
 from inputs import hub, sources
 from inputs import pictures as decoding
 from inputs.files import Refusal, digest
-from inputs.options import RECIPES, Config
+from inputs.options import Config
 from inputs.sources import Picture, read_dataset
 from keep import identity
 from made import BLUE, PNG, RED, cell, encoded, noisy, write_folder
@@ -99,10 +99,10 @@ def test_the_usual_caption_columns_are_found(tmp_path, column):
     assert read(folder)[0].captions[0] == "yes"
 
 
-def test_a_named_caption_column_is_taken(tmp_path):
-    rows = [{"file_name": "a.png", "text": "no", "title": "yes"}]
+def test_a_named_caption_column_is_taken_as_it_is(tmp_path):
+    rows = [{"file_name": "a.png", "text": "no", "title": " yes\n"}]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED})
-    assert read(folder, caption_column="title")[0].captions[0] == "yes"
+    assert read(folder, caption_column="title")[0].captions[0] == " yes\n"
 
 
 def test_a_wrong_caption_column_is_refused_with_those_that_are_there(tmp_path):
@@ -260,12 +260,11 @@ def test_what_looks_like_captions_is_said_where_an_option_gives_them(tmp_path):
     assert found[0].captions[0] == "a" and found.notes[0] == note
 
 
-def test_a_caption_beside_a_table_that_lacks_it_is_taken_with_it_and_said(tmp_path):
+def test_a_caption_beside_a_table_that_lacks_it_is_taken_with_it(tmp_path):
     files = {"a.png": RED, "b.png": BLUE, "metadata.jsonl": [GOOD], "b.txt": "b", "LICENSE.txt": ""}
     folder = write_folder(tmp_path, files)
     found = read(folder)
-    assert [p.captions[0] for p in found] == ["a", "b"]
-    assert found.notes == ["captions of metadata.jsonl and *.txt taken together"]
+    assert [p.captions[0] for p in found] == ["a", "b"] and not found.notes
     (folder / "b.txt").write_text("")
     found = read(folder)
     assert [p.captions[0] for p in found] == ["a", ""] and not found.notes
@@ -277,22 +276,21 @@ def test_a_table_at_the_top_and_one_in_the_split_are_taken_together(tmp_path, sp
     files |= {"metadata.jsonl": [GOOD], f"{split}/metadata.csv": "file_name,text\na.png,other"}
     found = read(write_folder(tmp_path, files), dataset_split=split)
     assert {p.name: p.captions for p in found} == {"a.png": ("a",), f"{split}/a.png": ("other",)}
-    both = f"captions of metadata.jsonl and {split}/metadata.csv taken together"
-    assert found.notes == [both]
+    assert not found.notes
 
 
 def test_of_two_tables_none_is_taken_in_silence(tmp_path):
     files = {"metadata.jsonl": [GOOD], "metadata.csv": "file_name,text\na.png,other"}
-    said = r"captions in .* disagree: a\.png is 'other' in metadata\.csv and"
+    said = r"captions of a\.png disagree: 'other' in metadata\.csv and"
     with pytest.raises(Refusal, match=said):
         read(write_folder(tmp_path, files | {"a.png": RED}))
 
 
-def test_a_table_whose_pictures_are_all_elsewhere_is_refused_with_both_sides(tmp_path):
+def test_a_table_whose_pictures_are_all_elsewhere_is_refused(tmp_path):
     rows = [{"file_name": f"old/{n}.png", "text": n} for n in "xyz"]
     folder = write_folder(tmp_path, {"metadata.jsonl": rows, "a.png": RED, "b.png": BLUE})
     for options in ({}, {"caption": "x"}):
-        with pytest.raises(Refusal, match=r"2 pictures without .*3 captions without .*'old/x"):
+        with pytest.raises(Refusal, match=r"3 captions without a picture .*'old/x"):
             read(folder, **options)
 
 
@@ -329,7 +327,7 @@ def test_two_captions_for_one_picture_are_never_reduced_to_one_in_silence(tmp_pa
         ({"a.png": RED, "a.txt": "a", "b.txt": "b"}, r"1 captions without a picture .*b\.txt"),
         (
             {"x/a.png": RED, "y/a.txt": "a"},
-            r"1 pictures without .*'x/a\.png'.* and 1 captions without .*'y/a\.txt'",
+            r"1 captions without a picture .*'y/a\.txt'",
         ),
     ],
 )
@@ -338,14 +336,10 @@ def test_a_caption_file_alone_is_refused(tmp_path, files, said):
         read_dataset(str(write_folder(tmp_path, files)))
 
 
-def test_two_pictures_that_share_a_caption_file_are_never_reduced_to_one_in_silence(tmp_path):
+def test_two_pictures_share_a_caption_file(tmp_path):
     folder = write_folder(tmp_path, {"a.png": RED, "a.jpg": BLUE, "a.txt": "a"})
-    try:
-        names = {p.name for p in read_dataset(str(folder))}
-    except Refusal as refusal:
-        assert "a.png" in str(refusal) or "a.jpg" in str(refusal)
-    else:
-        assert names == {"a.png", "a.jpg"}
+    told = {p.name: p.captions for p in read_dataset(str(folder))}
+    assert told == {"a.png": ("a",), "a.jpg": ("a",)}
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):
@@ -405,7 +399,7 @@ def test_names_match_though_their_accents_are_written_in_two_ways(tmp_path, kind
     assert read_dataset(str(write_folder(tmp_path, files)))[0].captions[0] == "red"
     both = [unicodedata.normalize(form, "é") for form in ("NFC", "NFD")]
     twice = {f"{name}.png": RED for name in both} | {f"{name}.txt": name for name in both}
-    with pytest.raises(Refusal, match=r"2 pictures without .* and 2 captions without"):
+    with pytest.raises(Refusal, match="2 captions without a picture of their own"):
         read_dataset(str(write_folder(tmp_path / "twice", twice)))
 
 
@@ -425,9 +419,9 @@ def test_what_is_nearly_captions_is_named(tmp_path, near, content):
     assert f"1 (the first: {near}) left out" in str(read_dataset(str(folder)))
 
 
-def test_a_caption_behind_the_whole_name_is_refused_with_both(tmp_path):
+def test_a_caption_behind_the_whole_name_is_refused(tmp_path):
     folder = write_folder(tmp_path, {"a.png": RED, "a.png.txt": "red"})
-    with pytest.raises(Refusal, match=r"'a\.png' and .*'a\.png\.txt';.*\(not a\.jpg\.txt\)"):
+    with pytest.raises(Refusal, match=r"'a\.png\.txt';.*\(not a\.jpg\.txt\)"):
         read_dataset(str(folder))
 
 
@@ -541,7 +535,8 @@ def test_of_many_unreadable_files_ten_are_named_and_the_rest_counted(tmp_path):
         read_dataset(str(folder))
     told = str(refusal.value)
     assert all(
-        f"x/{n}.txt (caption) cannot be read (no UTF-8 at byte 4)" in told for n in names[:10]
+        f"x/{n}.txt (caption) cannot be read (no UTF-8 at byte 4, maybe WINDOWS-1252)" in told
+        for n in names[:10]
     )
     assert "2 more; expected" in told and names[10] not in told
     folder = write_folder(tmp_path / "pictures", {f"x/{n}.png": b"junk" for n in names})
@@ -581,9 +576,7 @@ def test_a_file_where_a_folder_is_meant_is_said_as_what_it_is(tmp_path, monkeypa
         with pytest.raises(Refusal, match=rf"{name} is a \.\w+ file, no folder") as refusal:
             take(name)
         remedy = {"x.zip": "unpack it", "x.ckpt": "take its .safetensors"}
-        said = str(refusal.value)
-        assert remedy.get(name, "name the folder that it lies in") in said
-        assert ("call it x.png.safetensors" in said) == (name == "x.png" and take != read_dataset)
+        assert remedy.get(name, "name the folder that it lies in") in str(refusal.value)
 
 
 @pytest.mark.parametrize("take", [read_dataset, lambda name: hub.fetch(name, "unet")])
@@ -608,11 +601,10 @@ def test_the_repositorys_own_folders_are_found_from_everywhere(tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     assert len(read_dataset("pocket/ink")) == 160
     assert (hub.fetch("pocket/model", "unet") / "config.json").is_file()
-    config = RECIPES["pocket"][1]
-    here = identity.local_identity(config, False)
+    here = identity.of_base("pocket/model", False)
     assert identity.public_name("pocket/model") == "model"
     monkeypatch.chdir(ROOT)
-    assert identity.local_identity(config, False) == here and len(here) == 3
+    assert identity.of_base("pocket/model", False) == here
     write_folder(tmp_path / "pocket" / "ink", {"a.png": RED, "a.txt": "mine"})
     monkeypatch.chdir(tmp_path)  # what lies here comes first
     assert [p.captions[0] for p in read_dataset("pocket/ink")] == ["mine"]
@@ -735,11 +727,9 @@ def test_columns_of_bytes_and_of_bytes_with_a_path_are_read(parquet, tmp_path):
         "bytes": [RED, BLUE],
         "struct": [cell(RED), {"bytes": BLUE, "path": "b.png"}],
         "wider": [cell(RED) | {"width": 8}, cell(BLUE) | {"width": 8}],
-        "path": [cell(RED), {"bytes": None, "path": "b.png"}],
     }
     for kind, images in kinds.items():
         name = plain(tmp_path / kind, images)
-        (tmp_path / kind / "b.png").write_bytes(BLUE)
         found = read(name)
         assert [(p.captions[0], p.read()) for p in found] == [("a", RED), ("b", BLUE)], kind
         assert [p.digest for p in found] == [digest(RED), digest(BLUE)]
@@ -781,14 +771,6 @@ def test_the_column_called_image_is_taken_and_any_other_is_said(parquet, tmp_pat
     found = read(name)
     assert found[0].read() == BLUE and found.notes == ["pictures taken from the column photo"]
     assert not read(name, image_column="photo").notes
-
-
-def test_pictures_beside_parquet_files_are_counted(parquet, tmp_path):
-    name = parquet(image=[cell(RED)], text=["a"])
-    write_folder(tmp_path / "set", {"x/b.png": BLUE, "x/b.txt": "b"})
-    found = read(name)
-    assert len(found) == 1
-    assert found.notes == ["1 (the first: x/b.png) used only where a row names them"]
 
 
 def test_rows_without_a_caption_take_the_options(parquet):
@@ -850,8 +832,11 @@ def test_a_large_folder_is_read_in_time_that_grows_as_it_does(tmp_path, monkeypa
 def test_what_is_no_file_or_may_not_be_looked_into_is_said(tmp_path, monkeypatch):
     """As root every folder may be read, so that one is refused by hand."""
     folder = write_folder(tmp_path / "d", {"a.png": RED, "a.txt": "a", "shut/b.png": BLUE})
-    for name in ("b.png", "metadata.jsonl", "x.parquet"):
+    for name in ("b.png", "metadata.jsonl"):
         os.mkfifo(folder / name)
+        with pytest.raises(Refusal, match=rf"{name} \(\w+\) cannot be read \(no file\)"):
+            read_dataset(str(folder))
+        (folder / name).unlink()
     scan = os.scandir
 
     def scandir(path):

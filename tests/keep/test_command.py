@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -44,19 +45,23 @@ def first_line(words: list[str]) -> tuple[float, str]:
     return (int(used[11]) + int(used[12])) / os.sysconf("SC_CLK_TCK"), line
 
 
+@pytest.fixture(scope="module")
+def bare():
+    """The processor's seconds of Python's own start."""
+    return min(first_line(["-c", "import sys; print(file=sys.stderr)"])[0] for _ in range(3))
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         ("loop.py t4 --output-dir runs/mine", "recipe t4, output to runs/mine"),
         ("loop.py pocket --plain --output-dir runs/none", "recipe pocket, output to runs/none"),
         ("loop.py t4 --plan-for T4", "recipe t4, plan for T4"),
-        ("generate.py LICENSE", "drawing with LICENSE"),  # a file that is there
-        ("generate.py LICENSE --plain", "drawing with LICENSE"),
+        ("generate.py LICENSE --plain", "drawing with LICENSE"),  # a file that is there
     ],
 )
-def test_the_command_says_its_first_line_half_a_second_after_pythons_own_start(words, said):
-    bare = min(first_line(["-c", "import sys; print(file=sys.stderr)"])[0] for _ in range(3))
-    seconds, line = min(first_line(words.split()) for _ in range(3))
+def test_the_command_says_its_first_line_half_a_second_after_pythons_own_start(bare, words, said):
+    seconds, line = min(first_line(words.split()) for _ in range(2))
     assert line == f"{said}; {IMPORTING}\n"
     assert seconds - bare < 0.5
 
@@ -74,6 +79,7 @@ def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
     with begun(words, PYTHONPATH=str(tmp_path)) as process:
         assert IMPORTING in process.stderr.readline()
         assert process.stderr.readline() == "\n"  # torch's import has begun
+        time.sleep(0.2)  # caught while it returns from that write, it would write it again
         process.send_signal(signal.SIGINT)
         assert process.stderr.read() == "\ninterrupted: nothing had begun\n"
     assert process.returncode == 128 + signal.SIGINT
@@ -85,8 +91,8 @@ def test_a_library_that_does_not_load_is_said_in_a_sentence(words, tmp_path):
     with begun(words, PYTHONPATH=str(tmp_path)) as process:
         said = process.stderr.read().splitlines()
     assert process.returncode == 1 and len(said) == 2  # after the first line
-    assert said[1].startswith("error: an import fails (OSError: libcudart.so.12: cannot open, in ")
-    assert "; expected libraries that fit each other. What to do: pip install -r" in said[1]
+    assert said[1].startswith("error: an import fails (OSError: libcudart.so.12: cannot open); ")
+    assert "libraries that fit each other. What to do: pip install -r" in said[1]
 
 
 def test_of_a_chain_of_failed_imports_the_first_is_named_and_no_remedy_changes_torch():
@@ -100,7 +106,7 @@ def test_of_a_chain_of_failed_imports_the_first_is_named_and_no_remedy_changes_t
         refusal = command.not_loaded(error)
     assert isinstance(refusal, Refusal)
     said = str(refusal)
-    assert "nms does not exist, in" in said and "pip uninstall -y torchvision" in said
+    assert "nms does not exist)" in said and "pip uninstall -y torchvision" in said
     assert "upgrade" not in said
 
 
@@ -134,8 +140,6 @@ def main(asked):
     return 7
 
 sys.modules["keep.{given}"] = types.SimpleNamespace(main=main)
-import keep
-keep.{given} = sys.modules["keep.{given}"]
 or_leave(str, "")
 sys.exit(command.{name}("asked"))
 """

@@ -80,11 +80,12 @@ def test_what_no_file_can_hold_stays_in_place_while_files_are_read_back(tmp_path
 
 
 def test_a_finished_run_says_so_and_names_other_code_but_not_for_changed_files(
-    trained, monkeypatch
+    trained, monkeypatch, tmp_path
 ):
     config = trained.run.config
-    monkeypatch.setattr(export, "local_identity", lambda *_: {})
+    monkeypatch.setattr(export, "place", lambda _: tmp_path / "none")  # no base and no pictures
     trained.identity |= {"dtype": "torch.float32"} | identity.fixed_options(config)
+    trained.identity["start_from"] = ""
     trained.code = code.digests()
     enough = dataclasses.replace(config, max_train_steps=2)
     assert export.finished(enough) == ""

@@ -120,7 +120,7 @@ def in_cache(kind: str, key: str):
         tensors = load_file(file)
         tensors[key][row].view(-1)[-1] = value
         blocks.write_block(file, tensors)  # whole: only its numbers are bad
-        yield [names[row], f"rm {file}"]
+        yield [names[row], f", in {file}, has", "rm that file"]
         file.unlink()  # as told
 
     return fault
@@ -179,30 +179,28 @@ STATE32, STATE8 = "--no-use-8bit-adam", "--use-8bit-adam"
 # How it is put there, a part of the sentence, and the optimizer.
 TABLE = {
     "latent's mean": (in_cache("latent", "mean"), "the cached latent of picture", STATE8),
-    "latent's std": (in_cache("latent", "std"), "the cached latent of picture", STATE8),
-    "time ids": (in_cache("latent", "time_ids"), "the cached latent of picture", STATE8),
     "context": (in_cache("prompt", "context"), "the cached caption's embedding of", STATE8),
-    "pooled": (in_cache("prompt", "pooled"), "the cached caption's embedding of", STATE8),
     "base weight": (in_run(base_weight, PROJ), "the base model's", STATE8),
     "adapted weight": (in_run(adapted_weight, TO_Q), "the base model's", STATE8),
-    "adapter": (in_run(adapter_weight, LAST, AGAIN), "the adapter has", STATE8),
-    "gradient": (in_run(gradient, "1 of 160 matrices", ".png"), "the gradient of", STATE8),
+    "adapter": (in_run(adapter_weight, LAST, AGAIN), "the adapter's", STATE8),
+    "gradient": (in_run(gradient, "that of ", ".png"), "the gradient of", STATE8),
     "8-bit moments": (in_run(optimizer_state("absmax2"), LAST, AGAIN), "after step", STATE8),
-    "first moment": (in_run(optimizer_state("exp_avg"), LAST, AGAIN), "'s exp_avg has", STATE32),
     "second moment": (in_run(optimizer_state("exp_avg_sq"), LAST, AGAIN), "exp_avg_sq", STATE32),
-    "loss scale": (in_run(loss_scale, AGAIN), "the loss scale is", STATE8),
+    "loss scale": (in_run(loss_scale, AGAIN), "the loss scale has", STATE8),
 }
-QUICK = [("adapter", math.nan)]  # the others go to make slow
-OF_BOTH = ("latent's mean", "gradient", "8-bit moments")
+QUICK = "adapter"  # the others go to make slow
+INF = ("context", "gradient", "second moment")  # the others are NaN
 
 
 @pytest.mark.parametrize(
     ("place", "value"),
     [
-        pytest.param(place, value, marks=[] if (place, value) in QUICK else [pytest.mark.slow])
+        pytest.param(
+            place,
+            math.inf if place in INF else math.nan,
+            marks=[] if place == QUICK else [pytest.mark.slow],
+        )
         for place in TABLE
-        for value in (math.nan, math.inf)
-        if value is math.nan or place in OF_BOTH
     ],
 )
 def test_a_fault_is_met_in_its_step_named_and_never_saved(train, whole, capsys, place, value):
@@ -214,7 +212,7 @@ def test_a_fault_is_met_in_its_step_named_and_never_saved(train, whole, capsys, 
     for word in (f"step {FAULT}", said, *words, "; expected finite", "What to do: "):
         assert word in error
     kind = "NaN" if math.isnan(value) else "Inf"  # and Inf - Inf, in AdamW's step, is NaN
-    assert kind in error or place in ("gradient", "loss scale", "first moment")
+    assert kind in error or place == "gradient"
     # The step before is sound and saved, though no checkpoint was due: the fault came after it. Not
     # so where the fault is in what would be saved.
     state = checkpoint.newest_state(train.root / name / "checkpoints")
@@ -235,10 +233,10 @@ def test_a_bad_scale_of_a_4_bit_base_is_named(tmp_path):
     """NF4's numbers are bytes; what multiplies each block of them can go bad."""
     unet = nf4.load_unet_nf4(str(POCKET), torch.device("cpu"), torch.float32, tmp_path)
     run = SimpleNamespace(unet=unet, adapter=lora.inject(unet), trained=lora.trained(unet))
-    assert faults.in_base(run) == ""
+    assert faults.bad(faults.of_base(run)) == ""
     weight = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.base.weight
     weight.quant_state.state2.absmax[0] = math.nan
-    assert faults.in_base(run) == f"the base model's {TO_Q} has NaN"
+    assert faults.bad(faults.of_base(run)) == f"the base model's {TO_Q} has NaN"
 
 
 # ---- what a step computes and leaves behind ------------------------------------------------------
@@ -260,9 +258,7 @@ def test_what_the_optimizer_spoils_is_not_saved_and_names_its_step(train, whole,
     with before_step(2 * DUE, spoil):
         assert train("update") == 1
     said = capsys.readouterr().err
-    assert (
-        f"after step {2 * DUE} the adapter has Inf in down_blocks" in said and "not saved" in said
-    )
+    assert f"after step {2 * DUE} the adapter's down_blocks" in said and "has Inf, so that" in said
     folders = sorted((train.root / "update" / "checkpoints").iterdir())
     assert [folder.name for folder in folders] == [f"{DUE:06d}"]
     assert train("update") == 0
@@ -399,7 +395,7 @@ def test_overflows_are_counted_and_shown_also_after_a_resume(train, monkeypatch,
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("every", "ends"), [(1, 7), (2, 13)])
+@pytest.mark.parametrize(("every", "ends"), [(2, 13)])
 def test_a_loss_scale_that_collapses_ends_the_run_with_advice(
     train, monkeypatch, capsys, every, ends
 ):
@@ -415,7 +411,7 @@ def test_a_loss_scale_that_collapses_ends_the_run_with_advice(
     said = capsys.readouterr().err.split("error: ")[-1]
     for words in (
         f"the gradient of step {ends} is not finite, after 6 skipped steps, at loss scale 1",
-        "1 of 160 matrices, such as down_blocks.0.attentions.0",
+        "that of down_blocks.0.attentions.0",
         ".png",
         "a lower --learning-rate or --mixed-precision fp32",
     ):

@@ -63,10 +63,10 @@ def test_a_gpu_that_is_over_95_percent_full_is_said_once_and_seldom_asked(watch)
 
 def test_a_log_says_what_the_watch_says(tmp_path, monkeypatch, capsys):
     """On a GPU; on a CPU nobody watches."""
-    config, said = replace(RECIPES["pocket"][1], tensorboard=False), []
+    config, said = replace(RECIPES["pocket"][1], output_dir=str(tmp_path)), []
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 2**31)
     monkeypatch.setattr(report.Watch, "after", lambda *given: said.append(given[1:]) or ["slow"])
-    with report.Log(tmp_path, 0, config) as log:
+    with report.Log(replace(config, tensorboard=False), 0) as log:
         for step, device in enumerate((torch.device("cpu"), GPU), start=1):
             scale, unet = loop.LossScale(device == GPU), SimpleNamespace(device=device)
             log.write(SimpleNamespace(step=step, loss_scale=scale, unet=unet), 1.0, 1.0, 1e-4, 0.5)

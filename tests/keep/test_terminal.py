@@ -22,20 +22,8 @@ from inputs import drawing, options
 from inputs.files import Refusal
 from inputs.options import RECIPES
 from keep import report, training
-from keep.report import Smoothed
 
 GPU = torch.device("cuda", 0)
-
-
-def test_the_smoothed_loss_is_tensorboards():
-    """Its smoothing, as its front end writes it: the last value times the weight, the next times
-    the rest, divided by 1 - weight ** count.
-    """
-    smoothed, last = Smoothed(0.6), 0.0
-    assert Smoothed(0.98).add(5.0) == pytest.approx(5.0)  # corrected for its start
-    for count, value in enumerate([3.0, 1.0, 4.0, 1.0, 5.0], start=1):
-        last = last * 0.6 + (1 - 0.6) * value
-        assert smoothed.add(value) == pytest.approx(last / (1 - 0.6**count))
 
 
 def steps(log: report.Log, numbers: range, device=GPU, loss: float = 0.08) -> None:
@@ -62,7 +50,7 @@ def test_on_a_terminal_a_step_is_one_line_that_fits_60_columns(tmp_path, monkeyp
     with os.fdopen(theirs, "w") as terminal, monkeypatch.context() as there:
         there.setattr(sys, "stderr", terminal)
         there.setattr(sys, "stdout", terminal)
-        with report.Log(tmp_path, 0, CONFIG) as log:
+        with report.Log(replace(CONFIG, output_dir=str(tmp_path)), 0) as log:
             steps(log, range(1, 6))
     pieces = []
     with contextlib.suppress(OSError):  # so Linux tells that all is read
@@ -72,12 +60,12 @@ def test_on_a_terminal_a_step_is_one_line_that_fits_60_columns(tmp_path, monkeyp
     said = b"".join(pieces).decode()
     *bars, last = [each.strip() for each in re.split("[\r\n]+", said) if "training" in each]
     assert max(map(len, [*bars, last])) <= 60
-    assert last == "training 5/1000 loss 0.080 1.50 s/step 24:52 left 9.8 GiB"
+    assert last == "training 5/1000 loss 0.080 1.50 s/step 24:53 left 9.8 GiB"
     assert "step 3 is skipped (0 so far)" in said  # beside the bar
 
 
 def test_in_a_pipe_a_step_is_no_line_and_a_run_goes_on_where_it_was(tmp_path, capsys, gpu):
-    with report.Log(tmp_path, 0, CONFIG) as log:
+    with report.Log(replace(CONFIG, output_dir=str(tmp_path)), 0) as log:
         steps(log, range(1, 121))
     said = capsys.readouterr().err
     assert "\r" not in said
@@ -85,7 +73,7 @@ def test_in_a_pipe_a_step_is_no_line_and_a_run_goes_on_where_it_was(tmp_path, ca
         "training 50/1000 loss 0.080 1.50 s/step 23:45 left 9.8 GiB lr 1.0e-04 0 skipped",
         "training 100/1000 loss 0.080 1.50 s/step 22:30 left 9.8 GiB lr 1.0e-04 0 skipped",
     ]
-    with report.Log(tmp_path, 110, CONFIG) as log:
+    with report.Log(replace(CONFIG, output_dir=str(tmp_path)), 110) as log:
         steps(log, range(111, 161), torch.device("cpu"), loss=0.2)
     (line,) = capsys.readouterr().err.splitlines()
     assert line == "training 160/1000 loss 0.200 1.50 s/step 21:00 left lr 1.0e-04"
@@ -128,7 +116,7 @@ def test_with_quiet_only_warnings_and_the_last_lines_are_said(train, few, tmp_pa
     last = report.last_lines(options.parse(train.argv("r", *own))).splitlines()
     blots, warning, *rest = out.splitlines()
     assert blots == "the small model knows emoji alone: of photographs it makes blots"
-    assert warning.startswith("3 pictures") and "1 missing or empty (the first: 0.png)" in warning
+    assert warning.startswith("captions: 1 missing or empty (the first: 0.png), 0 cut")
     assert rest == ["done: 1 steps", *last] and err == ""
     assert train("r", *own) == 0  # it is no part of what the run is
     assert capsys.readouterr().out.splitlines()[1:] == last

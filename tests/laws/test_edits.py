@@ -2,16 +2,11 @@
 bytes as --plain does with the same edit. In a copy of the tree, as a reader would.
 """
 
-import os
-import shutil
-import subprocess
-import sys
-
 import pytest
 
-from conftest import ROOT
+from tree import copied, python
 
-pytestmark = pytest.mark.slow  # each is runs in processes of their own
+pytestmark = pytest.mark.slow  # each is runs in a process of its own
 
 BRANCH = "return self.base(x) + scale * self.up(self.down(x))"
 # What is edited: the module, the old text and the new. Then what else is asked of the product (its
@@ -107,32 +102,11 @@ print("EQUAL" if plain.keys() == product.keys() and all(same) else "DIFFERENT", 
 """
 
 
-def copied(folder):
-    """The book and its wings in `folder`, to be edited."""
-    folder.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, folder)
-    for wing in ("inputs", "adapters", "fast", "learn", "see", "keep"):
-        shutil.copytree(ROOT / wing, folder / wing, ignore=shutil.ignore_patterns("__pycache__"))
-    return folder
-
-
 def edit(tree, changes):
     for name, old, new in changes:
         text = (tree / name).read_text()
         assert old in text, f"{name} has no longer {old!r}"
         (tree / name).write_text(text.replace(old, new))
-
-
-def python(tree, *words):
-    return subprocess.run(
-        [sys.executable, *words],
-        cwd=tree,
-        env=os.environ | {"PYTHONPATH": "."},
-        capture_output=True,
-        text=True,
-        timeout=600,
-    )
 
 
 @pytest.mark.parametrize("name", EDITS)

@@ -19,6 +19,7 @@ import lora
 from conftest import INK, ink_rows, trainer, write_pictures
 from inputs import blocks, options
 from inputs.drawing import parse
+from inputs.sources import read_datasets
 from keep import drawing, training
 from runs import adapter, in_one
 
@@ -72,6 +73,13 @@ def begun(train, name, *more):
     return training.set_up(options.parse(train.argv(name, *more)), torch.device("cpu"))[0].run
 
 
+def examples(train, *more) -> data.Examples:
+    """Those of such a run, without its UNet."""
+    config = options.parse(train.argv("drawn", *more))
+    pictures = read_datasets(config)
+    return loop.examples_of(config, pictures, torch.device("cpu"), torch.float32, 1000)
+
+
 def test_law_1_however_a_step_is_cut_its_first_gradient_is_the_same(train):
     run = begun(train, "cuts", "--train-batch-size", "2")
     run.scale_on_device.fill_(1)
@@ -91,8 +99,8 @@ def test_law_1_however_a_step_is_cut_its_first_gradient_is_the_same(train):
 
 def test_law_1_a_captions_variant_follows_from_the_example_however_a_step_is_cut(train):
     def rows(*cut):
-        examples = begun(train, "rows", *cut).examples
-        return [examples.prompt(examples.example(i)) for i in range(40)]
+        drawn = examples(train, *cut)
+        return [drawn.prompt(drawn.example(i)) for i in range(40)]
 
     want = rows()
     assert len(set(want)) > 10
@@ -174,9 +182,9 @@ def test_law_6_masks_are_counted_and_a_changed_one_is_another_run(cache, tmp_pat
 
 
 def test_squares_of_several_sizes_are_decks_too(train):
-    run = begun(train, "sizes", "--no-buckets", "--resolution", "64", "128")
-    assert sorted(set(run.examples.sizes)) == [(64, 64), (128, 128)]
-    counts = np.bincount([run.examples.example(i).picture for i in range(11 * 40)])
+    drawn = examples(train, "--no-buckets", "--resolution", "64", "128")
+    assert sorted(set(drawn.sizes)) == [(64, 64), (128, 128)]
+    counts = np.bincount([drawn.example(i).picture for i in range(11 * 40)])
     assert counts.min() >= 36 and counts.max() <= 44
 
 
@@ -222,14 +230,14 @@ def test_one_of_the_captions_that_are_not_finite_is_found_by_the_row_that_was_dr
     folder = write_pictures(tmp_path / "ink", [*map(json.dumps, rows)])
     train, tags = trainer(tmp_path, folder, tmp_path / "own"), ("--shuffle-tags",)
     assert train("bad", *tags, "--max-train-steps", "1") == 0
-    examples = begun(train, "bad", *tags).examples
-    row = examples.prompt(examples.example(5))
-    path, at = examples.source.prompts[row]
+    drawn = examples(train, *tags)
+    row = drawn.prompt(drawn.example(5))
+    path, at = drawn.source.prompts[row]
     tensors = load_file(path)
     tensors["context"][at].view(-1)[-1] = float("nan")
     blocks.write_block(path, tensors)
     data.Cache.open.cache_clear()  # as in a process of its own
     assert train("bad", *tags) == 1
     said = capsys.readouterr().err
-    name = examples.names[examples.example(5).picture]
-    assert f"caption's embedding of picture {name} has NaN ({path})" in said
+    name = drawn.names[drawn.example(5).picture]
+    assert f"caption's embedding of picture {name}, in {path}, has NaN" in said

@@ -68,7 +68,7 @@ def test_fewer_than_four_are_refused_with_the_number(tmp_path, asked):
         (["--validation-steps", "5"], "alone; expected held-out pictures"),
         (["--stop-when-worse"], "alone; expected held-out pictures"),
         (["--validation-share", "0.6"], "validation_share is 0.6"),
-        (["--validation-share", "0.1", "--plain"], "--plain with held-out pictures"),
+        (["--validation-share", "0.1", "--plain"], "--plain with --validation-share"),
     ],
 )
 def test_what_does_not_go_together_is_refused(words, said):
@@ -108,11 +108,14 @@ class Latents:
         return torch.randn(7, 48, generator=g), torch.randn(24, generator=g)
 
 
-def examples(count: int = 6, k: int = 5) -> held_out.HeldOut:
+def drawings(count: int = 6) -> held_out.data.Examples:
     chances = held_out.data.Chances()
     names = [f"{i}.png" for i in range(count)]
-    of = held_out.data.Examples(Latents(), names, [(64, 64)] * count, 2, 42, chances, 1000)
-    return held_out.HeldOut(of, k)
+    return held_out.data.Examples(Latents(), names, [(64, 64)] * count, 2, 42, chances, 1000)
+
+
+def examples(count: int = 6, k: int = 5) -> held_out.HeldOut:
+    return held_out.HeldOut(drawings(count), k)
 
 
 def test_timesteps_are_at_equal_distances_and_each_picture_has_one_in_each_part():
@@ -208,7 +211,7 @@ def test_the_losses_of_a_steps_examples_are_the_runs_own(tmp_path):
     run, other = tiny_run.assembled(tmp_path), tiny_run.assembled(tmp_path)
     run.examples.num_train_timesteps = 1000
     run.examples.decks = type("Decks", (), {"picture": staticmethod(lambda i: 0)})
-    found = Judge(run, Alone(), {}, None, None)
+    found = Judge(run, Alone(), {}, drawings(), None)
     one, same = tiny_run.loop.optimizer_step(run), tiny_run.loop.optimizer_step(other)
     found.after_step()
     losses, counts = found.known["fits"]

@@ -94,14 +94,6 @@ def test_the_sheet_holds_every_crop_under_its_heading_with_its_caption(tmp_path)
     assert (sheet[0] == 255).all() and (sheet < 60).all(-1).any()  # words, and none is cut
 
 
-def test_its_own_picture_is_replaced_and_lies_under_runs(odd, monkeypatch, capsys):
-    monkeypatch.chdir(odd.parent)
-    for _ in range(2):
-        assert look.main(["t4", "--dataset-name", str(odd), *OPTIONS]) == 1
-    assert [p.name for p in (odd.parent / "runs").iterdir()] == ["look-odd set-t4.png"]
-    assert "runs/look-odd set-t4.png" in capsys.readouterr().out
-
-
 def test_nothing_to_look_at_is_said(tmp_path, capsys):
     folder = write_folder(tmp_path / "bad", {"a.png": "no picture", "a.txt": "a"})
     assert run(folder) == 1

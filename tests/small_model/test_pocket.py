@@ -300,6 +300,12 @@ def quick_run(tmp_path_factory, cache) -> Path:
     return out
 
 
+@pytest.fixture(scope="module")
+def quick_drawn(quick_run, tmp_path_factory) -> list[np.ndarray]:
+    """What it draws then."""
+    return draw(quick_run, 1.0, tmp_path_factory.mktemp("drawn"))
+
+
 def draw(run: Path, strength: float, folder: Path) -> list[np.ndarray]:
     """Eight held-out subjects through generate.py, as it does from the command line."""
     drawing.run(
@@ -316,39 +322,38 @@ def draw(run: Path, strength: float, folder: Path) -> list[np.ndarray]:
 
 
 @pytest.mark.slow
-def test_quick_training_moves_held_out_pictures_towards_the_style(quick_run, pipe, tmp_path):
-    ink = pictures_of(STYLES["ink"])
-    drawn = {s: draw(quick_run, s, tmp_path / str(s)) for s in (0.0, 0.5, 1.0)}
-    far, half, near = (measure.style_distance(pictures, ink) for pictures in drawn.values())
+def test_quick_training_moves_held_out_pictures_towards_the_style(
+    quick_run, quick_drawn, pipe, tmp_path
+):
+    ink, bare = pictures_of(STYLES["ink"]), draw(quick_run, 0.0, tmp_path)
+    far, near = (measure.style_distance(pictures, ink) for pictures in (bare, quick_drawn))
     assert near < 0.75 * far, "palette"  # found: 0.65; 0.63 and 0.75 at seeds 1 and 2
-    assert near < half < far
-    saturations = [np.mean([measure.saturation(p) for p in some]) for some in drawn.values()]
-    assert saturations[2] < 0.35 * saturations[0]  # found: 0.22; 0.19 and 0.22
-    for ours, bare in zip(drawn[0.0], bare_pictures(pipe), strict=True):
-        assert np.array_equal(ours, bare)
+    before, after = (np.mean([*map(measure.saturation, some)]) for some in (bare, quick_drawn))
+    assert after < 0.35 * before  # found: 0.22; 0.19 and 0.22
+    for ours, theirs in zip(bare, bare_pictures(pipe), strict=False):
+        assert np.array_equal(ours, theirs)
 
 
 @pytest.mark.slow
-def test_it_is_the_pictures_that_decide(quick_run, cache, tmp_path):
+def test_it_is_the_pictures_that_decide(quick_drawn, cache, tmp_path):
     """The same drawings in other colours give the other style."""
     argv = ["pocket", "--quick", "--max-train-steps", "50", "--no-tensorboard"]
     argv += ["--dataset-name", str(STYLES["blueprint"]), "--cache-dir", str(cache)]
     training.main([*argv, "--output-dir", str(tmp_path / "run"), "--validation-prompts"])
-    runs = {"ink": quick_run, "blueprint": tmp_path / "run"}
+    drawn = {"ink": quick_drawn, "blueprint": draw(tmp_path / "run", 1.0, tmp_path / "drawn")}
     grounds = {name: np.array(ground, float) for name, (ground, _) in drawings.STYLES.items()}
     for name, other in (("ink", "blueprint"), ("blueprint", "ink")):
-        corners = [p[:6, :6].mean((0, 1)) for p in draw(runs[name], 1.0, tmp_path / name)]
-        found = np.median(corners, axis=0)
+        found = np.median([p[:6, :6].mean((0, 1)) for p in drawn[name]], axis=0)
         own, foreign = (np.abs(found - grounds[which]).mean() for which in (name, other))
         assert own < 0.3 * foreign, (name, found)
 
 
 def bare_pictures(pipe) -> list[np.ndarray]:
-    """The same prompts and seed with no adapter anywhere, in the file order of `draw`."""
+    """The first two in the file order of `draw`, with no adapter anywhere."""
     how = {"guidance_scale": config.RECIPES["pocket"][1].guidance_scale, "num_inference_steps": 15}
     return [
         np.asarray(pipe(prompt, generator=torch.Generator().manual_seed(5), **how).images[0])
-        for prompt in config.POCKET_PROMPTS
+        for prompt in config.POCKET_PROMPTS[:2]
     ]
 
 
