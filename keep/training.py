@@ -116,14 +116,19 @@ def set_up(
         told = {"base_commit": commit, "validation_prompts": prompts_of(config, pictures)}
         write_down(kept, told, everything)
     how = "; ".join(filter(None, (reason, attention, faster_by)))
-    at = [f"{name} at commit {commit}"] * bool(commit)
-    at += [f"the VAE is {config.vae}"] * bool(config.vae)
     drawn = preview.describe(config, previews.previews, run.step)
-    usual = [*at, predicts, planned, drawn]
-    if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
-        usual = [predicts] * ("; " in predicts)
-    lines = [report.describe(kept, pictures, how), *usual, changes, started, *notes]
+    base = describe_base(config, commit, predicts)
+    usual = [] if config.quiet else [planned, drawn]
+    lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes]
     return kept, "".join(f"{each}\n" for each in lines if each)
+
+
+def describe_base(config: Config, commit: str, predicts: str) -> list[str]:
+    """Which base, and what it predicts."""
+    if config.quiet:  # the model's own word is usual, an overruled one comes behind a semicolon
+        return [predicts] * ("; " in predicts)
+    at = [f"{config.pretrained_model_name_or_path} at commit {commit}"] * bool(commit)
+    return [*at, *[f"the VAE is {config.vae}"] * bool(config.vae), predicts]
 
 
 def write_down(kept: Kept, more: dict, pictures: Pictures) -> None:
