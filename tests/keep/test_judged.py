@@ -91,7 +91,7 @@ def test_a_begun_run_is_refused_with_other_held_out_pictures(train, tmp_path, he
     assert train("r", *QUICK) == 1  # without them it would be another run
     other = write_pictures(tmp_path / "other", ink_rows(12)[7:])
     assert train("r", *QUICK, held[0], str(other)) == 1
-    assert capsys.readouterr().err.count("held-out pictures of fingerprint") == 4
+    assert capsys.readouterr().err.count(" validation_data ") == 4
 
 
 def test_the_best_step_is_kept_and_exported_beside_the_last(train, tmp_path, held, worse, capsys):
