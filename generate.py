@@ -187,6 +187,7 @@ def draw_at(
     away = [options.negative_prompt] * len(prompts)
     embeddings = encode(name, prompts, away, device, half, options.max_tokens)
     unet = load_unet(name, device, dtype)
+    vetting.check_widths(unet, *embeddings[0].values())
     # The last file's layers, rank and alpha: all have the same.
     adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn

@@ -39,7 +39,7 @@ from inputs.hub import encoder_fingerprints, use_revision
 from inputs.options import Config
 from inputs.pictures import check_pictures, refuse_small
 from inputs.sources import Picture, in_steps, read_datasets
-from inputs.vetting import check_device, load_bitsandbytes
+from inputs.vetting import check_device, check_widths, load_bitsandbytes
 
 # ---- the method ----------------------------------------------------------------------------------
 
@@ -290,6 +290,7 @@ def assemble(
     latent_scaling: tuple[float, float],
 ) -> Run:
     """A run at its first step, from a bare UNet and the examples."""
+    check_widths(unet, *examples.source.prompt(0))
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
     adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)

@@ -91,7 +91,7 @@ def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:
 
 def by_our_names(adapter: lora.Adapter, file: lora.AdapterFile) -> dict[str, Tensor]:
     """The matrices of a file that read() gave, by the names that they have in `adapter`; those that
-    are not in it by the file's.
+    are not in it by the file's. Raises Refusal for a module that is there twice.
     """
     sgm, spelt, matrices = sgm_names(adapter.layers), {}, {}
     for name in adapter.layers:
@@ -100,6 +100,9 @@ def by_our_names(adapter: lora.Adapter, file: lora.AdapterFile) -> dict[str, Ten
     for name, matrix in file.matrices.items():
         module, _, kind = name.rpartition(".")
         matrices[f"{spelt.get(module.replace('.', '_'), module)}.{kind}"] = matrix
+    if len(matrices) < len(file.matrices):
+        found = f"{file.path} has some modules twice, under SGM's names and under diffusers'"
+        raise Refusal(found, "every module once", WHOLE)
     return matrices
 
 

@@ -94,6 +94,9 @@ def combine(parts: Parts, rank: int = 0, keep: float = 0.0) -> lora.Adapter:
     """
     (first, strength), whole = parts[0], sum(file.rank for file, _ in parts)
     exact = not (rank or keep)
+    if rank > whole:
+        found = f"--rank {rank}, of files whose ranks add up to {whole}"
+        raise Refusal(found, "a smaller rank", f"--rank {whole}, or leave it out")
     if exact and whole > MAX_RANK:
         found, expected = f"a sum of rank {whole}", f"a rank of at most {MAX_RANK}"
         raise Refusal(found, expected, "--rank R cuts it")
@@ -120,9 +123,14 @@ def combine(parts: Parts, rank: int = 0, keep: float = 0.0) -> lora.Adapter:
 
 def residual(parts: Parts, got: lora.AdapterFile) -> float:
     """How far `got` is from what `parts` add up to, as a share of the latter's length."""
-    gone = sum(squared_length(*joined([*parts, (got, -1.0)], each)) for each in modules_of(got))
-    whole = sum(squared_length(*joined(parts, each)) for each in modules_of(got))
+    gone, whole = total([*parts, (got, -1.0)]), total(parts)
     return (gone / max(whole, 1e-300)) ** 0.5
+
+
+def total(parts: Parts) -> float:
+    """The squared length of what `parts` add up to, over all modules."""
+    modules = set().union(*(modules_of(file) for file, _ in parts))
+    return sum(squared_length(*joined(parts, module)) for module in sorted(modules))
 
 
 def best_dtype(wanted: lora.Adapter, parts: Parts) -> torch.dtype:
@@ -141,6 +149,10 @@ def write(parts: Parts, path: Path, layers: dict, how) -> str:
     """
     if path.exists():
         raise Refusal(f"{path} is there already", "a new file", "another --output, or remove it")
+    if min(k for _, k in parts) < 0 and total(parts) < 1e-10 * sum(total([p]) for p in parts):
+        raise Refusal(
+            "the files cancel each other out", "a sum that is not zero", "other strengths"
+        )
     wanted = combine(parts, how.rank, how.keep)
     dtype = DTYPES.get(how.save_dtype) or best_dtype(wanted, parts)
     if not all(matrix.to(dtype).isfinite().all() for matrix in wanted.matrices().values()):

@@ -66,7 +66,8 @@ def check_keys(path: Path, tensors: dict[str, Tensor], pattern: str) -> None:
         if not re.fullmatch(pattern, key):
             expected = "unet.<module>.lora_A.weight and .lora_B.weight of Linears (PEFT), or "
             expected += "lora_unet_<module>.lora_down.weight, .lora_up.weight and .alpha (kohya)"
-            remedy = "convert the adapter, or draw without --plain, which reads PEFT's keys only"
+            plain = ", or draw without --plain, which reads PEFT's keys only"
+            remedy = "convert the adapter" + plain * (pattern == PEFT_KEY)
             raise Refusal(f"{path} has the key {key}", expected, remedy)
 
 

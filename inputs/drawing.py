@@ -108,7 +108,12 @@ def parse(argv: list[str] | None = None) -> Options:
     given = [f"--{n}" for n in names if getattr(options, n) != getattr(Options, n)]
     alone = {"--checkpoints", "--strengths"} & {*given} or {"--plain", "--compare"} <= {*given}
     several = len(given) > 1 and alone
-    against = [(several, " with ".join(given), "one of them", "leave the others out")]
+    told = [f"{each:g}" for each in options.strengths]  # as a sheet tells them
+    twice = next((each for each in told if told.count(each) > 1), "")
+    against = [
+        (several, " with ".join(given), "one of them", "leave the others out"),
+        (twice, f"--strengths with {twice} twice", "each once", "leave one out"),
+    ]
     configuration.refuse_wrong(options, Options(), against)
     # No shell does so behind --output-dir=.
     return replace(options, output_dir=os.path.expanduser(options.output_dir))
@@ -310,7 +315,7 @@ def previews(config: Config, usual: Sequence[str]) -> list[Options]:
     drawn = Options(seeds=(config.seed,), width=side, height=side, **how)
     if not (steps and lines):
         return [replace(drawn, prompts=(prompt,)) for prompt in usual[:1] if steps]
-    if len(lines) == 1 and lines[0].lower().endswith(".txt"):
+    if len(lines) == 1 and (lines[0].lower().endswith(".txt") or place(lines[0]).is_file()):
         with refusing(f"{lines[0]} cannot be read", "a prompt a line", "correct that file"):
             lines = place(lines[0]).read_text("utf-8-sig").splitlines()
         lines = [line for line in lines if line.strip()[:1] != "#"]
@@ -323,6 +328,8 @@ def previews(config: Config, usual: Sequence[str]) -> list[Options]:
             try:
                 name, read = MARKS[mark], type(getattr(drawn, MARKS[mark]))
                 given = (int(value),) if name == "seeds" else read(value.strip())
+                if given == 0 and name != "guidance_scale":  # which Options takes for an open one
+                    raise ValueError
                 found[-1] = replace(found[-1], **{name: given})
                 configuration.refuse_wrong(found[-1], Options(), [])
             except (KeyError, ValueError, Refusal):

@@ -125,7 +125,7 @@ class Config:
 
     # How many times each picture of these data sets is shown where another is shown once, a whole
     # number for each data set, as kohya's repeats; left empty, all alike.
-    dataset_weights: Annotated[tuple[int, ...], Within(1, 999)] = ()
+    dataset_weights: tuple[float, ...] = ()
     # Of sub-folders in kohya's layout show what lies in 10_style so many times, and leave out reg,
     # reg_NAME and regularisation.
     folder_repeats: bool = True
@@ -433,9 +433,12 @@ def of_file(name: str, words: list[str]) -> list[str]:
     read, remedy = tomllib.loads if path.suffix == ".toml" else json.loads, f"correct {path}"
     with refusing(f"--config {path} cannot be read", "options in JSON, or in NAME.toml", remedy):
         given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
-    of_the_file = given.pop("recipe", None)
     named = [words.pop(0)] if words[0][:1] != "-" else []
-    recipe, troubles = named or [str(of_the_file)] * (of_the_file is not None), []
+    recipe = [str(given.pop("recipe"))] if "recipe" in given else named
+    troubles = []
+    if named not in ([], recipe):
+        found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
+        troubles.append((found, "one recipe", f"leave {named[0]} out"))
     for key in given.keys() - NOTES:
         value = given[key]
         several = value if isinstance(value, list) else [value]
@@ -543,8 +546,10 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
     error now if it has one.
     """
     config = or_leave(parse, argv)
-    for name in config.dataset_name:  # a mistyped folder is answered now
-        or_leave(functools.partial(folder_of, name, "--dataset-name"), "a folder of pictures")
+    sets = [(name, "--dataset-name") for name in config.dataset_name]
+    sets += [(config.validation_data, "--validation-data")] * bool(config.validation_data)
+    for name, option in sets:  # a mistyped folder is answered now
+        or_leave(functools.partial(folder_of, name, option), "a folder of pictures")
     what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
     if SPEAKS and not config.quiet:
         announce(f"recipe {config.recipe}, {what}")
@@ -580,10 +585,18 @@ def check(config: Config) -> Config:
     too_long = config.quick and config.recipe not in QUICK
     twice = config.caption is not None and config.caption_from_name
     in_any_order = config.deterministic and config.attention == "xformers"
-    odd = config.buckets and not Within(64, 4096, step=64).hold(config.resolution)
-    sets, weights = len(config.dataset_name), len(config.dataset_weights)
-    given = f"{weights} --dataset-weights with {sets} data sets"
+    unit = 64 if config.buckets else 8
+    good = sorted({max(1, round(side / unit)) * unit for side in config.resolution})
+    odd = good != sorted(config.resolution) and not any(side % 8 for side in config.resolution)
+    sides, good = (" ".join(map(str, each)) for each in (config.resolution, good))
+    units = f"multiples of {unit}{' (with --no-buckets of 8)' * config.buckets}, each once"
+    sets, weights = len(config.dataset_name), config.dataset_weights
+    wrong = weights and (len(weights) != sets or not {*weights} <= {*range(1, 1000)})
+    told = " ".join(f"{weight:g}" for weight in weights)
+    given = f"--dataset-weights {told} with {sets} data set{'s' * (sets > 1)}"
     unseen = config.plan_for and config.max_train_epochs
+    alone = config.any_base and not config.start_from
+    kept = config.keep_tags and not (config.shuffle_tags or config.tag_dropout)
     epochs = "--plan-for with --max-train-epochs, and a plan sees no pictures"
     held_out = [n for n in ("validation_share", "validation_data") if getattr(config, n)]
     judged = config.validation_steps or config.stop_when_worse
@@ -593,9 +606,11 @@ def check(config: Config) -> Config:
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
         (not sets, "--dataset-name without a name", "one or more", "--dataset-name FOLDER"),
-        (weights not in (0, sets), given, "one for each", "--dataset-weights 3 1, say"),
+        (wrong, given, "a whole number for each, 1 to 999", "--dataset-weights 3 1, say"),
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
-        (odd, f"resolution {config.resolution} with --buckets", "multiples of 64", "--no-buckets"),
+        (odd, f"resolution {sides}", units, f"--resolution {good}"),
+        (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
+        (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
         (held_out[1:], "--validation-share with --validation-data", "one", "leave one out"),
         (judged and not held_out, lone, "held-out pictures", "--validation-share 0.05 with it"),
     ]

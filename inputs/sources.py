@@ -8,6 +8,7 @@ import csv
 import functools
 import importlib
 import io
+import itertools
 import json
 import math
 import os
@@ -24,7 +25,7 @@ from PIL import Image
 
 from inputs.captions import variants
 from inputs.download import asked, check_room, count, listing
-from inputs.files import Refusal, digest, folder_of, refuse, refusing, sayable
+from inputs.files import Refusal, digest, folder_of, place, refuse, refusing, sayable
 from inputs.options import Config
 from inputs.progress import on_terminal, progress, quiet
 
@@ -107,6 +108,12 @@ def read_datasets(options: Config) -> Pictures:
     where no picture has the transparency that was asked for.
     """
     names, found = options.dataset_name, Pictures()
+    places = ((name, place(name).resolve()) for name in names)
+    refuse(
+        (f"--dataset-name {a} and {b}, which holds the same", "each once", "leave one out")
+        for (a, one), (b, other) in itertools.combinations(places, 2)
+        if one in (other, *other.parents) or other in one.parents
+    )
     sets, several = for_all(lambda name: read_dataset(name, options), names), len(names) > 1
     found.notes = []
     weights = [int(weight) for weight in options.dataset_weights] or [1] * len(names)
@@ -263,8 +270,8 @@ def from_folder(
         return normal(str(path if tables else path.with_suffix("")))
 
     def numbers(name: str) -> list[int]:
-        """Of kohya's folders in which a picture lies, the data set's own included."""
-        return [int(number) for number in NUMBERED.findall(f"{own}/{name}")]
+        """Of kohya's folders in which a picture lies."""
+        return [n for n in map(int, NUMBERED.findall(name)) if 0 < n < 1000]  # dates are none
 
     def caption(path: Path) -> Row:
         text = content_of(folder, str(path), "caption").strip()
@@ -296,7 +303,7 @@ def from_folder(
     def picture(path: Path) -> Picture:
         found = picture_file(folder, str(path), texts.get(key(path), ("",)))
         mask = masks.get(stem(path))
-        repeats = [n for n in numbers(str(path)) if 0 < n < 1000]  # dates are none
+        repeats = numbers(str(path))
         weight = repeats[-1] if repeats and obeyed else 1
         return replace(found, mask=picture_file(folder, mask) if mask else None, weight=weight)
 
@@ -307,6 +314,8 @@ def from_folder(
     said[kohya] = [p.name for p in found if numbers(p.name)]
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
     found.notes += [f"{table} has no rows" for table in tables[:1] if not rows]
+    shown = numbers(f"{own}/") if obeyed else []
+    found.notes += [f"its own name's {n} is not counted (--dataset-weights {n} is)" for n in shown]
     return found
 
 

@@ -45,6 +45,17 @@ def unet_inputs(unet: torch.nn.Module) -> tuple[Tensor, dict[str, Tensor]]:
     }
 
 
+def check_widths(unet: torch.nn.Module, context: Tensor, pooled: Tensor) -> None:
+    """Raise Refusal where the text encoders' context (..., T, D) and pooled embedding (..., P) are
+    not of the widths that `unet` was made for: parts of two models, or a wrong config.json.
+    """
+    want, got = widths(unet), (context.shape[-1], pooled.shape[-1])
+    if want != got:
+        found = f"the text encoders give embeddings of width {got[0]} and {got[1]}"
+        expected = f"{want[0]} and {want[1]}, as the UNet's config.json has it"
+        raise Refusal(found, expected, AGAIN)
+
+
 @torch.no_grad()
 def load_encoder(
     cls: type, name: str, part: str, half: bool, device: torch.device

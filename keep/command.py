@@ -32,7 +32,7 @@ def imported_and_run(name: str, asked: Config | Options) -> int:
     codes = []
 
     def leave() -> None:
-        with contextlib.suppress(OSError):  # its reader may have gone
+        with contextlib.suppress(OSError, AttributeError):  # its reader gone, or it was closed
             sys.stdout.flush()
         if codes:
             os._exit(codes[0])

@@ -61,13 +61,15 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
 
 def stages(file: AdapterFile) -> dict[int, AdapterFile]:
     """What the run of `file` has kept of its adapter, by steps. What another run has left in the
-    same folder is no stage of it. Raises Refusal where there is only one.
+    same folder is left out, said. Raises Refusal where there is only one.
     """
     folders = [*file.path.resolve().parents][:3]  # OUT/, OUT/adapters/, OUT/checkpoints/000200/
     out = next((each for each in folders if (each / "config.json").is_file()), folders[0])
     places = ("adapters/*.safetensors", f"checkpoints/*/{lora.FILE_NAME}", lora.FILE_NAME)
     found = [adapter_files.read(path) for place in places for path in out.glob(place)]
     own = [each for each in found if each.about.get("run", "") == file.about.get("run")]
+    if other := [str(each.path.relative_to(out)) for each in found if each not in own]:
+        print(f"left out, of another run than {file.path}: {', '.join(other)}", file=sys.stderr)
     kept = {int(each.about["steps"]): each for each in own}  # a header with a run has them
     if len(kept) < 2:
         remedy = "train with --keep-adapters, which keeps one at every save"

@@ -20,6 +20,7 @@ from inputs.sources import read_datasets
 from keep import faster
 from keep.checkpoint import folder_of, remove_old, sum_of
 from keep.identity import about, check_same, fixed_options, of_base, of_data, on_schedule, start_of
+from learn.held_out import chosen
 
 
 @torch.no_grad()
@@ -140,13 +141,17 @@ def finished(config: Config) -> str:
         mine |= of_base(name, half)
     if all(place(data).is_dir() for data in config.dataset_name):
         mine["data"] = of_data(read_datasets(config))
+    if place(config.validation_data).is_dir() and config.validation_data:
+        mine["validation_data"] = of_data(chosen(config)[2])
     check_same(config, mine, note)
     if not whole or not enough:
         return ""
+    more = f"a larger --max-train-{'epochs' if epochs else 'steps'}"
+    if note["stopped_when_worse"]:
+        more = "--no-stop-when-worse"
     names = code.changed(faster.digests(config), note["code"])
     other = f", by other code ({', '.join(names)})" if names else ""
     return (
         f"{config.out} is finished{other}: {done} steps on {' '.join(config.dataset_name)}. To go "
-        f"on: a larger --max-train-{'epochs' if epochs else 'steps'}; to start anew: another "
-        "--output-dir; to draw: make generate"
+        f"on: {more}; to start anew: another --output-dir; to draw: make generate"
     )

@@ -129,7 +129,10 @@ def listed(pictures: list[Picture]) -> dict[str, str]:
 
 def other_pictures(config: Config) -> str:
     """What of the data set is not as in OUT/pictures.json, in words."""
-    old = json.loads((config.out / PICTURES).read_text())
+    try:
+        old = json.loads((config.out / PICTURES).read_text())
+    except (OSError, ValueError):  # on the first process's host, or gone
+        return "others"
     new, found = listed(read_datasets(config)), {}
     for name in (name for name in sorted(old | new) if old.get(name) != new.get(name)):
         how = "added" if name not in old else "gone" if name not in new else CHANGED

@@ -231,6 +231,7 @@ def last_lines(config: Config) -> str:
     files, picture = files_of(config), config.out / "pictures" / "before-after.png"
     steps, epochs, out = config.max_train_steps, config.max_train_epochs, str(config.out)
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
+    longer += " --no-stop-when-worse" * config.stop_when_worse
     anew = ""
     if config.lr_scheduler == "cosine":  # its rate has fallen: to go on would learn next to nothing
         longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"

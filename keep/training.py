@@ -58,6 +58,9 @@ class Kept:
     half_done: bool = False
 
 
+# What may change between two starts, and not between two processes: all save and judge at once.
+TOGETHER = ("max_train_steps", "checkpointing_steps", "validation_steps", "stop_when_worse")
+
 # ---- setting up ----------------------------------------------------------------------------------
 
 
@@ -83,7 +86,7 @@ def set_up(
     same |= faster.promise(config, device, team.size)
     begin, same["start_from"] = identity.start_of(config, dtype != torch.float32, state, schedule)
     digests = faster.digests(config)
-    meeting = {"steps": str((config.max_train_steps, config.checkpointing_steps))}
+    meeting = {name: str(getattr(config, name)) for name in TOGETHER}
     team.check_equal("the run", {}, same | digests | meeting)
     identity.check_same(config, same, state)
     changes = identity.check_code(config, digests, state)
@@ -185,7 +188,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
         say(kept.judge.worst())
-        print(f"done: {run.step} steps{skipped if run.loss_scale.enabled else ''}")
+        steps = f"{run.step} of {run.config.max_train_steps}"  # where it was stopped by its loss
+        steps = steps if run.step < run.config.max_train_steps else run.step
+        print(f"done: {steps} steps{skipped if run.loss_scale.enabled else ''}")
         print(kept.judge.verdict(), end="")
     return 0
 
@@ -264,12 +269,14 @@ def draw(config: Config) -> None:
         return
     usual = options.RECIPES[config.recipe][1]
     given = {"device": config.device, "mixed_precision": config.mixed_precision}
-    given |= {"seeds": (config.seed,), "compare": True}  # prompts and the rest says config.json
+    given |= {"seeds": (config.seed,), "compare": True}  # the rest says config.json
     for name in ("num_inference_steps", "guidance_scale"):  # a distilled base has others
         if getattr(config, name) != getattr(usual, name):
             given[name] = getattr(config, name)
     if asks_for_own(config):
         say("the picture at the end shows captions that were trained on")
+    else:
+        given["prompts"] = config.validation_prompts
     try:
         drawing.run(Options(str(config.out), **given))
     except Refusal as refusal:  # of a full GPU, say; it speaks of generate.py's options

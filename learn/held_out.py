@@ -51,6 +51,11 @@ def chosen(config: Config) -> tuple[Pictures, Pictures, Pictures]:
     trained = Pictures(picture for picture in pictures if picture.digest not in out)
     names = f"{len(held)} held out, not trained on: {ten([picture.name for picture in held])}"
     trained.notes = [*pictures.notes, *[names] * bool(held)]
+    if gone := [picture.name for picture in pictures if folder and picture.digest in out]:
+        trained.notes.append(f"not trained on, since they are held out, too: {ten(gone)}")
+    if not trained:
+        found, remedy = "every picture is held out", "another --validation-data, a smaller share"
+        raise Refusal(found, "some to train on", remedy)
     return pictures, trained, held
 
 

@@ -100,13 +100,13 @@ class Judge:
 
     def fit_worst(self) -> dict[str, float]:
         """Of the ten pictures that fit worst the sum of their losses over what the means of the
-        bands let expect at their timesteps: 1 is usual.
+        bands let expect at their timesteps: 1 is usual, and only more than that is told.
         """
         losses, counts = self.known["fits"].numpy()
         expected = counts * losses.sum(0) / np.maximum(counts.sum(0), 1)  # (pictures, BANDS)
         ratios = losses.sum(1) / np.maximum(expected.sum(1), 1e-12)  # 0 of one not shown
         first = np.argsort(-ratios, kind="stable")[:10]
-        return {self.run.examples.names[i]: float(ratios[i]) for i in first if ratios[i]}
+        return {self.run.examples.names[i]: float(ratios[i]) for i in first if 1 < ratios[i] < inf}
 
     # ---- now and then
 
@@ -157,7 +157,8 @@ class Judge:
         with self.room(run):
             known["sizes"][run.step] = sizes(run.adapter, run.unet.dtype)
         told = known | {"best": self.best, "held_out": held.names if held else []}
-        told["rows"] = {step: self.against(step) for step in known["rows"] if step}
+        rows = {step: self.against(step) for step in known["rows"] if step}
+        told["rows"] = {step: row for step, row in rows.items() if np.isfinite(row).all()}
         told["fits"] = self.fit_worst()
         if self.team.first:
             write_whole(run.config.out / "metrics.json", json.dumps(told, indent=1).encode())

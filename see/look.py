@@ -8,6 +8,7 @@ import collections
 import io
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from PIL import Image
 
@@ -69,7 +70,9 @@ def look(config: options.Config) -> bool:
     for group in data.alike(sizes):
         (height, width), crops = sizes[group[0]], [*map(shown, group[::every])]
         rows[f"{width} x {height} px: {len(crops)} of {len(group)} pictures"] = crops
-    path = config.out / "look.png"
+    names = [*(place(each).resolve().name for each in config.dataset_name), config.recipe]
+    path = Path(f"runs/look-{'-'.join(names)}.png")
+    path = config.out / "look.png" if config.output_dir else path
     drawn(rows).save(file := io.BytesIO(), "PNG")
     write_whole(path, file.getvalue())
     count = sum(map(len, rows.values()))
@@ -127,4 +130,5 @@ def main(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    options.keep_speaking()
     sys.exit(main())

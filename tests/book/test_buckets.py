@@ -98,9 +98,15 @@ def test_pictures_that_would_be_enlarged_are_refused_by_name_where_that_is_asked
 
 
 def test_buckets_of_an_odd_resolution_are_refused():
-    said = r"resolution \(360, 512, 456\) with --buckets; expected multiples of 64\."
-    with pytest.raises(Refusal, match=said):
+    with pytest.raises(
+        Refusal,
+        match=r"resolution 360 512 456; expected multiples of 64 .* --resolution 384 448 512$",
+    ):
         parse(["t4", "--resolution", "360", "512", "456"])
+    with pytest.raises(Refusal, match=r"^resolution is 100; exp[^|]*$"):
+        parse(["t4", "--resolution", "100"])
+    with pytest.raises(Refusal, match=r"resolution 512 512; .* each once. .* --resolution 512$"):
+        parse(["t4", "--resolution", "512", "512"])
     assert parse(["t4", "--resolution", "360", "--no-buckets"]).resolution == (360,)
 
 

@@ -363,8 +363,11 @@ def test_what_is_downloaded_is_said_once_and_of_the_files_that_are_taken(server,
         files[f"{stem}.safetensors"] = size * LARGE
         files[f"{stem}.fp16.safetensors"] = size // 2 * LARGE
     server.push(HUB_NAME, files)
+    before = download.received[0]
     for part, half in (("text_encoder", True), ("unet", True), ("vae", False)):
         hub.fetch(HUB_NAME, part, half)
+    each_once = (1 + 50 + 90) * len(LARGE)
+    assert download.received[0] - before == pytest.approx(each_once, rel=1e-3)
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 1 and f"0.04 GB of {HUB_NAME} (unet 0.01, vae 0.02) into" in said[0]
 

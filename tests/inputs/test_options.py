@@ -197,7 +197,6 @@ def test_a_file_written_by_hand_is_laid_over_its_recipe_and_the_command_line_ove
     found = options.parse(["--config", path, *typed])
     assert found == replace(mine, lora_rank=2, random_flip=True, validation_prompts=("a cat",))
     assert options.parse([*typed[:2], "--config", path]) == replace(mine, lora_rank=2)
-    assert options.parse(["t4", "--config", path]).recipe == "t4"
     quick = file("b.toml", 'quick = true\nrecipe = "pocket"')
     assert options.parse(["--config", quick]) == replace(options.SHORT, quick=True, config=quick)
 
@@ -229,6 +228,12 @@ def test_all_that_is_wrong_with_a_file_is_said_at_once(file):
 @pytest.mark.parametrize(
     ("name", "content", "typed", "words"),
     [
+        (
+            "a.json",
+            '{"recipe": "native"}',
+            ["t4"],
+            ("the recipe t4, and native in", "leave t4 out"),
+        ),
         ("a.json", '{"seed": 1}', [], ("the recipe --seed=1", "native")),
         ("a.json", '{"recipe": "nativ"}', [], ("the recipe nativ;",)),
         ("a.json", "seed = 1", ["t4"], ("a.json cannot be read", "NAME.toml")),
