@@ -150,21 +150,46 @@ def test_killed_signalled_restarted_and_hung_it_ends_as_uninterrupted(torchrun, 
     assert (tmp_path / "hung" / "checkpoints" / f"{step:06d}").is_dir()
 
 
-def test_two_hosts_without_a_shared_disk_killed_and_continued_end_as_one_run(
-    torchrun, together, argv, tmp_path, whole
-):
-    def start(*options):
+@pytest.fixture
+def hosts(torchrun, tmp_path):
+    """hosts(2, ["a", "b"], "--option", ...): two torchruns, as on two hosts, of two processes each,
+    the first in the folders a and cache-a, the second in b and cache-b, which may be the same.
+    """
+
+    def start(each, names, *options):
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             end = f"127.0.0.1:{free.getsockname()[1]}"
-        how = ["--nnodes", "2", "--nproc-per-node", "1", "--rdzv-backend", "c10d"]
+        how = ["--nnodes", "2", "--nproc-per-node", str(each), "--rdzv-backend", "c10d"]
         how += ["--rdzv-endpoint", end, "--local-addr"]  # by which the first host is the first
-        for host in "12":
-            own = ("--cache-dir", str(tmp_path / f"cache-{host}"), *options)
-            yield torchrun(f"host-{host}", *own, how=[*how, f"127.0.0.{host}"])
+        started = []
+        for number, name in enumerate(names, 1):
+            own = ("--cache-dir", str(tmp_path / f"cache-{name}"), *options)
+            started.append(torchrun(name, *own, how=[*how, f"127.0.0.{number}"]))
+        return started
 
+    return start
+
+
+@pytest.mark.parametrize("names", [["host-1", "host-2"], ["shared", "shared"]])
+def test_two_hosts_of_two_are_the_run_of_one_process(hosts, together, argv, tmp_path, names):
+    few = ("--max-train-steps", "10")
+    processes = hosts(2, names, *few)
+    said = [process.communicate(timeout=300)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0] and said[1] == "", said
+    assert (names[0] == names[1]) == (tmp_path / names[1]).exists()
+    assert not list(tmp_path.rglob("*.part"))
+    assert together(1, lambda: training.main(argv("alone", *few)), command=True).codes == [0]
+    one, four = moved(tmp_path / "alone"), moved(tmp_path / names[0])
+    assert 0 < (four - one).norm() <= 1e-2 * one.norm()
+
+
+def test_two_hosts_without_a_shared_disk_killed_and_continued_end_as_one_run(
+    hosts, together, argv, tmp_path, whole
+):
+    names = ["host-1", "host-2"]
     # torchrun of the second host is killed: its process ends, and so does the first host.
-    first, second = start("--ddp-timeout", "20")
+    first, second = hosts(1, names, "--ddp-timeout", "20")
     after_step(tmp_path, "host-1", 6)
     began = time.monotonic()
     second.kill()
@@ -178,11 +203,11 @@ def test_two_hosts_without_a_shared_disk_killed_and_continued_end_as_one_run(
     assert (tmp_path / "host-1" / "checkpoints" / f"{step:06d}").is_dir()
 
     # The same two commands continue, and the second host has nothing but what it encoded.
-    said = [host.communicate(timeout=300)[0] for host in list(start())]
+    said = [host.communicate(timeout=300)[0] for host in hosts(1, names)]
     assert f"continuing after step {step} of 30" in said[0] and said[1] == "", said
     assert logged(tmp_path, "host-1") == list(range(1, 31))
     assert not (tmp_path / "host-2").exists()
-    encoded = [sorted(os.listdir(tmp_path / f"cache-{host}")) for host in "12"]
+    encoded = [sorted(os.listdir(tmp_path / f"cache-{name}")) for name in names]
     assert encoded[0] == encoded[1] and len(encoded[0]) == 2
     assert adapter(tmp_path, "host-1") == whole
     assert together(1, lambda: training.main(argv("alone")), command=True).codes == [0]
