@@ -115,7 +115,7 @@ def set_up(
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
     team.check_equal("the run's start", run.trained)
-    if team.first:  # not before: a start that is refused leaves nothing
+    if team.first:  # not before: a start that is refused writes nothing
         told = {"base_commit": commit, "validation_prompts": prompts_of(config, pictures)}
         write_down(kept, told, everything)
     how = "; ".join(filter(None, (reason, attention, faster_by)))
