@@ -80,6 +80,10 @@ def parts():
     """The bare pocket model, for our lines and for diffusers' pipeline."""
     pipe = diffusers.StableDiffusionXLPipeline.from_pretrained(POCKET, local_files_only=True)
     pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae, pipe.text_encoder, pipe.text_encoder_2):
+        # As ours are: torch.matmul takes another kernel where a weight's gradient is wanted, which
+        # on some CPUs rounds otherwise, also under no_grad.
+        part.requires_grad_(False)
     return model.load_unet(str(POCKET), CPU, torch.float32), model.load_vae(str(POCKET), CPU), pipe
 
 
