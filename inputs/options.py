@@ -313,8 +313,9 @@ class Config:
     guidance_scale: Annotated[float, Within(0, 100)] = 5.0
     # Denoising steps of those pictures.
     num_inference_steps: Annotated[int, Within(1, 1000)] = 30
-    # Denoising steps of a preview, a picture drawn while it trains: before the first step and after
-    # each save, at the training size; 0 draws none. It changes no bit of the run.
+    # Denoising steps of a preview, a picture drawn while it trains: before the first step, every
+    # --checkpointing-steps and at the end, at the training size; 0 draws none. It changes no bit of
+    # the run.
     preview_steps: Annotated[int, Within(0, 1000)] = 12
     # Prompts of the previews, each with kohya's marks if you like (a fox --n blurry --d 1 --w 768
     # --h 512 --s 20 --l 7: negative, seed, width, height, steps, guidance), or one .txt file with a

@@ -4,7 +4,7 @@ Their timesteps and noise are fixed, so that the same weights have the same held
 steps differ by what was learned between them alone. All is told as a difference, picture by
 picture: how hard a picture is, which spreads far wider than what training changes, drops out.
 
-Letters: `M` held-out pictures, `K` timesteps of each.
+Letters: `M` held-out pictures that are measured, `K` timesteps of each.
 """
 
 from dataclasses import replace
@@ -60,11 +60,13 @@ def chosen(config: Config) -> tuple[Pictures, Pictures, Pictures]:
 
 
 def plan(config: Config, pictures: int) -> dict[str, float]:
-    """The steps from one validation to the next ("every") and K ("timesteps"), as a run begins with
-    and keeps, since other timesteps would be another loss; and how much of the run that is.
+    """The steps from one validation to the next ("every"), how many "pictures" are measured and at
+    how many "timesteps" each (K), as a run begins with and keeps, since others would be another
+    loss; and how much of the run that is.
 
-    Ten validations make a curve; where they cost more than the budget, as few as five. K is at
-    least so many that each band has two pictures, and at most 50: the error is between pictures.
+    Ten validations make a curve; where they cost more than the budget, as few as five, then with
+    fewer of the pictures. Each band has two at least, and K is at most 50: the error is between
+    pictures.
     """
     # An example of a step is as much work as two here: backward takes as long as forward, since the
     # base's weights have no gradient.
@@ -73,34 +75,39 @@ def plan(config: Config, pictures: int) -> dict[str, float]:
     every = config.validation_steps or ceil(steps / min(10, max(5, int(most / least) - 1)))
     times = ceil(steps / every) + 1  # the bare model is measured, too
     k = min(50, max(least, int(most / times)))
-    return {"every": every, "timesteps": k, "share": k * pictures * times / work}
+    measured = min(pictures, max(2 * BANDS, int(BUDGET * work / times)))
+    share = k * measured * times / work
+    return {"every": every, "pictures": measured, "timesteps": k, "share": share}
 
 
 class HeldOut(data.Examples):
-    """A run's held-out examples: number p K + j is picture p at the j-th of its K timesteps, not
-    mirrored, with its first caption. The M K timesteps lie at equal distances, and each picture has
-    one in each of K equal parts.
+    """A run's held-out examples: number p K + j is the p-th of the M pictures that the seed picks,
+    at the j-th of its K timesteps, not mirrored, with its first caption. The M K timesteps lie at
+    equal distances, and each picture has one in each of K equal parts.
 
-    of: what loop.examples_of() gives for the pictures, encoded once, also where the others are
-    encoded in each step. passes: the numbers that go through the UNet
-    at once, of one size, 8 at 512 px, 2 at 1024 px; not by the run's batch, which may change, and
-    on which a loss's last digits depend.
+    of: what loop.examples_of() gives for all held-out pictures, encoded once, also where the others
+    are encoded in each step. passes: the numbers that go through the UNet at once, of one size, 8
+    at 512 px, 2 at 1024 px; not by the run's batch, which may change, and on which a loss's last
+    digits depend.
     """
 
-    def __init__(self, of: data.Examples, k: int):
+    def __init__(self, of: data.Examples, m: int, k: int):
         super().__init__(of.source, of.names, of.sizes, 1, of.seed, of.chances, 0)
-        turns = np.random.default_rng([of.seed, HELD_OUT]).permutation(len(of.names))  # (M,)
-        share = (np.arange(k) + (turns[:, None] + 0.5) / len(turns)) / k  # (M, K) in [0, 1)
+        stream = np.random.default_rng([of.seed, HELD_OUT])
+        self.picked = np.sort(stream.permutation(len(of.names))[:m])  # (M,)
+        turns = stream.permutation(m)
+        share = (np.arange(k) + (turns[:, None] + 0.5) / m) / k  # (M, K) in [0, 1)
         self.t = (share * of.num_train_timesteps).astype(int)
         self.bands = (share * BANDS).astype(int)
         self.passes = []
-        for group in data.alike(of.sizes):
-            height, width = of.sizes[group[0]]
+        sizes = [of.sizes[i] for i in self.picked]
+        for group in data.alike(sizes):
+            height, width = sizes[group[0]]
             numbers = [p * k + j for p in group for j in range(k)]
             self.passes += cut(numbers, max(1, 8 * 512**2 // (height * width)))
 
     def example(self, i: int) -> data.Example:
-        picture, t = i // self.t.shape[1], int(self.t.flat[i])
+        picture, t = int(self.picked[i // self.t.shape[1]]), int(self.t.flat[i])
         stream = np.random.default_rng([self.seed, i, HELD_OUT])
         shape = (2, 4, *(side // 8 for side in self.sizes[picture]))
         eps, noise = torch.from_numpy(stream.standard_normal(shape, dtype=np.float32))

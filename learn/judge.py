@@ -64,7 +64,7 @@ class Judge:
         self.of_step = torch.zeros(2, n, device=device)  # each example's loss and timestep
         self.inner_loss, self.inner_batches = run.loss, run.batches
         if held:  # else no step is touched
-            self.held_out = HeldOut(held, self.known["timesteps"])
+            self.held_out = HeldOut(held, self.known["pictures"], self.known["timesteps"])
             run.loss, run.batches = self.loss, self.batches
 
     # ---- each step
@@ -123,7 +123,9 @@ class Judge:
             rows[step] = self.held_out.losses(run, self.team)
             lora.set_strength(run.adapter, 1.0)
         log.measured("held-out loss", float(np.mean(rows[step])), step)
-        if not run.config.quiet:
+        for name, (change, _) in zip(("", *range(1, BANDS + 1)), self.against(step), strict=True):
+            log.measured(f"held-out loss less the bare model's {name}".strip(), change, step)
+        if self.risen or not run.config.quiet:
             tqdm.write(self.line(step))
         return self.best == step
 
@@ -169,7 +171,8 @@ class Judge:
         """What a validation says, at first how often and at how many timesteps it will be."""
         known, (change, error), loss = self.known, self.against(step)[0], self.known["rows"][step]
         if not step:
-            said = "held-out loss every {every} steps, at {timesteps} timesteps of each picture: "
+            said = "held-out loss every {every} steps, of {pictures} pictures at {timesteps} "
+            said += "timesteps each: "
             said += "{share:.1%} of the run, more where a GPU waits for its host; the bare model's "
             return said.format(**known) + f"is {np.mean(loss):.4f}"
         said = (

@@ -1,5 +1,6 @@
-"""Pictures while a run trains: the same prompts and seeds at step 0 and after every save, drawn by
-generate.py's own lines with the UNet that is trained, as it stands. They change no bit of the run.
+"""Pictures while a run trains: the same prompts and seeds at step 0, every --checkpointing-steps
+and at the end, drawn by generate.py's own lines with the UNet that is trained, as it stands. They
+change no bit of the run.
 """
 
 import contextlib
@@ -15,6 +16,7 @@ from inputs import drawing, hub, vetting
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, place, write_whole
 from inputs.options import RECIPES, Config
+from inputs.progress import progress
 
 LESS = "fewer --preview-prompts or smaller ones (--w, --h), or --preview-steps 0"
 
@@ -115,7 +117,8 @@ class Previews:
         """The pictures of these numbers. The VAE is in memory only for them."""
         latents = []
         with as_drawn(run):
-            for each, row in ((self.previews[i], self.embeddings[i]) for i in numbers):
+            for i in progress(numbers, "drawing previews", delay=2):
+                each, row = self.previews[i], self.embeddings[i]
                 size, how = (each.height // 8, each.width // 8), each.num_inference_steps
                 how = (each.seeds[0], size, how, each.guidance_scale, rescale(run))
                 latents.append(generate.sample(run.unet, self.sampler, row, *how).cpu())

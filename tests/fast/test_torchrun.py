@@ -188,25 +188,31 @@ def test_two_hosts_without_a_shared_disk_killed_and_continued_end_as_one_run(
     hosts, together, argv, tmp_path, whole
 ):
     names = ["host-1", "host-2"]
-    # torchrun of the second host is killed: its process ends, and so does the first host.
-    first, second = hosts(1, names, "--ddp-timeout", "20")
-    after_step(tmp_path, "host-1", 6)
-    began = time.monotonic()
-    second.kill()
-    said = [host.communicate(timeout=60)[0] for host in (first, second)]
-    assert time.monotonic() - began < 20 + 2 * 10 and first.returncode == 1
-    errors = [[x for x in each.splitlines() if x.startswith("error: ")] for each in said]
-    assert [len(each) for each in errors] == [1, 1], said
-    assert "error: the other processes do not answer (" in errors[0][0]
-    assert "error: torchrun, which started this, is gone" in errors[1][0]
-    step = max(logged(tmp_path, "host-1"))
-    assert (tmp_path / "host-1" / "checkpoints" / f"{step:06d}").is_dir()
+    # torchrun of one host is killed, of the second, then of the first, which has the store and
+    # writes: its process ends, and so does the other host.
+    for killed, until in ((1, 6), (0, 14)):
+        started = hosts(1, names, "--ddp-timeout", "20")
+        after_step(tmp_path, "host-1", until)
+        began = time.monotonic()
+        started[killed].kill()
+        said = [host.communicate(timeout=60)[0] for host in started]
+        assert time.monotonic() - began < 20 + 10 and started[1 - killed].returncode == 1
+        errors = [[x for x in each.splitlines() if x.startswith("error: ")] for each in said]
+        assert [len(each) for each in errors] == [1, 1], said
+        assert "error: the other processes do not answer (" in errors[1 - killed][0]
+        assert "error: torchrun, which started this, is gone" in errors[killed][0]
+        step = max(logged(tmp_path, "host-1"))
+        assert (tmp_path / "host-1" / "checkpoints" / f"{step:06d}").is_dir()
 
     # The same two commands continue, and the second host has nothing but what it encoded.
     said = [host.communicate(timeout=300)[0] for host in hosts(1, names)]
     assert f"continuing after step {step} of 30" in said[0] and said[1] == "", said
     assert logged(tmp_path, "host-1") == list(range(1, 31))
-    assert not (tmp_path / "host-2").exists()
+    # Once more, both are told that it is finished, though the second has no such folder.
+    again = hosts(1, names)
+    said = [host.communicate(timeout=300)[0] for host in again]
+    assert [host.returncode for host in again] == [0, 0] and said[1] == "", said
+    assert "finished" in said[0] and not (tmp_path / "host-2").exists()
     encoded = [sorted(os.listdir(tmp_path / f"cache-{name}")) for name in names]
     assert encoded[0] == encoded[1] and len(encoded[0]) == 2
     assert adapter(tmp_path, "host-1") == whole

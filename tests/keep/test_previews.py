@@ -9,7 +9,7 @@ from PIL import Image
 
 import generate
 import model
-from conftest import trainer
+from conftest import ink_rows, trainer, write_pictures
 from inputs import drawing
 from inputs.files import Refusal
 from inputs.options import parse
@@ -80,6 +80,18 @@ def test_a_preview_is_what_generate_draws_with_that_checkpoint(train, tmp_path):
     generate.draw_plain(drawing.parse([*words, "--plain", "--output-dir", str(tmp_path)]))
     one = np.asarray(Image.open(tmp_path / "00-red-apple-42-1.png"), int)
     assert np.abs(one - np.asarray(Image.open(out / "pictures" / drawn(2)), int)).max() <= 1
+
+
+def test_a_preview_and_the_held_out_loss_are_in_tensorboard(train, tmp_path):
+    held = write_pictures(tmp_path / "held", ink_rows(12)[6:])
+    assert train("r", *SHOWN, "--tensorboard", "--validation-data", str(held)) == 0
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(tmp_path / "r" / "tensorboard")).Reload()
+    assert [each.step for each in board.Images("00-red-apple-42")] == [0, 2, 4]
+    bands = [f"held-out loss less the bare model's {band}".strip() for band in ("", *range(1, 6))]
+    assert {*bands, "held-out loss", "loss"} <= {*board.Tags()["scalars"]}
+    assert board.Scalars(bands[0])[0].value == 0
 
 
 # ---- once each, also where a run goes on ---------------------------------------------------------

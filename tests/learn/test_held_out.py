@@ -97,16 +97,25 @@ def test_what_does_not_go_together_is_refused(words, said):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "count", "every", "k", "most"),
-    [("pocket", 8, 45, 4, 0.03), ("t4", 61, 200, 1, 0.05), ("t4", 12, 100, 1, 0.03)],
+    ("recipe", "count", "every", "measured", "k"),
+    [
+        ("pocket", 8, 45, 8, 4),
+        ("t4", 61, 200, 40, 1),
+        ("t4", 12, 100, 12, 1),
+        ("t4", 500, 200, 40, 1),
+    ],
 )
-def test_the_budget_decides_how_many_timesteps_a_picture_gets(recipe, count, every, k, most):
+def test_the_budget_decides_how_many_pictures_are_measured_and_how(
+    recipe, count, every, measured, k
+):
     plan = held_out.plan(RECIPES[recipe][1], count)
-    assert (plan["every"], plan["timesteps"]) == (every, k) and 0.01 < plan["share"] <= most
+    assert (plan["every"], plan["pictures"], plan["timesteps"]) == (every, measured, k)
+    assert 0.01 < plan["share"] <= held_out.BUDGET
 
 
 def test_each_band_has_two_pictures_whatever_the_budget():
-    assert held_out.plan(replace(POCKET, max_train_steps=4), 4)["timesteps"] == 3
+    few = replace(POCKET, max_train_steps=4)
+    assert held_out.plan(few, 4)["timesteps"] == 3 and held_out.plan(few, 99)["pictures"] == 10
 
 
 class Latents:
@@ -131,7 +140,17 @@ def drawings(count: int = 6) -> held_out.data.Examples:
 
 
 def examples(count: int = 6, k: int = 5) -> held_out.HeldOut:
-    return held_out.HeldOut(drawings(count), k)
+    return held_out.HeldOut(drawings(count), count, k)
+
+
+def test_of_many_pictures_the_seed_picks_those_that_are_measured(tmp_path):
+    held, every = held_out.HeldOut(drawings(6), 4, 5), examples(6, 5)
+    shown = [held.example(number).picture for number in range(20)]
+    assert len({*shown}) == 4 and shown == np.repeat(held.picked, 5).tolist()
+    assert [every.example(number).picture for number in range(0, 30, 5)] == list(range(6))
+    kept = tiny_run.keep(tiny_run.assembled(tmp_path))
+    assert len(held.losses(kept.run, Alone())) == 20
+    assert sorted(n for each in held.passes for n in each) == list(range(20))
 
 
 def test_timesteps_are_at_equal_distances_and_each_picture_has_one_in_each_part():
