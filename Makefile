@@ -24,7 +24,8 @@ $(VENV)/.ready: requirements.txt .ci/constraints.txt
 	touch $@
 
 # as it was typed, $ and quotes too, where make's own words would lose them
-train: export PICTURES = $(value DATA)
+train look: export PICTURES = $(value DATA)
+inspect: export ADAPTER = $(value FILE)
 train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
 	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
 	seen=$$(echo "$${CUDA_VISIBLE_DEVICES-$$(seq -s , $$gpus)}" | tr , '\n' | grep -c '^[^-]'); \
@@ -46,7 +47,7 @@ plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIP
 	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)
 
 look: $(SETUP)  ## the set before training, no model needed: the crops that make train would make, and what is odd; DATA=my_pictures RECIPE=native
-	$(PYTHON) -m see.look $(or $(RECIPE),$(shell nvidia-smi -L >/dev/null 2>&1 && echo t4 || echo pocket)) $(if $(DATA),--dataset-name "$(DATA)") $(ARGS)
+	$(PYTHON) -m see.look $(or $(RECIPE),$(shell nvidia-smi -L >/dev/null 2>&1 && echo t4 || echo pocket)) $${PICTURES:+--dataset-name "$$PICTURES"} $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
@@ -55,7 +56,7 @@ generate: $(SETUP)  ## before/after picture of the newest run, also with options
 	$(PYTHON) generate.py $(ARGS) $(if $(filter-out -%,$(firstword $(ARGS)))$(filter --prompts% --plain --checkpoints --strengths% --help -h,$(ARGS)),,--compare)
 
 inspect: $(SETUP)  ## what an adapter file holds, where it acts, its traps in other programs; FILE=a.safetensors, else the newest run's (docs/adapters.md)
-	@$(PYTHON) -m adapters inspect $(if $(FILE),"$(FILE)") $(ARGS)
+	@$(PYTHON) -m adapters inspect $${ADAPTER:+"$$ADAPTER"} $(ARGS)
 
 board: $(SETUP)  ## losses, learning rates and previews of all runs in TensorBoard, at the address that it prints
 	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)

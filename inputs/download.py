@@ -105,15 +105,14 @@ def watch_clients() -> None:
         disable_progress_bars()
     huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE = 2**18  # or a slow line seems to stand still
     count(tqdm)
-    if hasattr(huggingface_hub, "set_client_factory"):  # from version 1 on
-        usual = huggingface_hub.get_session()
+    usual = huggingface_hub.get_session()
 
-        def client():
-            made = type(usual)(event_hooks=usual.event_hooks, follow_redirects=True)
-            made.send = watched(made.send)
-            return made
+    def client():
+        made = type(usual)(event_hooks=usual.event_hooks, follow_redirects=True)
+        made.send = watched(made.send)
+        return made
 
-        huggingface_hub.set_client_factory(client)
+    huggingface_hub.set_client_factory(client)
 
 
 @functools.cache  # once a class

@@ -52,6 +52,7 @@ ENTRIES = {
     "shift_factor": ("null or a number", lambda v: v is None or (is_number(v) and abs(v) < 1e3)),
     "num_hidden_layers": ("1 to 256", lambda v: type(v) is int and 0 < v <= 256),
     "latent_channels": ("4", lambda v: v == 4),
+    "in_channels": ("4, 9 is an inpainting model, 8 an editing one", lambda v: v in (3, 4)),
     "sample_size": ("a size such as 128", lambda v: type(v) is int and 0 < v <= 4096),
     "force_zeros_for_empty_prompt": ("true or false", lambda v: type(v) is bool),
 }
@@ -59,6 +60,11 @@ ENTRIES = {
 
 def is_ddpm(sampler) -> bool:
     return "EDM" not in str(sampler) and "FlowMatch" not in str(sampler)
+
+
+def is_null(index: dict, part: str) -> bool:
+    """Whether a model's index says that it has no such part."""
+    return part in index and index[part] in (None, [None, None])
 
 
 def is_number(value) -> bool:
@@ -85,9 +91,15 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
         root = fetch_from_hub(name, REVISIONS.get(name, "main"), part, half)
     needed = ["model_index.json", *([f"{part}/{PARTS[part]}"] if part else [])]
     lacking = [file for file in needed if not (root / file).is_file()]
-    kind = "" if lacking else str(read_config(root / "model_index.json").get("_class_name"))
-    if "StableDiffusionXL" not in kind:
+    index = {} if lacking else read_config(root / "model_index.json")
+    kind = str(index.get("_class_name"))
+    others = {
+        "an inpainting model": "Inpaint" in kind,
+        "the refiner": is_null(index, "text_encoder"),
+    }
+    if "StableDiffusionXL" not in kind or any(others.values()):
         found = f"no {lacking[0]}" if lacking else f"a model_index.json of {kind}"
+        found += "".join(f": {other}" for other, is_it in others.items() if is_it and not lacking)
         raise Refusal(
             f"{name} has {found}",
             "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and "

@@ -549,8 +549,12 @@ def parse_or_leave(argv: list[str] | None = None) -> Config:
     config = or_leave(parse, argv)
     sets = [(name, "--dataset-name") for name in config.dataset_name]
     sets += [(config.validation_data, "--validation-data")] * bool(config.validation_data)
-    for name, option in sets:  # a mistyped folder is answered now
-        or_leave(functools.partial(folder_of, name, option), "a folder of pictures")
+    models = [(config.pretrained_model_name_or_path, "--pretrained-model-name-or-path")]
+    models += [(config.vae, "--vae")] * bool(config.vae)
+    looked = [(name, option, "a folder of pictures") for name, option in sets]
+    looked += [(n, option, "a model") for n, option in models if not n.endswith(".safetensors")]
+    for name, option, expected in looked:  # a mistyped folder is answered now
+        or_leave(functools.partial(folder_of, name, option), expected)
     what = f"plan for {config.plan_for}" if config.plan_for else f"output to {config.out}"
     if SPEAKS and not config.quiet:
         announce(f"recipe {config.recipe}, {what}")

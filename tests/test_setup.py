@@ -82,8 +82,8 @@ def test_pip_install_is_told_that_this_is_a_repository_to_run(hook):
 
 @pytest.fixture
 def typed(tmp_path):
-    """typed("make's words"...): what make train hands loop.py, and its first line; a Python that
-    only prints stands in for the real one. No GPU.
+    """typed("make's words"...): what make train, or another target, hands its module, and its first
+    line; a Python that only prints stands in for the real one. No GPU.
     """
     python, smi = tmp_path / "python", tmp_path / "nvidia-smi"
     python.write_text('#!/bin/sh\nshift\nprintf "%s\\n" "$@"\n')
@@ -91,11 +91,11 @@ def typed(tmp_path):
     for file in (python, smi):
         file.chmod(0o755)
 
-    def run(*words: str, **environment: str) -> tuple[str, list[str]]:
-        made = ("MAKEFLAGS", "PYTHON", "DATA", "ARGS", "RECIPE", "GPUS")
+    def run(*words: str, target: str = "train", **environment: str) -> tuple[str, list[str]]:
+        made = ("MAKEFLAGS", "PYTHON", "DATA", "ARGS", "RECIPE", "GPUS", "FILE")
         env = {k: v for k, v in os.environ.items() if k not in made} | environment
         env["PATH"] = f"{tmp_path}:{env['PATH']}"
-        argv = ["make", "--no-print-directory", "train", f"PYTHON={python}", *words]
+        argv = ["make", "--no-print-directory", target, f"PYTHON={python}", *words]
         done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
         assert (done.returncode, done.stderr) == (0, "")
         first, *rest = done.stdout.splitlines()
@@ -123,6 +123,9 @@ def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
     argv = typed(f"DATA={data}", "RECIPE=t4", "ARGS=--quick --validation-prompts 'a fox' fish")[1]
     own = ["t4", *own[1:4], f"runs/t4-{name}-quick", "--quick"]
     assert argv == [*own, "--validation-prompts", "a fox", "fish"]
+    look = typed(f"DATA={data}", "RECIPE=native", "ARGS=--seed 1", target="look")[1]
+    assert look[-4:] == ["--dataset-name", data, "--seed", "1"] and "native" in look
+    assert typed(f"FILE={data}", "ARGS=--a b", target="inspect")[1] == ["inspect", data, "--a", "b"]
 
 
 def test_make_names_no_recipe_where_a_file_does(typed):

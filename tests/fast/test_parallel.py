@@ -16,6 +16,7 @@ from datetime import timedelta
 import pytest
 import torch
 import torch.distributed as dist
+from PIL import Image
 
 import data
 import loop
@@ -498,6 +499,24 @@ def test_1_and_3_processes_and_2_hosts_of_2_give_the_same_adapter(train_by, tmp_
     for size in (3, 4):
         off = (moved(tmp_path / f"p{size}") - want).norm() / want.norm()
         assert off <= 1e-3
+
+
+@pytest.mark.slow
+def test_two_processes_share_buckets_masks_and_tags(train_by, few, tmp_path):
+    """The run of one process, where pictures have two shapes, one a mask, and captions vary."""
+    folder = shutil.copytree(few, tmp_path / "shapes")
+    names = sorted(folder.glob("*.png"))
+    for path in names[::2]:
+        Image.open(path).convert("RGB").resize((256, 64)).save(path)
+    Image.new("L", (128, 128), 90).save(names[1].with_suffix(".mask.png"))
+    more = ("--dataset-name", str(folder), "--resolution", "128", "--buckets", "--shuffle-tags")
+    more += ("--tag-dropout", "0.3", "--max-train-steps", "10", "--no-use-8bit-adam")
+    for size in (1, 2):
+        done = train_by(size, f"of-{size}", *more, patience=300)
+        assert done.codes == [0] * size, done.said
+        assert "128 px in 2 buckets" in done.said[0] and "1 with a mask" in done.said[0]
+    want = moved(tmp_path / "of-1")
+    assert (moved(tmp_path / "of-2") - want).norm() <= 1e-3 * want.norm()
 
 
 @pytest.mark.slow

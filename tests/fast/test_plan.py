@@ -55,6 +55,11 @@ def test_long_captions_are_planned_for():
         assert plan.fake_batch(config, make_unet())["context"].shape[1:] == (length, 48)
 
 
+def test_of_several_resolutions_the_largest_is_planned_for():
+    batch = plan.fake_batch(replace(SMALL, resolution=(64, 128, 96)), make_unet())
+    assert batch["noise"].shape[2:] == (16, 16)
+
+
 @pytest.mark.slow
 def test_the_recipe_native_needs_less_than_14_and_a_half_gib(sdxl):
     assert 8 * GIB < sdxl(plan.shaped(NATIVE, 1, None)).peak < 14.5 * GIB

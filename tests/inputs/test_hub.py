@@ -1,12 +1,14 @@
 """Of a model only what is needed is downloaded, and what is no model is refused by its part."""
 
 import functools
+import json
 import os
 import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import huggingface_hub
@@ -342,6 +344,18 @@ def test_what_the_client_asks_about_itself_is_no_reason(server):
     assert len(download.failures) == 1
 
 
+def test_a_request_waits_so_long_and_no_longer_and_is_tried_twice(server):
+    request, good = SimpleNamespace(url=f"{server.url}/x", extensions={}), SimpleNamespace()
+    good.headers, good.status_code = {}, 200
+    assert download.watched(lambda request: good)(request) is good
+    waits = request.extensions["timeout"]
+    assert (waits["connect"], waits["read"]) == (10, 30)
+    server.fail("/resolve/", 503)
+    server.push(HUB_NAME, dummies(["model_index.json"]))
+    refused(lambda: hub.fetch(HUB_NAME, ""), "the Hub answers 503")
+    assert len([each for each in server.asked if "/resolve/" in each]) == 2
+
+
 LARGE = bytes(range(256)) * 1000  # as LFS keeps it
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 
@@ -539,6 +553,32 @@ def test_a_model_of_another_kind_is_refused(tmp_path):
     folder = pocket_with(tmp_path / "m", _class_name="StableDiffusionPipeline")
     with pytest.raises(Refusal, match="StableDiffusionPipeline"):
         hub.fetch(str(folder), "unet")
+
+
+@pytest.mark.parametrize(
+    ("entries", "kind"),
+    [
+        ({"_class_name": "StableDiffusionXLInpaintPipeline"}, "an inpainting model"),
+        ({"text_encoder": [None, None]}, "the refiner"),
+    ],
+)
+def test_inpainting_models_and_the_refiner_are_told_before_anything_more_comes(
+    tmp_path, server, entries, kind
+):
+    folder = pocket_with(tmp_path / "m", **entries)
+    refused(lambda: hub.fetch(str(folder), ""), kind, "correct --pretrained-model-name-or-path")
+    index = (folder / "model_index.json").read_bytes()
+    server.push(HUB_NAME, dummies(SDXL_BASE_FILES) | {"model_index.json": index})
+    refused(lambda: hub.fetch(HUB_NAME, "unet"), kind)
+    brought = [each for each in server.asked if "/resolve/" in each]
+    assert brought and all(each.endswith("/model_index.json") for each in brought)
+
+
+def test_a_unet_of_more_channels_is_told_before_it_is_built(tmp_path):
+    folder = shutil.copytree(POCKET, tmp_path / "m")
+    path = folder / "unet" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"in_channels": 9}))
+    refused(lambda: LOADERS["unet"](str(folder)), "has in_channels 9", "9 is an inpainting model")
 
 
 @pytest.mark.parametrize("content", ["", "{", "[]", '"StableDiffusionXLPipeline"'])

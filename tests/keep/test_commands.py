@@ -10,6 +10,7 @@ import subprocess
 import sys
 
 import datasets
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -85,7 +86,12 @@ def test_a_value_that_cannot_be_is_refused_by_name(command, tmp_path, option, va
 
 @pytest.mark.parametrize(
     "argv",
-    [["t4", "--leerning-rate", "1"], ["orignal"], ["t4", "--lora-rank", "many"]],
+    [
+        *(["t4", "--leerning-rate", "1"], ["orignal"], ["t4", "--lora-rank", "many"]),
+        ["t4", "--pretrained-model-name-or-path", "./modle"],
+        ["t4", "--vae", "/no/such/vae"],
+        ["t4", "--dataset-name", "~/none"],
+    ],
 )
 def test_an_unknown_option_or_recipe_is_answered_before_anything_heavy_is_imported(argv):
     guard = (
@@ -148,6 +154,56 @@ def test_an_empty_data_set_and_one_that_is_not_there_are_refused(command, tmp_pa
     (tmp_path / "empty").mkdir()
     refused(command("--dataset-name", str(tmp_path / "empty")), "holds no pictures")
     refused(command("--dataset-name", "nobody/nothing"), "nobody/nothing", "--dataset-name FOLDER")
+
+
+# What lies in a folder of three pictures, and what a run of it says. Each row's reader has tests
+# of its own in tests/inputs; here it is the command that says it.
+ODD = {
+    "a zip alone": (
+        lambda f: emptied(f) / "set.zip",
+        b"PK",
+        1,
+        "holds no pictures, but set.zip; unpack",
+    ),
+    "UTF-16": (lambda f: a_text(f), "a café".encode("utf-16"), 1, "iconv -f UTF-16"),
+    "control": (lambda f: a_text(f), b"a\x00b", 1, "control"),
+    "two tables": (lambda f: f / "metadata.csv", b"file_name,text\nnone.png,a", 1, "none.png"),
+    "nearly": (lambda f: f / "captions.csv", b"", 0, "1 (the first: captions.csv) left out"),
+    "phone": (lambda f: f / "a.heic", b"x", 0, "1 (the first: a.heic) left out"),
+    "hidden": (lambda f: f / "._a.png", b"x", 0, "1 (the first: ._a.png) left out"),
+    "small": (
+        lambda f: a_text(f).with_suffix(".png"),
+        40,
+        0,
+        "1 (the first: NAME) are enlarged over",
+    ),
+    "16 bits": (lambda f: a_text(f).with_suffix(".png"), 64, 0, "1 (the first: NAME) have 16 bits"),
+}
+
+
+def emptied(folder):
+    for path in folder.iterdir():
+        path.unlink()
+    return folder
+
+
+def a_text(folder):
+    return min(folder.glob("*.txt"))
+
+
+@pytest.mark.parametrize("odd", ODD)
+def test_what_is_odd_in_a_folder_is_said_by_the_command(train, pictures, capsys, odd):
+    """Refused in one sentence, or said in the lines that a run begins with."""
+    at, content, code, said = ODD[odd]
+    path = at(pictures)
+    if isinstance(content, int):
+        grey = np.full((content, content), 30000, np.uint16)
+        Image.fromarray(grey).save(path)
+    else:
+        path.write_bytes(content)
+    assert train("odd", "--dataset-name", str(pictures), "--max-train-steps", "1") == code
+    told = capsys.readouterr()
+    assert said.replace("NAME", path.name) in (told.err if code else told.out)
 
 
 def test_a_wrong_column_is_refused_with_the_columns_there_are(command, tmp_path):

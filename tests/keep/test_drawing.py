@@ -15,11 +15,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import generate
 import lora
 import model
-from adapter_tools import drawable, loud
+from adapter_tools import drawable, header, loud
 from adapters import files as adapter_files
 from conftest import POCKET, ROOT
 from inputs import drawing as options_of_drawing
@@ -84,6 +85,46 @@ def test_a_comparison_shows_the_bare_model_above_and_the_adapter_below(run, caps
         sheet[below : below + side, x : x + side], pixels["0"]
     ))  # fmt: skip
     assert np.array_equal(sheet[below + side :, left : left + side], weak)
+
+
+def other_layout(run, folder, layout: str):
+    """The run's adapter as another program writes it."""
+    ours, said = load_file(run / lora.FILE_NAME), header(run / lora.FILE_NAME)["__metadata__"]
+    config = json.loads(said["lora_adapter_metadata"])
+    config = {key.removeprefix("unet."): value for key, value in config.items()}
+    bare = {key.removeprefix("unet."): each for key, each in ours.items()}
+    folder.mkdir()
+    path = folder / ("adapter_model.safetensors" if layout == "peft" else "a.safetensors")
+    if layout == "peft":
+        save_file({f"base_model.model.{key}": each for key, each in bare.items()}, path)
+        (folder / "adapter_config.json").write_text(json.dumps(config | {"peft_type": "LORA"}))
+        return folder
+    if layout == "scripts":
+        ends = {"lora_A": "lora.down", "lora_B": "lora.up"}
+        tensors = {re.sub(r"lora_[AB]", lambda m: ends[m[0]], k): v for k, v in ours.items()}
+        save_file(tensors, path, {"unet_lora_adapter_metadata": json.dumps(config)})
+    elif layout == "UNet":
+        save_file(bare, path, {"lora_adapter_metadata": json.dumps(config)})
+    else:  # kohya's keys with diffusers' names of the blocks
+        tensors, ends = {}, {"lora_A": "lora_down", "lora_B": "lora_up"}
+        for key, each in bare.items():
+            module, _, end = key.partition(".lora_")
+            module = f"lora_unet_{module.replace('.', '_')}"
+            tensors[f"{module}.{ends['lora_' + end[0]]}.weight"] = each
+            tensors[f"{module}.alpha"] = torch.tensor(float(config["lora_alpha"]))
+        save_file(tensors, path)
+    return path
+
+
+@pytest.mark.parametrize("layout", ["peft", "scripts", "UNet", "diffusers' names"])
+def test_other_programs_files_draw_the_same_picture(run, tmp_path, capsys, layout):
+    assert draw(capsys, str(run)) == (0, "")
+    (ours,) = (run / "pictures").glob("00-red-apple*.png")
+    theirs = other_layout(run, tmp_path / "theirs", layout)
+    out, base = ("--output-dir", str(tmp_path / "drawn")), "--pretrained-model-name-or-path"
+    assert draw(capsys, str(theirs), base, str(POCKET), *out) == (0, "")
+    (drawn,) = (tmp_path / "drawn").glob("*.png")
+    assert np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(ours)))
 
 
 def kept_at(run, names: dict[str, float], of: str = "one") -> None:
