@@ -222,8 +222,10 @@ def differing(config: dict, usual: dict) -> tuple[list[tuple], str]:
         was, now = ([*each] if isinstance(each, list | tuple) else [each] for each in values)
         if was != now:
             told = [*map(str, now)] if now not in ([True], [False]) else []
-            words += [f"--{'no-' * (now == [False])}{name.replace('_', '-')}", *told]
-            rows.append((" ".join(words[-1 - len(told) :]), " ".join(map(str, was))))
+            option = [f"--{'no-' * (now == [False])}{name.replace('_', '-')}", *told]
+            option = ["=".join(option)] if told and told[0][:1] == "-" else option
+            words += option
+            rows.append((" ".join(option), " ".join(map(str, was))))
     folder = (config["output_dir"] or f"runs/{recipe}").rstrip("/")
     return rows, shlex.join([*words, "--output-dir", f"{folder}-again"])
 
