@@ -125,7 +125,7 @@ def inlined(wanted: list[tuple], troubles: dict[str, str]) -> dict[tuple, str]:
     return {key: head + b64encode(each).decode() for key, each in made.items()}
 
 
-# ---- curves: in a box of 360 x 190, their numbers left of 46 and below 170 -----------------------
+# ---- curves: in a box of 360 x 190, their numbers left of 50 and below 170 -----------------------
 
 
 def ticks(low: float, high: float) -> np.ndarray:
@@ -135,57 +135,55 @@ def ticks(low: float, high: float) -> np.ndarray:
     return np.arange(math.ceil(low / apart), math.floor(high / apart) + 1) * apart
 
 
+def figure(value: float, digits: int = 3) -> str:
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.{digits}g}"
+
+
 def chart(title: str, note: str, curves: dict, seen=(), band=(), level=None, mark=None) -> dict:
-    """What the template draws. curves: (steps, values) by their names, NaN where there is none;
-    seen: the values that the chart is as high as, where these are not all of them; band: (low,
-    high) around the only curve; level: a value to hold it against; mark: (step, value).
+    """What the template draws. curves: (steps, values) by their names; seen: the values that the
+    chart is as high as, where these are not all of them; band: (low, high) around the only curve;
+    level: a value to hold it against; mark: (step, value).
     """
     steps = next(iter(curves.values()))[0]
     every = [each for _, each in curves.values()] if not len(seen) else [seen]
     every = np.concatenate([*every, *band, [level] * (level is not None)])
-    low, high, end = np.nanmin(every), np.nanmax(every), max(1, steps[-1])
-    spare = (high - low) / 20 or abs(high) / 10 or 1
+    low, high, end = every.min(), every.max(), max(1, steps[-1])
+    spare = (high - low) / 20 or abs(high) or 1
     low, high = low - spare, high + spare
 
     def at(steps, values) -> Iterator[tuple[float, float]]:
         y = 8 + (high - np.clip(values, low, high)) / (high - low) * 162
-        return zip(46 + np.asarray(steps) / end * 304, y, strict=True)
+        return zip(50 + np.asarray(steps) / end * 300, y, strict=True)
 
     def path(steps, values) -> str:
         few = np.unique(np.linspace(0, len(steps) - 1, POINTS).astype(int))
-        points = at(np.asarray(steps)[few], values[few])
-        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points if y == y)
+        return "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in at(np.array(steps)[few], values[few]))
 
     area = [*at(steps, band[0]), *at(steps[::-1], band[1][::-1])] if band else []
     across, up = ticks(0, end), ticks(low, high)
     return {
         "title": title,
         "note": note,
-        "paths": {f"{name} {ys[-1]:.3g}": path(xs, ys) for name, (xs, ys) in curves.items()},
+        "paths": {f"{name} {figure(each[1][-1])}": path(*each) for name, each in curves.items()},
         "band": " ".join(f"{x:.1f},{y:.1f}" for x, y in area),
         "level": level if level is None else next(at([0], [level]))[1],
         "mark": mark and next(at(*np.transpose([mark]))),
-        "across": [(x, f"{n:,.0f}") for n, (x, _) in zip(across, at(across, across), strict=True)],
-        "up": [(y, f"{n:.6g}") for n, (_, y) in zip(up, at(up, up), strict=True)],
+        "across": [(x, figure(n, 5)) for n, (x, _) in zip(across, at(across, across), strict=True)],
+        "up": [(y, figure(n, 5)) for n, (_, y) in zip(up, at(up, up), strict=True)],
     }
 
 
 def charts(log: dict[str, np.ndarray], metrics: dict, config: dict) -> list[dict]:
     """The curves of a run's log and of its held-out loss."""
 
-    def logged(title: str, name: str, note: str = "", highest: float = 100) -> dict:
-        """highest: the share of values, in per cent, that a chart shows without cutting them."""
-        seen = np.nanpercentile(log[name], (0, highest))
-        return chart(title, note, {"now": (log["step"], log[name])}, seen)
-
-    found = []
-    if len(log["step"]):
-        curves = {"each step": (log["step"], log["loss"]), "smoothed": (log["step"], log["smooth"])}
+    found, steps = [], log["step"]
+    if len(steps):
+        curves = {"each step": (steps, log["loss"]), "smoothed": (steps, log["smooth"])}
         seen = np.concatenate([np.percentile(log["loss"], (1, 99)), log["smooth"]])
         found.append(chart("Training loss", "", curves, seen))
     if told := metrics.get("rows"):
         at, bands = [*map(int, told)], np.array([*told.values()], float)  # (N, 1 + 5, 2)
-        if not config.get("start_from"):  # else step 0 is not the bare model
+        if not config["start_from"]:  # else step 0 is not the bare model
             at, bands = [0, *at], np.concatenate([0 * bands[:1], bands])
         mean, error, best = *bands[:, 0].T, metrics["best"]
         how = {"level": 0, "mark": (best, mean[at.index(best)])}
@@ -194,14 +192,17 @@ def charts(log: dict[str, np.ndarray], metrics: dict, config: dict) -> list[dict
         found.append(chart(title, note, {"now": (at, mean)}, **how))
         each = {name: (at, bands[:, 1 + i, 0]) for i, name in enumerate(BANDS)}
         found.append(chart("The same by timestep", "", each, level=0))
-    if len(log["step"]):
-        found.append(
-            logged("Gradient norm", "grad_norm", f"cut to {config['max_grad_norm']:g}", 99)
-        )
-        found.append(logged("Learning rate", "lr"))
-        if (log["loss_scale"] != 1).any():
-            found.append(logged("Loss scale", "loss_scale"))
-        found.append(logged("Seconds a step", "seconds", highest=99))
+    for title, name, note, highest in (
+        ("Gradient norm", "grad_norm", f"cut to {config['max_grad_norm']:g}", 99),
+        ("Learning rate", "lr", "", 100),
+        ("Loss scale", "loss_scale", "", 100),
+        ("Seconds a step", "seconds", "", 99),  # the slowest hundredth is cut
+    ):
+        there = ~np.isnan(log[name])  # the norm is not where it overflowed
+        values = log[name][there]
+        if len(values) and not (name == "loss_scale" and (values == 1).all()):  # 1: it has none
+            seen = np.percentile(values, (0, highest))
+            found.append(chart(title, note, {"now": (steps[there], values)}, seen))
     return found
 
 
@@ -286,11 +287,8 @@ def contents(out: Path) -> dict:
     skipped = rows[-1]["skipped"] if rows else 0
     said += [f"{skipped} steps skipped: their gradient overflowed in fp16"] * bool(skipped)
     sizes, fits = [{}, *metrics.get("sizes", {}).values()][-1], metrics.get("fits", {})
-    peak = max(log["gib"], default=0)
-    memory = {"at its peak": peak, card.get("card", "card"): card.get("gib", peak)} if peak else {}
     bars = {
         "Time": shares(took, lambda s: clock(s) if s > 60 else f"{s:.1f} s"),
-        "Memory in GiB": shares(memory, "{:.1f}".format),
         "Adapter beside the weights it corrects": shares(sizes, "{:.1%}".format),
         "Fit worst: loss over what is usual": shares(fits, "{:.2f}".format),
     }
