@@ -297,9 +297,9 @@ def last_lines(config: Config) -> str:
     python = Path(sys.executable)  # as it is typed here: the one of .venv, say
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
     lines = (
-        f"all of it on a page: {told}" * told.is_file(),
         f"adapter: {files['peft']}\nthe same for ComfyUI, Forge and others: {files['kohya']}",
         f"pictures: {picture}" * picture.is_file(),
+        f"all of it on a page: {told}" * told.is_file(),
         f"draw your own: {python} generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",
         f"train longer{anew}: {python} loop.py --config {shlex.quote(out)} {longer}",
     )

@@ -96,10 +96,7 @@ def set_up(
     config, planned = faster.plan(config, device, dtype, team.size)
     say(report.disk(config, pictures, dtype))  # before they are encoded
     how = (device, dtype, len(schedule.alphas_cumprod), team.claim)
-    began = time.perf_counter()
-    examples = loop.examples_of(config, pictures, *how)
-    held = loop.examples_of(dataclasses.replace(config, cache=True), held, *how) if held else None
-    encoding = time.perf_counter() - began
+    examples, held, encoding = encode(config, pictures, held, *how)
     plugged_in = {"decode": drawing.decode, "room": faster.between_steps}
     previews = preview.made(config, wanted * team.first, device, dtype, tqdm.write, **plugged_in)
     team.wait()
@@ -129,6 +126,14 @@ def set_up(
     usual = [] if config.quiet else [planned, drawn]
     lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes]
     return kept, "".join(f"{each}\n" for each in lines if each)
+
+
+def encode(config: Config, pictures: Pictures, held: Pictures, *how) -> tuple:
+    """The examples, those of held-out pictures or None, and the seconds that both took."""
+    began = time.perf_counter()
+    examples = loop.examples_of(config, pictures, *how)
+    held = loop.examples_of(dataclasses.replace(config, cache=True), held, *how) if held else None
+    return examples, held, time.perf_counter() - began
 
 
 def describe_base(config: Config, commit: str, predicts: str) -> list[str]:
