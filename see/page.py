@@ -226,7 +226,7 @@ def differing(config: dict, usual: dict) -> tuple[list[tuple], str]:
             option = [f"--{'no-' * (now == [False])}{name.replace('_', '-')}", *told]
             option = ["=".join(option)] if told and told[0][:1] == "-" else option
             words += option
-            rows.append((" ".join(option), " ".join(map(str, was))))
+            rows.append((shlex.join(option), shlex.join(map(str, was))))
     folder = (config["output_dir"] or f"runs/{recipe}").rstrip("/")
     return rows, shlex.join([*words, "--output-dir", f"{folder}-again"])
 
