@@ -1,8 +1,10 @@
 """The run's page while it trains: when it is made, what it is told, that it costs no step."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from keep import checkpoint, training
 from runs import Killed, adapter, log
@@ -81,6 +83,22 @@ def test_a_preview_that_is_not_drawn_is_told_on_the_page(train, tmp_path, monkey
     assert "no preview of step 2, and the run goes on: ZeroDivisionError" in (
         (tmp_path / "r" / page.NAME).read_text()
     )
+
+
+def test_on_a_gpu_its_name_and_memory_are_told(tmp_path, monkeypatch):
+    card = SimpleNamespace(name="Tesla T4", total_memory=15 * 2**30)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda device: card)
+    run = SimpleNamespace(step=7, unet=SimpleNamespace(device=torch.device("cuda:0")))
+    config = training.Config(output_dir=str(tmp_path), tensorboard=False)
+    with training.report.Log(config, 0) as told:
+        told.began(SimpleNamespace(run=run, encoding=2.0), "one\ntwo\n", 5.0)
+    assert events(tmp_path) == [
+        {"step": 7, "said": "one"},
+        {"step": 7, "said": "two"},
+        {"step": 7, "phase": "encoding", "seconds": 2.0},
+        {"step": 7, "phase": "start", "seconds": 3.0},
+        {"step": 7, "card": "Tesla T4", "gib": 15.0},
+    ]
 
 
 def test_the_first_of_several_processes_makes_it_and_plain_makes_none(train, tmp_path):
