@@ -48,6 +48,7 @@ class Log:
     def __init__(self, config: Config, start: int, speaks: bool = True, code_changes: str = ""):
         self.board, self.hook, self.watch = None, threading.excepthook, Watch(config)
         self.also = {"code_changes": code_changes} if code_changes else {}  # in every line
+        self.config, self.step, self.speaks = config, start, speaks
         # Of some 50 losses, since timesteps differ more than steps; of 10 times, which change. Both
         # are corrected for their start, as TensorBoard's smoothing is.
         self.steps, self.loss, self.seconds = config.max_train_steps, EMA(0.02), EMA(0.1)
@@ -68,8 +69,12 @@ class Log:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error, __) -> None:
         threading.excepthook = self.hook
+        if isinstance(error, Exception):  # as far as the disk allows
+            with contextlib.suppress(OSError):
+                self.event(self.step, said=f"the run ended: {in_words(error)}")
+            write_page(self.config, self.speaks)
         self.bar.close()
         self.file.close()
         self.events.close()
@@ -88,6 +93,7 @@ class Log:
         values |= {"skipped": scale.skipped, "seconds": seconds, "gib": peak}
         told = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
         print(json.dumps({"step": run.step} | told | self.also), file=self.file, flush=True)
+        self.step = run.step
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
         if not math.isfinite(norm):

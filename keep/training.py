@@ -97,8 +97,8 @@ def set_up(
     say(report.disk(config, pictures, dtype))  # before they are encoded
     how = (device, dtype, len(schedule.alphas_cumprod), team.claim)
     examples, held, encoding = encode(config, pictures, held, *how)
-    plugged_in = {"decode": drawing.decode, "room": faster.between_steps}
-    previews = preview.made(config, wanted * team.first, device, dtype, tqdm.write, **plugged_in)
+    said, plugged_in = [], {"decode": drawing.decode, "room": faster.between_steps}
+    previews = preview.made(config, wanted * team.first, device, dtype, said.append, **plugged_in)
     team.wait()
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
@@ -124,7 +124,7 @@ def set_up(
     drawn = preview.describe(config, previews.previews, run.step)
     base = describe_base(config, commit, predicts)
     usual = [] if config.quiet else [planned, drawn]
-    lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes]
+    lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes, *said]
     return kept, "".join(f"{each}\n" for each in lines if each)
 
 

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from inputs.files import Refusal
 from keep import checkpoint, training
 from runs import Killed, adapter, log
 from see import page
@@ -30,7 +31,7 @@ def test_it_is_made_before_the_first_step_at_every_save_and_at_the_end(
     assert len(seen) == 4  # of steps 0, 2 and 4, and with the last picture
     for text, steps in zip(seen, ("0 of 4", "2 of 4", "4 of 4", "4 of 4"), strict=True):
         assert f"<b>{steps}</b>" in text
-    assert ["Finished" in text for text in seen] == [False] * 3 + [True]
+    assert ["Finished ·" in text for text in seen] == [False] * 3 + [True]
     assert "step 2: red apple" in seen[1] and "after: cat face" in seen[3]
     said = capsys.readouterr().out
     assert f"all of it on a page: {tmp_path / 'r' / page.NAME}\n" in said
@@ -83,6 +84,25 @@ def test_a_preview_that_is_not_drawn_is_told_on_the_page(train, tmp_path, monkey
     assert "no preview of step 2, and the run goes on: ZeroDivisionError" in (
         (tmp_path / "r" / page.NAME).read_text()
     )
+
+
+def test_what_ended_a_run_is_told_on_its_page(train, tmp_path, monkeypatch):
+    fit = training.loop.fit
+
+    def refused(run):
+        for told in fit(run):
+            yield told
+            if run.step == 3:
+                raise Refusal("a <disk>", "another", "mend it")
+
+    monkeypatch.setattr(training.loop, "fit", refused)
+    assert train("r") == 1
+    text = (tmp_path / "r" / page.NAME).read_text()
+    assert "<b>3 of 4</b>" in text and "Not finished ·" in text
+    assert "the run ended: a &lt;disk&gt;; expected another. What to do: mend it" in text
+    monkeypatch.setattr(training.loop, "fit", fit)
+    assert train("r") == 0
+    assert "Finished ·" in (tmp_path / "r" / page.NAME).read_text()
 
 
 def test_on_a_gpu_its_name_and_memory_are_told(tmp_path, monkeypatch):

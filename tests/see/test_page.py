@@ -115,7 +115,9 @@ def test_it_holds_all_that_a_run_has_left(tmp_path):
 def test_a_run_that_goes_on_says_how_far_it_is(tmp_path):
     out = made(tmp_path / "r", max_train_steps=160)
     text = parts(out).text
-    assert "Training · recipe pocket" in text and "80 of 160" in text and "about 0:43 left" in text
+    assert (
+        "Not finished · recipe pocket" in text and "80 of 160" in text and "about 0:43 left" in text
+    )
     for name in ("log.jsonl", "events.jsonl", "metrics.json", "finished.json"):
         (out / name).unlink()
     text = parts(out).text  # before its first step
