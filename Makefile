@@ -6,6 +6,7 @@ ARGS   ?=
 GPUS   ?=
 DATA   ?=
 FILE   ?=
+RUN    ?=
 CARD   ?= T4
 # tests in a process for each core, up to four
 SHARED := -n auto --maxprocesses 4 --dist worksteal
@@ -58,6 +59,9 @@ generate: $(SETUP)  ## before/after picture of the newest run, also with options
 inspect: $(SETUP)  ## what an adapter file holds, where it acts, its traps in other programs; FILE=a.safetensors, else the newest run's (docs/adapters.md)
 	@$(PYTHON) -m adapters inspect $${ADAPTER:+"$$ADAPTER"} $(ARGS)
 
+report: $(SETUP)  ## the newest run's page anew, all of it in one file for any browser: OUT/report.html; RUN=runs/t4
+	$(PYTHON) -m see.page $(if $(RUN),"$(RUN)")
+
 board: $(SETUP)  ## losses, learning rates and previews of all runs in TensorBoard, at the address that it prints
 	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)
 
@@ -77,8 +81,8 @@ notebooks: $(SETUP)  ## run both notebooks and check what they store; ARGS=--wri
 stress: $(SETUP)  ## kill runs, fill disks, damage files: the laws must hold (CPU, 7 minutes); ARGS="--only kills"
 	PYTHONPATH=tests $(PYTHON) -m stress $(if $(ARGS),$(ARGS),--seed 0 --runs 200 --inputs 1000 --out benchmarks/results/stress.json)
 
-slow: $(SETUP)  ## the tests that make test leaves out
-	$(PYTHON) -m pytest -m slow $(SHARED)
+slow: $(SETUP)  ## the tests that make test leaves out; those of the run's page need a Chromium, on the PATH or as $CHROME
+	$(PYTHON) -m pytest -m "slow or browser" -rs $(SHARED)
 
 check-all: notebooks slow  ## what is slow; CI runs check, test and this
 
@@ -86,5 +90,5 @@ clean:  ## remove .venv and tool caches; runs/ and the encoded pictures in cache
 	rm -rf $(VENV) .pytest_cache .ruff_cache
 	find . -name __pycache__ -prune -exec rm -rf {} +
 
-.PHONY: help setup train plan look xformers generate inspect board bench test check notebooks stress slow check-all clean
+.PHONY: help setup train plan look xformers generate inspect report board bench test check notebooks stress slow check-all clean
 .DEFAULT_GOAL := help

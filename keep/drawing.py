@@ -3,6 +3,7 @@ with the bare model. The drawing itself is generate.py's.
 """
 
 import contextlib
+import json
 import sys
 from pathlib import Path
 
@@ -95,7 +96,10 @@ def run(options: Options) -> None:
         titles = [f"{p}, seed {seed}" if several else p for p, seed in options.pictures]
         picture = sheet.grid(dict(zip(rows, pictures, strict=True)), titles)
         size, how = pictures[0][0].size, drawing.how_drawn(options)
-        how |= {} if options.compare else {"Rows": ", ".join(rows)}
+        # Where each title's first and last picture lie: there a run's page cuts them out.
+        first, *_, last = picture.info["boxes"].values()
+        pairs = json.dumps([*zip(titles, first, last, strict=True)], ensure_ascii=False)
+        how |= {"Pairs": pairs} if options.compare else {"Rows": ", ".join(rows)}
         about = drawing.parameters(options, options.pictures, size, how)
         generate.save_picture(picture, folder / name, about)
     else:

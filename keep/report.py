@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import functools
 import json
 import math
 import os
@@ -10,6 +11,8 @@ import signal
 import statistics
 import sys
 import threading
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +29,8 @@ from inputs.progress import clock, progress, show, tell
 from inputs.sources import Pictures, named
 from keep.export import files_of
 from loop import Run, learning_rate
+from see import page
+from see.preview import in_words
 
 SPILL = (
     "On Windows and WSL the driver moves what does not fit into the host's memory without a word, "
@@ -35,28 +40,25 @@ SPILL = (
 
 
 class Log:
-    """A bar or plain lines, one JSON line and one set of TensorBoard scalars for each step; nothing
-    of it in a process that does not speak for the run.
+    """A bar or plain lines, one JSON line and one set of TensorBoard scalars for each step; a JSON
+    line in events.jsonl for what is said and what takes time beside the steps; nothing of it in a
+    process that does not speak for the run.
     """
 
     def __init__(self, config: Config, start: int, speaks: bool = True, code_changes: str = ""):
         self.board, self.hook, self.watch = None, threading.excepthook, Watch(config)
         self.also = {"code_changes": code_changes} if code_changes else {}  # in every line
+        self.config, self.step, self.speaks = config, start, speaks
         # Of some 50 losses, since timesteps differ more than steps; of 10 times, which change. Both
         # are corrected for their start, as TensorBoard's smoothing is.
         self.steps, self.loss, self.seconds = config.max_train_steps, EMA(0.02), EMA(0.1)
         if not speaks:
-            self.file, self.bar = open(os.devnull, "w"), tqdm(disable=True)
+            self.file = self.events = open(os.devnull, "w")
+            self.bar = tqdm(disable=True)
             return
-        path = config.out / "log.jsonl"
-        old = path.read_text(errors="replace").splitlines() if path.is_file() else []
-        # Steps that a killed run did after its last checkpoint are done again, not said twice.
-        kept = ""
-        for line in old:
-            with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or not ours
-                kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
-        write_whole(path, kept.encode())
-        self.file = open(path, "a")
+        self.file, self.events = (
+            open(going_on(config.out / name, start), "a") for name in (page.LOG, page.EVENTS)
+        )
         self.bar = progress(None, "training", config.max_train_steps, start, leave=True, every=50)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -67,10 +69,15 @@ class Log:
     def __enter__(self):
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(self, _, error, __) -> None:
         threading.excepthook = self.hook
+        if isinstance(error, Exception):  # as far as the disk allows
+            with contextlib.suppress(OSError):
+                self.event(self.step, said=f"the run ended: {in_words(error)}")
+            write_page(self.config, self.speaks)
         self.bar.close()
         self.file.close()
+        self.events.close()
         if self.board:
             self.board.close()
 
@@ -86,6 +93,7 @@ class Log:
         values |= {"skipped": scale.skipped, "seconds": seconds, "gib": peak}
         told = {k: v if math.isfinite(v) else None for k, v in values.items()}  # JSON has no Inf
         print(json.dumps({"step": run.step} | told | self.also), file=self.file, flush=True)
+        self.step = run.step
         for name, value in values.items() if self.board else ():
             self.board.add_scalar(name, value, run.step)
         if not math.isfinite(norm):
@@ -95,12 +103,39 @@ class Log:
             )
         if device.type == "cuda":
             for warning in self.watch.after(run.step, seconds, device):
-                tqdm.write(warning)
+                self.say(run.step, warning)
         each = self.seconds(seconds)
         said = f"loss {self.loss(loss):.3f} {each:.2f} s/step "
         said += f"{clock((self.steps - run.step) * each)} left" + f" {peak:.1f} GiB" * bool(peak)
         tell(self.bar, said, f" lr {rate:.1e}" + f" {scale.skipped} skipped" * scale.enabled)
         self.bar.update()
+
+    def event(self, step: int, **told) -> None:
+        """Note what is not of a step, for the run's page."""
+        print(json.dumps({"step": step} | told), file=self.events, flush=True)
+
+    def say(self, step: int, said: str) -> None:
+        tqdm.write(said)
+        self.event(step, said=said)
+
+    def began(self, kept, lines: str, seconds: float) -> None:
+        """Note what a start has said, how long it took, its encoding apart, and on which card."""
+        step, device = kept.run.step, kept.run.unet.device
+        for line in lines.splitlines():
+            self.event(step, said=line)
+        self.event(step, phase="encoding", seconds=kept.encoding)
+        self.event(step, phase="start", seconds=seconds - kept.encoding)
+        if device.type == "cuda":
+            card = torch.cuda.get_device_properties(device)
+            self.event(step, card=card.name, gib=card.total_memory / 2**30)
+
+    @contextlib.contextmanager
+    def timed(self, phase: str, run: Run) -> Iterator[None]:
+        """Note how long something between two steps takes, unless nothing was to be done."""
+        began = time.perf_counter()
+        yield
+        if (seconds := time.perf_counter() - began) > 0.001:
+            self.event(run.step, phase=phase, seconds=seconds)
 
     def measured(self, name: str, value: float, step: int) -> None:
         """Hand a number that is not of every step to TensorBoard."""
@@ -112,6 +147,34 @@ class Log:
         show(picture)
         if self.board:
             self.board.add_image(name, np.asarray(picture), step, dataformats="HWC")
+
+
+def going_on(path: Path, start: int) -> Path:
+    """A file of JSON lines without those that a killed run wrote after its last checkpoint: these
+    steps are done again, and are not told twice. At step 0 a run begins anew.
+    """
+    old, kept = path.read_text(errors="replace").splitlines() if path.is_file() else [], ""
+    for line in old if start else ():
+        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or not ours
+            kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
+    write_whole(path, kept.encode())
+    return path
+
+
+def write_page(config: Config, first: bool = True) -> None:
+    """The run's page, anew, by the first of several processes. What keeps it from being made is
+    said once, and ends no run.
+    """
+    try:
+        if first:
+            page.write(config.out)
+    except Exception as error:  # no Jinja2, a full disk, or whatever it is
+        say_once(config.out, f"no {page.NAME}, and the run goes on: {in_words(error)}")
+
+
+@functools.cache
+def say_once(out: Path, said: str) -> None:
+    tqdm.write(said)
 
 
 class Watch:
@@ -229,6 +292,7 @@ def describe_captions(config: Config, pictures: Pictures) -> str:
 def last_lines(config: Config) -> str:
     """Where the adapter and its pictures are, and the two commands that are typed next."""
     files, picture = files_of(config), config.out / "pictures" / "before-after.png"
+    told = config.out / page.NAME
     steps, epochs, out = config.max_train_steps, config.max_train_epochs, str(config.out)
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
     longer += " --no-stop-when-worse" * config.stop_when_worse
@@ -241,6 +305,7 @@ def last_lines(config: Config) -> str:
     lines = (
         f"adapter: {files['peft']}\nthe same for ComfyUI, Forge and others: {files['kohya']}",
         f"pictures: {picture}" * picture.is_file(),
+        f"all of it on a page: {told}" * told.is_file(),
         f"draw your own: {python} generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",
         f"train longer{anew}: {python} loop.py --config {shlex.quote(out)} {longer}",
     )

@@ -41,8 +41,9 @@ class Kept:
     by the book's lines, where fused ones were asked for; identity: what makes it this run and no
     other, and code: a digest of each function that makes its numbers; code_changes: which functions
     were changed under it, with leave; losses: the bare base's (keep/noise.py); judge: what it has
-    found out about itself; previews: what is drawn after each save; half_done: whether the
-    optimizer is at work, or has failed at it: its numbers must not be saved.
+    found out about itself; previews: what is drawn after each save; encoding: the
+    seconds that its pictures and captions took; half_done: whether the optimizer is at work, or has
+    failed at it: its numbers must not be saved.
     """
 
     run: loop.Run
@@ -55,6 +56,7 @@ class Kept:
     losses: dict[str, list[float]]
     judge: Judge
     previews: preview.Previews
+    encoding: float = 0.0
     half_done: bool = False
 
 
@@ -94,10 +96,9 @@ def set_up(
     config, planned = faster.plan(config, device, dtype, team.size)
     say(report.disk(config, pictures, dtype))  # before they are encoded
     how = (device, dtype, len(schedule.alphas_cumprod), team.claim)
-    examples = loop.examples_of(config, pictures, *how)
-    held = loop.examples_of(dataclasses.replace(config, cache=True), held, *how) if held else None
-    plugged_in = {"decode": drawing.decode, "room": faster.between_steps}
-    previews = preview.made(config, wanted * team.first, device, dtype, tqdm.write, **plugged_in)
+    examples, held, encoding = encode(config, pictures, held, *how)
+    said, plugged_in = [], {"decode": drawing.decode, "room": faster.between_steps}
+    previews = preview.made(config, wanted * team.first, device, dtype, said.append, **plugged_in)
     team.wait()
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
@@ -110,7 +111,8 @@ def set_up(
     unfused = (state or {}).get("unfused", "")
     moments, faster_by, unfused = faster.faster(run, team, tqdm.write, unfused)
     judge = Judge(run, team, (state or {}).get("known", {}), held, between_steps)
-    kept = Kept(run, team, moments, unfused, same, digests, changes, losses, judge, previews)
+    found = (judge, previews, encoding)
+    kept = Kept(run, team, moments, unfused, same, digests, changes, losses, *found)
     run.optimizer.register_step_pre_hook(lambda *_: setattr(kept, "half_done", True))
     run.optimizer.register_step_post_hook(lambda *_: setattr(kept, "half_done", False))
     checkpoint.restore(kept, state)
@@ -122,8 +124,16 @@ def set_up(
     drawn = preview.describe(config, previews.previews, run.step)
     base = describe_base(config, commit, predicts)
     usual = [] if config.quiet else [planned, drawn]
-    lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes]
+    lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes, *said]
     return kept, "".join(f"{each}\n" for each in lines if each)
+
+
+def encode(config: Config, pictures: Pictures, held: Pictures, *how) -> tuple:
+    """The examples, those of held-out pictures or None, and the seconds that both took."""
+    began = time.perf_counter()
+    examples = loop.examples_of(config, pictures, *how)
+    held = loop.examples_of(dataclasses.replace(config, cache=True), held, *how) if held else None
+    return examples, held, time.perf_counter() - began
 
 
 def describe_base(config: Config, commit: str, predicts: str) -> list[str]:
@@ -157,14 +167,17 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
         print(f"no GPU is used: {slow}", flush=True)  # before a download of gigabytes
     if config.recipe == "pocket" and has_own(config):
         print("the small model knows emoji alone: of photographs it makes blots", flush=True)
+    began = time.perf_counter()
     kept, lines = set_up(config, device, team)
-    run = kept.run
+    run, seconds = kept.run, time.perf_counter() - began
     team.asked = lambda: bool(interrupts.caught)
     print(lines, end="", flush=True)
     if run.step:
         say(f"continuing after step {run.step} of {run.config.max_train_steps}")
     interrupts.gently = True
     with report.Log(run.config, run.step, team.first, kept.code_changes) as log:
+        log.began(kept, lines, seconds)
+        kept.previews.say = lambda said: log.say(run.step, said)
         try:
             step_and_save(kept, log)
         except FloatingPointError as error:
@@ -199,12 +212,17 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
     """loop.fit(), and what is done after each step, until its end or until one is asked to stop."""
     run, team = kept.run, kept.team
     config, judge = run.config, kept.judge
-    if judge.validate(log):  # the bare model, or a step after which a run was killed
+    with log.timed("held-out loss", run):
+        lowest = judge.validate(log)  # of the bare model, or a step after which a run was killed
+    if lowest:
         checkpoint.save_state(kept)
     if run.step % config.checkpointing_steps == 0 or run.step == config.max_train_steps:
         judge.note()
         # Of step 0, or where a run was killed drawing. A step saved for a signal has no picture.
-        kept.previews.draw(run, log.show, lacking=True)
+        with log.timed("previews", run):
+            kept.previews.draw(run, log.show, lacking=True)
+        with log.timed("the page", run):
+            report.write_page(config, team.first)
     if config.stop_when_worse and judge.risen:
         return
     began = time.perf_counter()
@@ -214,16 +232,21 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
         rate = loop.learning_rate(step - 1, config)
         log.write(run, loss, norm, rate, time.perf_counter() - began)
         judge.after_step()
-        lowest = judge.validate(log)
+        with log.timed("held-out loss", run):
+            lowest = judge.validate(log)
         worse = config.stop_when_worse and judge.risen
         due = step % config.checkpointing_steps == 0 or step == config.max_train_steps or worse
         if due or lowest:
             judge.note()
         if due or lowest or team.stop:
-            team.check_equal(f"the adapter after step {step}", run.trained)
-            checkpoint.save_state(kept)
-        if due and not team.stop:  # else the next start draws
-            kept.previews.draw(run, log.show)
+            with log.timed("saving", run):
+                team.check_equal(f"the adapter after step {step}", run.trained)
+                checkpoint.save_state(kept)
+            if due and not team.stop:  # else the next start draws
+                with log.timed("previews", run):
+                    kept.previews.draw(run, log.show)
+            with log.timed("the page", run):
+                report.write_page(config, team.first)
         if team.stop:
             team.wait()  # the first to leave has torchrun end the others
         if team.stop or worse:
@@ -301,7 +324,10 @@ def train(config: Config, team: faster.Alone) -> int:
             return exit_code
         model.free_memory()
         if team.first:
-            draw(config)
+            try:
+                draw(config)
+            finally:  # also where the last picture does not fit the GPU
+                report.write_page(config)
             print(report.last_lines(config))
         return 0
 

@@ -162,6 +162,8 @@ class Judge:
         rows = {step: self.against(step) for step in known["rows"] if step}
         told["rows"] = {step: row for step, row in rows.items() if np.isfinite(row).all()}
         told["fits"] = self.fit_worst()
+        losses = {step: float(np.mean(row)) for step, row in known["rows"].items()}
+        told["losses"] = {step: loss for step, loss in losses.items() if isfinite(loss)}
         if self.team.first:
             write_whole(run.config.out / "metrics.json", json.dumps(told, indent=1).encode())
 

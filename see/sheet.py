@@ -17,7 +17,8 @@ LINES = 3  # of a title
 def grid(rows: dict[str, list[Image.Image]], titles: list[str]) -> Image.Image:
     """One picture of many. rows: {label: its pictures, one for each title}, all of one size; where
     there are more than COLUMNS and the sheet would be wider than high, blocks below each other.
-    Says on stderr which of the titles' characters the font lacks.
+    Says on stderr which of the titles' characters the font lacks. info["boxes"] of the sheet has
+    {label: its pictures' boxes, in the titles' order}.
     """
     font = load_font(max(11, max(next(iter(rows.values()))[0].size) // 22))  # grows with pictures
     titles = [unicodedata.normalize("NFC", title) for title in titles]  # a letter and its accent
@@ -39,8 +40,11 @@ def stacked(pictures: list[Image.Image]) -> Image.Image:
     width, height = max(each.width for each in pictures), sum(each.height for each in pictures)
     gap, y = width // 40, 0
     sheet = Image.new("RGB", (width, height + gap * (len(pictures) - 1)), "white")
+    boxes = sheet.info["boxes"] = {}
     for each in pictures:
         sheet.paste(each, (0, y))
+        for label, row in each.info["boxes"].items():
+            boxes.setdefault(label, []).extend((x, top + y, r, b + y) for x, top, r, b in row)
         y += each.height + gap
     return sheet
 
@@ -58,15 +62,18 @@ def block(
     left = margin + int(max(font.getlength(line) for each in labels for line in each.split("\n")))
     width, height = left + column * len(titles) + margin // 2, head + down * len(rows)
     sheet = Image.new("RGB", (width, height), "white")
-    pen = ImageDraw.Draw(sheet)
+    boxes, pen = sheet.info.setdefault("boxes", {}), ImageDraw.Draw(sheet)
     for x, text in enumerate(words):
         place = (left + column * x + size // 2, 2)
         pen.text(place, text, fill="black", font=font, spacing=size // 5)
-    for y, (label, pictures) in enumerate(zip(labels, rows.values(), strict=True)):
+    for y, (label, words, pictures) in enumerate(zip(rows, labels, rows.values(), strict=True)):
         place = (margin // 3, head + down * y + down // 2)
-        pen.text(place, label, fill="black", font=font, anchor="lm")
+        pen.text(place, words, fill="black", font=font, anchor="lm")
         for x, picture in enumerate(pictures):
-            sheet.paste(picture, (left + column * x, head + down * y))
+            box = (left + column * x, head + down * y)
+            box += (box[0] + across, box[1] + down)
+            sheet.paste(picture, box)
+            boxes.setdefault(label, []).append(box)
     return sheet
 
 

@@ -93,9 +93,9 @@ def test_a_run_in_a_pipe_says_few_lines_and_its_last_ones_hold(train, tmp_path, 
     said, err = capsys.readouterr()
     assert "\r" not in said + err and "\x1b" not in said + err
     assert len(err.splitlines()) <= 4 and err.splitlines()[-1].startswith("training 1/1 loss 0.")
-    adapter, kohya = said.splitlines()[-4:-2]
-    files = [line.partition(": ")[2] for line in (adapter, kohya)]
-    assert all(Path(file).is_file() for file in files) and len(set(files)) == 2
+    adapter, kohya, page = said.splitlines()[-5:-2]
+    files = [line.partition(": ")[2] for line in (adapter, kohya, page)]
+    assert all(Path(file).is_file() for file in files) and len(set(files)) == 3
     asked = drawing.parse(typed(said, "draw your own: "))
     assert str(drawing.find_adapter(asked.adapter)) == files[0]
     assert asked.prompts == ("YOUR PROMPT",)

@@ -41,6 +41,19 @@ def test_many_columns_go_below_each_other_and_none_is_lost():
         assert red.any(0).sum() == want[0] * 40
 
 
+def test_a_sheet_tells_where_each_picture_lies_in_the_titles_order():
+    """Also where its columns go below each other: there a run's page cuts the pictures out."""
+    rows = {
+        name: [Image.new("RGB", (40, 64), (i * 15, 9, shade)) for i in range(13)]
+        for name, shade in (("before", 0), ("after", 200))
+    }
+    drawn = sheet.grid(rows, [f"a rather long title {i}" for i in range(13)])
+    boxes = drawn.info["boxes"]
+    assert [*boxes] == [*rows]
+    for name, row in rows.items():
+        assert [drawn.crop(b).tobytes() for b in boxes[name]] == [p.tobytes() for p in row]
+
+
 FONT = sheet.load_font(11)
 
 

@@ -29,11 +29,14 @@ class Reference:
 
 
 def content(room: Room) -> dict[str, bytes]:
-    """Every file of OUT and the cache by its path, less the two streams and the lock."""
+    """Every file of OUT and the cache by its path, less the streams, the page with its times, and
+    the lock.
+    """
+    but = {f"out/{name}" for name in ("log.jsonl", "events.jsonl", "report.html", ".lock")}
     files = {}
     for path in sorted(p for p in room.folder.rglob("*") if p.is_file()):
         name = str(path.relative_to(room.folder))
-        if not name.startswith("out/tensorboard/") and name not in ("out/log.jsonl", "out/.lock"):
+        if not name.startswith("out/tensorboard/") and name not in but:
             files[name] = path.read_bytes()
     return files
 
