@@ -642,8 +642,8 @@ def odd_learning(config: Config) -> list[tuple]:
         against.append((told and alone, f"{told} alone", f"{to} with it", "add that"))
     if config.optimizer == "prodigy":
         found, rate, ratio = "--optimizer prodigy", config.learning_rate, config.loraplus_lr_ratio
-        absent, far = not importlib.util.find_spec("prodigyopt"), not 0.01 <= rate <= 100
-        factor, one = "a factor of the rate that it finds, 0.01 to 100", "one rate for A and B"
+        absent, far = not importlib.util.find_spec("prodigyopt"), rate < 0.01
+        factor, one = "a factor of the rate that it finds, 0.01 to 10", "one rate for A and B"
         against += [
             (absent, f"{found}, and no package prodigyopt", "it", "pip install prodigyopt"),
             (far, f"{found} with --learning-rate {rate:g}", factor, "--learning-rate 1"),
