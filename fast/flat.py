@@ -1,4 +1,5 @@
-"""Everything that learns as one vector: one optimizer tensor, one exchange, one cast in a step.
+"""Everything that learns as one vector: one optimizer tensor, one exchange, one cast in a step; or
+as two, where A and B have rates of their own.
 
 The book's LoRA layers hold 1,120 small matrices. Stepping, casting and summing them one by one is
 thousands of kernels a step; as slices of one flat fp32 vector they are one each. The layers read

@@ -511,6 +511,7 @@ ELSEWHERE = {  # other trainers' names that are not like ours: ours
     "caption-tag-dropout-rate": "--tag-dropout",
     "save-every-n-steps": "--checkpointing-steps",
     "optimizer-type": "--optimizer prodigy, --use-8bit-adam",
+    "use-ema": "--ema-decay 0.99",
     "v-parameterization": "--prediction-type v_prediction",
     "pretrained-vae-model-name-or-path": "--vae",
     "xformers": "--attention xformers",

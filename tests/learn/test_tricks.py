@@ -19,9 +19,10 @@ from adapter_tools import answer, off, pipeline
 from adapters import files
 from conftest import ROOT, make_batch, make_unet
 from inputs import code, options
+from inputs.drawing import Options
 from inputs.files import Refusal
 from inputs.options import Config
-from keep import checkpoint, export, faster, identity
+from keep import checkpoint, drawing, export, faster, identity
 from learn import tricks
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -510,3 +511,13 @@ def test_the_memory_plan_counts_what_the_optimizer_keeps(tmp_path, monkeypatch, 
             counted += each.nbytes if torch.is_tensor(each) else 0
     planned = optimizer_bytes(kept.run.config, count)
     assert planned == pytest.approx(counted, rel=1e-3) and planned >= least * count
+
+
+def test_the_sheet_shows_the_running_mean_behind_the_last_step(tmp_path, monkeypatch):
+    kept = tiny_run.step(kept_run(tmp_path / "r", monkeypatch, ema_decay=0.9), 2)
+    export.export(kept)
+    export.export_ema(kept)
+    file = files.read(tmp_path / "r")
+    rows, name = drawing.rows_of(Options(str(tmp_path / "r"), compare=True), file)
+    assert list(rows) == ["before", "after", "running mean"] and name == "before-after.png"
+    assert rows["running mean"][0].about["ema_decay"] == "0.9"
