@@ -50,10 +50,12 @@ def diffusion_loss(
     schedule: model.NoiseSchedule,
     latent_scaling: tuple[float, float],
     snr_gamma: float = 0.0,
+    robust: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """The loss of each example, (B,) fp32: the mean squared error between the UNet's answer and its
     target, the noise (Ho et al. 2020, eq. 14) or v, each latent pixel weighted where the run has
-    masks, times the min-SNR weight. batch: as data.Examples.batch() gives it.
+    masks, times the min-SNR weight. batch: as data.Examples.batch() gives it; robust: what of the
+    squared errors (B, C, H, W) counts, with t and schedule, such as Huber's (learn/tricks.py).
     """
     (scaling_factor, shift_factor), t, noise = latent_scaling, batch["t"], batch["noise"]
     latent = batch["mean"] + batch["std"] * batch["eps"]  # (B, C, H, W): a sample of the posterior
@@ -62,6 +64,8 @@ def diffusion_loss(
     answer = model.predict(unet, x_t, batch)  # (B, C, H, W) fp32
     target = model.training_target(x0, noise, t, schedule)
     each = F.mse_loss(answer, target, reduction="none")  # (B, C, H, W)
+    if robust:
+        each = robust(each, t, schedule)
     if "mask" in batch:  # weights (B, 1, H, W) of mean 1, the same in all channels
         each = each * batch["mask"]
     return each.mean(dim=(1, 2, 3)) * snr_weight(t, schedule, snr_gamma)  # (B,)
@@ -84,7 +88,8 @@ def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor
 
 def learning_rate(step: int, config: Config) -> float:
     """The rate of step `step` (from 0): it rises over the warm-up, then stays, or falls along a
-    cosine to lr_end times itself, which it has one step after the schedule's last, and keeps.
+    line or a cosine to lr_end times itself, which it has one step after the schedule's last, and
+    keeps.
     """
     if step < config.lr_warmup_steps:
         return config.learning_rate * (step + 1) / config.lr_warmup_steps
@@ -92,7 +97,8 @@ def learning_rate(step: int, config: Config) -> float:
         return config.learning_rate
     done = (step - config.lr_warmup_steps) / max(1, config.schedule_steps - config.lr_warmup_steps)
     cosine = (1 + math.cos(math.pi * min(1, done))) / 2  # from 1 to 0
-    return config.learning_rate * (config.lr_end + (1 - config.lr_end) * cosine)
+    left = 1 - min(1, done) if config.lr_scheduler == "linear" else cosine
+    return config.learning_rate * (config.lr_end + (1 - config.lr_end) * left)
 
 
 @dataclass
@@ -293,7 +299,7 @@ def assemble(
     check_widths(unet, *examples.source.prompt(0))
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
-    adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
+    adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.alpha, config.seed)
     trained = lora.trained(unet)
     for matrix in trained.values():
         matrix.grad = torch.zeros_like(matrix)  # backward adds to it, in place

@@ -81,6 +81,22 @@ def train(data: Path, adapter: Path, what: dict) -> None:
         sys.exit(code)  # interrupted
 
 
+def pipeline(device: torch.device) -> diffusers.StableDiffusionXLPipeline:
+    """The small model in diffusers' hands, without bars."""
+    loader = diffusers.StableDiffusionXLPipeline.from_pretrained
+    pipe = loader(POCKET.pretrained_model_name_or_path, add_watermarker=False).to(device)
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def drawn(pipe, prompts: list[str], seeds: list[int], num_inference_steps: int) -> np.ndarray:
+    """(N, H, W, 3) uint8: each prompt at its seed, whose noise is the same on every device."""
+    dice = [torch.Generator().manual_seed(seed) for seed in seeds]
+    how = {"guidance_scale": POCKET.guidance_scale, "num_inference_steps": num_inference_steps}
+    images = pipe(prompts, generator=dice, output_type="np", **how).images
+    return (images * 255).round().astype(np.uint8)
+
+
 class Drawer:
     """Draws and measures the same prompts with every adapter."""
 
@@ -93,18 +109,13 @@ class Drawer:
         self.true = true_ink(options.work)[[names.index(name) for name in subjects]]
         new = [row["prompt"] for row in heldout["combinations"] for _ in range(4)]
         self.prompts = subjects + new
-        loader = diffusers.StableDiffusionXLPipeline.from_pretrained
-        self.pipe = loader(POCKET.pretrained_model_name_or_path, add_watermarker=False).to(DEVICE)
-        self.pipe.set_progress_bar_config(disable=True)
+        self.pipe = pipeline(DEVICE)
 
     def measures(self, seed: int) -> tuple[dict, np.ndarray]:
         """The measures, and the pictures for the sheet."""
         n, end = self.options.prompts, len(self.true)
         seeds = [seed + max(0, i - end) % 4 for i in range(len(self.prompts))]
-        dice = [torch.Generator().manual_seed(s) for s in seeds]
-        how = {"guidance_scale": 2.0, "num_inference_steps": self.options.num_inference_steps}
-        drawn = self.pipe(self.prompts, generator=dice, output_type="np", **how)
-        pictures = (drawn.images * 255).round().astype(np.uint8)  # (N, H, W, 3)
+        pictures = drawn(self.pipe, self.prompts, seeds, self.options.num_inference_steps)
         pairs = list(zip(pictures[:end], self.true, strict=True))
         l1 = [measure.pixel_l1(*pair) for pair in pairs]
         palettes = [measure.palette_distance(*pair) for pair in pairs[:n]]

@@ -63,10 +63,10 @@ def draw(adapter: Path, model: str, prompts: list[str], folder: Path, strength: 
     return [np.asarray(Image.open(path).convert("RGB")) for path in sorted(folder.glob("*.png"))]
 
 
-def true_ink(work: Path) -> np.ndarray:
-    """(N, H, W, 3) uint8: the true ink drawings, as drawings.read_subjects() has them."""
+def true_ink(work: Path, style: str = "ink") -> np.ndarray:
+    """(N, H, W, 3) uint8: the true drawings in a style, as drawings.read_subjects() has them."""
     ink = np.load(work / "ink.npz")["ink"][..., None] / 255.0
-    ground, pen = (np.array(colour, float) for colour in drawings.STYLES["ink"])
+    ground, pen = (np.array(colour, float) for colour in drawings.STYLES[style])
     return (ground * (1 - ink) + pen * ink).round().astype(np.uint8)
 
 

@@ -1,4 +1,5 @@
-"""Everything that learns as one vector: one optimizer tensor, one exchange, one cast in a step.
+"""Everything that learns as one vector: one optimizer tensor, one exchange, one cast in a step; or
+as two, where A and B have rates of their own.
 
 The book's LoRA layers hold 1,120 small matrices. Stepping, casting and summing them one by one is
 thousands of kernels a step; as slices of one flat fp32 vector they are one each. The layers read
@@ -21,6 +22,11 @@ QUANT_BLOCK = 256
 # Of an optimizer's state what is no number of any matrix: the count of steps, and what the 256
 # codes of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for each QUANT_BLOCK.
 SHARED = ("step", "qmap1", "qmap2")
+
+
+def shared(key: str, value) -> bool:
+    """Whether that is of all matrices at once: so is every number that is no tensor."""
+    return key in SHARED or not torch.is_tensor(value)
 
 
 def padded(count: int) -> int:
@@ -100,40 +106,45 @@ class Flat:
 
 
 class FlatMoments:
-    """The optimizer's state over a Flat's vector, read and written matrix by matrix, so that a
-    checkpoint knows of no vector. A matrix's 8-bit blocks end with it, so the slices are exact.
+    """The optimizer's state over the vectors of several Flats, read and written matrix by matrix,
+    so that a checkpoint knows of no vector. A matrix's 8-bit blocks end with it, so the slices are
+    exact.
     """
 
-    def __init__(self, flat: Flat, optimizer: torch.optim.Optimizer):
-        self.flat, self.state = flat, optimizer.state
+    def __init__(self, flats: list[Flat], optimizer: torch.optim.Optimizer):
+        self.flats, self.state = flats, optimizer.state
 
     def read(self) -> dict[str, dict]:
         """{name: what the optimizer keeps for that matrix}; empty before the first step."""
-        self.flat.check_tied()  # whoever saves what is no longer trained would not notice
-        kept = self.state.get(self.flat.vector, {})
-        parts = {key: self._of_each(key, value) for key, value in kept.items()}
-        return {name: {key: part[name] for key, part in parts.items()} for name in self.flat.shapes}
+        found = {}
+        for flat in self.flats:
+            flat.check_tied()  # whoever saves what is no longer trained would not notice
+            kept = self.state.get(flat.vector, {})
+            parts = {key: self._of_each(flat, key, value) for key, value in kept.items()}
+            for name in flat.shapes:
+                found[name] = {key: part[name] for key, part in parts.items()}
+        return found
 
     def write(self, moments: dict[str, dict]) -> None:
         """Put back what read() gave, here or of separate matrices."""
-        vector, kept = self.flat.vector, dict(next(iter(moments.values())))
-        for key, first in kept.items():
-            if key.startswith("qmap"):
-                kept[key] = first.to(vector.device)
-            elif key not in SHARED:
-                count = vector.numel() // (QUANT_BLOCK if key.startswith("absmax") else 1)
-                kept[key] = vector.detach().new_zeros(count, dtype=first.dtype)
-                if first.dtype == torch.uint8:  # padding is zero, for which code 0 does not stand
-                    kept[key].fill_(int(kept[f"qmap{key[-1]}"].abs().argmin()))
-                for name, part in self._of_each(key, kept[key]).items():
-                    part.copy_(moments[name][key])
-        if kept:
-            self.state[vector] = kept
+        for flat in self.flats:
+            vector, kept = flat.vector, dict(moments[next(iter(flat.shapes))])
+            for key, first in kept.items():
+                if key.startswith("qmap"):
+                    kept[key] = first.to(vector.device)
+                elif not shared(key, first):
+                    count = vector.numel() // (QUANT_BLOCK if key.startswith("absmax") else 1)
+                    kept[key] = vector.detach().new_zeros(count, dtype=first.dtype)
+                    if first.dtype == torch.uint8:  # padding is zero, for which code 0 stands not
+                        kept[key].fill_(int(kept[f"qmap{key[-1]}"].abs().argmin()))
+                    for name, part in self._of_each(flat, key, kept[key]).items():
+                        part.copy_(moments[name][key])
+            if kept:
+                self.state[vector] = kept
 
-    def _of_each(self, key: str, value) -> dict:
+    def _of_each(self, flat: Flat, key: str, value) -> dict:
         """For each matrix its part of `value`: all of it, its numbers, or one a block."""
-        flat = self.flat
-        if key in SHARED:
+        if shared(key, value):
             return dict.fromkeys(flat.shapes, value)
         if not key.startswith("absmax"):
             return flat.split(value)

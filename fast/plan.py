@@ -169,9 +169,15 @@ def fake_batch(config: Config, unet: UNet2DConditionModel) -> dict[str, Tensor]:
 
 def optimizer_bytes(config: Config, count: int) -> int:
     """AdamW's two moments of `count` numbers: fp32, or 8 bits and an fp32 factor for each 256, with
-    the two tables of 256 values that tell what the bits mean.
+    the two tables of 256 values that tell what the bits mean; Prodigy's four of fp32; and the
+    running mean, if there is one.
     """
-    return 2 * (count + 4 * count // 256 + 4 * 256) if config.use_8bit_adam else 2 * 4 * count
+    mean = 4 * count * bool(config.ema_decay)
+    if config.optimizer == "prodigy":
+        return mean + 4 * 4 * count
+    if config.use_8bit_adam:
+        return mean + 2 * (count + 4 * count // 256 + 4 * 256)
+    return mean + 2 * 4 * count
 
 
 class Rehearsal:

@@ -6,6 +6,7 @@ takes some ten seconds.
 import difflib
 import errno
 import functools
+import importlib.util
 import io
 import json
 import logging
@@ -179,6 +180,9 @@ class Config:
 
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
+    # Let it act with alpha / sqrt(rank) instead (rsLoRA). The files say alpha * sqrt(rank), so that
+    # every program draws what was trained.
+    use_rslora: bool = False
     # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
     # run's folder. A smaller rank is filled up, a larger one cut by SVD, with what is lost said.
     start_from: str = ""
@@ -198,14 +202,14 @@ class Config:
 
     # ---- Learning
 
-    # constant, as published, or a cosine down to --lr-end of the learning rate.
-    lr_scheduler: Literal["constant", "cosine"] = "constant"
+    # constant, as published, or a line or a cosine down to --lr-end of the learning rate.
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "constant"
     # Steps over which the learning rate rises from zero: Adam's first estimates are poor.
     lr_warmup_steps: Annotated[int, Within(0, 1e8)] = 0
-    # Steps of the cosine, warm-up included; 0 is --max-train-steps at the run's first start. A run
+    # Steps of that fall, warm-up included; 0 is --max-train-steps at the run's first start. A run
     # lengthened later keeps it and stays at its end: who plans to lengthen gives the whole length.
     lr_schedule_steps: Annotated[int, Within(0, 1e8)] = 0
-    # Where the cosine ends, as a share of the learning rate.
+    # Where it ends, as a share of the learning rate.
     lr_end: Annotated[float, Within(0, 1)] = 0.0
     # Keep AdamW's two moments in 8 bits (bitsandbytes): a quarter of the memory. Of every matrix:
     # bitsandbytes' own default keeps those under 4,096 numbers in 32 bits.
@@ -222,6 +226,36 @@ class Config:
     noise_offset: Annotated[float, Within(0, 1)] = 0.0
     # Share of examples trained without caption, so that guidance keeps something to move away from.
     caption_dropout: Annotated[float, Within(0, 1)] = 0.0
+
+    # ---- Learning otherwise, all off
+
+    # Of the timesteps cut into as many equal parts as an optimizer step has examples, give each
+    # example one from a part of its own, so that no step sees many alike.
+    stratified_timesteps: bool = False
+    # Draw timesteps as often in the middle as logit_normal says (SD3); none draws all alike.
+    weighting_scheme: Literal["none", "logit_normal"] = "none"
+    # Mean of the logit of the timestep's share of all: below 0 draws more of those with little
+    # noise.
+    logit_mean: Annotated[float, Within(-10, 10)] = 0.0
+    # Its standard deviation: smaller draws more of the middle.
+    logit_std: Annotated[float, Within(1e-2, 10)] = 1.0
+    # The squared error, or Huber's, to which large errors count less. The held-out loss is the
+    # squared error with either.
+    loss_type: Literal["l2", "huber"] = "l2"
+    # Which errors are large to Huber's: over --huber-c at each timestep (constant), or where there
+    # is little noise only over 1, from where it falls as sd-scripts' snr or exponential do.
+    huber_schedule: Literal["snr", "exponential", "constant"] = "snr"
+    # Where that ends at most noise.
+    huber_c: Annotated[float, Within(1e-4, 1)] = 0.1
+    # Keep the running mean of the adapter over the last 1 / (1 - decay) steps or so, and export it
+    # to OUT/ema besides; 0 is off, 0.99 to 0.999 usual.
+    ema_decay: Annotated[float, Within(0, 1 - 1e-6)] = 0.0
+    # The rate of every B, as a multiple of A's, which is --learning-rate (LoRA+); 1 is off, 16 its
+    # authors'.
+    loraplus_lr_ratio: Annotated[float, Within(1e-3, 1e3)] = 1.0
+    # adamw, or prodigy, which finds the rate by itself and takes --learning-rate 1 as a factor of
+    # it (pip install prodigyopt); its numbers have 32 bits.
+    optimizer: Literal["adamw", "prodigy"] = "adamw"
 
     # ---- Knowing when it is enough
 
@@ -331,6 +365,13 @@ class Config:
     def noise(self) -> tuple[str, str]:
         """What overrules the model's word on its noise, where it is not "auto"."""
         return self.prediction_type, self.zero_terminal_snr
+
+    @property
+    def alpha(self) -> float:
+        """What the files say: divided by the rank it is the adapter's scale, which of rsLoRA is
+        lora_alpha / sqrt(rank) (Kalajdzievski 2023, https://arxiv.org/abs/2312.03732).
+        """
+        return self.lora_alpha * (math.sqrt(self.lora_rank) if self.use_rslora else 1)
 
     @property
     def schedule_steps(self) -> int:
@@ -459,7 +500,6 @@ def of_file(name: str, words: list[str]) -> list[str]:
 
 ELSEWHERE = {  # other trainers' names that are not like ours: ours
     "cache-latents": "--cache, which is on",
-    "optimizer": "--use-8bit-adam",
     "network-dim": "--lora-rank",
     "lr": "--learning-rate",
     "unet-lr": "--learning-rate",
@@ -471,7 +511,8 @@ ELSEWHERE = {  # other trainers' names that are not like ours: ours
     "network-weights": "--start-from",
     "caption-tag-dropout-rate": "--tag-dropout",
     "save-every-n-steps": "--checkpointing-steps",
-    "optimizer-type": "--use-8bit-adam",
+    "optimizer-type": "--optimizer prodigy, --use-8bit-adam",
+    "use-ema": "--ema-decay 0.99",
     "v-parameterization": "--prediction-type v_prediction",
     "pretrained-vae-model-name-or-path": "--vae",
     "xformers": "--attention xformers",
@@ -585,6 +626,38 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
     refuse(troubles)
 
 
+# What makes a run learn otherwise by what learn/ plugs in, which the book's own lines do not have.
+OTHERWISE = ("stratified_timesteps", "weighting_scheme", "logit_mean", "logit_std", "loss_type")
+OTHERWISE += ("huber_schedule", "huber_c", "ema_decay", "loraplus_lr_ratio", "optimizer")
+
+
+def set_apart(config: Config, *names: str) -> list[str]:
+    """Those of the options `names` that are not as without them, as they are typed."""
+    other = [name for name in names if getattr(config, name) != getattr(Config, name)]
+    return [f"--{name.replace('_', '-')}" for name in other]
+
+
+def odd_learning(config: Config) -> list[tuple]:
+    """What cannot be of the options that make a run learn otherwise, as refuse_wrong() takes it."""
+    logit, huber = ("logit_mean", "logit_std"), ("huber_schedule", "huber_c")
+    needs = [(logit, "weighting_scheme", "logit_normal"), (huber, "loss_type", "huber")]
+    against = []
+    for names, option, value in needs:
+        alone, to = getattr(config, option) != value, f"--{option.replace('_', '-')} {value}"
+        told = " and ".join(set_apart(config, *names))
+        against.append((told and alone, f"{told} alone", f"{to} with it", "add that"))
+    if config.optimizer == "prodigy":
+        found, rate, ratio = "--optimizer prodigy", config.learning_rate, config.loraplus_lr_ratio
+        absent, far = not importlib.util.find_spec("prodigyopt"), rate < 0.01
+        factor, one = "a factor of the rate that it finds, 0.01 to 10", "one rate for A and B"
+        against += [
+            (absent, f"{found}, and no package prodigyopt", "it", "pip install prodigyopt"),
+            (far, f"{found} with --learning-rate {rate:g}", factor, "--learning-rate 1"),
+            (ratio != 1, f"{found} with --loraplus-lr-ratio", one, "leave one out"),
+        ]
+    return against
+
+
 def check(config: Config) -> Config:
     """`config` itself. Raises Refusal, naming all of it, for what cannot be or go together."""
     too_long = config.quick and config.recipe not in QUICK
@@ -618,6 +691,7 @@ def check(config: Config) -> Config:
         (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
         (held_out[1:], "--validation-share with --validation-data", "one", "leave one out"),
         (judged and not held_out, lone, "held-out pictures", "--validation-share 0.05 with it"),
+        *odd_learning(config),
     ]
     if config.plain:
         processes = int(os.environ.get("WORLD_SIZE", 1))  # set by torchrun
@@ -626,7 +700,7 @@ def check(config: Config) -> Config:
         held = " and ".join(name for name in left if os.path.exists(config.out / name))
         folder = f"--plain with {config.out}, which holds {held}"
         more = ("plan_for", "deterministic", "start_from", "compile", "quiet", *held_out)
-        more = " and ".join(f"--{n.replace('_', '-')}" for n in more if getattr(config, n))
+        more = " and ".join(set_apart(config, *more, *OTHERWISE))
         against += [
             (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),
             (nf4, "--plain with an NF4 base", "an unquantized one", "--base-quantization none"),

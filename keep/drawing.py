@@ -56,7 +56,10 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
         best = adapter_files.read(path) if path.is_file() else file  # of a run with a held-out loss
         if (step := best.about.get("steps")) != file.about.get("steps"):
             rows[f"step {step}, lowest held-out loss"] = (best, strength)
-        return rows | {after: (file, strength)}, "before-after.png"
+        rows[after] = (file, strength)
+        if (path := file.path.parent / "ema" / lora.FILE_NAME).is_file():
+            rows["running mean"] = (adapter_files.read(path), strength)
+        return rows, "before-after.png"
     return {"": (file, strength)}, ""
 
 

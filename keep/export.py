@@ -24,7 +24,7 @@ from learn.held_out import chosen
 
 
 @torch.no_grad()
-def export(kept, best: str = "") -> list[Path]:
+def export(kept, kind: str = "") -> list[Path]:
     """Write the adapter in both layouts, each where files_of() says, read each file back, and
     refuse if it is not what was trained. The UNet must be the book's: no fused layers, nothing
     compiled.
@@ -43,8 +43,9 @@ def export(kept, best: str = "") -> list[Path]:
     matrices = run.adapter.matrices()  # all that a file holds: what else has learned stays in place
     trained = {name: matrix.clone() for name, matrix in matrices.items()}
     answer = model.predict(run.unet, batch["noise"], batch)
-    for layout, path in files_of(config, best).items():
-        files.save(run.adapter, path, layout, dtype, about(kept))
+    for layout, path in files_of(config, kind).items():
+        told = {"ema_decay": str(config.ema_decay)} if kind == "ema" else {}
+        files.save(run.adapter, path, layout, dtype, about(kept) | told)
         for matrix in matrices.values():
             matrix.zero_()  # or a file that holds nothing would seem to hold everything
         files.load(run.adapter, files.read(path))
@@ -57,7 +58,19 @@ def export(kept, best: str = "") -> list[Path]:
             found = f"{path}, read back, gives another UNet (outputs differ by {off:.2e})"
             remedy = "check the disk, and the start's lines; what was trained is in checkpoints/"
             raise Refusal(found, "the trained one", remedy)
-    return list(files_of(config, best).values())
+    return list(files_of(config, kind).values())
+
+
+@torch.no_grad()
+def export_ema(kept) -> list[Path]:
+    """export() of the running mean into OUT/ema/, if the run has one. The last step's numbers,
+    which are exported already, are gone from the run then.
+    """
+    if not kept.run.config.ema_decay:
+        return []
+    for name, state in kept.moments.read().items():
+        kept.run.trained[name].copy_(state["ema"])
+    return export(kept, "ema")
 
 
 def export_best(kept) -> list[Path]:
@@ -75,11 +88,11 @@ def export_best(kept) -> list[Path]:
     return paths
 
 
-def files_of(config: Config, best: str = "") -> dict[str, Path]:
-    """Where the adapter is, or will be, in each layout; `best`: that of the step with the lowest
-    held-out loss.
+def files_of(config: Config, kind: str = "") -> dict[str, Path]:
+    """Where the adapter is, or will be, in each layout; of `kind` best that of the step with the
+    lowest held-out loss, of ema the running mean.
     """
-    out, name = config.out / best, f"{config.out.resolve().name}{best and '-best'}.safetensors"
+    out, name = config.out / kind, f"{config.out.resolve().name}{kind and f'-{kind}'}.safetensors"
     return {"peft": out / lora.FILE_NAME, "kohya": out / "kohya" / name}
 
 

@@ -19,6 +19,7 @@ from inputs import code
 from inputs.files import Refusal
 from inputs.options import Config
 from keep.checkpoint import PlainMoments
+from learn import tricks
 
 # Its modules are imported below, each where it is used. Without an origin, what is left of the
 # folder are files that Python compiled.
@@ -38,7 +39,7 @@ WRITTEN_FOR = {
     "loop.optimizer_step": "cb1b77caeff3635cdec4d407bb0f7119",
     "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
     "loop.step_batches": "522709fce811ad7922b1f39601d6cf0c",
-    "loop.diffusion_loss": "fdbca68008a9de5805803483f86befe1",
+    "loop.diffusion_loss": "1c479e87c9406e967b91a2ed2b7be1f1",
     "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
 }
 # What may mean each matrix by itself, and would mean the one vector instead.
@@ -155,19 +156,28 @@ def digests(config: Config) -> dict[str, str]:
     """Those of all code that makes this run's numbers, of an option that makes it another, too."""
     further = ["adapters.start.start", "adapters.start.nearest"] * bool(config.start_from)
     further += ["learn.held_out.split"] * bool(config.validation_share)
+    further += tricks.makers(config)
     if config.base_quantization == "nf4":
         further += [*nf4().MAKERS, "fast.nf4.linear_4bit"]
     return code.digests(further)
 
 
 def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
-    """Plug into `run`, fresh from loop.assemble(), what makes it the same run sooner.
+    """Plug into `run`, fresh from loop.assemble(), what its options ask of learn/, and what makes
+    it the same run sooner.
 
     say: is told of the recording of a step; unfused: why an earlier start of this run computed its
     layers by the book's lines, or "". Returns what reads and writes the optimizer's state by
     matrix, what was done in words, and `unfused` for the next start.
     """
+    tricks.plug_in(run)
+    parts = tricks.parts(run.config, run.trained)
+    run.optimizer = tricks.make_optimizer(run, [[*part.values()] for part in parts])
     moments, sums = PlainMoments(run.optimizer, run.trained), [m.grad for m in run.trained.values()]
+    why = edited(*MATRIX_BY_MATRIX) if fast else "there is no folder fast/"
+    if why and run.config.optimizer == "prodigy":  # matrix by matrix it waits for the GPU at each
+        found, remedy = f"--optimizer prodigy, and {why}", "--optimizer adamw, or put that back"
+        raise Refusal(found, "all matrices in one vector, which it needs", remedy)
     if not fast:
         return moments, "by the book's lines: no folder fast/", unfused
     from fast import compile, flat, layers, prefetch
@@ -180,14 +190,17 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
     if run.config.compile:
         compile.compile_resnets(run.unet)
-    if why := edited(*MATRIX_BY_MATRIX):
+    if why:
         said.append(f"matrix by matrix, since {why}")
-    else:  # all that learns in one vector
-        vector = flat.Flat(run.unet, run.trained)
-        run.trained = vector.views
-        run.optimizer = loop.make_optimizer(run.config, [vector.vector])
-        run.micro_step = vector.micro_step(run.micro_step)
-        moments, sums = flat.FlatMoments(vector, run.optimizer), [vector.vector.grad]
+    else:  # all that learns in one vector, or one for each rate
+        vectors = [flat.Flat(run.unet, part) for part in parts]
+        views = {name: view for each in vectors for name, view in each.views.items()}
+        run.trained = {name: views[name] for name in run.trained}
+        run.optimizer = tricks.make_optimizer(run, [[each.vector] for each in vectors])
+        for each in vectors:
+            run.micro_step = each.micro_step(run.micro_step)
+        moments = flat.FlatMoments(vectors, run.optimizer)
+        sums = [each.vector.grad for each in vectors]
     record(run, [*sums, run.loss_sum], say, said)
     if not (why := edited("loop.step_batches")):
         run.batches = prefetch.Prefetch(functools.partial(run.batches, share=team.share))

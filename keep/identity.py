@@ -12,7 +12,7 @@ from inputs.code import changed
 from inputs.drawing import check_base, header, of_run, public_name
 from inputs.files import Refusal, digest, place
 from inputs.one_file import HEADER, PREDICTS
-from inputs.options import Config
+from inputs.options import OTHERWISE, Config
 from inputs.sources import WHITE, Picture, read_datasets, ten
 from lora import AdapterFile
 from model import NoiseSchedule
@@ -187,7 +187,9 @@ def about(kept) -> dict[str, str]:
     """What an adapter's header says. Nothing that depends on the clock or on where the run lies."""
     config = kept.run.config
     # A run that is lengthened stays this run, and of a constant rate the schedule's length is none.
-    own = {k: v for k, v in kept.identity.items() if k != "lr_schedule_steps"}
+    # So do runs that began before there were OTHERWISE's options, which are off then.
+    later = {k: str(getattr(Config, k)) for k in (*OTHERWISE, "use_rslora")}
+    own = {k: v for k, v in kept.identity.items() if v != later.get(k) and k != "lr_schedule_steps"}
     told = {
         "base_model": public_name(config.pretrained_model_name_or_path),
         "base_fingerprint": kept.identity["base"],

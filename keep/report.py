@@ -297,7 +297,7 @@ def last_lines(config: Config) -> str:
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
     longer += " --no-stop-when-worse" * config.stop_when_worse
     anew = ""
-    if config.lr_scheduler == "cosine":  # its rate has fallen: to go on would learn next to nothing
+    if config.lr_scheduler != "constant":  # the rate has fallen: to go on would learn little
         longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"
         anew = ", from the start, since the rate has fallen"
     python = Path(sys.executable)  # as it is typed here: the one of .venv, say
@@ -329,7 +329,7 @@ def describe_rate(config: Config) -> str:
     run that outlasts its schedule; "" elsewhere.
     """
     steps, warmup = config.max_train_steps, config.lr_warmup_steps
-    turn = max(config.schedule_steps, warmup + 1) if config.lr_scheduler == "cosine" else steps
+    turn = max(config.schedule_steps, warmup + 1) if config.lr_scheduler != "constant" else steps
     ends = f"the learning rate ends at {learning_rate(steps - 1, config):.3g}"
     if steps < warmup:
         return f"{ends}: the run is shorter than its warm-up (--lr-warmup-steps {warmup})"

@@ -196,7 +196,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     team.leave()
     if team.first:
         say("saving the adapter")
-        for path in (*export.export(kept), *export.export_best(kept)):
+        for path in (*export.export(kept), *export.export_ema(kept), *export.export_best(kept)):
             say(f"saved, read back and compared: {path}")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
@@ -230,6 +230,7 @@ def step_and_save(kept: Kept, log: report.Log) -> None:
         # Before saving: a saved step is not done again, so its line would be missing if the run
         # were killed in between.
         rate = loop.learning_rate(step - 1, config)
+        rate *= run.optimizer.param_groups[0].get("d", 1)  # Prodigy's own
         log.write(run, loss, norm, rate, time.perf_counter() - began)
         judge.after_step()
         with log.timed("held-out loss", run):

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 import data
+import loop
 from inputs.blocks import cut
 from inputs.files import Refusal, digest
 from inputs.options import Config
@@ -115,13 +116,13 @@ class HeldOut(data.Examples):
 
     @torch.no_grad()
     def losses(self, run, team) -> list[float]:
-        """The held-out loss of each number, by the run's own loss; the same in all processes, each
-        of which computes its share of the passes.
+        """The held-out loss of each number, the squared error whatever loss is trained, so that
+        runs compare; the same in all processes, each of which computes its share of the passes.
         """
         device, found = run.unet.device, torch.zeros(self.t.size, device=run.unet.device)
         how = (run.schedule, run.latent_scaling, run.config.snr_gamma)
         for at in team.share(range(len(self.passes))):
             numbers = self.passes[at]
-            found[numbers] = run.loss(run.unet, self.batch(numbers, device), *how)
+            found[numbers] = loop.diffusion_loss(run.unet, self.batch(numbers, device), *how)
         team.all_reduce(found)
         return found.tolist()

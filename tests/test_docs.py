@@ -20,7 +20,8 @@ OTHERS = {
     "pip": {"--index-url"},
     "sd-scripts": {"--network_weights"},
     "sd-scripts' files of prompts": {"--n", "--d", "--w", "--h", "--s", "--l"},
-    "python -m": {"--help", "--steps", "--cap-gib", "--smoke"},  # benchmarks, pocket.build
+    # benchmarks, pocket.build
+    "python -m": {"--help", "--steps", "--cap-gib", "--smoke", "--variants"},
 }
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 

@@ -56,7 +56,7 @@ def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:
         flat = Flat(run.unet, run.trained)
         run.trained, run.optimizer = flat.views, loop.make_optimizer(run.config, [flat.vector])
         run.micro_step = flat.micro_step(run.micro_step)
-        kept.moments = FlatMoments(flat, run.optimizer)
+        kept.moments = FlatMoments([flat], run.optimizer)
     else:
         kept.moments = checkpoint.PlainMoments(run.optimizer, run.trained)
     return kept

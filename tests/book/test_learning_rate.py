@@ -1,4 +1,4 @@
-"""The learning rate of each step, in exact numbers: warm-up, constant, cosine, lr_end."""
+"""The learning rate of each step, in exact numbers: warm-up, constant, line, cosine, lr_end."""
 
 import math
 from dataclasses import replace
@@ -21,7 +21,7 @@ def test_constant_is_the_rate_itself_to_the_last_step():
     assert rates(lr_scheduler="constant") == [0.5] * 12
 
 
-@pytest.mark.parametrize("scheduler", ["constant", "cosine"])
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
 def test_warm_up_rises_in_equal_steps_never_zero_and_ends_at_the_whole_rate(scheduler):
     found = rates(lr_scheduler=scheduler, lr_warmup_steps=4)
     assert found[:5] == [0.125, 0.25, 0.375, 0.5, 0.5]
@@ -40,6 +40,14 @@ def test_cosine_without_an_end_falls_towards_zero():
     assert found[8] == pytest.approx(0.125, rel=1e-12)
     assert found[11] == pytest.approx(0.25 * (1 + math.cos(math.pi * 11 / 12)), rel=1e-12)
     assert found == sorted(found, reverse=True) and len(set(found)) == 12
+
+
+def test_linear_falls_in_equal_steps_from_the_whole_rate_to_its_end_and_stays_there():
+    found = rates(lr_scheduler="linear", lr_end=0.2, max_train_steps=14, lr_schedule_steps=12)
+    assert found[:12] == pytest.approx([0.5 - 0.4 * step / 12 for step in range(12)], rel=1e-12)
+    assert found[12:] == [0.5 * 0.2] * 2
+    warm = rates(lr_scheduler="linear", lr_end=0.0, lr_warmup_steps=4)
+    assert warm[4:] == pytest.approx([0.5 * (8 - step) / 8 for step in range(8)], rel=1e-12)
 
 
 def test_a_schedule_of_its_own_length_falls_as_a_run_of_that_length_and_stays_at_its_end():

@@ -123,7 +123,7 @@ def test_steps_and_state_are_those_of_separate_matrices_and_pass_from_one_to_the
             for name, each in kept.get("numbers", {}).items():
                 matrices[name].copy_(each)
         parameters = [flat.vector] if laid else list(trained.values())
-        build = (lambda o: FlatMoments(flat, o)) if laid else (lambda o: PlainMoments(o, trained))
+        build = (lambda o: FlatMoments([flat], o)) if laid else (lambda o: PlainMoments(o, trained))
         return matrices, parameters, build
 
     ends = []

@@ -29,7 +29,7 @@ from inputs import options as configuration
 from inputs.files import Refusal, refuse
 from inputs.options import RECIPES
 from keep import checkpoint, faster
-from runs import moved
+from runs import in_one, moved
 
 pytest_plugins = "forked"
 CPU = torch.device("cpu")
@@ -534,3 +534,19 @@ def test_held_out_pictures_are_shared_and_all_end_at_the_same_step(train_by, tmp
     for step, row in one["rows"].items():
         assert two["rows"][step][0] == pytest.approx(row[0], rel=1e-2)
     assert two["fits"] == pytest.approx(one["fits"], rel=1e-3) and len(one["fits"]) == 6
+
+
+@pytest.mark.slow
+def test_a_run_that_learns_otherwise_is_one_run_however_many_compute_it(train_by, tmp_path):
+    """Strata over the whole step, Huber's loss, two vectors with a rate each, and their mean."""
+    more = ("--stratified-timesteps", "--loss-type", "huber", "--ema-decay", "0.9")
+    more += ("--loraplus-lr-ratio", "4", "--no-use-8bit-adam", "--preview-steps", "0")
+    for name, size, cut in (("one", 1, 0), ("two", 2, 0), ("cut", 1, 1)):
+        words = ("--train-batch-size", "1", "--gradient-accumulation-steps", "4") * cut
+        done = train_by(size, name, *more, *words)
+        assert done.codes == [0] * size, done.said
+    want, means = moved(tmp_path / "one"), {}
+    for name in ("one", "two", "cut"):
+        assert (moved(tmp_path / name) - want).norm() <= 1e-3 * want.norm()
+        means[name] = in_one(lora.read(tmp_path / name / "ema").matrices)
+        assert (means[name] - means["one"]).norm() <= 1e-3 * want.norm()

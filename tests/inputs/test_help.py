@@ -39,6 +39,7 @@ def test_every_option_of_a_run_is_in_one_group_with_a_reason():
             "Adapter",
             "Steps",
             "Learning",
+            "Learning otherwise, all off",
         ),
         *("Knowing when it is enough", "Memory and speed", "Saving", "Drawing"),
     ]
