@@ -117,7 +117,7 @@ def test_a_run_ends_where_it_is_worse_if_that_is_asked_for(train, tmp_path, held
     worse(2)
     asked = (*QUICK, *held, "--validation-steps", "1", "--max-train-steps", "6")
     assert train("r", *asked, "--stop-when-worse") == 0
-    assert "done: 4 steps" in capsys.readouterr().out and len(log(tmp_path / "r")) == 4
+    assert "done: 4 of 6 steps" in capsys.readouterr().out and len(log(tmp_path / "r")) == 4
     assert train("r", *asked, "--stop-when-worse") == 0
     assert "is finished: 4 steps" in capsys.readouterr().out
     assert train("r", *asked) == 0  # without it the run goes on to its end

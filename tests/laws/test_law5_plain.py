@@ -92,11 +92,13 @@ def test_the_first_gradient_is_the_books(train):
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_in_half_precision_it_is_as_near_the_exact_one_as_the_books(train, precision):
     """The small model's is off by 0.5 % in fp16 and 5 % in bf16, whoever computes it. (The full
-    model's against the book's, on a GPU: benchmarks/exactness.py.)
+    model's against the book's, on a GPU: benchmarks/exactness.py.) It is one draw of rounding
+    errors, which depend on a CPU's kernels: the product's were 0.94 to 1.41 times the book's, in
+    bf16 and fp16, with AMX and without.
     """
     exact = first_gradient(train, "fp32", False)
     book, product = (first_gradient(train, precision, fast) for fast in (False, True))
-    assert 0 < (product - exact).norm() <= 1.1 * (book - exact).norm()
+    assert 0 < (product - exact).norm() <= 1.5 * (book - exact).norm()
 
 
 def plain_run(config) -> loop.Run:
