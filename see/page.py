@@ -102,7 +102,7 @@ def pairs_of(out: Path, previews: dict, troubles: dict[str, str]) -> list[tuple]
     return [(k[1], labels[0], before[k], labels[1], after[k]) for k in before if k in after]
 
 
-@functools.lru_cache(4096)  # a run draws a picture once, and makes its page at every save
+@functools.lru_cache(1024)  # a run draws a picture once, and makes its page at every save
 def webp(path: Path, changed: int, box: tuple | None, side: int) -> bytes:
     """A picture, or its part in `box`, at most `side` pixels wide and high."""
     with Image.open(path) as image:

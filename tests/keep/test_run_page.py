@@ -78,6 +78,7 @@ def test_an_error_of_the_page_is_said_once_and_costs_no_byte(train, tmp_path, mo
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_preview_that_is_not_drawn_is_told_on_the_page(train, tmp_path, monkeypatch):
     monkeypatch.setattr("generate.sample", lambda *_: 1 / 0)
     assert train("r", *SHOWN) == 0
@@ -86,6 +87,7 @@ def test_a_preview_that_is_not_drawn_is_told_on_the_page(train, tmp_path, monkey
     )
 
 
+@pytest.mark.slow
 def test_what_ended_a_run_is_told_on_its_page(train, tmp_path, monkeypatch):
     fit = training.loop.fit
 
