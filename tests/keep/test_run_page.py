@@ -123,6 +123,15 @@ def test_on_a_gpu_its_name_and_memory_are_told(tmp_path, monkeypatch):
     ]
 
 
+def test_a_full_disk_ends_no_run_for_the_sake_of_what_is_said(tmp_path, capsys):
+    config = training.Config(output_dir=str(tmp_path), tensorboard=False)
+    with training.report.Log(config, 0) as told:
+        told.events.close()
+        told.events = open("/dev/full", "ab", 0)
+        told.say(1, "no preview")
+    assert "no preview\n" in capsys.readouterr().out
+
+
 def test_the_first_of_several_processes_makes_it_and_plain_makes_none(train, tmp_path):
     training.report.write_page(training.Config(output_dir=str(tmp_path)), first=False)
     with training.report.Log(training.Config(output_dir=str(tmp_path)), 0, speaks=False) as told:
