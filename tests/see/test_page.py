@@ -328,6 +328,8 @@ def address(tmp_path_factory) -> str:
     """A page with all that there can be, and with hostile prompts, captions and names."""
     out = made(tmp_path_factory.mktemp("run") / "r", ("a fox", HOSTILE, "a house"), trigger=HOSTILE)
     next((out / "pictures").glob("000040-00-*")).unlink()  # a preview that was not drawn
+    cut = next((out / "pictures").glob("000060-02-*"))
+    cut.write_bytes(cut.read_bytes()[:-40])
     return page.write(out).as_uri()
 
 
@@ -484,6 +486,6 @@ def test_without_javascript_all_is_there(chromium, address):
     assert len(boxes) == 6
     for a, b in zip(boxes[::2], boxes[1::2], strict=True):
         assert a["x"] + a["width"] <= b["x"] and a["width"] > 50
-    assert window.locator(".grid img:visible").count() == 14
+    assert window.locator(".grid img:visible").count() == 15 - 2
     assert window.locator("input:visible, .large:visible").count() == 0
     context.close()
