@@ -285,7 +285,7 @@ def contents(out: Path) -> dict:
         if "phase" in each:
             took[each["phase"]] = took.get(each["phase"], 0) + each["seconds"]
     skipped = rows[-1]["skipped"] if rows else 0
-    said += [f"{skipped} steps skipped: their gradient overflowed in fp16"] * bool(skipped)
+    said += [f"steps skipped, since a gradient overflowed in fp16: {skipped}"] * bool(skipped)
     sizes, fits = [{}, *metrics.get("sizes", {}).values()][-1], metrics.get("fits", {})
     bars = {
         "Time": shares(took, lambda s: clock(s) if s > 60 else f"{s:.1f} s"),

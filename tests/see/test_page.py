@@ -99,7 +99,7 @@ def test_it_holds_all_that_a_run_has_left(tmp_path):
         "encoding1:15",
         "previews3.0 s",
         "2 cut at the tokenizer's length",
-        "1 steps skipped: their gradient overflowed in fp16",
+        "steps skipped, since a gradient overflowed in fp16: 1",
         "up_blocks.024.0%",
         "odd.png1.50",
         "--checkpointing-steps 20200",
