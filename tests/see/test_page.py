@@ -315,7 +315,7 @@ def chromium():
     names = (os.environ.get("CHROME") or "chromium chromium-browser google-chrome").split()
     found = [path for path in map(shutil.which, names) if path]
     if not found:
-        pytest.skip(f"no Chromium: $CHROME is not set, and the PATH has none of {', '.join(names)}")
+        pytest.skip(f"no Chromium: $CHROME, or the PATH, has no {' or '.join(names)}")
     as_root = ["--no-sandbox"] * (os.geteuid() == 0)
     with playwright.sync_playwright() as driver:
         browser = driver.chromium.launch(executable_path=found[0], args=as_root)
