@@ -53,12 +53,11 @@ class Log:
         # are corrected for their start, as TensorBoard's smoothing is.
         self.steps, self.loss, self.seconds = config.max_train_steps, EMA(0.02), EMA(0.1)
         if not speaks:
-            self.file = self.events = open(os.devnull, "w")
+            self.file, self.events = open(os.devnull, "w"), open(os.devnull, "wb", 0)
             self.bar = tqdm(disable=True)
             return
-        self.file, self.events = (
-            open(going_on(config.out / name, start), "a") for name in (page.LOG, page.EVENTS)
-        )
+        self.file = open(going_on(config.out / page.LOG, start), "a")
+        self.events = open(going_on(config.out / page.EVENTS, start), "ab", 0)
         self.bar = progress(None, "training", config.max_train_steps, start, leave=True, every=50)
         if config.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -71,9 +70,8 @@ class Log:
 
     def __exit__(self, _, error, __) -> None:
         threading.excepthook = self.hook
-        if isinstance(error, Exception):  # as far as the disk allows
-            with contextlib.suppress(OSError):
-                self.event(self.step, said=f"the run ended: {in_words(error)}")
+        if isinstance(error, Exception):
+            self.event(self.step, said=f"the run ended: {in_words(error)}")
             write_page(self.config, self.speaks)
         self.bar.close()
         self.file.close()
@@ -111,8 +109,9 @@ class Log:
         self.bar.update()
 
     def event(self, step: int, **told) -> None:
-        """Note what is not of a step, for the run's page."""
-        print(json.dumps({"step": step} | told), file=self.events, flush=True)
+        """Note what is not of a step, for the run's page; for its sake no run ends."""
+        with contextlib.suppress(OSError):  # a full disk, on which the log's next line ends it
+            self.events.write(json.dumps({"step": step} | told).encode() + b"\n")
 
     def say(self, step: int, said: str) -> None:
         tqdm.write(said)

@@ -102,7 +102,7 @@ def pairs_of(out: Path, previews: dict, troubles: dict[str, str]) -> list[tuple]
     return [(k[1], labels[0], before[k], labels[1], after[k]) for k in before if k in after]
 
 
-@functools.lru_cache(4096)  # a run draws a picture once, and makes its page at every save
+@functools.lru_cache(1024)  # a run draws a picture once, and makes its page at every save
 def webp(path: Path, changed: int, box: tuple | None, side: int) -> bytes:
     """A picture, or its part in `box`, at most `side` pixels wide and high."""
     with Image.open(path) as image:
@@ -285,7 +285,7 @@ def contents(out: Path) -> dict:
         if "phase" in each:
             took[each["phase"]] = took.get(each["phase"], 0) + each["seconds"]
     skipped = rows[-1]["skipped"] if rows else 0
-    said += [f"{skipped} steps skipped: their gradient overflowed in fp16"] * bool(skipped)
+    said += [f"steps skipped, since a gradient overflowed in fp16: {skipped}"] * bool(skipped)
     sizes, fits = [{}, *metrics.get("sizes", {}).values()][-1], metrics.get("fits", {})
     bars = {
         "Time": shares(took, lambda s: clock(s) if s > 60 else f"{s:.1f} s"),

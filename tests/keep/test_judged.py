@@ -70,6 +70,9 @@ def test_when_and_how_often_it_is_measured_changes_no_bit(train, tmp_path, held,
     told = metrics(tmp_path / "often")
     assert [*told["rows"]] == ["1", "2", "3", "4"] and len(told["held_out"]) == 4
     assert all(len(row) == 6 and row[0][1] > 0 for row in told["rows"].values())
+    losses = told["losses"]
+    gain = {step: losses[step] - losses["0"] for step in told["rows"]}
+    assert gain == pytest.approx({step: row[0][0] for step, row in told["rows"].items()})
     assert set(told["fits"]) <= {json.loads(row)["file_name"] for row in ink_rows(6)}
     sizes = told["sizes"]
     assert set(sizes["0"].values()) == {0} and [*sizes] == ["0", "1", "2", "3", "4"]

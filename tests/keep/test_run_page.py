@@ -78,6 +78,7 @@ def test_an_error_of_the_page_is_said_once_and_costs_no_byte(train, tmp_path, mo
     assert losses[0] == losses[1]
 
 
+@pytest.mark.slow
 def test_a_preview_that_is_not_drawn_is_told_on_the_page(train, tmp_path, monkeypatch):
     monkeypatch.setattr("generate.sample", lambda *_: 1 / 0)
     assert train("r", *SHOWN) == 0
@@ -86,6 +87,7 @@ def test_a_preview_that_is_not_drawn_is_told_on_the_page(train, tmp_path, monkey
     )
 
 
+@pytest.mark.slow
 def test_what_ended_a_run_is_told_on_its_page(train, tmp_path, monkeypatch):
     fit = training.loop.fit
 
@@ -119,6 +121,15 @@ def test_on_a_gpu_its_name_and_memory_are_told(tmp_path, monkeypatch):
         {"step": 7, "phase": "start", "seconds": 3.0},
         {"step": 7, "card": "Tesla T4", "gib": 15.0},
     ]
+
+
+def test_a_full_disk_ends_no_run_for_the_sake_of_what_is_said(tmp_path, capsys):
+    config = training.Config(output_dir=str(tmp_path), tensorboard=False)
+    with training.report.Log(config, 0) as told:
+        told.events.close()
+        told.events = open("/dev/full", "ab", 0)
+        told.say(1, "no preview")
+    assert "no preview\n" in capsys.readouterr().out
 
 
 def test_the_first_of_several_processes_makes_it_and_plain_makes_none(train, tmp_path):
