@@ -9,6 +9,7 @@ its error by leaving out one step after another; and the same of the step's loss
 """
 
 import json
+import shlex
 import sys
 import tempfile
 from dataclasses import dataclass
@@ -55,8 +56,8 @@ def gradients(words: list[str], steps: int) -> tuple[torch.Tensor, np.ndarray]:
             run.micro_step(run, batch)
         found.append(torch.cat([each.grad.flatten() for each in run.trained.values()]))
         losses.append(run.loss_sum.item())
-    all_of_them = torch.stack(found).double()
-    return all_of_them @ all_of_them.T, np.array(losses)
+    all_of_them = torch.stack(found)
+    return (all_of_them @ all_of_them.T).double(), np.array(losses)
 
 
 def variance(products: torch.Tensor) -> float:
@@ -92,11 +93,13 @@ def main(argv: list[str] | None = None) -> None:
     other = {name: each for name, each in found.items() if name != "independent"}
     mean = products.sum().item() / given.steps**2
     result = {
-        "command": " ".join(["python -m benchmarks.strata", *(argv or sys.argv[1:])]),
+        "command": f"python -m benchmarks.strata {shlex.join(argv or sys.argv[1:])}",
         "on": cpu(),
         "torch": torch.__version__,
         "steps": given.steps,
-        "variance of independent draws / squared length of the mean": variance(products) / mean,
+        "variance of independent draws / squared length of the mean": round(
+            variance(products) / mean, 2
+        ),
         "variance / independent's, and error": {
             name: ratio(each, products) for name, (each, _) in other.items()
         },
