@@ -91,14 +91,11 @@ def learning_rate(step: int, config: Config) -> float:
     line or a cosine to lr_end times itself, which it has one step after the schedule's last, and
     keeps.
     """
-    if step < config.lr_warmup_steps:
-        return config.learning_rate * (step + 1) / config.lr_warmup_steps
-    if config.lr_scheduler == "constant":
-        return config.learning_rate
-    done = (step - config.lr_warmup_steps) / max(1, config.schedule_steps - config.lr_warmup_steps)
-    cosine = (1 + math.cos(math.pi * min(1, done))) / 2  # from 1 to 0
-    left = 1 - min(1, done) if config.lr_scheduler == "linear" else cosine
-    return config.learning_rate * (config.lr_end + (1 - config.lr_end) * left)
+    if step < (warmup := config.lr_warmup_steps):
+        return config.learning_rate * (step + 1) / warmup
+    done = min(1, (step - warmup) / max(1, config.schedule_steps - warmup))
+    left = {"constant": 1, "linear": 1 - done, "cosine": (1 + math.cos(math.pi * done)) / 2}
+    return config.learning_rate * (config.lr_end + (1 - config.lr_end) * left[config.lr_scheduler])
 
 
 @dataclass

@@ -17,7 +17,7 @@ import model
 import tiny_run
 from adapter_tools import answer, off, pipeline
 from adapters import files
-from conftest import ROOT, make_batch, make_unet
+from conftest import make_batch, make_unet
 from inputs import code, options
 from inputs.drawing import Options
 from inputs.files import Refusal
@@ -459,45 +459,7 @@ def test_off_they_leave_a_files_header_as_it_was(tmp_path, monkeypatch):
     assert header(use_rslora=True)[0] != now
 
 
-# ---- functions of the book that an option has widened --------------------------------------------
-
-UNDONE = [  # what options have added to loop.py
-    ("    robust: Callable[..., Tensor] | None = None,\n", ""),
-    ("    if robust:\n        each = robust(each, t, schedule)\n", ""),
-    ('    left = 1 - min(1, done) if config.lr_scheduler == "linear" else cosine\n', ""),
-    ("(1 - config.lr_end) * left", "(1 - config.lr_end) * cosine"),
-    (
-        "config.lora_rank, config.alpha, config.seed",
-        "config.lora_rank, config.lora_alpha, config.seed",
-    ),
-]
-
-
-def test_a_run_that_began_before_a_function_was_widened_goes_on(tmp_path):
-    """Without what was added each is the old function to the digest, and with what was added, and
-    the option off, its numbers are the old ones.
-    """
-    text, names = (ROOT / "loop.py").read_text(), ("assemble", "diffusion_loss", "learning_rate")
-    for new, old in UNDONE:
-        assert text.count(new) == 1
-        text = text.replace(new, old)
-    (tmp_path / "loop.py").write_text(text)
-    now = {name: code.of_one(ROOT, f"loop.{name}") for name in names}
-    then = {name: code.of_one(tmp_path, f"loop.{name}") for name in names}
-    assert code.WIDENED == {then[name]: now[name] for name in names}
-    assert code.changed(now, then) == [] and code.changed(then, now) == sorted(names)
-    assert code.changed({"a": "edited"}, {"a": then["assemble"]}) == ["a"]
-    before = {"__name__": "before"}
-    exec(compile(text, "loop.py", "exec"), before)
-    for recipe in options.RECIPES.values():
-        for kind in ("constant", "cosine"):
-            config = replace(recipe[1], lr_scheduler=kind, lr_warmup_steps=3)
-            old = [before["learning_rate"](s, config) for s in range(0, 1200, 7)]
-            assert old == [loop.learning_rate(s, config) for s in range(0, 1200, 7)]
-        assert recipe[1].alpha is recipe[1].lora_alpha
-    batch, how = make_batch(2) | {"mask": torch.rand(2, 1, 8, 8)}, (SCHEDULE, (0.13, 0.0), 5.0)
-    old = before["diffusion_loss"](make_unet(), batch, *how)
-    assert torch.equal(old, loop.diffusion_loss(make_unet(), batch, *how))
+# ---- memory and the sheet -----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("way", "least"), [("Prodigy and EMA", 20), ("LoRA+", 8), ("EMA", 6)])
