@@ -288,21 +288,22 @@ def assemble(
     examples: data.Examples,
     schedule: model.NoiseSchedule,
     latent_scaling: tuple[float, float],
+    inject: Callable = lora.inject,
 ) -> Run:
-    """A run at its first step, from a bare UNet and the examples."""
+    """A run at its first step, from a bare UNet, the examples, and what puts an adapter into it."""
     check_widths(unet, *examples.source.prompt(0))
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
-    adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
+    adapter = inject(unet, lora.TARGETS, config.lora_rank, config.lora_alpha, config.seed)
     trained = lora.trained(unet)
     for matrix in trained.values():
         matrix.grad = torch.zeros_like(matrix)  # backward adds to it, in place
     fp16 = unet.dtype == torch.float16  # bf16 has fp32's range and needs no loss scale
     loss_scale = LossScale(enabled=fp16, value=2.0**16 if fp16 else 1.0)
-    scale_on_device, loss_sum = torch.zeros(2, device=unet.device)
     optimizer = make_optimizer(config, list(trained.values()))
-    parts = (unet, adapter, trained, examples, schedule, latent_scaling)
-    return Run(config, *parts, loss_scale, scale_on_device, loss_sum, optimizer)
+    parts = (unet, adapter, trained, examples, schedule, latent_scaling, loss_scale)
+    # the two zeros: scale_on_device and loss_sum
+    return Run(config, *parts, *torch.zeros(2, device=unet.device), optimizer)
 
 
 def train_plain(config: Config) -> None:

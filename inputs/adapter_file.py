@@ -50,15 +50,18 @@ def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str
     return matrices, rank, alpha_of_header(path, about.get("lora_adapter_metadata"), rank), about
 
 
-def check_keys(path: Path, tensors: dict[str, Tensor], pattern: str) -> None:
+def check_keys(
+    path: Path, tensors: dict[str, Tensor], pattern: str, allowed: tuple[str, ...] = ()
+) -> None:
     """Raise Refusal, naming the first, for keys of another model, of more than the UNet's LoRA, and
-    not of the file's layout; and for none at all.
+    not of the file's layout; and for none at all. allowed: those of KINDS that are read.
     """
     if not tensors:
         raise Refusal(f"{path} holds no tensors", "an adapter", WHOLE)
     keys = {f"{key} {tuple(tensor.shape)}": key for key, tensor in tensors.items()}
     for kind, mark in KINDS.items():
-        if theirs := [key for shaped, key in keys.items() if re.search(mark, shaped)]:
+        theirs = [key for shaped, key in keys.items() if re.search(mark, shaped)]
+        if theirs and kind not in allowed:
             found = f"{path} holds {kind}, since it has {len(theirs)} keys such as {theirs[0]}"
             remedy = "use an adapter of SDXL's UNet alone, without DoRA, LoHa or LoKr"
             raise Refusal(found, "plain LoRA of SDXL's UNet and nothing else", remedy)

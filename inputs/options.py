@@ -177,6 +177,16 @@ class Config:
 
     # ---- Adapter
 
+    # Which layers are adapted: attention (560 of SDXL's), transformer (with feed-forward, proj_in
+    # and proj_out kohya's 722), all (with the 3x3 convolutions), or regular expressions, each of
+    # which is found in a layer's name, such as up_blocks.*attn2.
+    targets: tuple[str, ...] = ("attention",)
+    # Other ranks of some layers, such as mid_block=32: a regular expression that is found in their
+    # names, and a rank. alpha stays.
+    rank_pattern: tuple[str, ...] = ()
+    # LoRA or a relative, on Linear layers: dora (magnitude and direction apart), loha (an
+    # element-wise product of two), lokr (Kronecker's product: far fewer numbers).
+    adapter: Literal["lora", "dora", "loha", "lokr"] = "lora"
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
     # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
@@ -580,6 +590,39 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
     refuse(troubles)
 
 
+def relatives(config: Config) -> list[str]:
+    """The options by which the adapter is another than the book's."""
+    names = ("adapter", "targets", "rank_pattern")
+    return [name for name in names if getattr(config, name) != getattr(Config, name)]
+
+
+def check_adapter(config: Config) -> list[tuple]:
+    """What is wrong with the adapter's options, as refuse_wrong() takes it."""
+    wrong = next((pair for pair in config.rank_pattern if not ranked(pair)), "")
+    unread = next((word for word in config.targets if not readable(word)), "")
+    other = config.start_from and " ".join(f"--{n.replace('_', '-')}" for n in relatives(config))
+    return [
+        (not config.targets, "--targets without any", "one or more", "--targets attention"),
+        (unread, f"--targets {unread}", "a regular expression", "--targets attention"),
+        (wrong, f"--rank-pattern {wrong}", "NAME=RANK, 1 to 640", "--rank-pattern mid_block=32"),
+        (other, f"--start-from with {other}", "LoRA on attention", "leave one out"),
+    ]
+
+
+def readable(pattern: str) -> bool:
+    """Whether it is a regular expression."""
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
+
+
+def ranked(pair: str) -> bool:
+    """Whether it is a regular expression, = and a rank."""
+    name, _, rank = pair.rpartition("=")
+    return bool(name) and readable(name) and rank.isdecimal() and 1 <= int(rank) <= 640
+
+
 def check(config: Config) -> Config:
     """`config` itself. Raises Refusal, naming all of it, for what cannot be or go together."""
     too_long = config.quick and config.recipe not in QUICK
@@ -610,6 +653,7 @@ def check(config: Config) -> Config:
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (odd, f"resolution {sides}", units, f"--resolution {good}"),
         (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
+        *check_adapter(config),
         (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
         (held_out[1:], "--validation-share with --validation-data", "one", "leave one out"),
         (judged and not held_out, lone, "held-out pictures", "--validation-share 0.05 with it"),
@@ -620,7 +664,15 @@ def check(config: Config) -> Config:
         left = ("checkpoints", "finished.json", "pytorch_lora_weights.safetensors")
         held = " and ".join(name for name in left if os.path.exists(config.out / name))
         folder = f"--plain with {config.out}, which holds {held}"
-        more = ("plan_for", "deterministic", "start_from", "compile", "quiet", *held_out)
+        more = (
+            "plan_for",
+            "deterministic",
+            "start_from",
+            "compile",
+            "quiet",
+            *held_out,
+            *relatives(config),
+        )
         more = " and ".join(f"--{n.replace('_', '-')}" for n in more if getattr(config, n))
         against += [
             (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),

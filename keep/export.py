@@ -12,7 +12,7 @@ import torch
 
 import lora
 import model
-from adapters import files
+from adapters import files, foreign, kinds
 from inputs import code
 from inputs.files import Refusal, place, sweep_parts, write_whole
 from inputs.options import Config
@@ -33,7 +33,7 @@ def export(kept, best: str = "") -> list[Path]:
     rounded numbers, the answer within 2e-3 of its own length.
     """
     run, config = kept.run, kept.run.config
-    if not any(layer.lora_B.any() for layer in run.adapter.layers.values()):
+    if not kinds.moved(run.adapter):
         found = "the adapter did not move: every B is zero, as at its start"
         remedy = "a higher --learning-rate or more --max-train-steps"
         remedy += f" ({run.loss_scale.skipped} steps were skipped)"
@@ -47,7 +47,7 @@ def export(kept, best: str = "") -> list[Path]:
         files.save(run.adapter, path, layout, dtype, about(kept))
         for matrix in matrices.values():
             matrix.zero_()  # or a file that holds nothing would seem to hold everything
-        files.load(run.adapter, files.read(path))
+        foreign.put_back(run.adapter, path)
         again = model.predict(run.unet, batch["noise"], batch)
         off = ((again - answer).norm() / answer.norm()).item()
         same = all(matrices[n].equal(each.to(dtype).float()) for n, each in trained.items())
@@ -69,7 +69,7 @@ def export_best(kept) -> list[Path]:
     run.step = kept.judge.best or last  # which the files' headers tell
     found, paths = folder_of(run) / lora.FILE_NAME, []
     if kept.judge.best and found.is_file():
-        files.load(run.adapter, files.read(found))
+        foreign.put_back(run.adapter, found)
         paths = export(kept, "best")
     run.step = last
     return paths

@@ -36,6 +36,9 @@ MAY_CHANGE = {
     *("shuffle_tags", "keep_tags", "tag_dropout", "caption_variants"),
     *("start_from", "any_base", "upscale"),  # which only says no
 }
+# Of these a run's digest tells only where they act, so that the files of older runs stay as they
+# are.
+YOUNGER = ("adapter", "targets", "rank_pattern")
 CHANGED = "changed in picture, mask, weight or caption"
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 
@@ -187,7 +190,8 @@ def about(kept) -> dict[str, str]:
     """What an adapter's header says. Nothing that depends on the clock or on where the run lies."""
     config = kept.run.config
     # A run that is lengthened stays this run, and of a constant rate the schedule's length is none.
-    own = {k: v for k, v in kept.identity.items() if k != "lr_schedule_steps"}
+    usual = {k: str(getattr(Config, k)) for k in YOUNGER}
+    own = {k: v for k, v in kept.identity.items() if k != "lr_schedule_steps" and v != usual.get(k)}
     told = {
         "base_model": public_name(config.pretrained_model_name_or_path),
         "base_fingerprint": kept.identity["base"],
