@@ -221,7 +221,7 @@ def rescaled(W: Tensor, update: Tensor, m: Tensor) -> Tensor:
     V, axis = W + update, int(len(m) == 1 < len(W))  # which one is kept
     across = [i for i in range(V.ndim) if i != axis]
     m = m.view([-1 if i == axis else 1 for i in range(V.ndim)])
-    return m * V / V.norm(dim=across, keepdim=True) - W
+    return m * V / torch.linalg.vector_norm(V, dim=across, keepdim=True) - W
 
 
 def shape_of(layer: nn.Module) -> tuple[int, ...]:

@@ -21,7 +21,8 @@ WHOLE = "use a whole adapter file that is not quantised"
 KINDS = {
     "a LoRA of Flux": r"(single|double)_blocks|single_transformer_blocks",
     "a LoRA of Stable Diffusion 3 or Qwen-Image": r"joint_blocks|\btransformer_blocks\.\d+\.attn\.",
-    "a LoRA of a transformer, such as Wan": r"^transformer\.|^diffusion_model\.(blocks|layers)\.",
+    "a LoRA of a transformer, such as Wan": r"^transformer\.|^(diffusion_model|lora_unet)[._]"
+    r"(blocks|layers)[._]",
     "a LoRA of Stable Diffusion 1 or 2": r"(up_blocks[._]3|output_blocks[._]9).*attn2[._]to_k.* "
     r"\(\d+, (768|1024)\)",
     "a whole model, not an adapter": r"^model\.diffusion_model\.|^(first_stage|conditioner)",
