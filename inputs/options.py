@@ -187,6 +187,9 @@ class Config:
     # LoRA or a relative, on Linear layers: dora (magnitude and direction apart), loha (an
     # element-wise product of two), lokr (Kronecker's product: far fewer numbers).
     adapter: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    # Save another kind as LoRA of this rank, too, in OUT/as-lora, for programs that read LoRA
+    # alone; what is lost is said. 0 does not.
+    as_lora: Annotated[int, Within(0, 640)] = 0
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
     # Begin with an adapter's numbers instead of at zero: a file in PEFT, kohya or SGM keys, or a
@@ -605,6 +608,12 @@ def check_adapter(config: Config) -> list[tuple]:
         (not config.targets, "--targets without any", "one or more", "--targets attention"),
         (unread, f"--targets {unread}", "a regular expression", "--targets attention"),
         (wrong, f"--rank-pattern {wrong}", "NAME=RANK, 1 to 640", "--rank-pattern mid_block=32"),
+        (
+            config.as_lora and config.adapter == "lora",
+            "--as-lora of LoRA",
+            "another",
+            "leave it out",
+        ),
         (other, f"--start-from with {other}", "LoRA on attention", "leave one out"),
     ]
 

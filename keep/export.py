@@ -12,7 +12,7 @@ import torch
 
 import lora
 import model
-from adapters import files, foreign, kinds
+from adapters import files, foreign, kinds, start
 from inputs import code
 from inputs.files import Refusal, place, sweep_parts, write_whole
 from inputs.options import Config
@@ -75,9 +75,23 @@ def export_best(kept) -> list[Path]:
     return paths
 
 
+def export_as_lora(kept) -> list[Path]:
+    """With --as-lora, the adapter for programs that read no other kind, into OUT/as-lora/."""
+    config, paths = kept.run.config, []
+    if config.as_lora:
+        refactored, lost = start.as_lora(kept.run.adapter, config.as_lora)
+        far = f"{lost:.2%} of its length is lost" if lost > 1e-4 else "nothing of it is lost"
+        print(f"as LoRA of rank {config.as_lora}: {far}")
+        told = about(kept) | {"made": f"as LoRA of {config.adapter}, {far}"}
+        for layout, path in files_of(config, "as-lora").items():
+            files.save(refactored, path, layout, model.DTYPES[config.save_dtype], told)
+            paths.append(path)
+    return paths
+
+
 def files_of(config: Config, best: str = "") -> dict[str, Path]:
     """Where the adapter is, or will be, in each layout; `best`: that of the step with the lowest
-    held-out loss.
+    held-out loss, or "as-lora".
     """
     out, name = config.out / best, f"{config.out.resolve().name}{best and '-best'}.safetensors"
     return {"peft": out / lora.FILE_NAME, "kohya": out / "kohya" / name}
@@ -111,6 +125,7 @@ def mark_finished(kept) -> None:
     note = {"steps": run.step, "epochs": config.max_train_epochs}
     note["stopped_when_worse"] = run.step < config.max_train_steps
     note |= {"files": exported_sums(config), "save_dtype": config.save_dtype}
+    note |= {"as_lora": config.as_lora} if config.as_lora else {}
     note |= {"identity": kept.identity, "code": kept.code, "commit": code.commit()}
     remove_renamed(config)
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
@@ -129,6 +144,7 @@ def finished(config: Config) -> str:
     try:
         note = json.loads((config.out / "finished.json").read_text())
         whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
+        whole = whole and config.as_lora in (0, note.get("as_lora"))
         half, done = note["identity"]["dtype"] != "torch.float32", note["steps"]
         # Of the same pictures, as check_same() finds, as many epochs are as many steps.
         enough = note["epochs"] >= epochs if epochs else done >= steps

@@ -34,7 +34,7 @@ MAY_CHANGE = {
     *("caption", "caption_from_name", "mixed_precision", "vae"),
     *("dataset_weights", "folder_repeats", "mask_from_alpha", "caption_lines", "trigger"),
     *("shuffle_tags", "keep_tags", "tag_dropout", "caption_variants"),
-    *("start_from", "any_base", "upscale"),  # which only says no
+    *("start_from", "any_base", "upscale", "as_lora"),  # which only says no
 }
 # Of these a run's digest tells only where they act, so that the files of older runs stay as they
 # are.

@@ -183,7 +183,11 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     team.leave()
     if team.first:
         say("saving the adapter")
-        for path in (*export.export(kept), *export.export_best(kept)):
+        for path in export.export(kept):
+            say(f"saved, read back and compared: {path}")
+        for path in export.export_as_lora(kept):
+            say(f"saved: {path}")
+        for path in export.export_best(kept):
             say(f"saved, read back and compared: {path}")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"

@@ -335,6 +335,39 @@ def test_interrupted_equals_uninterrupted(kind, tmp_path):
     assert len(export.export(again)) == 2
 
 
+@pytest.mark.parametrize(
+    "kind, rank, most", [("loha", 9, 1e-5), ("loha", 4, 0.9), ("dora", 9, 0.9)]
+)
+def test_as_lora_is_the_nearest_of_its_rank(kind, rank, most, tmp_path, capsys, batch):
+    """Exact where the kind's own rank, 3 x 3 of LoHa, is no more; the same at every start; and
+    diffusers draws with it what is left.
+    """
+    options = {"adapter": kind, "as_lora": rank, "lora_rank": 3, "targets": ("mid_block.*attn2",)}
+    kept = keep(assembled(tmp_path / "run", **options))
+    for matrix in kept.run.trained.values():
+        matrix.data.add_(
+            0.1 * torch.randn(matrix.shape, generator=torch.Generator().manual_seed(1))
+        )
+    paths = export.export_as_lora(kept)
+    said, again = capsys.readouterr().out, [path.read_bytes() for path in paths]
+    assert ("nothing of it is lost" in said) == (most < 1e-3)
+    gone = whole = 0.0
+    file = files.read(paths[0])
+    for name, layer in kept.run.adapter.layers.items():
+        D, A = layer.update().detach(), file.matrices[f"{name}.lora_A"]
+        best = torch.linalg.svdvals(D)[rank:].square().sum()
+        off_ = (D - file.matrices[f"{name}.lora_B"] @ A).square().sum()
+        assert off_ <= 1.01 * best + 1e-9 * D.square().sum()
+        gone, whole = gone + off_, whole + D.square().sum()
+    assert (gone / whole) ** 0.5 < most and len(paths) == 2
+    torch.manual_seed(5)
+    assert [path.read_bytes() for path in export.export_as_lora(kept)] == again
+    want = answer(kept.run.unet, batch)
+    pipe = pipeline(make_unet())
+    pipe.load_lora_weights(paths[0])
+    assert off(answer(pipe.unet, batch), want) < max(10 * most, 1e-5) and file.rank == rank
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_a_run_interrupted_equals_one_uninterrupted_and_is_drawn(kind, train, tmp_path, capsys):
@@ -352,5 +385,10 @@ def test_a_run_interrupted_equals_one_uninterrupted_and_is_drawn(kind, train, tm
         assert (tmp_path / "whole" / name).read_bytes() == other.read_bytes()
     assert train("cut", *more[4:], "--max-train-steps", "6") == 1
     assert "holds a run with" in capsys.readouterr().err
+    if kind != "lora":  # asked for when the run is finished
+        assert train("cut", *more, "--as-lora", "4") == 0
+        assert "of its length is lost" in capsys.readouterr().out
+        assert train("cut", *more, "--as-lora", "4") == 0
+        assert "is finished" in capsys.readouterr().out
     words = ("--prompts", "fox", "--num-inference-steps", "1", "--compare")
     assert drawing.main([str(tmp_path / "cut"), *words]) == 0
