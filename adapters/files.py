@@ -116,17 +116,19 @@ def by_our_names(adapter: lora.Adapter, file: lora.AdapterFile) -> dict[str, Ten
     return matrices
 
 
-def sgm_names(modules: Iterable[str]) -> dict[str, str]:
+def sgm_names(modules: Iterable[str], among: Iterable[str] = ()) -> dict[str, str]:
     """The modules' names in Stability's own UNet, which numbers its blocks through all levels:
     down_blocks.1.attentions.0.x is input_blocks.4.1.x. Empty unless every module lies in a block:
-    to diffusers a file has one spelling or the other.
+    to diffusers a file has one spelling or the other. among: all of the model's, where `modules`
+    are few of them: a number depends on how many blocks a level has.
     """
     parts = {name: re.fullmatch(BLOCK, name) for name in modules}
     if not all(parts.values()):
         return {}
     # A level's blocks: two layers, and one that halves the size on the way down; three on the way
     # up. (The very first block is conv_in.)
-    found = [part.groups() for part in parts.values() if part[2] and part[3]]
+    every = [*parts.values(), *(re.fullmatch(BLOCK, name) for name in among)]
+    found = [part.groups() for part in every if part and part[2] and part[3]]
     level = max((int(layer) + 1 + (way == "down") for way, _, _, layer, *_ in found), default=3)
     return {name: sgm_name(level, *part.groups()) for name, part in parts.items()}
 
@@ -157,7 +159,8 @@ def kohya_bytes(adapter: lora.Adapter, dtype: torch.dtype, about: dict[str, str]
     other kinds what they learn, by LyCORIS' names. about: what the header says besides, as for
     lora.peft_bytes().
     """
-    tensors, sgm, kind = {}, sgm_names(adapter.layers), kinds.kind_of(adapter)
+    tensors, kind = {}, kinds.kind_of(adapter)
+    sgm = sgm_names(adapter.layers, getattr(adapter, "among", ()))
     for name, layer in adapter.layers.items():
         key = "lora_unet_" + sgm.get(name, name).replace(".", "_")
         for own in kinds.keys(layer):

@@ -96,7 +96,12 @@ def read(path: Path | str) -> AnyFile:
         # PEFT's lengths are of rows, (out,), or of a convolution (1, out, 1, 1)
         layers.setdefault(module, {})[ENDS[end]] = tensor.flatten() if M in end else tensor
     refuse(troubles(path, layers))
-    alpha_of = alphas(path, files.config_of(path, next(iter(tensors)), about), layers)
+    said = files.config_of(path, next(iter(tensors)), about)
+    twice = sum(map(len, layers.values())) < len(tensors)
+    if twice or (said and any("alpha" in parts for parts in layers.values())):
+        found = f"{path} says the same twice, in two layouts"
+        raise Refusal(found, "one kind of keys, and alpha in one place", WHOLE)
+    alpha_of = alphas(path, said, layers)
     corrections = []
     for module, parts in layers.items():
         rank = rank_of(parts)
@@ -233,9 +238,12 @@ OUTSIDE |= {f"time_embedding.linear_{i}": f"time_embed.{2 * i - 2}" for i in (1,
 OUTSIDE |= {f"add_embedding.linear_{i}": f"label_emb.0.{2 * i - 2}" for i in (1, 2)}
 
 
-def spellings(names: Iterable[str]) -> dict[str, str]:
-    """Of a UNet's layers, by every spelling that files have for them, with underscores for dots."""
-    sgm = files.sgm_names(name for name in names if re.fullmatch(files.BLOCK, name)) | OUTSIDE
+def spellings(names: Iterable[str], among: Iterable[str] = ()) -> dict[str, str]:
+    """Of a UNet's layers, by every spelling that files have for them, with underscores for dots.
+    among: as for sgm_names().
+    """
+    blocks = [name for name in names if re.fullmatch(files.BLOCK, name)]
+    sgm = files.sgm_names(blocks, among) | OUTSIDE
     both = ((each, name) for name in names for each in (name, sgm.get(name, name)))
     return {each.replace(".", "_"): name for each, name in both}
 
@@ -288,7 +296,8 @@ def put_back(adapter: lora.Adapter, path: Path) -> None:
     """
     if type(adapter) is lora.Adapter:
         return files.load(adapter, files.read(path))
-    file, names, mine = read(path), spellings(adapter.layers), adapter.matrices()
+    file, mine = read(path), adapter.matrices()
+    names = spellings(adapter.layers, adapter.among)
     theirs = {}
     for c in file.corrections:
         name = names.get(c.module.replace(".", "_"), c.module)

@@ -235,7 +235,11 @@ KINDS = {"lora": lora.LoRALinear, "dora": DoRALinear, "loha": LoHaLinear, "lokr"
 
 
 class Adapter(lora.Adapter):
-    """Layers of any kind, each of its own rank; rank: of those that no pattern names."""
+    """Layers of any kind, each of its own rank. rank: of those that no pattern names; among: the
+    names of all layers of the model.
+    """
+
+    among: tuple[str, ...] = ()
 
     def matrices(self) -> dict[str, Tensor]:
         layers = self.layers.items()
@@ -279,20 +283,20 @@ def find(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
     expressions, each found somewhere in a layer's dotted name. Raises Refusal, naming those that
     match nothing, and for a model with an adapter.
     """
-    able_, found, nothing = able(model), {}, []
+    names, found, nothing = able(model), {}, []
     for word in wanted:
         marks = [*GROUPS.values()][: SETS[word]] if word in SETS else [word]
-        match = {n: each for n, each in able_.items() if any(re.search(m, n) for m in marks)}
+        match = {n: each for n, each in names.items() if any(re.search(m, n) for m in marks)}
         nothing += [word] if not match else []
         found |= match
     adapted = [n for n, m in model.named_modules() if isinstance(m, (lora.LoRALinear, Beside))]
     if nothing or adapted:
         raise Refusal(
             f"targets {', '.join(nothing) or '(all)'} match {', '.join(adapted[:1]) or 'nothing'}",
-            f"{', '.join(SETS)}, or parts of names of a bare model's layers, such as {min(able_)}",
+            f"{', '.join(SETS)}, or parts of names of a bare model's layers, such as {min(names)}",
             "correct --targets or --rank-pattern, or load the model again",
         )
-    return {name: each for name, each in able_.items() if name in found}
+    return {name: each for name, each in names.items() if name in found}
 
 
 def inject(
@@ -307,7 +311,7 @@ def inject(
     """lora.inject() for every kind of KINDS, for the layers that find() finds, and with other ranks
     where a name of `rank_pattern` is found in a layer's; alpha stays, so that alpha / r is less.
     """
-    layers, found, ranks = {}, find(model, targets), {}
+    names, layers, found, ranks = able(model), {}, find(model, targets), {}
     for word, other in (rank_pattern or {}).items():
         ranks |= dict.fromkeys(find(model, [word]), other)
     if lost := [name for name, each in found.items() if kind != "lora" and is_conv(each)]:
@@ -319,7 +323,9 @@ def inject(
         cls = LoRAConv2d if is_conv(base) else KINDS[kind]
         layers[name] = cls(base, ranks.get(name, rank), alpha, generator)
         model.set_submodule(name, layers[name])
-    return Adapter(layers, rank, alpha, tuple(found))
+    adapter = Adapter(layers, rank, alpha, tuple(found))
+    adapter.among = tuple(names)
+    return adapter
 
 
 def is_conv(layer: nn.Module) -> bool:
@@ -343,9 +349,9 @@ def makers(config: Config) -> list[str]:
     """The code that makes the numbers of such an adapter, by full name."""
     if not relatives(config):
         return []
-    names = ["GROUPS", "SETS", "Beside", "LoRAConv2d", "start", "find", "inject"]
-    names += {"loha": ["LoHaLinear"], "lokr": ["LoKrLinear", "factors"]}.get(config.adapter, [])
-    names += ["DoRALinear"] * (config.adapter == "dora")
+    own = {"lora": "LoRAConv2d", "dora": "DoRALinear weight_of frozen_of", "loha": "LoHaLinear"}
+    own |= {"lokr": "LoKrLinear factors factor"}
+    names = f"GROUPS SETS Beside start find inject {own[config.adapter]}".split()
     return [f"{__name__}.{name}" for name in names]
 
 

@@ -272,6 +272,10 @@ REFUSED = {
         lambda: alone(QK, 48, (*pair, "hada_w1_a")),
         "all factors of one kind",
     ),
+    "one layer in two layouts": (
+        lambda: alone(QK, 48, (*pair, "lora.down.weight")),
+        "says the same twice",
+    ),
     "another width": (lambda: alone(QK, 49), "has factors lora_A (4, 49), lora_B (8, 4)"),
     "lengths of another number": (lambda: alone(QK, 48, (*pair, "dora_scale")), "has factors"),
     "a layer that is not there": (

@@ -320,6 +320,21 @@ def test_a_file_holds_all_of_it_and_programs_read_it(kind, layout, dtype, tmp_pa
         assert off(answer(pipe.unet, batch), want) < bound
 
 
+def test_a_layer_has_the_same_kohya_name_whatever_else_is_adapted():
+    """A block's number depends on how many blocks a level of the model has."""
+    few = ("up_blocks.1.attentions.0.*attn2.to_k",)
+    for changes in ({}, {"layers_per_block": 2}):
+        changes |= {"block_out_channels": (32, 32, 64), "attention_head_dim": (2, 2, 4)}
+        changes |= {"down_block_types": ("DownBlock2D", *2 * ("CrossAttnDownBlock2D",))}
+        changes |= {"up_block_types": (*2 * ("CrossAttnUpBlock2D",), "UpBlock2D")}
+        unet = make_unet(transformer_layers_per_block=(1, 1, 1), **changes)
+        every = files.sgm_names(kinds.find(unet, ["all"]))
+        one = kinds.inject(unet, few)
+        assert files.sgm_names(one.layers) != files.sgm_names(one.layers, one.among)
+        for name, sgm in files.sgm_names(one.layers, one.among).items():
+            assert every[name] == sgm
+
+
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_interrupted_equals_uninterrupted(kind, tmp_path):
     """In one vector, through a checkpoint; and exported equals trained."""
