@@ -74,8 +74,7 @@ def as_lora(adapter: lora.Adapter, rank: int) -> tuple[lora.Adapter, float]:
         with torch.random.fork_rng([D.device] if D.is_cuda else []):
             torch.manual_seed(0)
             U, S, V = torch.svd_lowrank(D, min(rank + 16, *D.shape), niter=6)
-        A, B, _ = nearest(V.T, U * S, rank)
-        layers[name] = SimpleNamespace(lora_A=A.float(), lora_B=B.float())
-        whole += D.double().square().sum().item()
-        lost += (D.double() - B @ A).square().sum().item()
+        A, B = (each.float() for each in nearest(V.T, U * S, rank)[:2])
+        layers[name] = SimpleNamespace(lora_A=A, lora_B=B)
+        whole, lost = whole + D.square().sum().item(), lost + (D - B @ A).square().sum().item()
     return lora.Adapter(layers, rank, rank, tuple(layers)), (lost / max(whole, 1e-300)) ** 0.5

@@ -23,6 +23,7 @@ from fast.flat import Flat
 from inputs.files import Refusal
 from inputs.options import RECIPES, parse
 from keep import checkpoint, drawing, export
+from one_file_names import old_unet_name
 from tiny_run import assembled, keep, step
 
 RANK, ALPHA, PATTERN = 4, 6, {"mid_block": 3, "attn2.to_k": 5}
@@ -320,14 +321,30 @@ def test_a_file_holds_all_of_it_and_programs_read_it(kind, layout, dtype, tmp_pa
         assert off(answer(pipe.unet, batch), want) < bound
 
 
+def three_levels(layers_per_block: int):
+    """A tiny UNet with SDXL's levels: attention in the second and third."""
+    changes = {"block_out_channels": (32, 32, 64), "attention_head_dim": (2, 2, 4)}
+    changes |= {"down_block_types": ("DownBlock2D", *2 * ("CrossAttnDownBlock2D",))}
+    changes |= {"up_block_types": (*2 * ("CrossAttnUpBlock2D",), "UpBlock2D")}
+    changes |= {"layers_per_block": layers_per_block, "transformer_layers_per_block": (1, 1, 1)}
+    return make_unet(**changes)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+def test_kohya_names_are_stabilitys_own(layers):
+    """Those of a whole model in one file, worked out elsewhere."""
+    unet = three_levels(layers)
+    names = [name for name in kinds.able(unet) if "_block" in name]
+    found = files.sgm_names(names)
+    assert len({*found.values()}) == len(names) > 100
+    for name, sgm in found.items():
+        assert old_unet_name(f"{name}.weight", layers, (True, True, False)) == f"{sgm}.weight"
+
+
 def test_a_layer_has_the_same_kohya_name_whatever_else_is_adapted():
     """A block's number depends on how many blocks a level of the model has."""
     few = ("up_blocks.1.attentions.0.*attn2.to_k",)
-    for changes in ({}, {"layers_per_block": 2}):
-        changes |= {"block_out_channels": (32, 32, 64), "attention_head_dim": (2, 2, 4)}
-        changes |= {"down_block_types": ("DownBlock2D", *2 * ("CrossAttnDownBlock2D",))}
-        changes |= {"up_block_types": (*2 * ("CrossAttnUpBlock2D",), "UpBlock2D")}
-        unet = make_unet(transformer_layers_per_block=(1, 1, 1), **changes)
+    for unet in (three_levels(1), three_levels(2)):
         every = files.sgm_names(kinds.find(unet, ["all"]))
         one = kinds.inject(unet, few)
         assert files.sgm_names(one.layers) != files.sgm_names(one.layers, one.among)
