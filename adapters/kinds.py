@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import lora
+import model
+from inputs import hub
 from inputs.files import Refusal
 from inputs.options import Config, relatives
 
@@ -272,24 +274,24 @@ def moved(adapter: lora.Adapter) -> bool:
     return any(getattr(layer, keys(layer)[-1]).any() for layer in adapter.layers.values())
 
 
-def able(model: nn.Module) -> dict[str, nn.Module]:
-    """The Linear layers and convolutions of `model` by name: a layer's own, if some are adapted."""
-    plain = {n.replace(".base", ""): each for n, each in model.named_modules()}
+def able(unet: nn.Module) -> dict[str, nn.Module]:
+    """The Linear layers and convolutions of `unet` by name: a layer's own, if some are adapted."""
+    plain = {n.replace(".base", ""): each for n, each in unet.named_modules()}
     return {n: m for n, m in plain.items() if hasattr(m, "in_features") or is_conv(m)}
 
 
-def find(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
-    """The Linear layers and convolutions of `model` that `wanted` names: sets of GROUPS, or regular
+def find(unet: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
+    """The Linear layers and convolutions of `unet` that `wanted` names: sets of GROUPS, or regular
     expressions, each found somewhere in a layer's dotted name. Raises Refusal, naming those that
     match nothing, and for a model with an adapter.
     """
-    names, found, nothing = able(model), {}, []
+    names, found, nothing = able(unet), {}, []
     for word in wanted:
         marks = [*GROUPS.values()][: SETS[word]] if word in SETS else [word]
         match = {n: each for n, each in names.items() if any(re.search(m, n) for m in marks)}
         nothing += [word] if not match else []
         found |= match
-    adapted = [n for n, m in model.named_modules() if isinstance(m, (lora.LoRALinear, Beside))]
+    adapted = [n for n, m in unet.named_modules() if isinstance(m, (lora.LoRALinear, Beside))]
     if nothing or adapted:
         raise Refusal(
             f"targets {', '.join(nothing) or '(all)'} match {', '.join(adapted[:1]) or 'nothing'}",
@@ -300,7 +302,7 @@ def find(model: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
 
 
 def inject(
-    model: nn.Module,
+    unet: nn.Module,
     targets: tuple[str, ...],
     rank: int = 16,
     alpha: float = 32,
@@ -311,18 +313,18 @@ def inject(
     """lora.inject() for every kind of KINDS, for the layers that find() finds, and with other ranks
     where a name of `rank_pattern` is found in a layer's; alpha stays, so that alpha / r is less.
     """
-    names, layers, found, ranks = able(model), {}, find(model, targets), {}
+    names, layers, found, ranks = able(unet), {}, find(unet, targets), {}
     for word, other in (rank_pattern or {}).items():
-        ranks |= dict.fromkeys(find(model, [word]), other)
+        ranks |= dict.fromkeys(find(unet, [word]), other)
     if lost := [name for name, each in found.items() if kind != "lora" and is_conv(each)]:
         remedy = "--adapter lora, or --targets transformer"
         raise Refusal(f"{kind} on {len(lost)} convolutions such as {lost[0]}", "Linears", remedy)
-    model.requires_grad_(False)
+    unet.requires_grad_(False)
     for name, base in found.items():
         generator = torch.Generator().manual_seed(zlib.crc32(name.encode(), seed))
         cls = LoRAConv2d if is_conv(base) else KINDS[kind]
         layers[name] = cls(base, ranks.get(name, rank), alpha, generator)
-        model.set_submodule(name, layers[name])
+        unet.set_submodule(name, layers[name])
     adapter = Adapter(layers, rank, alpha, tuple(found))
     adapter.among = tuple(names)
     return adapter
@@ -339,10 +341,20 @@ def injector(config: Config) -> Callable:
     pairs = (each.rpartition("=") for each in config.rank_pattern)
     pattern = {word: int(rank) for word, _, rank in pairs}
 
-    def put_in(model: nn.Module, _, *how) -> Adapter:
-        return inject(model, config.targets, *how, kind=config.adapter, rank_pattern=pattern)
+    def put_in(unet: nn.Module, _, *how) -> Adapter:
+        return inject(unet, config.targets, *how, kind=config.adapter, rank_pattern=pattern)
 
     return put_in
+
+
+def check(config: Config, half: bool) -> None:
+    """Raise inject()'s Refusal before an hour of encoding: on the base's shapes, without numbers.
+    half: whether the fp16 variant is meant.
+    """
+    if relatives(config):
+        unet = model.build_unet(hub.fetch(config.pretrained_model_name_or_path, "unet", half))
+        with torch.device("meta"):
+            injector(config)(unet, config.targets)
 
 
 def makers(config: Config) -> list[str]:

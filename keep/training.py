@@ -157,6 +157,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
         print(f"no GPU is used: {slow}", flush=True)  # before a download of gigabytes
     if config.recipe == "pocket" and has_own(config):
         print("the small model knows emoji alone: of photographs it makes blots", flush=True)
+    kinds.check(config, model.choose_dtype(config.mixed_precision, device)[0] != torch.float32)
     kept, lines = set_up(config, device, team)
     run = kept.run
     team.asked = lambda: bool(interrupts.caught)

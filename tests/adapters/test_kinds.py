@@ -14,6 +14,7 @@ from peft import LoraConfig
 from torch import nn
 
 import lora
+import model
 from adapter_tools import answer, numbers, off, pipeline
 from adapters import files, foreign, kinds
 from conftest import SDXL, TINY, make_batch, make_unet
@@ -90,8 +91,8 @@ def test_more_layers_and_dora_equal_pefts(kind, targets, batch, one_thread):
         return F.mse_loss(answer.__wrapped__(model, batch), batch["eps"])
 
     assert off(answer(unet, batch), answer(twin, batch)) < 1e-6
-    for model in (unet, twin):
-        loss(model, 0).backward()
+    for each in (unet, twin):
+        loss(each, 0).backward()
     for name, each in mine.items():
         assert off(each.grad, theirs[name].grad) < 1e-4, name
         each.grad = theirs[name].grad = None
@@ -400,6 +401,12 @@ def test_as_lora_is_the_nearest_of_its_rank(kind, rank, most, tmp_path, capsys, 
     assert off(answer(pipe.unet, batch), want) < max(10 * most, 1e-5) and file.rank == rank
 
 
+def test_a_name_that_no_layer_has_is_told_before_pictures_are_encoded(train, tmp_path, capsys):
+    assert train("r", "--targets", "attn9", "--cache-dir", str(tmp_path / "cold")) == 1
+    assert "targets attn9 match nothing" in capsys.readouterr().err
+    assert not (tmp_path / "cold").exists()
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_a_run_interrupted_equals_one_uninterrupted_and_is_drawn(kind, train, tmp_path, capsys):
@@ -424,3 +431,29 @@ def test_a_run_interrupted_equals_one_uninterrupted_and_is_drawn(kind, train, tm
         assert "is finished" in capsys.readouterr().out
     words = ("--prompts", "fox", "--num-inference-steps", "1", "--compare")
     assert drawing.main([str(tmp_path / "cut"), *words]) == 0
+
+
+@pytest.mark.parametrize("kind", kinds.KINDS)
+def test_recomputed_and_in_half_precision(kind, batch, one_thread):
+    """Gradient checkpointing changes no gradient; a bf16 UNet answers nearly the same."""
+    unet, adapter = adapted(kind, ("mid_block.*attn",))
+    unet.train()
+    found = []
+    for again in (False, True):
+        if again:
+            model.use_gradient_checkpointing(unet)
+        answer.__wrapped__(unet, batch).square().mean().backward()
+        found.append(torch.cat([each.grad.flatten() for each in adapter.matrices().values()]))
+        unet.zero_grad()
+    assert found[0].norm() > 0 and off(found[1], found[0]) < 1e-5
+    want = answer(unet, batch)
+    half = {key: each if key == "t" else each.bfloat16() for key, each in batch.items()}
+    for layer in adapter.layers.values():  # what is learned stays fp32
+        layer.base.bfloat16()
+    for module in unet.modules():
+        if not isinstance(module, (kinds.Beside, lora.LoRALinear)):
+            for each in module.parameters(recurse=False):
+                each.data = each.data.bfloat16()
+    got = answer(unet, half)
+    assert got.dtype == torch.bfloat16 and off(got.float(), want) < 0.05
+    assert all(each.dtype == torch.float32 for each in adapter.matrices().values())
