@@ -43,6 +43,7 @@ ENDS |= {"lora_magnitude_vector": M, "lora_magnitude_vector.weight": M, "dora_sc
 ENDS |= {name: name for name in ("alpha", "lokr_w1", "lokr_w2")}
 ENDS |= {f"{part}_{x}": f"{part}_{x}" for part in ("lokr_w1", "lokr_w2") for x in "ab"}
 ENDS |= {f"hada_w{i}_{x}": f"hada_w{i}_{x}" for i in (1, 2) for x in "ab"}
+MARKS = {"lora": "lora_A", "loha": "hada_w1_a"}
 # What one layer may have, besides alpha and M.
 WHOLES = [{"lora_A", "lora_B"}, {f"hada_w{i}_{x}" for i in (1, 2) for x in "ab"}]
 WHOLES += [
@@ -261,30 +262,33 @@ def misfit(parts: dict[str, Tensor], shape: tuple[int, ...]) -> str:
 
 
 def beside(base: nn.Module, c: Correction) -> nn.Module:
-    """`base`, which may have others beside it already, with a correction beside it."""
-    origin, parts = kinds.frozen_of(base), c.parts
-    conv, shape, m = kinds.is_conv(origin), kinds.shape_of(origin), parts.get(M)
-    if "lora_A" in parts and not conv and m is None:
-        layer = lora.LoRALinear(origin, c.rank, c.alpha, torch.Generator())
-        layer.lora_A.data.copy_(parts["lora_A"].flatten(1))
-        layer.lora_B.data.copy_(parts["lora_B"].flatten(1))
+    """`base`, which may have others beside it already, with a correction beside it: computed from
+    its factors where a class of kinds.py does that, else as one difference.
+    """
+    origin, parts, m = kinds.frozen_of(base), c.parts, c.parts.get(M)
+    kind = next((k for k, key in MARKS.items() if key in parts), "lokr")
+    if m is not None:
+        kind = "dora" if kind == "lora" and m.ndim == 1 else ""
+    if kinds.is_conv(origin):
+        cls = kinds.LoRAConv2d if kind == "lora" else None
+    else:
+        cls = kinds.KINDS.get(kind)
+    if cls is lora.LoRALinear:
+        layer = cls(origin, c.rank, c.alpha, torch.Generator())
+        for name, own in parts.items():
+            getattr(layer, name).data.copy_(own.flatten(1))
         layer.base, layer.scale = base, c.times * layer.scale
         return layer
-    known = {"hada_w1_a": kinds.LoHaLinear, "lora_A": kinds.DoRALinear}
-    cls = next((cls for key, cls in known.items() if key in parts), kinds.LoKrLinear)
-    if conv or (m is None) == ("lora_A" in parts) or (m is not None and m.ndim > 1):
-        cls = kinds.LoRAConv2d if conv and "lora_A" in parts and m is None else Changed
-    if cls is Changed:
-        D = c.alpha / c.rank * kinds.product(parts, shape)
-        if m is not None:
-            weight = kinds.weight_of(origin)
-            m = m[:, None] if m.ndim == 1 else m
-            D = kinds.rescaled(weight, D.to(weight.device), m.to(weight.device))
-        layer = Changed(base, D)
-    else:
+    if cls:
         layer = cls.__new__(cls)  # without the numbers that it would start with
         kinds.Beside.__init__(layer, base, c.rank, c.alpha)
         layer.learn(**parts)
+    else:
+        W = kinds.weight_of(origin)
+        D = c.alpha / c.rank * kinds.product(parts, W.shape).to(W.device)
+        if m is not None:
+            D = kinds.rescaled(W, D, (m[:, None] if m.ndim == 1 else m).to(W.device))
+        layer = Changed(base, D)
     layer.times = c.times
     return layer
 

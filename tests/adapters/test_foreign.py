@@ -203,6 +203,9 @@ DRAWN = {
     "DoRA in PEFT's keys": pefts_dora,
     "DoRA on convolutions": lambda: made(CONV, m="rows"),
     "LoHa": lambda: made(ATTENTION, FF, kind="loha"),
+    "LoHa, LyCORIS' keys without kohya": lambda: made(
+        kind="loha", alphas=(4.0,), spelt=lambda n: f"lycoris_{n.replace('.', '_')}"
+    ),
     "LoHa on convolutions": lambda: made(CONV, kind="loha"),
     "LoHa with DoRA's lengths": lambda: made(kind="loha", m="rows"),
     "LoKr, both whole": lambda: made(ATTENTION, FF, kind="lokr"),
