@@ -25,7 +25,7 @@ from inputs.options import RECIPES, Config, Within
 
 @dataclass(frozen=True)
 class Options:
-    """Draw with an adapter: a file of any kind, or the folder of a run; or with several at once."""
+    """Draw with an adapter, or several: files of any kind, or the folder of a run."""
 
     # Adapter file or run folder; empty takes the newest under runs/. A number behind a colon, such
     # as a.safetensors:0.8, is how strongly it acts.
@@ -107,7 +107,7 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     options = configuration.read_words(tyro.cli, Options, argv, "generate.py")
-    several_at_once = options.more or with_strength(options.adapter, find=str)[1] != 1
+    acting = [with_strength(word, find=str)[1] for word in (options.adapter, *options.more)]
     names = ("strength", "plain", "compare", "checkpoints", "strengths")
     given = [f"--{n}" for n in names if getattr(options, n) != getattr(Options, n)]
     alone = {"--checkpoints", "--strengths"} & {*given} or {"--plain", "--compare"} <= {*given}
@@ -115,9 +115,10 @@ def parse(argv: list[str] | None = None) -> Options:
     told = [f"{each:g}" for each in options.strengths]  # as a sheet tells them
     twice = next((each for each in told if told.count(each) > 1), "")
     alone = "--plain or --checkpoints with several adapters, or a strength behind a colon"
-    one = several_at_once and (options.plain or options.checkpoints)
+    one = acting != [1] and (options.plain or options.checkpoints)
     against = [
         (several, " with ".join(given), "one of them", "leave the others out"),
+        (not all(abs(k) <= 10 for k in acting), f"strengths {acting}", "-10 to 10", "correct that"),
         (one, alone, "one adapter as it is", "--strength, or leave the others out"),
         (twice, f"--strengths with {twice} twice", "each once", "leave one out"),
     ]
@@ -394,10 +395,11 @@ def how_drawn(options: Options) -> dict[str, str]:
     """How the pictures of complete()'s `options` are drawn, under A1111's names where it has some:
     what a PNG says besides its prompt. The adapter's hash is A1111's of a LoRA, of its tensors.
     """
-    hashes, strengths = {}, []
+    names, hashes, strengths = [], [], []
     for path, strength in map(with_strength, (options.adapter, *options.more)):
-        name = path.parent.resolve().name if path.name == FILE_NAME else path.stem
-        hashes[name] = hashlib.sha256(data_section(path.read_bytes())).hexdigest()[:12]
+        names.append(path.parent.resolve().name if path.name == FILE_NAME else path.stem)
+        sha256 = hashlib.sha256(data_section(path.read_bytes())).hexdigest()
+        hashes.append(f"{names[-1]}: {sha256[:12]}")
         strengths.append(f"{strength * options.strength:g}")
     said = {
         "Steps": options.num_inference_steps,
@@ -406,9 +408,9 @@ def how_drawn(options: Options) -> dict[str, str]:
         "CFG rescale": f"{options.guidance_rescale:g}" if options.guidance_rescale > 0 else "",
         "VAE": public_name(options.vae) if options.vae else "",
         "Model": place(options.pretrained_model_name_or_path).resolve().name,
-        "Lora": ", ".join(hashes),
+        "Lora": ", ".join(names),
         "Lora strength": ", ".join(strengths),
-        "Lora hashes": ", ".join(map(": ".join, hashes.items())),
+        "Lora hashes": ", ".join(hashes),
     }
     return {key: str(value) for key, value in said.items() if value != ""}
 
