@@ -170,11 +170,12 @@ def draw_at(
     load_unet: Callable = model.load_unet,
     load_adapter: Callable = lora.load,
     decode: Callable = decode,
+    inject: Callable = lora.inject,
 ) -> list[list[Image.Image]]:
     """For each of `rows`, by its name an adapter's file and its strength, a picture of every prompt
     and seed; the files are of one rank and alpha. options: as complete() gives them.
 
-    Text encoders, UNet and VAE are in memory one after another. The last three arguments
+    Text encoders, UNet and VAE are in memory one after another. The last four arguments
     are what the command plugs in, to read more bases and files and to decode in less memory.
     """
     device, steps = vetting.check_device(options.device), options.num_inference_steps
@@ -189,7 +190,7 @@ def draw_at(
     unet = load_unet(name, device, dtype)
     vetting.check_widths(unet, *embeddings[0].values())
     # The last file's layers, rank and alpha: all have the same.
-    adapter = lora.inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
+    adapter = inject(unet, targets_of(file) or lora.TARGETS, file.rank, file.alpha)
     unet.eval()  # what an edited layer does in training only, such as dropout, is not drawn
     side = options.resolution // 8 or unet.config.sample_size  # the size the model was made for
     size = (options.height // 8 or side, options.width // 8 or side)
@@ -198,8 +199,7 @@ def draw_at(
     for row, (file, strength) in rows.items():
         load_adapter(adapter, file)
         lora.set_strength(adapter, strength)
-        pairs = list(zip(embeddings, seeds, strict=True))
-        bar = progress(pairs, f"drawing {row}".strip())
+        bar = progress(list(zip(embeddings, seeds, strict=True)), f"drawing {row}".strip())
         drawn.append([sample(unet, sampler, *pair, *how).cpu() for pair in bar])
     del unet, adapter  # their memory goes to the decoder, which needs about as much
     model.free_memory()

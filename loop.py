@@ -291,12 +291,13 @@ def assemble(
     examples: data.Examples,
     schedule: model.NoiseSchedule,
     latent_scaling: tuple[float, float],
+    inject: Callable = lora.inject,
 ) -> Run:
-    """A run at its first step, from a bare UNet and the examples."""
+    """A run at its first step, from a bare UNet, the examples, and what puts an adapter into it."""
     check_widths(unet, *examples.source.prompt(0))
     if config.gradient_checkpointing:
         model.use_gradient_checkpointing(unet, config.checkpointed_blocks)
-    adapter = lora.inject(unet, lora.TARGETS, config.lora_rank, config.alpha, config.seed)
+    adapter = inject(unet, lora.TARGETS, config.lora_rank, config.alpha, config.seed)
     trained = lora.trained(unet)
     for matrix in trained.values():
         matrix.grad = torch.zeros_like(matrix)  # backward adds to it, in place

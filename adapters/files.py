@@ -3,6 +3,7 @@ hold the same numbers. Kohya's, which ComfyUI, A1111 and Forge read, are written
 """
 
 import hashlib
+import json
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor
 
 import lora
+from adapters import kinds
 from inputs.adapter_file import WHOLE, alpha_of_header, alpha_of_tensors, check_keys, check_matrices
 from inputs.drawing import find_adapter
 from inputs.files import (
@@ -41,7 +43,10 @@ MODELSPEC = {
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
 }
-BLOCK = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?attentions\.(\d+)\.(.+)"
+BLOCK = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(?:(attentions|resnets)\.(\d+)|(.+samplers)\.0)\.(.+)"
+# What lies in a block without attention is called otherwise there.
+IN_SGM = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"}
+IN_SGM |= {"conv_shortcut": "skip_connection"}
 
 
 def read(path: Path | str) -> lora.AdapterFile:
@@ -69,11 +74,7 @@ def read(path: Path | str) -> lora.AdapterFile:
         else:
             matrices[f"{module}.{KINDS[end]}"] = tensor
     rank = check_matrices(path, matrices)
-    said = about.get("lora_adapter_metadata")
-    if before == "base_model.model.":
-        found = f"{path} has peft's own keys and no adapter_config.json beside it"
-        with refusing(found, "both files of one folder", WHOLE):
-            said = (path.parent / "adapter_config.json").read_text()
+    said = config_of(path, before, about)
     alpha = alpha_of_header(path, said, rank)
     if alphas:
         modules = {name.rpartition(".")[0] for name in matrices}
@@ -82,6 +83,15 @@ def read(path: Path | str) -> lora.AdapterFile:
         found = f"{path} says the same twice, in two layouts"
         raise Refusal(found, "one kind of keys, and alpha in one place", WHOLE)
     return lora.AdapterFile(path, matrices, rank, alpha, about)
+
+
+def config_of(path: Path, key: str, about: dict[str, str]) -> str | None:
+    """PEFT's config: in the header, or, where a `key` is peft's own, in the file beside it."""
+    if not key.startswith("base_model.model."):
+        return about.get("lora_adapter_metadata")
+    found = f"{path} has peft's own keys and no adapter_config.json beside it"
+    with refusing(found, "both files of one folder", WHOLE):
+        return (path.parent / "adapter_config.json").read_text()
 
 
 def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:
@@ -106,49 +116,93 @@ def by_our_names(adapter: lora.Adapter, file: lora.AdapterFile) -> dict[str, Ten
     return matrices
 
 
-def sgm_names(modules: Iterable[str]) -> dict[str, str]:
+def sgm_names(modules: Iterable[str], among: Iterable[str] = ()) -> dict[str, str]:
     """The modules' names in Stability's own UNet, which numbers its blocks through all levels:
-    down_blocks.1.attentions.0.x is input_blocks.4.1.x. Empty unless every module lies in a block
-    with attention: to diffusers a file has one spelling or the other.
+    down_blocks.1.attentions.0.x is input_blocks.4.1.x. Empty unless every module lies in a block:
+    to diffusers a file has one spelling or the other. among: all of the model's, where `modules`
+    are few of them: a number depends on how many blocks a level has.
     """
     parts = {name: re.fullmatch(BLOCK, name) for name in modules}
     if not all(parts.values()):
         return {}
     # A level's blocks: two layers, and one that halves the size on the way down; three on the way
     # up. (The very first block is conv_in.)
-    found = [part.groups() for part in parts.values() if part[2]]
-    level = max((int(layer) + 1 + (way == "down") for way, _, layer, _ in found), default=0)
-    names = {"mid": "middle_block.1.{1}"}
-    names |= {"down": "input_blocks.{0}.1.{1}", "up": "output_blocks.{0}.1.{1}"}
-    return {
-        name: names[part[1]].format(
-            level * int(part[2] or 0) + int(part[3]) + (part[1] == "down"), part[4]
-        )
-        for name, part in parts.items()
-    }
+    every = [*parts.values(), *(re.fullmatch(BLOCK, name) for name in among)]
+    found = [part.groups() for part in every if part and part[2] and part[3]]
+    level = max((int(layer) + 1 + (way == "down") for way, _, _, layer, *_ in found), default=3)
+    return {name: sgm_name(level, *part.groups()) for name, part in parts.items()}
+
+
+def sgm_name(
+    level: int, way: str, block: str, kind: str, layer: str, sampler: str, rest: str
+) -> str:
+    """One of sgm_names(), from the parts of BLOCK; level: how many blocks each level has."""
+    rest = IN_SGM.get(rest, rest) if kind == "resnets" else rest
+    if way == "mid":  # resnet, transformer, resnet
+        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{rest}"
+    first, place = level * int(block) + (way == "down"), int(kind == "attentions")
+    if sampler == "downsamplers":
+        return f"input_blocks.{first + level - 1}.0.op"
+    if sampler:  # behind the last resnet of its level and its transformer
+        return f"output_blocks.{first + level - 1}.2.{rest}"
+    return f"{'input' if way == 'down' else 'output'}_blocks.{first + int(layer)}.{place}.{rest}"
+
+
+# Kohya's and LyCORIS' words for what a layer of another kind learns; its other names are theirs.
+ENDS = {"lora_A": "lora_down.weight", "lora_B": "lora_up.weight"}
+ENDS |= {"lora_magnitude_vector": "dora_scale"}
 
 
 def kohya_bytes(adapter: lora.Adapter, dtype: torch.dtype, about: dict[str, str]) -> bytes:
     """A safetensors file: lora_unet_<module>.lora_down.weight (r, in), .lora_up.weight (out, r) and
-    .alpha (), under SGM's names, which kohya's own programs need and all others read as well.
-    about: what the header says besides, as for lora.peft_bytes().
+    .alpha (), under SGM's names, which kohya's own programs need and all others read as well; of
+    other kinds what they learn, by LyCORIS' names. about: what the header says besides, as for
+    lora.peft_bytes().
     """
-    tensors, sgm = {}, sgm_names(adapter.layers)
+    tensors, kind = {}, kinds.kind_of(adapter)
+    sgm = sgm_names(adapter.layers, getattr(adapter, "among", ()))
     for name, layer in adapter.layers.items():
         key = "lora_unet_" + sgm.get(name, name).replace(".", "_")
-        tensors[f"{key}.lora_down.weight"] = layer.lora_A.to(dtype)
-        tensors[f"{key}.lora_up.weight"] = layer.lora_B.to(dtype)
-        tensors[f"{key}.alpha"] = torch.tensor(float(adapter.alpha))  # fp32: fp16 ends at 65504
+        for own in kinds.keys(layer):
+            tensor = getattr(layer, own).to(dtype)
+            tensor = tensor[:, None] if tensor.ndim == 1 else tensor  # (out, 1), as LyCORIS has it
+            tensors[f"{key}.{ENDS.get(own, own)}"] = tensor
+        # fp32: fp16 ends at 65504
+        tensors[f"{key}.alpha"] = torch.tensor(float(getattr(layer, "alpha", adapter.alpha)))
     header = {
         "ss_base_model_version": "sdxl_base_v1-0",  # A1111 hides files without a sdxl_ here
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if kind in ("lora", "dora") else "lycoris.kohya",
         "ss_network_dim": str(adapter.rank),
         "ss_network_alpha": str(float(adapter.alpha)),
         "modelspec.title": about.get("dataset", "lora"),
         "sshs_model_hash": hashlib.sha256(data_section(safetensors_bytes(tensors, {}))).hexdigest(),
     }
+    if kind in ("loha", "lokr"):  # by which LyCORIS itself knows it
+        header["ss_network_args"] = json.dumps({"algo": kind})
     same = {"rank": str(adapter.rank), "alpha": str(float(adapter.alpha))}
     return safetensors_bytes(tensors, header | MODELSPEC | same | about)
+
+
+def peft_bytes(adapter: lora.Adapter, dtype: torch.dtype, about: dict[str, str]) -> bytes:
+    """lora.peft_bytes(), with the layers' other ranks in the header, and DoRA's magnitudes. Of LoHa
+    and LoKr, for which diffusers has no names, LyCORIS' file.
+    """
+    kind, ranks = kinds.kind_of(adapter), getattr(adapter, "ranks", {})
+    if kind in ("loha", "lokr"):
+        return kohya_bytes(adapter, dtype, about)
+    if kind == "lora" and not ranks:
+        return lora.peft_bytes(adapter, dtype, about)
+    tensors = {f"unet.{name}.weight": each.to(dtype) for name, each in adapter.matrices().items()}
+    tensors = {key.replace("vector.weight", "vector"): each for key, each in tensors.items()}
+    config = {"r": adapter.rank, "lora_alpha": adapter.alpha, "rank_pattern": ranks}
+    config |= {"target_modules": sorted(adapter.targets), "use_dora": kind == "dora"}
+    config = json.dumps({f"unet.{key}": value for key, value in config.items()})
+    header = {"format": "pt", "lora_adapter_metadata": config}
+    header |= {"rank": str(adapter.rank), "alpha": str(float(adapter.alpha))}
+    return safetensors_bytes(tensors, header | about)
+
+
+BYTES = {"peft": peft_bytes, "kohya": kohya_bytes}
 
 
 def save(
@@ -157,5 +211,4 @@ def save(
     """Write the adapter to `path`, whole or not at all. layout: "peft" or "kohya"; dtype:
     torch.float16 or float32; about: as for lora.peft_bytes().
     """
-    write = {"peft": lora.peft_bytes, "kohya": kohya_bytes}[layout]
-    write_whole(path, write(adapter, dtype, about))
+    write_whole(path, BYTES[layout](adapter, dtype, about))

@@ -1,5 +1,7 @@
 """A run that begins with another adapter's numbers, whatever rank and alpha that has."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import Tensor
 
@@ -56,3 +58,23 @@ def nearest(A: Tensor, B: Tensor, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     length = 3**-0.5  # of a row of `in` numbers, even between -1 / sqrt(in) and 1 / sqrt(in)
     rows = (across @ V.T)[:, :rank].T * length
     return rows, down @ U[:, :rank] * (S[:rank] / length), S.square()
+
+
+@torch.no_grad()
+def as_lora(adapter: lora.Adapter, rank: int) -> tuple[lora.Adapter, float]:
+    """LoRA of one rank that is nearest to what an adapter of another kind adds to each weight, and
+    how far all of it is from that, as a share of its length; 0 where the kind's own rank is less.
+
+    The largest singular values, by random projections (Halko et al. 2011,
+    https://arxiv.org/abs/0909.4061, algorithm 4.4), of which every start draws the same.
+    """
+    layers, whole, lost = {}, 0.0, 0.0
+    for name, layer in progress(adapter.layers.items(), "refactoring as LoRA", delay=2):
+        D = layer.update()  # (out, in)
+        with torch.random.fork_rng([D.device] if D.is_cuda else []):
+            torch.manual_seed(0)
+            U, S, V = torch.svd_lowrank(D, min(rank + 16, *D.shape), niter=6)
+        A, B = (each.float() for each in nearest(V.T, U * S, rank)[:2])
+        layers[name] = SimpleNamespace(lora_A=A, lora_B=B)
+        whole, lost = whole + D.square().sum().item(), lost + (D - B @ A).square().sum().item()
+    return lora.Adapter(layers, rank, rank, tuple(layers)), (lost / max(whole, 1e-300)) ** 0.5

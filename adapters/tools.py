@@ -41,7 +41,7 @@ def layers_of(base: str) -> dict[str, tuple[Path, str] | None]:
     """The layers in the attention blocks of the UNet of `base`, by diffusers' names, with the file
     and the key of each weight; of "" SDXL's, whose weights are nowhere.
     """
-    names, weight = {}, files.BLOCK + r"\.weight"
+    names, weight = {}, r"(down|mid|up)_blocks?\..*attentions\..+\.weight"
     for path, keys in hub.unet_files(base, half=True) if base else ():
         found = {name: key for name, key in keys.items() if re.fullmatch(weight, name)}
         names |= {name.removesuffix(".weight"): (path, key) for name, key in found.items()}

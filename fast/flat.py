@@ -45,8 +45,11 @@ class Flat:
     def __init__(self, model: nn.Module, trained: dict[str, nn.Parameter]):
         self.spans, at = {}, 0  # name: where its matrix begins, in the vector's order
         # All A, then all B: those that share an input follow one another and can act as one matrix.
-        for name in sorted(trained, key=lambda name: name.rpartition(".")[2]):
+        # Vectors last: they are no low-rank factors but scales (DoRA's), which stay fp32.
+        names = sorted(trained, key=lambda n: (trained[n].ndim < 2, n.rpartition(".")[2]))
+        for name in names:
             self.spans[name], at = at, at + padded(trained[name].numel())
+        self.halved = sum(padded(m.numel()) for m in trained.values() if m.ndim > 1)
         device = next(iter(trained.values())).device
         self.vector = nn.Parameter(torch.zeros(at, dtype=torch.float32, device=device))
         self.vector.grad = torch.zeros_like(self.vector)
@@ -74,22 +77,31 @@ class Flat:
 
     def micro_step(self, inner: Callable) -> Callable:
         """`inner`, a micro_step(run, batch), while which every layer reads its matrices from one
-        cast of the vector to the UNet's dtype. The cast is a leaf that gathers the gradient of all
-        of them, which reaches the vector's in one addition.
+        cast of the vector to the UNet's dtype, and what else it has from the vector itself. The
+        cast is a leaf that gathers the gradient of all of them, which reaches the vector's in one
+        addition.
         """
-        counts = {name: self.shapes[name].numel() for name in self.spans}
-        sizes = [size for count in counts.values() for size in (count, padded(count) - count)]
+        wide = {name for name, shape in self.shapes.items() if len(shape) < 2}
 
         def micro_step(run, batch) -> None:
-            cast = self.vector.detach().to(run.unet.dtype).requires_grad_()
-            # split() and not slices: each slice's gradient would be a vector of the whole size.
-            parts = zip(self.spans, cast.split(sizes)[::2], strict=True)
-            self._read({name: part.view(self.shapes[name]) for name, part in parts})
+            leaves, read = [], {}
+            for own, span in ((False, slice(self.halved)), (True, slice(self.halved, None))):
+                names = [name for name in self.spans if (name in wide) is own]
+                part = self.vector.detach()[span]
+                leaf = part.clone() if own else part.to(run.unet.dtype)
+                leaves += [(leaf.requires_grad_(), span)] * bool(names)
+                counts = [self.shapes[name].numel() for name in names]
+                sizes = [size for n in counts for size in (n, padded(n) - n)]
+                # split(), not slices: each slice's gradient would be a vector of the whole size.
+                parts = zip(names, leaf.split(sizes)[::2] if names else (), strict=True)
+                read |= {name: part.view(self.shapes[name]) for name, part in parts}
+            self._read(read)
             try:
                 inner(run, batch)
             finally:
                 self._read(self.views)
-            self.vector.grad.add_(cast.grad)
+            for leaf, span in leaves:
+                self.vector.grad[span].add_(leaf.grad)
 
         return micro_step
 

@@ -203,15 +203,16 @@ def is_plain(linear: nn.Module) -> bool:
 
 
 def fusible(unet: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers whose four projections are the book's LoRALinear, and the gates whose
-    projection has no adapter, by name: what else there is computes by its definition.
+    """The attention layers whose four projections are the book's LoRALinear of one rank, and the
+    gates whose projection has no adapter, by name: what else there is computes by its definition.
     """
     found = {}
     for name, module in unet.named_modules():
         if type(module).__name__ == "Attention":
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
             if all(type(each) is LoRALinear and is_plain(each.base) for each in needed):
-                found[name] = module
+                if len({(len(each.lora_A), each.scale) for each in needed}) == 1:
+                    found[name] = module
         elif is_gate(module) and is_plain(module.proj):
             found[name] = module
     return found

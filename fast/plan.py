@@ -186,14 +186,14 @@ class Rehearsal:
     One rehearsal serves every size of micro-batch and every choice of blocks to recompute.
     """
 
-    def __init__(self, config: Config, dtype: torch.dtype, about: dict):
+    def __init__(self, config: Config, dtype: torch.dtype, about: dict, inject=lora.inject):
         self.live = Live()
         with torch.device("meta"), self.live:
             unet = UNet2DConditionModel.from_config(about).requires_grad_(False).eval()
             nn.Module.to(unet, dtype)  # diffusers' own to() warns of numbers that are lost
             if config.base_quantization != "none":
                 quantise(unet, dtype)
-            adapter = lora.inject(unet, lora.TARGETS, config.lora_rank)
+            adapter = inject(unet, lora.TARGETS, config.lora_rank)
             self.flat = Flat(unet, lora.trained(unet))
             if config.fused and config.attention == "sdpa":
                 layers.wrap(unet)
@@ -373,11 +373,11 @@ def in_previews(config: Config, work: Work, card: Card) -> str:
 # ---- the plan ------------------------------------------------------------------------------------
 
 
-def predictor(config: Config, dtype: torch.dtype, about: dict) -> Callable[[Config], Prediction]:
+def predictor(config: Config, *about) -> Callable[[Config], Prediction]:
     """A function from a Config that differs in batch size and recomputed blocks to a Prediction,
-    some five seconds each.
+    some five seconds each. about: as Rehearsal takes it.
     """
-    return functools.cache(Rehearsal(config, dtype, about).predict)
+    return functools.cache(Rehearsal(config, *about).predict)
 
 
 def shaped(config: Config, size: int, blocks: tuple[str, ...] | None) -> Config:
@@ -469,10 +469,10 @@ def free_bytes() -> int:
 
 
 def choose(
-    config: Config, device: torch.device, dtype: torch.dtype, most: int = 0
+    config: Config, device: torch.device, dtype: torch.dtype, most: int = 0, inject=lora.inject
 ) -> tuple[Config, str]:
     """`config` cut and recomputed as this GPU allows, and a line that says so. most: the examples
-    of a step that this process has; 0 means all.
+    of a step that this process has; 0 means all; inject: what puts the adapter in.
 
     The run is the same whatever is chosen. Only where the recipe asks for it and batch size and
     checkpointing are still the recipe's own: what was asked for is obeyed.
@@ -488,7 +488,7 @@ def choose(
     if asked := [name for name in names if getattr(config, name) != getattr(usual, name)]:
         return config, f"memory plan: none, since {', '.join(asked)} was asked for"
     try:
-        predict = predictor(config, dtype, unet_config(config, dtype))
+        predict = predictor(config, dtype, unet_config(config, dtype), inject)
         card, free = in_dtype(this_card(), dtype), free_bytes()
         way, found = choose_plan(config, predict, card, free, most)
     except Refusal:
@@ -505,7 +505,7 @@ def choose(
 # ---- make plan -----------------------------------------------------------------------------------
 
 
-def table(config: Config) -> str:
+def table(config: Config, inject: Callable = lora.inject) -> str:
     """What a recipe needs on the card that config.plan_for names, without that card."""
     card, local = named_card(config.plan_for), Path(config.pretrained_model_name_or_path).is_dir()
     auto = torch.bfloat16 if card.bf16 else torch.float16
@@ -514,7 +514,7 @@ def table(config: Config) -> str:
     card = in_dtype(card, dtype)
     head = f"recipe {config.recipe} on {card.name}, {max(config.resolution)} px, UNet in {dtype}"
     try:
-        way, found = choose_plan(config, predictor(config, dtype, about), card, free)
+        way, found = choose_plan(config, predictor(config, dtype, about, inject), card, free)
     except Refusal as refusal:
         return f"{head}\ndoes NOT fit: {refusal}"
     work, steps = found.work, way.max_train_steps

@@ -21,7 +21,8 @@ WHOLE = "use a whole adapter file that is not quantised"
 KINDS = {
     "a LoRA of Flux": r"(single|double)_blocks|single_transformer_blocks",
     "a LoRA of Stable Diffusion 3 or Qwen-Image": r"joint_blocks|\btransformer_blocks\.\d+\.attn\.",
-    "a LoRA of a transformer, such as Wan": r"^transformer\.|^diffusion_model\.(blocks|layers)\.",
+    "a LoRA of a transformer, such as Wan": r"^transformer\.|^(diffusion_model|lora_unet)[._]"
+    r"(blocks|layers)[._]",
     "a LoRA of Stable Diffusion 1 or 2": r"(up_blocks[._]3|output_blocks[._]9).*attn2[._]to_k.* "
     r"\(\d+, (768|1024)\)",
     "a whole model, not an adapter": r"^model\.diffusion_model\.|^(first_stage|conditioner)",
@@ -50,15 +51,18 @@ def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str
     return matrices, rank, alpha_of_header(path, about.get("lora_adapter_metadata"), rank), about
 
 
-def check_keys(path: Path, tensors: dict[str, Tensor], pattern: str) -> None:
+def check_keys(
+    path: Path, tensors: dict[str, Tensor], pattern: str, allowed: tuple[str, ...] = ()
+) -> None:
     """Raise Refusal, naming the first, for keys of another model, of more than the UNet's LoRA, and
-    not of the file's layout; and for none at all.
+    not of the file's layout; and for none at all. allowed: those of KINDS that are read.
     """
     if not tensors:
         raise Refusal(f"{path} holds no tensors", "an adapter", WHOLE)
     keys = {f"{key} {tuple(tensor.shape)}": key for key, tensor in tensors.items()}
     for kind, mark in KINDS.items():
-        if theirs := [key for shaped, key in keys.items() if re.search(mark, shaped)]:
+        theirs = [key for shaped, key in keys.items() if re.search(mark, shaped)]
+        if theirs and kind not in allowed:
             found = f"{path} holds {kind}, since it has {len(theirs)} keys such as {theirs[0]}"
             remedy = "use an adapter of SDXL's UNet alone, without DoRA, LoHa or LoKr"
             raise Refusal(found, "plain LoRA of SDXL's UNet and nothing else", remedy)

@@ -10,7 +10,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -25,10 +25,13 @@ from inputs.options import RECIPES, Config, Within
 
 @dataclass(frozen=True)
 class Options:
-    """Draw with an adapter: a file in PEFT or kohya keys, or the folder of a run."""
+    """Draw with an adapter, or several: files of any kind, or the folder of a run."""
 
-    # Adapter file or run folder; empty takes the newest under runs/.
+    # Adapter file or run folder; empty takes the newest under runs/. A number behind a colon, such
+    # as a.safetensors:0.8, is how strongly it acts.
     adapter: tyro.conf.Positional[str] = ""
+    # Further ones that act with it, each with a strength of its own, if not 1.
+    more: tyro.conf.Positional[tuple[str, ...]] = ()
     # What to draw; empty takes the prompts of the recipe that trained the adapter.
     prompts: tuple[str, ...] = ()
     # One picture of every prompt for each seed.
@@ -104,14 +107,19 @@ def parse(argv: list[str] | None = None) -> Options:
     """The command line as checked Options. Raises Refusal, naming all of it, for what cannot be."""
     configuration.refuse_unknown(sys.argv[1:] if argv is None else argv, Options)
     options = configuration.read_words(tyro.cli, Options, argv, "generate.py")
+    acting = [with_strength(word, find=str)[1] for word in (options.adapter, *options.more)]
     names = ("strength", "plain", "compare", "checkpoints", "strengths")
     given = [f"--{n}" for n in names if getattr(options, n) != getattr(Options, n)]
     alone = {"--checkpoints", "--strengths"} & {*given} or {"--plain", "--compare"} <= {*given}
     several = len(given) > 1 and alone
     told = [f"{each:g}" for each in options.strengths]  # as a sheet tells them
     twice = next((each for each in told if told.count(each) > 1), "")
+    alone = "--plain or --checkpoints with several adapters, or a strength behind a colon"
+    one = acting != [1] and (options.plain or options.checkpoints)
     against = [
         (several, " with ".join(given), "one of them", "leave the others out"),
+        (not all(abs(k) <= 10 for k in acting), f"strengths {acting}", "-10 to 10", "correct that"),
+        (one, alone, "one adapter as it is", "--strength, or leave the others out"),
         (twice, f"--strengths with {twice} twice", "each once", "leave one out"),
     ]
     configuration.refuse_wrong(options, Options(), against)
@@ -124,9 +132,20 @@ def parse_or_leave(argv: list[str] | None = None) -> Options:
     Leaves with an error now if it has one.
     """
     options = configuration.or_leave(parse, argv)
-    path = configuration.or_leave(find_adapter, options.adapter)
-    configuration.announce(f"drawing with {path}")
-    return replace(options, adapter=str(path))
+    words = (options.adapter, *options.more)
+    found = [configuration.or_leave(with_strength, word) for word in words]
+    first, *more = [f"{path}" + f":{strength}" * (strength != 1) for path, strength in found]
+    configuration.announce(f"drawing with {' and '.join([first, *more])}")
+    return replace(options, adapter=first, more=tuple(more))
+
+
+def with_strength(word: str, find: Callable | None = None) -> tuple[Path, float]:
+    """An adapter's file and how strongly it acts: the number behind its last colon, if no file or
+    folder is called so; else 1. find: find_adapter().
+    """
+    name, colon, number = word.rpartition(":")
+    split = colon and re.fullmatch(r"-?\d*\.?\d+", number) and not place(word).exists()
+    return (find or find_adapter)(name if split else word), float(number) if split else 1.0
 
 
 def find_adapter(name: str | Path = "") -> Path:
@@ -376,9 +395,12 @@ def how_drawn(options: Options) -> dict[str, str]:
     """How the pictures of complete()'s `options` are drawn, under A1111's names where it has some:
     what a PNG says besides its prompt. The adapter's hash is A1111's of a LoRA, of its tensors.
     """
-    path = Path(options.adapter)
-    name = path.parent.resolve().name if path.name == FILE_NAME else path.stem
-    hashed = hashlib.sha256(data_section(path.read_bytes())).hexdigest()[:12]
+    names, hashes, strengths = [], [], []
+    for path, strength in map(with_strength, (options.adapter, *options.more)):
+        names.append(path.parent.resolve().name if path.name == FILE_NAME else path.stem)
+        sha256 = hashlib.sha256(data_section(path.read_bytes())).hexdigest()
+        hashes.append(f"{names[-1]}: {sha256[:12]}")
+        strengths.append(f"{strength * options.strength:g}")
     said = {
         "Steps": options.num_inference_steps,
         "Sampler": options.scheduler,
@@ -386,9 +408,9 @@ def how_drawn(options: Options) -> dict[str, str]:
         "CFG rescale": f"{options.guidance_rescale:g}" if options.guidance_rescale > 0 else "",
         "VAE": public_name(options.vae) if options.vae else "",
         "Model": place(options.pretrained_model_name_or_path).resolve().name,
-        "Lora": name,
-        "Lora strength": f"{options.strength:g}",
-        "Lora hashes": f"{name}: {hashed}",
+        "Lora": ", ".join(names),
+        "Lora strength": ", ".join(strengths),
+        "Lora hashes": ", ".join(hashes),
     }
     return {key: str(value) for key, value in said.items() if value != ""}
 

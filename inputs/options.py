@@ -178,6 +178,19 @@ class Config:
 
     # ---- Adapter
 
+    # Which layers are adapted: attention (560 of SDXL's), transformer (with feed-forward, proj_in
+    # and proj_out kohya's 722), all (with the 3x3 convolutions), or regular expressions, each of
+    # which is found in a layer's name, such as up_blocks.*attn2.
+    targets: tuple[str, ...] = ("attention",)
+    # Other ranks of some layers, such as mid_block=32: a regular expression that is found in their
+    # names, and a rank. alpha stays.
+    rank_pattern: tuple[str, ...] = ()
+    # LoRA or a relative, on Linear layers: dora (magnitude and direction apart), loha (an
+    # element-wise product of two), lokr (Kronecker's product: far fewer numbers).
+    adapter: Literal["lora", "dora", "loha", "lokr"] = "lora"
+    # Save another kind as LoRA of this rank, too, in OUT/as-lora, for programs that read LoRA
+    # alone; what is lost is said. 0 does not.
+    as_lora: Annotated[int, Within(0, 640)] = 0
     # The adapter acts with alpha / rank, so that the rank can change without a new learning rate.
     lora_alpha: Annotated[float, Within(1e-6, 1e6)] = 32
     # Let it act with alpha / sqrt(rank) instead (rsLoRA). The files say alpha * sqrt(rank), so that
@@ -629,6 +642,7 @@ def refuse_wrong(options: Any, usual: Any, against: list[tuple]) -> None:
 # What makes a run learn otherwise by what learn/ plugs in, which the book's own lines do not have.
 OTHERWISE = ("stratified_timesteps", "weighting_scheme", "logit_mean", "logit_std", "loss_type")
 OTHERWISE += ("huber_schedule", "huber_c", "ema_decay", "loraplus_lr_ratio", "optimizer")
+RELATIVES = ("adapter", "targets", "rank_pattern")  # by which the adapter is another
 
 
 def set_apart(config: Config, *names: str) -> list[str]:
@@ -656,6 +670,43 @@ def odd_learning(config: Config) -> list[tuple]:
             (ratio != 1, f"{found} with --loraplus-lr-ratio", one, "leave one out"),
         ]
     return against
+
+
+def relatives(config: Config) -> list[str]:
+    """The options by which the adapter is another than the book's, as they are typed."""
+    return set_apart(config, *RELATIVES)
+
+
+def check_adapter(config: Config) -> list[tuple]:
+    """What is wrong with the adapter's options, as refuse_wrong() takes it."""
+    wrong = next((pair for pair in config.rank_pattern if not ranked(pair)), "")
+    unread = next((word for word in config.targets if not readable(word)), "")
+    other, kind = config.start_from and " ".join(relatives(config)), config.adapter
+    rates = config.loraplus_lr_ratio != 1 and kind in ("loha", "lokr")
+    ranks = config.use_rslora and config.rank_pattern
+    return [
+        (not config.targets, "--targets without any", "one or more", "--targets attention"),
+        (unread, f"--targets {unread}", "a regular expression", "--targets attention"),
+        (wrong, f"--rank-pattern {wrong}", "NAME=RANK, 1 to 640", "--rank-pattern mid_block=32"),
+        (config.as_lora and kind == "lora", "--as-lora of LoRA", "another", "leave it out"),
+        (rates, f"--loraplus-lr-ratio with {kind}", "lora or dora, with A and B", "leave one out"),
+        (ranks, "--use-rslora with --rank-pattern", "one rank", "leave one out"),
+        (other, f"--start-from with {other}", "LoRA on attention", "leave one out"),
+    ]
+
+
+def readable(pattern: str) -> bool:
+    """Whether it is a regular expression."""
+    try:
+        return bool(re.compile(pattern))
+    except re.error:
+        return False
+
+
+def ranked(pair: str) -> bool:
+    """Whether it is a regular expression, = and a rank."""
+    name, _, rank = pair.rpartition("=")
+    return bool(name) and readable(name) and rank.isdecimal() and 1 <= int(rank) <= 640
 
 
 def check(config: Config) -> Config:
@@ -688,6 +739,7 @@ def check(config: Config) -> Config:
         (unseen, epochs, "a number of steps", "--max-train-steps 1000"),
         (odd, f"resolution {sides}", units, f"--resolution {good}"),
         (kept, "--keep-tags alone", "--shuffle-tags or --tag-dropout", "add one or leave it out"),
+        *check_adapter(config),
         (alone, "--any-base alone", "--start-from with it", "add one or leave it out"),
         (held_out[1:], "--validation-share with --validation-data", "one", "leave one out"),
         (judged and not held_out, lone, "held-out pictures", "--validation-share 0.05 with it"),
@@ -700,7 +752,7 @@ def check(config: Config) -> Config:
         held = " and ".join(name for name in left if os.path.exists(config.out / name))
         folder = f"--plain with {config.out}, which holds {held}"
         more = ("plan_for", "deterministic", "start_from", "compile", "quiet", *held_out)
-        more = " and ".join(set_apart(config, *more, *OTHERWISE))
+        more = " and ".join([*set_apart(config, *more, *OTHERWISE), *relatives(config)])
         against += [
             (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),
             (nf4, "--plain with an NF4 base", "an unquantized one", "--base-quantization none"),

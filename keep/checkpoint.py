@@ -72,7 +72,7 @@ def save_state(kept) -> None:
     torch.save(state_of(kept), buffer)
     how = (model.DTYPES[config.save_dtype], about(kept))
     files = {
-        lora.FILE_NAME: lora.peft_bytes(run.adapter, *how),
+        lora.FILE_NAME: adapter_files.BYTES["peft"](run.adapter, *how),
         "state.pt": buffer.getvalue(),
         "state.sha256": sum_of(buffer.getvalue()).encode(),
     }

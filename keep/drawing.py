@@ -5,6 +5,7 @@ with the bare model. The drawing itself is generate.py's.
 import contextlib
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import diffusers
@@ -15,10 +16,11 @@ from torch import Tensor
 import generate
 import lora
 import model
-from adapters import files as adapter_files
+from adapters import foreign
 from inputs import drawing
-from inputs.drawing import Options, find_adapter
+from inputs.drawing import Options
 from inputs.files import Refusal, first_line
+from inputs.vetting import check_device
 from keep import faster
 from lora import AdapterFile
 from see import sheet
@@ -53,12 +55,12 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
     if options.compare:
         after = after if strength == 1 else f"at {strength:g}"
         path, rows = file.path.parent / "best" / lora.FILE_NAME, {"before": (file, 0.0)}
-        best = adapter_files.read(path) if path.is_file() else file  # of a run with a held-out loss
+        best = foreign.read(path) if path.is_file() else file  # of a run with a held-out loss
         if (step := best.about.get("steps")) != file.about.get("steps"):
             rows[f"step {step}, lowest held-out loss"] = (best, strength)
         rows[after] = (file, strength)
         if (path := file.path.parent / "ema" / lora.FILE_NAME).is_file():
-            rows["running mean"] = (adapter_files.read(path), strength)
+            rows["running mean"] = (foreign.read(path), strength)
         return rows, "before-after.png"
     return {"": (file, strength)}, ""
 
@@ -70,7 +72,7 @@ def stages(file: AdapterFile) -> dict[int, AdapterFile]:
     folders = [*file.path.resolve().parents][:3]  # OUT/, OUT/adapters/, OUT/checkpoints/000200/
     out = next((each for each in folders if (each / "config.json").is_file()), folders[0])
     places = ("adapters/*.safetensors", f"checkpoints/*/{lora.FILE_NAME}", lora.FILE_NAME)
-    found = [adapter_files.read(path) for place in places for path in out.glob(place)]
+    found = [foreign.read(path) for place in places for path in out.glob(place)]
     own = [each for each in found if each.about.get("run", "") == file.about.get("run")]
     if other := [str(each.path.relative_to(out)) for each in found if each not in own]:
         print(f"left out, of another run than {file.path}: {', '.join(other)}", file=sys.stderr)
@@ -83,12 +85,21 @@ def stages(file: AdapterFile) -> dict[int, AdapterFile]:
 
 def run(options: Options) -> None:
     """Draw what `options` ask for, save it and print where it is."""
-    file = adapter_files.read(find_adapter(options.adapter))
+    words = (options.adapter, *options.more)
+    parts = [(foreign.read(path), k) for path, k in map(drawing.with_strength, words)]
+    file = foreign.together(parts)
+    if file.left_out:
+        print(file.left_out, file=sys.stderr)
     options = drawing.complete(options, file.path, file.about)
+    if (k := parts[0][1]) != 1:  # which a picture tells, too
+        options = replace(options, adapter=f"{options.adapter}:{k}")
+    half = model.choose_dtype(options.mixed_precision, check_device(options.device))[0]
+    for each, _ in parts[1:]:  # the first is looked at where it is drawn
+        drawing.check_base(options, each.path, each.about, half != torch.float32)
     rows, name = rows_of(options, file)
     folder = Path(options.output_dir or file.path.parent / "pictures")
     folder.mkdir(parents=True, exist_ok=True)  # before drawing, so that no picture is lost by it
-    plugged_in = (faster.unet_loader(options), adapter_files.load, decode)
+    plugged_in = (faster.unet_loader(options), foreign.load, decode, foreign.Drawn)
     try:
         pictures = generate.draw_at(rows, options, *plugged_in)
     except torch.cuda.OutOfMemoryError as error:

@@ -12,7 +12,7 @@ import torch
 
 import lora
 import model
-from adapters import files
+from adapters import files, foreign, kinds, start
 from inputs import code
 from inputs.files import Refusal, place, sweep_parts, write_whole
 from inputs.options import Config
@@ -33,7 +33,7 @@ def export(kept, kind: str = "") -> list[Path]:
     rounded numbers, the answer within 2e-3 of its own length.
     """
     run, config = kept.run, kept.run.config
-    if not any(layer.lora_B.any() for layer in run.adapter.layers.values()):
+    if not kinds.moved(run.adapter):
         found = "the adapter did not move: every B is zero, as at its start"
         remedy = "a higher --learning-rate or more --max-train-steps"
         remedy += f" ({run.loss_scale.skipped} steps were skipped)"
@@ -48,7 +48,7 @@ def export(kept, kind: str = "") -> list[Path]:
         files.save(run.adapter, path, layout, dtype, about(kept) | told)
         for matrix in matrices.values():
             matrix.zero_()  # or a file that holds nothing would seem to hold everything
-        files.load(run.adapter, files.read(path))
+        foreign.put_back(run.adapter, path)
         again = model.predict(run.unet, batch["noise"], batch)
         off = ((again - answer).norm() / answer.norm()).item()
         same = all(matrices[n].equal(each.to(dtype).float()) for n, each in trained.items())
@@ -82,15 +82,29 @@ def export_best(kept) -> list[Path]:
     run.step = kept.judge.best or last  # which the files' headers tell
     found, paths = folder_of(run) / lora.FILE_NAME, []
     if kept.judge.best and found.is_file():
-        files.load(run.adapter, files.read(found))
+        foreign.put_back(run.adapter, found)
         paths = export(kept, "best")
     run.step = last
     return paths
 
 
+def export_as_lora(kept) -> list[Path]:
+    """With --as-lora, the adapter for programs that read no other kind, into OUT/as-lora/."""
+    config, paths = kept.run.config, []
+    if config.as_lora:
+        refactored, lost = start.as_lora(kept.run.adapter, config.as_lora)
+        far = f"{lost:.2%} of its length is lost" if lost > 1e-4 else "nothing of it is lost"
+        print(f"as LoRA of rank {config.as_lora}: {far}")
+        told = about(kept) | {"made": f"as LoRA of {config.adapter}, {far}"}
+        for layout, path in files_of(config, "as-lora").items():
+            files.save(refactored, path, layout, model.DTYPES[config.save_dtype], told)
+            paths.append(path)
+    return paths
+
+
 def files_of(config: Config, kind: str = "") -> dict[str, Path]:
     """Where the adapter is, or will be, in each layout; of `kind` best that of the step with the
-    lowest held-out loss, of ema the running mean.
+    lowest held-out loss, of ema the running mean, of as-lora what --as-lora makes of it.
     """
     out, name = config.out / kind, f"{config.out.resolve().name}{kind and f'-{kind}'}.safetensors"
     return {"peft": out / lora.FILE_NAME, "kohya": out / "kohya" / name}
@@ -124,6 +138,7 @@ def mark_finished(kept) -> None:
     note = {"steps": run.step, "epochs": config.max_train_epochs}
     note["stopped_when_worse"] = run.step < config.max_train_steps
     note |= {"files": exported_sums(config), "save_dtype": config.save_dtype}
+    note |= {"as_lora": config.as_lora} if config.as_lora else {}
     note |= {"identity": kept.identity, "code": kept.code, "commit": code.commit()}
     remove_renamed(config)
     (config.out / "pictures" / "before-after.png").unlink(missing_ok=True)  # of an earlier adapter
@@ -142,6 +157,7 @@ def finished(config: Config) -> str:
     try:
         note = json.loads((config.out / "finished.json").read_text())
         whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
+        whole = whole and config.as_lora in (0, note.get("as_lora"))
         half, done = note["identity"]["dtype"] != "torch.float32", note["steps"]
         # Of the same pictures, as check_same() finds, as many epochs are as many steps.
         enough = note["epochs"] >= epochs if epochs else done >= steps

@@ -15,6 +15,7 @@ from pathlib import Path
 import data
 import loop
 import model
+from adapters import kinds
 from inputs import code
 from inputs.files import Refusal
 from inputs.options import Config
@@ -136,7 +137,8 @@ def plan(config: Config, device, dtype, processes: int) -> tuple[Config, str]:
 
     fuses = config.fused and not edited("lora.LoRALinear")  # else more is kept in memory
     most = math.ceil(config.examples_per_step / processes)  # the largest share of a step
-    chosen, line = plan.choose(replace(config, fused=fuses), device, dtype, most)
+    how = (device, dtype, most, kinds.injector(config))
+    chosen, line = plan.choose(replace(config, fused=fuses), *how)
     return replace(chosen, fused=config.fused), line
 
 
@@ -157,6 +159,7 @@ def digests(config: Config) -> dict[str, str]:
     further = ["adapters.start.start", "adapters.start.nearest"] * bool(config.start_from)
     further += ["learn.held_out.split"] * bool(config.validation_share)
     further += tricks.makers(config)
+    further += kinds.makers(config)
     if config.base_quantization == "nf4":
         further += [*nf4().MAKERS, "fast.nf4.linear_4bit"]
     return code.digests(further)

@@ -12,7 +12,7 @@ from inputs.code import changed
 from inputs.drawing import check_base, header, of_run, public_name
 from inputs.files import Refusal, digest, place
 from inputs.one_file import HEADER, PREDICTS
-from inputs.options import OTHERWISE, Config
+from inputs.options import OTHERWISE, RELATIVES, Config
 from inputs.sources import WHITE, Picture, read_datasets, ten
 from lora import AdapterFile
 from model import NoiseSchedule
@@ -34,8 +34,11 @@ MAY_CHANGE = {
     *("caption", "caption_from_name", "mixed_precision", "vae"),
     *("dataset_weights", "folder_repeats", "mask_from_alpha", "caption_lines", "trigger"),
     *("shuffle_tags", "keep_tags", "tag_dropout", "caption_variants"),
-    *("start_from", "any_base", "upscale"),  # which only says no
+    *("start_from", "any_base", "upscale", "as_lora"),  # which only says no
 }
+# Of these a run's digest tells only where they act, so that the files of older runs stay as they
+# are.
+LATER = (*OTHERWISE, *RELATIVES, "use_rslora")
 CHANGED = "changed in picture, mask, weight or caption"
 PICTURES = "pictures.json"  # in the run's folder: what its pictures and captions were
 
@@ -187,8 +190,8 @@ def about(kept) -> dict[str, str]:
     """What an adapter's header says. Nothing that depends on the clock or on where the run lies."""
     config = kept.run.config
     # A run that is lengthened stays this run, and of a constant rate the schedule's length is none.
-    # So do runs that began before there were OTHERWISE's options, which are off then.
-    later = {k: str(getattr(Config, k)) for k in (*OTHERWISE, "use_rslora")}
+    # So do runs that began before there were the options of LATER, which are off then.
+    later = {k: str(getattr(Config, k)) for k in LATER}
     own = {k: v for k, v in kept.identity.items() if v != later.get(k) and k != "lr_schedule_steps"}
     told = {
         "base_model": public_name(config.pretrained_model_name_or_path),

@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import loop
 import model
-from adapters import start
+from adapters import kinds, start
 from inputs import code, hub, options
 from inputs.drawing import Options
 from inputs.files import Refusal, first_line, only_run, place, write_whole
@@ -69,9 +69,8 @@ TOGETHER = ("max_train_steps", "checkpointing_steps", "validation_steps", "stop_
 def set_up(
     config: Config, device: torch.device, team: faster.Alone | None = None
 ) -> tuple[Kept, str]:
-    """The data, encoded and the encoders freed; the UNet with its adapter; the checkpoint.
-
-    Returns the run and the lines it begins with.
+    """The data, encoded and the encoders freed; the UNet with its adapter; the checkpoint. Returns
+    the run and the lines it begins with.
     """
     team, name = team or faster.Alone(), config.pretrained_model_name_or_path
     dtype, reason = model.choose_dtype(config.mixed_precision, device)
@@ -102,7 +101,8 @@ def set_up(
     team.wait()
     unet = faster.unet_loader(config)(name, device, dtype)
     attention = model.use_attention(unet, config.attention, device, dtype)
-    run = loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
+    parts = (examples, schedule, model.latent_scaling(name), kinds.injector(config))
+    run = loop.assemble(config, unet, *parts)
     losses = state.get("losses", {}) if state else noise.losses(run)
     predicts = noise.judge(config, schedule.prediction_type, losses)
     # Of a begun run the checkpoint's numbers count.
@@ -123,7 +123,7 @@ def set_up(
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     drawn = preview.describe(config, previews.previews, run.step)
     base = describe_base(config, commit, predicts)
-    usual = [] if config.quiet else [planned, drawn]
+    usual = [] if config.quiet else [kinds.describe(run.adapter), planned, drawn]
     lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes, *said]
     return kept, "".join(f"{each}\n" for each in lines if each)
 
@@ -168,6 +168,7 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if config.recipe == "pocket" and has_own(config):
         print("the small model knows emoji alone: of photographs it makes blots", flush=True)
     began = time.perf_counter()
+    kinds.check(config, model.choose_dtype(config.mixed_precision, device)[0] != torch.float32)
     kept, lines = set_up(config, device, team)
     run, seconds = kept.run, time.perf_counter() - began
     team.asked = lambda: bool(interrupts.caught)
@@ -198,6 +199,8 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
         say("saving the adapter")
         for path in (*export.export(kept), *export.export_ema(kept), *export.export_best(kept)):
             say(f"saved, read back and compared: {path}")
+        for path in export.export_as_lora(kept):
+            say(f"saved: {path}")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
         say(kept.judge.worst())
@@ -343,7 +346,8 @@ def main(argv: list[str] | Config | None = None) -> int:
         quiet[0] = config.quiet
         if config.plan_for:
             hub.use_revision(config.pretrained_model_name_or_path, config.revision, config.vae)
-            print(faster.part("plan", f"--plan-for {config.plan_for}").table(config))
+            plan = faster.part("plan", f"--plan-for {config.plan_for}")
+            print(plan.table(config, kinds.injector(config)))
             return 0
         team = faster.join(config.ddp_timeout)
         return train(config, team)

@@ -30,10 +30,14 @@ def sizes(adapter: lora.Adapter, dtype: torch.dtype) -> dict[str, float]:
     """
     blocks: dict[str, Tensor] = {}
     for name, layer in adapter.layers.items():
-        A, B = layer.lora_A, layer.lora_B
-        branch = layer.scale**2 * ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
-        unit = torch.eye(layer.in_features, dtype=dtype, device=A.device)
-        weight = (layer.base(unit) - layer.base(torch.zeros_like(unit[:1]))).float().square().sum()
+        if hasattr(layer, "update"):  # of another kind than LoRA
+            branch, weight = layer.update().square().sum(), layer.weight().square().sum()
+        else:
+            A, B = layer.lora_A, layer.lora_B
+            branch = layer.scale**2 * ((B.mT @ B) * (A @ A.mT)).sum().clamp(min=0)
+            unit = torch.eye(layer.in_features, dtype=dtype, device=A.device)
+            weight = (layer.base(unit) - layer.base(torch.zeros_like(unit[:1]))).float()
+            weight = weight.square().sum()
         block = name.split(".transformer_blocks")[0]
         blocks[block] = blocks.get(block, 0) + torch.stack([branch, weight])
     return {block: (each[0] / each[1]).sqrt().item() for block, each in blocks.items()}

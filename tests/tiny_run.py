@@ -7,6 +7,7 @@ import torch
 
 import loop
 import model
+from adapters import kinds
 from conftest import make_batch, make_unet
 from data import drawn_timesteps
 from inputs.options import RECIPES
@@ -34,7 +35,8 @@ def assembled(out, **options) -> loop.Run:
     settings = {"output_dir": str(out), "train_batch_size": 2, "gradient_accumulation_steps": 1}
     settings |= {"lora_rank": 5, "learning_rate": 1e-2, "max_train_steps": 10}
     config = dataclasses.replace(RECIPES["pocket"][1], **settings | options)
-    return loop.assemble(config, make_unet(), Examples(), SCHEDULE, (0.13, 0.0))
+    parts = (Examples(), SCHEDULE, (0.13, 0.0), kinds.injector(config))
+    return loop.assemble(config, make_unet(), *parts)
 
 
 def keep(run: loop.Run, vector: bool = False) -> SimpleNamespace:

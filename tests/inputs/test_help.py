@@ -21,7 +21,7 @@ def told(capsys, parse, *words: str) -> str:
 
 def listed(page: str) -> list[str]:
     """The options that a page of --help explains, in order."""
-    return re.findall(r"^  (--[\w-]+|ADAPTER) ·", page, flags=re.MULTILINE)
+    return re.findall(r"^  (--[\w-]+|ADAPTER|MORE) ·", page, flags=re.MULTILINE)
 
 
 def names(cls: type) -> set[str]:
@@ -74,7 +74,7 @@ def test_help_lists_every_option_with_its_value_and_fits(capsys, monkeypatch, co
     monkeypatch.setenv("COLUMNS", str(columns))
     if recipe == "drawing":
         page, cls = told(capsys, drawing.parse), drawing.Options
-        expected = names(cls) - {"--adapter"} | {"ADAPTER"}
+        expected = names(cls) - {"--adapter", "--more"} | {"ADAPTER", "MORE"}
     else:
         page, cls = told(capsys, options.parse, recipe), options.Config
         expected = names(cls) - {"--recipe"}

@@ -62,6 +62,30 @@ def refused(answer: tuple[int, str], *words: str) -> None:
 # ---- what is drawn -------------------------------------------------------------------------------
 
 
+def test_several_adapters_are_drawn_each_at_its_strength(run, tmp_path, capsys):
+    """As one file with their sum; a colon in a name is no strength; the picture says who acted."""
+    odd = tmp_path / "a:2"  # a folder that is called so
+    shutil.copytree(run, odd)
+    out = ("--output-dir", str(tmp_path / "pictures"))
+    pictures = []
+    for words in ([f"{run}:0.25", f"{odd}:0.5"], [f"{odd}:.75"], [str(odd), "--strength", "0.75"]):
+        assert draw(capsys, *words, *out) == (0, "")
+        newest = max((tmp_path / "pictures").iterdir(), key=lambda path: path.stat().st_mtime_ns)
+        pictures.append(Image.open(newest))
+    first, *others = (np.asarray(each).astype(int) for each in pictures)
+    assert all(np.abs(first - each).max() <= 1 for each in others)
+    told = [each.info["parameters"].splitlines()[-1] for each in pictures]
+    assert 'Lora: "out, a:2", Lora strength: "0.25, 0.5", Lora hashes: ' in told[0]
+    assert "Lora strength: 0.75" in told[1] and "Lora strength: 0.75" in told[2]
+
+
+@pytest.mark.parametrize("more", [["--plain"], ["--checkpoints"]])
+def test_several_adapters_are_drawn_by_the_command_alone(more):
+    for words in (["a:0.5"], ["a", "b"]):
+        with pytest.raises(Refusal, match="with several adapters, or a strength behind a colon"):
+            options_of_drawing.parse([*words, *more])
+
+
 def test_a_comparison_shows_the_bare_model_above_and_the_adapter_below(run, capsys):
     pixels = {}
     for strength in ("0", "1"):
@@ -536,7 +560,7 @@ def test_an_adapter_of_another_architecture_rank_or_format_is_refused(run, tmp_p
     base = ("--pretrained-model-name-or-path", str(POCKET))
     refused(draw(capsys, str(alien), *base), "alien.safetensors")
     alien.write_bytes(files.safetensors_bytes({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}, {}))
-    refused(draw(capsys, str(alien), *base), "hada_w1_a", "LoHa", "UNet alone")
+    refused(draw(capsys, str(alien), *base), "x has hada_w1_a", "all factors of one kind")
     alien.write_bytes(file.read_bytes()[:-7])
     refused(draw(capsys, str(alien), *base), "alien.safetensors is not a whole safetensors file")
     refused(draw(capsys, str(tmp_path / "none.safetensors"), *base), "no such file")
