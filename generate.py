@@ -150,8 +150,7 @@ def save_picture(picture: Image.Image, path: Path, parameters: str) -> None:
     """Write it, whole or not at all, and print where: at `path`, or beside another picture of that
     name.
     """
-    png = png_bytes(picture, parameters)
-    path = drawing.free_path(path, png)
+    path = drawing.free_path(path, png := png_bytes(picture, parameters))
     write_whole(path, png)
     print(path)
 
@@ -217,8 +216,7 @@ def draw_plain(options: Options) -> None:
     folder = Path(options.output_dir or file.path.parent / "pictures")
     # Before drawing: what cannot be written costs nothing.
     folder.mkdir(parents=True, exist_ok=True)
-    (pictures,) = draw_at({"": (file, options.strength)}, options)
-    save_pictures(options, pictures, folder)
+    save_pictures(options, *draw_at({"": (file, options.strength)}, options), folder)
 
 
 if __name__ == "__main__":

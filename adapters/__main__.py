@@ -35,7 +35,7 @@ class Options:
     # Which share of the squared length is kept, by the smallest rank that does; 0 does not cut.
     keep: Annotated[float, Within(0, 1)] = 0.0
     # The model that a file belongs to, if not to SDXL, or to the run around it. inspect measures
-    # against its weights where it is given.
+    # against its weights where they are on this disk.
     pretrained_model_name_or_path: str = ""
 
 
@@ -70,13 +70,14 @@ def strengths(words: tuple[str, ...]) -> list[tuple[str, float]]:
 def run(argv: list[str] | None = None) -> None:
     """Do what the command line asks and print what was done. Raises Refusal."""
     asked = parse(argv)
-    from adapters import describe, tools  # here: they import torch, options are checked before
-
     paths = [(find_adapter(name), strength) for name, strength in strengths(asked.files)]
+    from adapters import describe, tools  # here: they import torch, what is typed is checked before
+
     base = asked.pretrained_model_name_or_path
     own = of_run(paths[0][0], "pretrained_model_name_or_path")
+    base = base or (own if own and place(own).exists() else "")
     # What is not on this disk is SDXL itself, or has its layers.
-    layers = tools.layers_of(base or (own if own and place(own).exists() else ""))
+    layers = tools.layers_of(base)
     parts = [(tools.read(path, layers), strength) for path, strength in paths]
     if asked.command == "inspect":
         print(describe.describe(parts[0][0], layers if base else {}))

@@ -71,6 +71,8 @@ def traps(file: lora.AdapterFile, keys: list[str]) -> list[str]:
     if keys[-1].startswith("lora_unet_") and not version.startswith("sdxl_"):
         found.append(f"A1111 hides it: its ss_base_model_version is not sdxl_...; {KOHYA}")
     told = "lora_adapter_metadata" in file.about or any(key.endswith(".alpha") for key in keys)
+    if any(re.match(r"unet\..*\.alpha$", key) for key in keys):
+        found.append(f"diffusers' load_lora_weights refuses .alpha beside PEFT's keys; {KOHYA}")
     if not told and not keys[-1].startswith("base_model."):  # peft's is in a file beside it
         found.append("nothing tells alpha: to every program it is the rank, and the scale 1")
     if not any(each.any() for name, each in file.matrices.items() if name.endswith("B")):

@@ -356,6 +356,13 @@ def rename(change, header=None):
     return edited
 
 
+def with_alphas(path):
+    tensors, about = load_file(path), header(path)["__metadata__"]
+    alpha = float(about["alpha"])
+    modules = {key.partition(".lora_")[0] for key in tensors}
+    save_file(tensors | {f"{m}.alpha": torch.tensor(alpha) for m in modules}, path)
+
+
 @pytest.mark.parametrize(
     "layout, edit, trap",
     [
@@ -366,6 +373,7 @@ def rename(change, header=None):
             "diffusers' load_lora_weights loads it and changes nothing",
         ),
         ("peft", rename(lambda key: key), "nothing tells alpha"),
+        ("peft", with_alphas, "diffusers' load_lora_weights refuses .alpha beside PEFT's keys"),
         ("kohya", rename(lambda key: key, {"steps": "7"}), "A1111 hides it"),
         (
             "kohya",
@@ -373,7 +381,7 @@ def rename(change, header=None):
             "sd-scripts merges and trains on SGM's block names",
         ),
     ],
-    ids=["peft", "bare", "no alpha", "no version", "old names"],
+    ids=["peft", "bare", "no alpha", "alphas", "no version", "old names"],
 )
 def test_each_trap_is_told_and_convert_gets_out_of_it(tmp_path, capsys, layout, edit, trap):
     edit(a := written(tmp_path / "a.safetensors", layout=layout))
