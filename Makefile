@@ -27,6 +27,7 @@ $(VENV)/.ready: requirements.txt .ci/constraints.txt
 # as it was typed, $ and quotes too, where make's own words would lose them
 train look: export PICTURES = $(value DATA)
 inspect: export ADAPTER = $(value FILE)
+report: export FOLDER = $(value RUN)
 train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
 	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
 	seen=$$(echo "$${CUDA_VISIBLE_DEVICES-$$(seq -s , $$gpus)}" | tr , '\n' | grep -c '^[^-]'); \
@@ -60,7 +61,7 @@ inspect: $(SETUP)  ## what an adapter file holds, where it acts, its traps in ot
 	@$(PYTHON) -m adapters inspect $${ADAPTER:+"$$ADAPTER"} $(ARGS)
 
 report: $(SETUP)  ## the newest run's page anew, all of it in one file for any browser: OUT/report.html; RUN=runs/t4
-	$(PYTHON) -m see.page $(if $(RUN),"$(RUN)")
+	$(PYTHON) -m see.page $${FOLDER:+"$$FOLDER"}
 
 board: $(SETUP)  ## losses, learning rates and previews of all runs in TensorBoard, at the address that it prints
 	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)

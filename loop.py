@@ -2,8 +2,8 @@
 
 diffusion_loss(), micro_step() and optimizer_step() are the method. With --plain they run as they
 stand here, from the pictures to the adapter's file. Without it the same fit() and optimizer_step()
-run with other things in the six sockets of a Run: keep/faster.py replaces four of them, lays all
-matrices into one vector and fuses layers of the UNet. `loss` and `timesteps` are for experiments.
+run with other things in the six sockets of a Run, which keep/faster.py fills; it lays all matrices
+into one vector and fuses layers of the UNet, too. Options of learn/ fill `loss` and `timesteps`.
 
 Letters: `n` examples per optimizer step (batch x accumulation), `B` examples in one pass, others as
 in model.py.

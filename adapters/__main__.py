@@ -78,6 +78,9 @@ def run(argv: list[str] | None = None) -> None:
     base = base or (own if own and place(own).exists() else "")
     # What is not on this disk is SDXL itself, or has its layers.
     layers = tools.layers_of(base)
+    if asked.command == "inspect" and (other := describe.other(paths[0][0])):
+        print(other)
+        return
     parts = [(tools.read(path, layers), strength) for path, strength in paths]
     if asked.command == "inspect":
         print(describe.describe(parts[0][0], layers if base else {}))

@@ -2,8 +2,10 @@
 
 import re
 from collections import Counter
+from pathlib import Path
 
 import lora
+from adapters import foreign
 from adapters.tools import joined, modules_of, squared_length
 from inputs.files import open_safetensors, sayable
 from inputs.one_file import HEADER
@@ -48,6 +50,27 @@ def describe(file: lora.AdapterFile, weights: dict[str, tuple]) -> str:
         lines.append(f"  {block:26} {length:8.2g} {bar}")
     lines += [f"trap: {trap}" for trap in traps(file, keys)] or ["traps: none known"]
     return "\n".join(map(sayable, lines))
+
+
+def other(path: Path) -> str:
+    """What a file holds that is more than LoRA of one rank and alpha on attention, in lines; "" of
+    one that is just that. Raises Refusal as foreign.read() does.
+    """
+    file = foreign.read(path)
+    found, alike = file.corrections, {(each.rank, each.alpha) for each in file.corrections}
+    kinds = Counter(foreign.kind_of(each) for each in found)
+    attention = all("attn" in each.module and "to_" in each.module for each in found)
+    if [*kinds] == ["LoRA"] and attention and len(alike) == 1 and not file.left_out:
+        return ""
+    pairs = Counter(f"rank {each.rank} alpha {each.alpha:g}" for each in found)
+    layers = Counter(re.sub(r"\d+", "#", each.module) for each in found)
+    told = [f"{path}: {', '.join(f'{n} layers of {kind}' for kind, n in kinds.items())}"]
+    told += [f"  {n} of {pair}" for pair, n in pairs.most_common(10)]
+    told += [f"layers, of {len(layers)} kinds:"]
+    told += [f"  {n:4} {name}" for name, n in layers.most_common(20)]
+    told += [file.left_out] * bool(file.left_out)
+    told += [f"  {key}: {sayable(value, 160)}" for key, value in sorted(file.about.items())]
+    return "\n".join(map(sayable, told))
 
 
 def lengths_by_block(file: lora.AdapterFile, weights: dict[str, tuple]) -> dict[str, float]:

@@ -118,6 +118,15 @@ def read(path: Path | str) -> AnyFile:
     return AnyFile(path, {}, first.rank, first.alpha, about, corrections, said)
 
 
+def kind_of(correction: Correction) -> str:
+    """In words."""
+    parts = correction.parts
+    if "hada_w1_a" in parts or "lora_A" not in parts:
+        return "LoHa" if "hada_w1_a" in parts else "LoKr"
+    conv = " on a convolution" * (parts["lora_A"].ndim > 2)
+    return ("DoRA" if M in parts else "LoRA") + conv
+
+
 def troubles(path: Path, layers: dict[str, dict[str, Tensor]]) -> list[tuple[str, str, str]]:
     """What of the file's layers cannot be, as refuse() takes it."""
     found = []
@@ -126,14 +135,17 @@ def troubles(path: Path, layers: dict[str, dict[str, Tensor]]) -> list[tuple[str
         if own not in WHOLES:
             found.append((f"{module} has {', '.join(sorted(parts))}", "all factors of one kind"))
             continue
+        wrong = len(found)
         for name, each in parts.items():
-            if each.dtype not in (*NUMBERS, *FP8):
+            if name != "alpha" and each.dtype not in (*NUMBERS, *FP8):
                 found.append((f"{module}.{name} holds {str(each.dtype)[6:]}", "floats of 8 to 32"))
             elif not each.float().isfinite().all():
                 found.append((f"{module}.{name} holds NaN or Inf", "finite numbers"))
             elif name == "alpha" and each.numel() != 1:
                 found.append((f"{module}.alpha holds {each.numel()} numbers", "one"))
-        if not 1 <= rank_of(parts) <= MAX_RANK:
+            elif name not in ("alpha", M) and each.ndim < 2:
+                found.append((f"{module}.{name} is {[*each.shape]}", "a matrix"))
+        if len(found) == wrong and not 1 <= rank_of(parts) <= MAX_RANK:
             found.append((f"{module} has rank {rank_of(parts)}", f"1 to {MAX_RANK}"))
     return [(f"{path}: {what}", expected, WHOLE) for what, expected in found]
 
@@ -154,9 +166,13 @@ def alphas(path: Path, said: str | None, layers: dict) -> Callable[[str, int], f
     with refusing(f"{path} has an unreadable PEFT config", "JSON with r and lora_alpha", WHOLE):
         config = {key.removeprefix("unet."): v for key, v in dict(json.loads(said)).items()}
         own = {str(key): value for key, value in dict(config.pop("alpha_pattern", {})).items()}
-    root = config.pop("use_rslora", False) is True
-    for name in ("rank_pattern", "use_dora"):  # the tensors themselves say so
-        config.pop(name, None)
+    root = type(config.get("use_rslora")) is bool and config.pop("use_rslora")
+    # The tensors themselves say these.
+    patterned, _ = config.pop("rank_pattern", None), config.pop("use_dora", None)
+    ranks = {rank_of(parts) for parts in layers.values()}
+    if not patterned and len(ranks) == 1 and config.get("r", 1) not in ranks:
+        found = f"{path} says r {config['r']}, and its matrices have rank {min(ranks)}"
+        raise Refusal(found, "the same", WHOLE)
     usual = alpha_of_header(path, json.dumps(config), config.get("r", 1))
     own = {f".{name}": check_alpha(path, alpha) for name, alpha in own.items()}
     lost = [name[1:] for name in own if not any(f".{m}".endswith(name) for m in layers)]
@@ -229,7 +245,7 @@ def load(adapter: Drawn, file: AnyFile) -> None:
     )
     adapter.layers, adapter.bases = {}, {name: able[name] for name, _ in named}
     for i, (name, correction) in enumerate(named):
-        layer = beside(adapter.model.get_submodule(name), correction)
+        layer = beside(adapter.model.get_submodule(name), correction, name)
         adapter.model.set_submodule(name, layer)
         adapter.layers[f"{name} {i}"] = layer
 
@@ -253,24 +269,33 @@ def misfit(parts: dict[str, Tensor], shape: tuple[int, ...]) -> str:
     """The shapes of factors that do not come to a weight of `shape`, in words; else ""."""
     try:
         meta = {name: each.to("meta") for name, each in parts.items()}
-        m, whole = parts.get(M, torch.ones(shape[0])), kinds.product(meta, shape).shape
-        if whole == shape and m.numel() == shape[m.ndim > 1]:
+        m, fits = parts.get(M, torch.ones(shape[0])), kinds.product(meta, shape).shape == shape
+        tall = {len(parts[n]) for n in ("lora_B", "hada_w1_a", "hada_w2_a") if n in parts}
+        if "lora_A" in parts and len(shape) > 2:
+            fits = fits and parts["lora_A"].shape[1:] == shape[1:]
+        if not tall:
+            w1, w2 = (kinds.factor(meta, name) for name in ("lokr_w1", "lokr_w2"))
+            tall = {len(w1) * len(w2)}
+            wide = len(shape) > 2 or (w2.ndim == 2 and w1.shape[1] * w2.shape[1] == shape[1])
+            fits = fits and w1.ndim == 2 and wide
+        if fits and tall == {shape[0]} and m.numel() == shape[m.ndim > 1]:
             return ""
-    except (RuntimeError, IndexError, ZeroDivisionError):  # no such product
+    except (RuntimeError, IndexError, TypeError, ZeroDivisionError):  # no such product
         pass
     return ", ".join(f"{name} {tuple(each.shape)}" for name, each in parts.items())
 
 
-def beside(base: nn.Module, c: Correction) -> nn.Module:
+def beside(base: nn.Module, c: Correction, name: str) -> nn.Module:
     """`base`, which may have others beside it already, with a correction beside it: computed from
-    its factors where a class of kinds.py does that, else as one difference.
+    its factors where a class of kinds.py does that, else as one difference; at conv_in always so,
+    since diffusers takes the dtype of a UNet's first parameter for that of all.
     """
     origin, parts, m = kinds.frozen_of(base), c.parts, c.parts.get(M)
     kind = next((k for k, key in MARKS.items() if key in parts), "lokr")
     if m is not None:
         kind = "dora" if kind == "lora" and m.ndim == 1 else ""
     if kinds.is_conv(origin):
-        cls = kinds.LoRAConv2d if kind == "lora" else None
+        cls = kinds.LoRAConv2d if kind == "lora" and name != "conv_in" else None
     else:
         cls = kinds.KINDS.get(kind)
     if cls is lora.LoRALinear:
@@ -282,7 +307,9 @@ def beside(base: nn.Module, c: Correction) -> nn.Module:
     if cls:
         layer = cls.__new__(cls)  # without the numbers that it would start with
         kinds.Beside.__init__(layer, base, c.rank, c.alpha)
-        layer.learn(**parts)
+        B = parts.get("lora_B")  # of a convolution some write (out, r)
+        square = {"lora_B": B[:, :, None, None]} if kinds.is_conv(origin) and B.ndim == 2 else {}
+        layer.learn(**parts | square)
     else:
         W = kinds.weight_of(origin)
         D = c.alpha / c.rank * kinds.product(parts, W.shape).to(W.device)

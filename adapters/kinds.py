@@ -95,7 +95,7 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def start(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
-    """Uniform numbers between -1 / sqrt(in) and 1 / sqrt(in)."""
+    """Uniform numbers between -1 / sqrt(n) and 1 / sqrt(n), of n numbers in a row."""
     return nn.init.kaiming_uniform_(torch.empty(shape), a=math.sqrt(5), generator=generator)
 
 
@@ -171,7 +171,8 @@ class LoKrLinear(Beside):
     """(W + s w1 (x) w2) x, Kronecker's product of a small matrix and one of low rank.
 
     https://arxiv.org/abs/2309.14859, section 3.2; sizes and names as in LyCORIS: out = a b and
-    in = c d, w1 is (a, c), and w2 (b, d) is w2_a w2_b, or whole, with s = 1, where that is no less.
+    in = c d, w1 is (a, c), and w2 (b, d) is w2_a w2_b, or, from r = max(b, d) / 2 on, whole with
+    s = 1.
     """
 
     def __init__(self, base: nn.Module, rank: int, alpha: float, generator: torch.Generator):
@@ -285,7 +286,8 @@ def find(unet: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
     expressions, each found somewhere in a layer's dotted name. Raises Refusal, naming those that
     match nothing, and for a model with an adapter.
     """
-    names, found, nothing = able(unet), {}, []
+    # diffusers takes the dtype of the first parameter, in conv_in, for that of the whole UNet.
+    names, found, nothing = {n: m for n, m in able(unet).items() if n != "conv_in"}, {}, []
     for word in wanted:
         marks = [*GROUPS.values()][: SETS[word]] if word in SETS else [word]
         match = {n: each for n, each in names.items() if any(re.search(m, n) for m in marks)}
@@ -315,7 +317,10 @@ def inject(
     """
     names, layers, found, ranks = able(unet), {}, find(unet, targets), {}
     for word, other in (rank_pattern or {}).items():
-        ranks |= dict.fromkeys(find(unet, [word]), other)
+        if not (hit := find(unet, [word]).keys() & found):
+            what = f"--rank-pattern {word} is found in no layer of --targets {' '.join(targets)}"
+            raise Refusal(what, "parts of names of layers that are adapted", "correct one")
+        ranks |= dict.fromkeys(hit, other)
     if lost := [name for name, each in found.items() if kind != "lora" and is_conv(each)]:
         remedy = "--adapter lora, or --targets transformer"
         raise Refusal(f"{kind} on {len(lost)} convolutions such as {lost[0]}", "Linears", remedy)

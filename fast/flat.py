@@ -1,5 +1,5 @@
 """Everything that learns as one vector: one optimizer tensor, one exchange, one cast in a step; or
-as two, where A and B have rates of their own.
+as two, where A and B have rates of their own, or scales are learned besides.
 
 The book's LoRA layers hold 1,120 small matrices. Stepping, casting and summing them one by one is
 thousands of kernels a step; as slices of one flat fp32 vector they are one each. The layers read
@@ -19,19 +19,27 @@ from torch import Tensor, nn
 QUANT_BLOCK = 256
 
 
-# Of an optimizer's state what is no number of any matrix: the count of steps, and what the 256
-# codes of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for each QUANT_BLOCK.
+# Of an optimizer's state what is no number of any matrix, besides what is no tensor: the count of
+# steps, and what the 256 codes of 8-bit AdamW stand for. Its absmax1 and absmax2 hold a number for
+# each QUANT_BLOCK.
 SHARED = ("step", "qmap1", "qmap2")
 
 
 def shared(key: str, value) -> bool:
-    """Whether that is of all matrices at once: so is every number that is no tensor."""
+    """Whether an entry of the optimizer's state is of all matrices at once."""
     return key in SHARED or not torch.is_tensor(value)
 
 
 def padded(count: int) -> int:
     """`count` rounded up to a multiple of QUANT_BLOCK."""
     return -(-count // QUANT_BLOCK) * QUANT_BLOCK
+
+
+def alike(trained: dict[str, nn.Parameter]) -> list[dict[str, nn.Parameter]]:
+    """`trained` in parts that have one vector each: matrices, and scales (DoRA's lengths)."""
+    scales = {name: each for name, each in trained.items() if each.ndim < 2}
+    matrices = {name: each for name, each in trained.items() if each.ndim > 1}
+    return [part for part in (matrices, scales) if part]
 
 
 class Flat:
@@ -45,11 +53,8 @@ class Flat:
     def __init__(self, model: nn.Module, trained: dict[str, nn.Parameter]):
         self.spans, at = {}, 0  # name: where its matrix begins, in the vector's order
         # All A, then all B: those that share an input follow one another and can act as one matrix.
-        # Vectors last: they are no low-rank factors but scales (DoRA's), which stay fp32.
-        names = sorted(trained, key=lambda n: (trained[n].ndim < 2, n.rpartition(".")[2]))
-        for name in names:
+        for name in sorted(trained, key=lambda name: name.rpartition(".")[2]):
             self.spans[name], at = at, at + padded(trained[name].numel())
-        self.halved = sum(padded(m.numel()) for m in trained.values() if m.ndim > 1)
         device = next(iter(trained.values())).device
         self.vector = nn.Parameter(torch.zeros(at, dtype=torch.float32, device=device))
         self.vector.grad = torch.zeros_like(self.vector)
@@ -77,31 +82,24 @@ class Flat:
 
     def micro_step(self, inner: Callable) -> Callable:
         """`inner`, a micro_step(run, batch), while which every layer reads its matrices from one
-        cast of the vector to the UNet's dtype, and what else it has from the vector itself. The
-        cast is a leaf that gathers the gradient of all of them, which reaches the vector's in one
-        addition.
+        cast of the vector to the UNet's dtype. The cast is a leaf that gathers the gradient of all
+        of them, which reaches the vector's in one addition.
         """
-        wide = {name for name, shape in self.shapes.items() if len(shape) < 2}
+        counts = {name: self.shapes[name].numel() for name in self.spans}
+        sizes = [size for count in counts.values() for size in (count, padded(count) - count)]
 
         def micro_step(run, batch) -> None:
-            leaves, read = [], {}
-            for own, span in ((False, slice(self.halved)), (True, slice(self.halved, None))):
-                names = [name for name in self.spans if (name in wide) is own]
-                part = self.vector.detach()[span]
-                leaf = part.clone() if own else part.to(run.unet.dtype)
-                leaves += [(leaf.requires_grad_(), span)] * bool(names)
-                counts = [self.shapes[name].numel() for name in names]
-                sizes = [size for n in counts for size in (n, padded(n) - n)]
-                # split(), not slices: each slice's gradient would be a vector of the whole size.
-                parts = zip(names, leaf.split(sizes)[::2] if names else (), strict=True)
-                read |= {name: part.view(self.shapes[name]) for name, part in parts}
-            self._read(read)
+            scales = all(len(shape) == 1 for shape in self.shapes.values())  # they stay fp32
+            dtype = torch.float32 if scales else run.unet.dtype
+            cast = self.vector.detach().to(dtype).requires_grad_()
+            # split() and not slices: each slice's gradient would be a vector of the whole size.
+            parts = zip(self.spans, cast.split(sizes)[::2], strict=True)
+            self._read({name: part.view(self.shapes[name]) for name, part in parts})
             try:
                 inner(run, batch)
             finally:
                 self._read(self.views)
-            for leaf, span in leaves:
-                self.vector.grad[span].add_(leaf.grad)
+            self.vector.grad.add_(cast.grad)
 
         return micro_step
 
@@ -147,7 +145,7 @@ class FlatMoments:
                 elif not shared(key, first):
                     count = vector.numel() // (QUANT_BLOCK if key.startswith("absmax") else 1)
                     kept[key] = vector.detach().new_zeros(count, dtype=first.dtype)
-                    if first.dtype == torch.uint8:  # padding is zero, for which code 0 stands not
+                    if first.dtype == torch.uint8:  # padding is zero, and code 0 is not
                         kept[key].fill_(int(kept[f"qmap{key[-1]}"].abs().argmin()))
                     for name, part in self._of_each(flat, key, kept[key]).items():
                         part.copy_(moments[name][key])

@@ -64,8 +64,8 @@ def check_keys(
         theirs = [key for shaped, key in keys.items() if re.search(mark, shaped)]
         if theirs and kind not in allowed:
             found = f"{path} holds {kind}, since it has {len(theirs)} keys such as {theirs[0]}"
-            remedy = "use an adapter of SDXL's UNet alone, without DoRA, LoHa or LoKr"
-            raise Refusal(found, "plain LoRA of SDXL's UNet and nothing else", remedy)
+            remedy = "use an adapter of SDXL's UNet alone" + ", of plain LoRA" * (not allowed)
+            raise Refusal(found, "SDXL's UNet alone and nothing else", remedy)
     for key in tensors:
         if not re.fullmatch(pattern, key):
             expected = "unet.<module>.lora_A.weight and .lora_B.weight of Linears (PEFT), or "

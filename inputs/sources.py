@@ -184,7 +184,8 @@ def read_dataset(name: str, options: Config = USUAL) -> Pictures:
     else:
         pictures = from_hub(str(folder or name), options)
     if not pictures:
-        there = ", ".join(sorted(path.name for path in folder.iterdir())[:3]) if folder else ""
+        there = [path.name for path in folder.iterdir()] if folder and not pictures.notes else []
+        there = ", ".join(sorted(there)[:3])
         there = there and f", but {there}" + "; unpack it" * there.endswith((".zip", ".tar", ".7z"))
         told = "; ".join([f"{name} holds no pictures{there}", *pictures.notes])
         raise Refusal(told, expected, "--dataset-name FOLDER")

@@ -55,11 +55,14 @@ def rows_of(options: Options, file: AdapterFile) -> tuple[dict, str]:
     if options.compare:
         after = after if strength == 1 else f"at {strength:g}"
         path, rows = file.path.parent / "best" / lora.FILE_NAME, {"before": (file, 0.0)}
-        best = foreign.read(path) if path.is_file() else file  # of a run with a held-out loss
+        # Of a run with a held-out loss; at a strength, or beside others, it would be another sum.
+        alone = not options.more and drawing.with_strength(options.adapter)[1] == 1
+        best = foreign.read(path) if path.is_file() and alone else file
         if (step := best.about.get("steps")) != file.about.get("steps"):
             rows[f"step {step}, lowest held-out loss"] = (best, strength)
         rows[after] = (file, strength)
-        if (path := file.path.parent / "ema" / lora.FILE_NAME).is_file():
+        path = file.path.parent / "ema" / lora.FILE_NAME
+        if path.is_file() and alone:
             rows["running mean"] = (foreign.read(path), strength)
         return rows, "before-after.png"
     return {"": (file, strength)}, ""
@@ -110,8 +113,8 @@ def run(options: Options) -> None:
         titles = [f"{p}, seed {seed}" if several else p for p, seed in options.pictures]
         picture = sheet.grid(dict(zip(rows, pictures, strict=True)), titles)
         size, how = pictures[0][0].size, drawing.how_drawn(options)
-        # Where each title's first and last picture lie: there a run's page cuts them out.
-        first, *_, last = picture.info["boxes"].values()
+        # Where each title's pictures without and with the adapter lie: a run's page cuts them out.
+        first, *_, last = (b for row, b in picture.info["boxes"].items() if row != "running mean")
         pairs = json.dumps([*zip(titles, first, last, strict=True)], ensure_ascii=False)
         how |= {"Pairs": pairs} if options.compare else {"Rows": ", ".join(rows)}
         about = drawing.parameters(options, options.pictures, size, how)

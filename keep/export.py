@@ -157,7 +157,9 @@ def finished(config: Config) -> str:
     try:
         note = json.loads((config.out / "finished.json").read_text())
         whole = note["files"] == exported_sums(config) and note["save_dtype"] == config.save_dtype
+        extra = files_of(config, "as-lora").values() if config.as_lora else ()
         whole = whole and config.as_lora in (0, note.get("as_lora"))
+        whole = whole and all(path.is_file() for path in extra)
         half, done = note["identity"]["dtype"] != "torch.float32", note["steps"]
         # Of the same pictures, as check_same() finds, as many epochs are as many steps.
         enough = note["epochs"] >= epochs if epochs else done >= steps

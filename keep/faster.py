@@ -196,10 +196,11 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
     if why:
         said.append(f"matrix by matrix, since {why}")
     else:  # all that learns in one vector, or one for each rate
-        vectors = [flat.Flat(run.unet, part) for part in parts]
+        of_part = [[flat.Flat(run.unet, each) for each in flat.alike(part)] for part in parts]
+        vectors = [each for part in of_part for each in part]
         views = {name: view for each in vectors for name, view in each.views.items()}
         run.trained = {name: views[name] for name in run.trained}
-        run.optimizer = tricks.make_optimizer(run, [[each.vector] for each in vectors])
+        run.optimizer = tricks.make_optimizer(run, [[v.vector for v in part] for part in of_part])
         for each in vectors:
             run.micro_step = each.micro_step(run.micro_step)
         moments = flat.FlatMoments(vectors, run.optimizer)

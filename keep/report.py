@@ -296,13 +296,17 @@ def last_lines(config: Config) -> str:
     longer = f"--max-train-epochs {2 * epochs}" if epochs else f"--max-train-steps {2 * steps}"
     longer += " --no-stop-when-worse" * config.stop_when_worse
     anew = ""
-    if config.lr_scheduler != "constant":  # the rate has fallen: to go on would learn little
+    # Has the rate fallen, to go on would learn little.
+    if learning_rate(steps - 1, config) < config.learning_rate and steps > config.lr_warmup_steps:
         longer += f" --lr-schedule-steps 0 --output-dir {shlex.quote(f'{out}-longer')}"
         anew = ", from the start, since the rate has fallen"
     python = Path(sys.executable)  # as it is typed here: the one of .venv, say
     python = python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else "python"
+    unread = {"loha": "reads neither", "lokr": "reads neither", "dora": "reads the first alone"}
     lines = (
         f"adapter: {files['peft']}\nthe same for ComfyUI, Forge and others: {files['kohya']}",
+        f"of {config.adapter} diffusers {unread.get(config.adapter)}: --as-lora R saves a LoRA, too"
+        * (config.adapter in unread and not config.as_lora),
         f"pictures: {picture}" * picture.is_file(),
         f"all of it on a page: {told}" * told.is_file(),
         f"draw your own: {python} generate.py {shlex.quote(out)} --prompts 'YOUR PROMPT'",

@@ -168,6 +168,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     if config.recipe == "pocket" and has_own(config):
         print("the small model knows emoji alone: of photographs it makes blots", flush=True)
     began = time.perf_counter()
+    if (others := options.relatives(config)) and (why := faster.edited("lora.inject")):
+        found = f"{' '.join(others)}, which put in layers by adapters/kinds.py, and {why}"
+        raise Refusal(found, "inject() as it was, or attention's LoRA", "leave one out")
     kinds.check(config, model.choose_dtype(config.mixed_precision, device)[0] != torch.float32)
     kept, lines = set_up(config, device, team)
     run, seconds = kept.run, time.perf_counter() - began
@@ -197,9 +200,10 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
     team.leave()
     if team.first:
         say("saving the adapter")
-        for path in (*export.export(kept), *export.export_ema(kept), *export.export_best(kept)):
+        last, told = export.export(kept), export.export_as_lora(kept)  # before others are put in
+        for path in (*last, *export.export_ema(kept), *export.export_best(kept)):
             say(f"saved, read back and compared: {path}")
-        for path in export.export_as_lora(kept):
+        for path in told:
             say(f"saved: {path}")
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
@@ -352,7 +356,9 @@ def main(argv: list[str] | Config | None = None) -> int:
         team = faster.join(config.ddp_timeout)
         return train(config, team)
     except KeyboardInterrupt as interrupt:
-        team.say("\ninterrupted: what is saved is whole, and the same command continues")
+        team.say(
+            "\ninterrupted at once: what is saved is whole, and the same command continues from it"
+        )
         return 128 + (interrupt.args[0] if interrupt.args else signal.SIGINT)
     except Refusal as refusal:
         found = str(refusal)

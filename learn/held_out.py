@@ -46,7 +46,8 @@ def chosen(config: Config) -> tuple[Pictures, Pictures, Pictures]:
         held = read_datasets(replace(config, dataset_name=(folder,), dataset_weights=()))
     if (share or folder) and len(held) < FEWEST:
         found = f"{len(held)} held-out pictures, of {folder or len(pictures)}"
-        remedy = "a larger --validation-share, or more in --validation-data"
+        enough = ceil(100 * FEWEST / max(1, len(pictures))) / 100
+        remedy = "more in --validation-data" if folder else f"--validation-share {enough:g}"
         raise Refusal(found, f"{FEWEST} or more, whose error can be told", remedy)
     out = {picture.digest for picture in held}
     trained = Pictures(picture for picture in pictures if picture.digest not in out)
@@ -116,8 +117,9 @@ class HeldOut(data.Examples):
 
     @torch.no_grad()
     def losses(self, run, team) -> list[float]:
-        """The held-out loss of each number, the squared error whatever loss is trained, so that
-        runs compare; the same in all processes, each of which computes its share of the passes.
+        """The held-out loss of each number: the squared error, whatever loss is trained, with the
+        run's masks and min-SNR weight, which runs that are compared must share; the same in all
+        processes, each of which computes its share of the passes.
         """
         device, found = run.unet.device, torch.zeros(self.t.size, device=run.unet.device)
         how = (run.schedule, run.latent_scaling, run.config.snr_gamma)

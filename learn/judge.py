@@ -186,7 +186,8 @@ class Judge:
         )
         said += "bare model's" + ", the lowest so far" * (step == self.best)
         rise = f"; risen beyond its error {RISEN} times, though the style may still sharpen: "
-        return said + (rise + "--stop-when-worse ends a run so") * self.risen
+        ends = "the run ends here" * self.run.config.stop_when_worse
+        return said + (rise + (ends or "--stop-when-worse ends a run so")) * self.risen
 
     def worst(self) -> str:
         """The pictures that fit worst; "" where none is held out."""

@@ -77,7 +77,7 @@ def previews_of(out: Path, last: int, troubles: dict[str, str]) -> dict[int, dic
     found: dict[int, dict[tuple, tuple]] = {}
     for path in sorted((out / "pictures").glob(f"{'[0-9]' * 6}*-*.png")):
         step, _, name = path.stem.partition("-")
-        if step.isdigit() and int(step) <= last and (said := parameters(path, troubles)):
+        if step.isdecimal() and int(step) <= last and (said := parameters(path, troubles)):
             row = found.setdefault(int(step), {})
             row[name, said.partition("\n")[0]] = (path, path.stat().st_mtime_ns, None)
     steps = np.array(sorted(found))
@@ -102,11 +102,17 @@ def pairs_of(out: Path, previews: dict, troubles: dict[str, str]) -> list[tuple]
     return [(k[1], labels[0], before[k], labels[1], after[k]) for k in before if k in after]
 
 
+@functools.lru_cache(1)  # of a large sheet each part would decode all of it
+def opened(path: Path, changed: int) -> Image.Image:
+    with Image.open(path) as image:
+        return image.convert("RGB")
+
+
 @functools.lru_cache(1024)  # a run draws a picture once, and makes its page at every save
 def webp(path: Path, changed: int, box: tuple | None, side: int) -> bytes:
     """A picture, or its part in `box`, at most `side` pixels wide and high."""
-    with Image.open(path) as image:
-        image = (image.crop(box) if box else image).convert("RGB")
+    image = opened(path, changed)
+    image = image.crop(box) if box else image.copy()
     image.thumbnail((side, side))
     image.save(file := io.BytesIO(), "WEBP", quality=80)
     return file.getvalue()
@@ -231,18 +237,19 @@ def differing(config: dict, usual: dict) -> tuple[list[tuple], str]:
     return rows, shlex.join([*words, "--output-dir", f"{folder}-again"])
 
 
-def facts(log: dict, metrics: dict, took: dict, card: dict, config: dict) -> list[tuple]:
-    """(name, value, note) of what one wants to know first."""
+def facts(log: dict, metrics: dict, took: dict, card: dict, config: dict, done: bool) -> list:
+    """(name, value, note) of what one wants to know first. done: whether the run has ended."""
     last, steps = int(max(log["step"], default=0)), config["max_train_steps"]
     each = sum(v for k, v in took.items() if k not in ("start", "encoding")) / max(1, last)
     left = f"about {clock((steps - last) * each)} left" if 0 < last < steps else ""
+    left = "ended, since it got worse" * (last < steps) if done else left
     found = [("Steps", f"{last:,} of {steps:,}", left)]
     if last:
         found.append(("Training loss", f"{log['smooth'][-1]:.4f}", "smoothed over some 50 steps"))
     if best := metrics.get("best"):
         (change, error), bare = metrics["rows"][str(best)][0], metrics.get("losses", {}).get("0")
         note = f"± {error:.4f}, against the bare model" + (f"'s {bare:.4f}" if bare else "")
-        found.append((f"Held-out loss, step {best}", f"{change:+.4f}", note))
+        found.append((f"Lowest held-out loss, step {best}", f"{change:+.4f}", note))
     if last:
         usual = f"{np.median(log['seconds']):.2f} s a step"
         found.append(("Time up to the last save", clock(sum(took.values())), usual))
@@ -297,13 +304,14 @@ def contents(out: Path) -> dict:
     about |= {"code changed in between": config["code_changes"]} | config.get("versions", {})
     steps = config["max_train_steps"]
     whole = last >= steps or ended.get("stopped_when_worse")
+    done = bool(whole and ended.get("steps") == last)
     return {
         "name": out.resolve().name,
         "recipe": config["recipe"],
-        "done": whole and ended.get("steps") == last,
+        "done": done,
         "when": time.strftime("%Y-%m-%d %H:%M"),
         "share": last / steps,
-        "facts": facts(log, metrics, took, card, config),
+        "facts": facts(log, metrics, took, card, config, done),
         "pairs": pairs,
         "previews": previews,
         "prompts": [*dict.fromkeys(key for row in previews.values() for key in row)],
@@ -344,8 +352,10 @@ def main(argv: list[str]) -> int:
         runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
         print(write(place(argv[0]) if argv else [Path("runs"), *(p.parent for p in runs)][-1]))
         return 0
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
+    except Exception as error:  # of a file that somebody has edited, too
+        known = isinstance(error, Refusal)
+        said = error if known else f"{type(error).__name__}: {first_line(error)}"
+        print(f"error: {said}", file=sys.stderr)
         return 1
 
 

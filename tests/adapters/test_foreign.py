@@ -378,3 +378,41 @@ def test_a_file_is_put_in_the_place_of_the_one_before(tmp_path, batch):
         save_file(file.tensors, tmp_path / "a.safetensors", file.about)
         foreign.load(drawn, foreign.read(tmp_path / "a.safetensors"))
         assert off(answer(drawn.model, batch), merged(file.D, batch)) < 1e-5
+
+
+MODULE = "lora_unet_" + "mid_block.attentions.0.transformer_blocks.0.attn1.to_q".replace(".", "_")
+MALFORMED = {  # factors, of which each has as many numbers as it should
+    "A and B exchanged": {"lora_down.weight": (64, 4), "lora_up.weight": (4, 64)},
+    "one number": {"lora_down.weight": (), "lora_up.weight": (64, 1)},
+    "LoHa exchanged": {"hada_w1_a": (4, 64), "hada_w1_b": (64, 4)}
+    | {"hada_w2_a": (4, 64), "hada_w2_b": (64, 4)},
+    "LoHa of a row": {"hada_w1_a": (1, 4), "hada_w1_b": (4, 64)}
+    | {"hada_w2_a": (1, 4), "hada_w2_b": (4, 64)},
+    "LoKr of a vector": {"lokr_w1": (8, 8), "lokr_w2": (64,)},
+    "LoKr of three": {"lokr_w1": (8, 8), "lokr_w2": (8, 4, 2)},
+    "whole numbers": {"lora_down.weight": (4, 64), "lora_up.weight": (64, 4)},
+}
+
+
+@pytest.mark.parametrize("kind", MALFORMED)
+def test_malformed_factors_are_refused_before_anything_is_drawn(kind, tmp_path, batch):
+    dtype = torch.int64 if kind == "whole numbers" else torch.float32
+    numbers = {key: torch.ones(shape, dtype=dtype) for key, shape in MALFORMED[kind].items()}
+    save_file(
+        {f"{MODULE}.{key}": each for key, each in numbers.items()}, tmp_path / "a.safetensors"
+    )
+    refused(lambda: draw(tmp_path / "a.safetensors", batch), "a.safetensors")
+
+
+def test_alpha_may_be_a_whole_number_and_conv_in_is_drawn_in_half_precision(tmp_path):
+    tensors = {"lora_down.weight": torch.ones(4, 64), "lora_up.weight": torch.ones(64, 4)}
+    tensors = {f"{MODULE}.{key}": each for key, each in tensors.items()}
+    save_file(tensors | {f"{MODULE}.alpha": torch.tensor(6)}, tmp_path / "a.safetensors")
+    assert foreign.read(tmp_path / "a.safetensors").alpha == 6
+    shape = UNET.conv_in.weight.shape
+    up = torch.ones(shape[0], 4, 1, 1)
+    conv = {"lora_down.weight": torch.ones(4, *shape[1:]), "lora_up.weight": up}
+    save_file({f"lora_unet_conv_in.{k}": v for k, v in conv.items()}, tmp_path / "b.safetensors")
+    drawn = foreign.Drawn(copy.deepcopy(UNET).bfloat16())
+    foreign.load(drawn, foreign.read(tmp_path / "b.safetensors"))
+    assert drawn.model.dtype == torch.bfloat16

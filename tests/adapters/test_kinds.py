@@ -20,7 +20,7 @@ from adapters import files, foreign, kinds
 from conftest import SDXL, TINY, make_batch, make_unet
 from fast import layers as fused
 from fast import plan
-from fast.flat import Flat
+from fast.flat import Flat, alike
 from inputs.files import Refusal
 from inputs.options import RECIPES, parse
 from keep import checkpoint, drawing, export
@@ -280,10 +280,20 @@ def test_only_attention_of_one_rank_is_fused(batch):
     assert off(answer(unet, batch), want) < 1e-5
 
 
+def test_a_rank_pattern_of_layers_that_are_not_adapted_and_conv_in_are_refused():
+    with pytest.raises(
+        Refusal, match=r"--rank-pattern ff.net is found in no layer of --targets att"
+    ):
+        kinds.inject(make_unet(), ("attention",), 4, rank_pattern={"ff.net": 8})
+    with pytest.raises(Refusal, match="targets conv_in match nothing"):
+        kinds.inject(make_unet(), ("conv_in",), 4)
+
+
 def test_dora_lengths_stay_fp32_in_a_half_precision_step():
     """A step of 1e-5 on a length of 1 would be rounded away in fp16."""
     unet, adapter = adapted("dora", ("attention",))
-    flat, seen = Flat(unet.half(), lora.trained(unet)), {}
+    parts, seen = alike(lora.trained(unet.half())), {}
+    flats = [Flat(unet, part) for part in parts]
 
     def inner(run, batch):
         layer = next(iter(adapter.layers.values()))
@@ -291,13 +301,14 @@ def test_dora_lengths_stay_fp32_in_a_half_precision_step():
         answer.__wrapped__(unet, {k: v.half() if k != "t" else v for k, v in batch.items()})
         sum(each.float().sum() for each in seen.values()).backward()
 
-    flat.micro_step(inner)(type("Run", (), {"unet": unet}), make_batch())
+    step = flats[1].micro_step(flats[0].micro_step(inner))
+    step(type("Run", (), {"unet": unet}), make_batch())
     dtypes = {key: each.dtype for key, each in seen.items()}
     assert dtypes.pop("lora_magnitude_vector") == torch.float32
     assert set(dtypes.values()) == {torch.float16}
     name = next(iter(adapter.layers))
-    assert flat.views[f"{name}.lora_magnitude_vector"].grad.eq(1).all()
-    assert flat.views[f"{name}.lora_A"].grad.eq(1).all()
+    assert flats[1].views[f"{name}.lora_magnitude_vector"].grad.eq(1).all()
+    assert flats[0].views[f"{name}.lora_A"].grad.eq(1).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import lora
-from adapters import files
+from adapters import files, foreign, kinds
 from inputs import code
 from inputs.files import Refusal
 from inputs.options import RECIPES
@@ -111,3 +111,23 @@ def test_a_finished_json_that_is_not_ours_is_as_none(tmp_path, note):
     assert (
         export.finished(dataclasses.replace(RECIPES["pocket"][1], output_dir=str(tmp_path))) == ""
     )
+
+
+@pytest.mark.slow
+def test_as_lora_is_of_the_last_step_and_not_of_the_running_mean(train, tmp_path, capsys):
+    """LoHa of rank 2 has at most rank 4, so nothing is lost."""
+    asked = ("--adapter", "loha", "--lora-rank", "2", "--as-lora", "4", "--ema-decay", "0.5")
+    assert train("r", *asked, "--preview-steps", "0") == 0
+    assert "as LoRA of rank 4: nothing of it is lost" in capsys.readouterr().out
+    whole = []
+    for folder in ("", "as-lora", "ema"):
+        found = foreign.read(tmp_path / "r" / folder / lora.FILE_NAME).corrections
+        parts = [c.parts for c in found]
+        tall = [p["hada_w1_a"] if "hada_w1_a" in p else p["lora_B"] for p in parts]
+        wide = [p["hada_w1_b"] if "hada_w1_a" in p else p["lora_A"] for p in parts]
+        shapes = [(len(a), b.shape[1]) for a, b in zip(tall, wide, strict=True)]
+        scales = [c.alpha / c.rank for c in found]
+        pairs = zip(parts, shapes, scales, strict=True)
+        whole.append(torch.cat([k * kinds.product(p, s).flatten() for p, s, k in pairs]))
+    last, made, mean = (each.norm() for each in whole)
+    assert abs(made - last) < 1e-3 * last < abs(mean - last)

@@ -48,8 +48,8 @@ EDITS = {
         [
             (
                 "loop.py",
-                "cosine = (1 + math.cos(math.pi * min(1, done))) / 2",
-                "cosine = 1 - min(1, done)",
+                '"cosine": (1 + math.cos(math.pi * done)) / 2',
+                '"cosine": 1 - done',
             )
         ],
         ("--no-fused", "--lr-scheduler", "cosine"),
