@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from adapter_tools import answer, off
-from adapters import files, foreign, kinds
+from adapters import describe, files, foreign, kinds
 from conftest import make_batch, make_unet
 from inputs.adapter_file import KINDS
 from sentences import refused
@@ -402,6 +402,26 @@ def test_malformed_factors_are_refused_before_anything_is_drawn(kind, tmp_path, 
         {f"{MODULE}.{key}": each for key, each in numbers.items()}, tmp_path / "a.safetensors"
     )
     refused(lambda: draw(tmp_path / "a.safetensors", batch), "a.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("kind", "said"),
+    [
+        ("kohya, SGM's block names", None),
+        ("some of attention alone", None),
+        ("LoKr on convolutions", "layers of LoKr"),
+        ("LoHa", "layers of LoHa"),
+        ("DoRA in PEFT's keys", "layers of DoRA"),
+        ("LoCon: 3x3 convolutions", "layers of LoRA on a convolution"),
+        ("mixed ranks", "of rank 9 alpha"),
+        ("with an embedding", "left out 2 tensors of embeddings"),
+    ],
+)
+def test_inspect_tells_what_is_more_than_lora_of_one_rank_on_attention(tmp_path, kind, said):
+    file = DRAWN[kind]()
+    save_file(file.tensors, tmp_path / "a.safetensors", file.about)
+    told = describe.other(tmp_path / "a.safetensors")
+    assert told == "" if said is None else said in told and "a.safetensors" in told
 
 
 def test_alpha_may_be_a_whole_number_and_conv_in_is_drawn_in_half_precision(tmp_path):
