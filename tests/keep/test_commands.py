@@ -191,6 +191,7 @@ def a_text(folder):
     return min(folder.glob("*.txt"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("odd", ODD)
 def test_what_is_odd_in_a_folder_is_said_by_the_command(train, pictures, capsys, odd):
     """Refused in one sentence, or said in the lines that a run begins with."""

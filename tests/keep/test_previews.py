@@ -82,6 +82,7 @@ def test_a_preview_is_what_generate_draws_with_that_checkpoint(train, tmp_path):
     assert np.abs(one - np.asarray(Image.open(out / "pictures" / drawn(2)), int)).max() <= 1
 
 
+@pytest.mark.slow
 def test_a_preview_and_the_held_out_loss_are_in_tensorboard(train, tmp_path):
     held = write_pictures(tmp_path / "held", ink_rows(12)[6:])
     assert train("r", *SHOWN, "--tensorboard", "--validation-data", str(held)) == 0

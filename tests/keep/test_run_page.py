@@ -65,6 +65,7 @@ def test_what_takes_time_is_told_once_each_also_where_a_run_was_killed(
     assert [each["step"] for each in told] == sorted(each["step"] for each in told)
 
 
+@pytest.mark.slow
 def test_an_error_of_the_page_is_said_once_and_costs_no_byte(train, tmp_path, monkeypatch, capsys):
     assert train("with") == 0
     before = capsys.readouterr().out
