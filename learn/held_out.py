@@ -47,7 +47,8 @@ def chosen(config: Config) -> tuple[Pictures, Pictures, Pictures]:
     if (share or folder) and len(held) < FEWEST:
         found = f"{len(held)} held-out pictures, of {folder or len(pictures)}"
         enough = ceil(100 * FEWEST / max(1, len(pictures))) / 100
-        remedy = "more in --validation-data" if folder else f"--validation-share {enough:g}"
+        remedy = f"--validation-share {enough:g}" if enough <= 0.5 else "more pictures"
+        remedy = "more in --validation-data" if folder else remedy
         raise Refusal(found, f"{FEWEST} or more, whose error can be told", remedy)
     out = {picture.digest for picture in held}
     trained = Pictures(picture for picture in pictures if picture.digest not in out)

@@ -73,8 +73,12 @@ def test_fewer_than_four_are_refused_with_the_number(tmp_path, asked):
     words = ["pocket", "--validation-share", "0.02"]
     if asked == "data":
         words[1:] = ["--validation-data", str(write_pictures(tmp_path / "held", ink_rows(3)))]
-    with pytest.raises(Refusal, match=r"3 held-out pictures, of .*; expected 4 or more"):
+    with pytest.raises(Refusal, match=r"3 held-out pictures, of .*; expected 4 or more") as refusal:
         held_out.chosen(parse(words))
+    remedy = refusal.value.parts[2]
+    assert remedy == "more in --validation-data" if asked == "data" else "share 0.03" in remedy
+    if asked == "share":  # what it says to type is taken
+        assert len(held_out.chosen(parse(["pocket", *remedy.split()]))[2]) >= 4
 
 
 @pytest.mark.parametrize(
