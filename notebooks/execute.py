@@ -8,6 +8,7 @@ on the web.
 """
 
 import argparse
+import difflib
 import os
 import re
 import shutil
@@ -26,6 +27,7 @@ LARGEST = 600_000  # bytes of one notebook file
 LONGEST = 600  # seconds of one cell
 # Numbers are not compared: memory, losses and versions vary from one machine to another.
 NUMBER = re.compile(r"-?\d[\d.,]*(?:e[-+]?\d+)?(?:\+\w+)?")
+INTERPRETER = re.compile(r"(?<=\s)\S*/bin/python(?=\s)")  # .venv's, in CI
 # What Jupyter writes here varies with the machine, so it is replaced by what a reader needs.
 METADATA = {
     "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
@@ -49,7 +51,8 @@ def execute(notebook: nbformat.NotebookNode) -> None:
 def clean(notebook: nbformat.NotebookNode) -> str:
     """Leave only what a second execution gives again, in place. Returns what was said on stderr.
 
-    Object addresses, a second copy of every picture (as JPEG), stderr and metadata go.
+    Object addresses, a second copy of every picture (as JPEG), stderr and metadata go, and an
+    interpreter within the repository is what its reader types: python.
     """
     said = []
     notebook.metadata = nbformat.from_dict(METADATA)
@@ -60,6 +63,8 @@ def clean(notebook: nbformat.NotebookNode) -> str:
             if output.output_type == "stream" and output.name == "stderr":
                 said.append(output.text)
                 continue
+            if output.output_type == "stream":
+                output.text = INTERPRETER.sub("python", output.text)
             if output.output_type == "stream" and kept and kept[-1].output_type == "stream":
                 kept[-1].text += output.text  # where stdout is cut is a matter of timing
                 continue
@@ -83,16 +88,23 @@ def without_outputs(stored: nbformat.NotebookNode, fresh: nbformat.NotebookNode)
     return [i for i, (old, new) in enumerate(pairs, 1) if new.outputs and not old.outputs]
 
 
-def words(cell: nbformat.NotebookNode) -> str:
-    """What a cell's outputs say, each number as # and each stretch of blanks as one."""
+def words(cell: nbformat.NotebookNode) -> list[str]:
+    """The lines that a cell's outputs say, each number as # and each stretch of blanks as one."""
     said = [o.get("text", "") + o.get("data", {}).get("text/plain", "") for o in cell.outputs]
-    return " ".join(NUMBER.sub("#", "\n".join(said)).split())
+    lines = (" ".join(line.split()) for line in NUMBER.sub("#", "\n".join(said)).splitlines())
+    return [line for line in lines if line]
 
 
-def with_other_words(stored: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> list[int]:
-    """The numbers (from 1) of the code cells that say something else now than as stored."""
-    pairs = zip(code_cells(stored), code_cells(fresh), strict=True)
-    return [i for i, (old, new) in enumerate(pairs, 1) if old.outputs and words(old) != words(new)]
+def with_other_words(stored: nbformat.NotebookNode, fresh: nbformat.NotebookNode) -> dict[int, str]:
+    """By the number (from 1) of each code cell that says something else now than as stored: the
+    lines that differ, stored ones with a -, those of now with a +.
+    """
+    found = {}
+    for i, pair in enumerate(zip(code_cells(stored), code_cells(fresh), strict=True), 1):
+        old, new = map(words, pair)
+        if old and old != new:
+            found[i] = "\n".join(each for each in difflib.ndiff(old, new) if each[0] in "-+")
+    return found
 
 
 def paths_of_this_machine(notebook: nbformat.NotebookNode) -> list[str]:
@@ -117,11 +129,10 @@ def problems(name: str, fresh: nbformat.NotebookNode, stored: nbformat.NotebookN
             f"{name} has no stored output in code cell {', '.join(map(str, bare))}; expected what "
             "the cell shows. What to do: python notebooks/execute.py --write"
         )
-    other = with_other_words(stored, fresh)
-    if other:
+    for i, told in with_other_words(stored, fresh).items():
         found.append(
-            f"{name} says other words than stored in code cell {', '.join(map(str, other))}; "
-            "expected the same but for numbers. What to do: python notebooks/execute.py --write"
+            f"{name} says other words than stored in code cell {i}:\n{told}\nexpected the same but "
+            "for numbers. What to do: python notebooks/execute.py --write"
         )
     for folder in sorted({*paths_of_this_machine(fresh), *paths_of_this_machine(stored)}):
         found.append(

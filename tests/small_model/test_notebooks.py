@@ -25,14 +25,16 @@ def notebook(*said: str):
 @pytest.mark.parametrize(
     "stored, now, other",
     [
-        ("loss 0.1769, norm -1.2e-03\n", "loss  0.18, norm 4e+01\n", []),
-        ("torch 2.15.0", "torch 2.14.1+cpu", []),
-        ("done: 200 steps", "stopped: 200 steps", [2]),
-        ("base f50e90ae3954b579", "base 1c52d8aab0217ed6", [2]),  # another model
+        ("loss 0.1769, norm -1.2e-03\n", "loss  0.18, norm 4e+01\n", {}),
+        ("torch 2.15.0", "torch 2.14.1+cpu", {}),
+        ("a\ndone: 200 steps", "a\nstopped: 200 steps", {2: "- done: # steps\n+ stopped: # steps"}),
+        ("base f50e", "base 1c52", {2: "- base f#\n+ base #c#"}),  # another model
+        ("draw: python loop.py", "draw: .venv/bin/python loop.py", {}),
     ],
 )
 def test_stored_words_are_compared_and_numbers_are_not(stored, now, other):
     old, new = notebook("same", stored), notebook("same", now)
+    assert not execute.clean(new)
     assert execute.with_other_words(old, new) == other
     assert len(execute.problems("a.ipynb", new, old)) == bool(other)
 
