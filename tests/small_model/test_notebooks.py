@@ -28,7 +28,7 @@ def notebook(*said: str):
         ("loss 0.1769, norm -1.2e-03\n", "loss  0.18, norm 4e+01\n", {}),
         ("torch 2.15.0", "torch 2.14.1+cpu", {}),
         ("a\ndone: 200 steps", "a\nstopped: 200 steps", {2: "- done: # steps\n+ stopped: # steps"}),
-        ("base f50e", "base 1c52", {2: "- base f#\n+ base #c#"}),  # another model
+        ("base f50e", "base 1c52", {2: "- base f#e\n+ base #c#"}),  # another model
         ("draw: python loop.py", "draw: .venv/bin/python loop.py", {}),
     ],
 )
