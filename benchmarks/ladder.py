@@ -5,10 +5,11 @@ numbers in the place of the cache: nothing is downloaded or read. What is timed 
 optimizer_step(), with the examples that the host prepares for it.
 
 ladder: one technique after the other. recipe: a recipe as the command runs it, with its memory
-plan, under --cap-gib. card: what this card does with this project, in about five minutes and one
-file that is worth sharing. Where a step's time goes says `python -m benchmarks.step_profile`, how
-exact it is `benchmarks.exactness`, and what another card needs `make plan`. Other trainers' seconds
-lie in results/peers.json.
+plan, under --cap-gib. options: what further options cost, each beside "4x1", and whether their
+recorded steps have the losses of unrecorded ones. card: what this card does with this project, in
+about five minutes and one file that is worth sharing. Where a step's time goes says `python -m
+benchmarks.step_profile`, how exact it is `benchmarks.exactness`, and what another card needs `make
+plan`. Other trainers' seconds lie in results/peers.json.
 """
 
 from inputs import (
@@ -20,6 +21,7 @@ import contextlib
 import dataclasses
 import functools
 import json
+import math
 import os
 import platform
 import re
@@ -62,6 +64,25 @@ LADDER = {
     "compile": {"train_batch_size": 4, "gradient_accumulation_steps": 1, "compile": True},
     "checkpointing": {"gradient_checkpointing": True},
     "nf4": {"gradient_checkpointing": True},
+}
+# What `options` adds to "4x1"; with "nf4" on a base in 4 bits.
+COSTS = {
+    "lora": {},
+    "strata, logit-normal": {"stratified_timesteps": True, "weighting_scheme": "logit_normal"},
+    "huber": {"loss_type": "huber"},
+    "ema": {"ema_decay": 0.99},
+    "loraplus": {"loraplus_lr_ratio": 4.0},
+    "rslora": {"use_rslora": True},
+    "prodigy": {"optimizer": "prodigy", "learning_rate": 1.0},
+    "transformer": {"targets": ("transformer",)},
+    "all": {"targets": ("all",)},
+    "dora": {"adapter": "dora"},
+    "loha": {"adapter": "loha", "lora_rank": 8},
+    "lokr": {"adapter": "lokr"},
+    "nf4, lora": {},
+    "nf4, dora": {"adapter": "dora"},
+    "nf4, loha": {"adapter": "loha", "lora_rank": 8},
+    "nf4, lokr": {"adapter": "lokr"},
 }
 ONE_BY_FOUR = {
     "train_batch_size": 1,
@@ -118,7 +139,7 @@ class Options(Common):
     """Seconds and GiB per technique, on random weights and random pictures."""
 
     # What to measure; see the top of ladder.py.
-    command: tyro.conf.Positional[Literal["ladder", "recipe", "card"]]
+    command: tyro.conf.Positional[Literal["ladder", "recipe", "options", "card"]]
     # The recipes of "recipe" and "card"; none means all of the full size, and t4 and native.
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
     # Steps that are timed; 0 means 10, eager ones 3, those of "recipe" 50 and of "card" 20.
@@ -192,7 +213,8 @@ def time_row(options: Options, config: configuration.Config, nf4: bool, steps: i
     if cuda:
         row["gib_allocated"] = gib(torch.cuda.max_memory_allocated())
         row["gib_reserved"] = gib(torch.cuda.max_memory_reserved())
-    return row | {"said": "; ".join(said)}
+    numbers = sum(matrix.numel() for matrix in run.trained.values())
+    return row | {"numbers": numbers, "said": "; ".join(said)}
 
 
 def gib(count: int) -> float:
@@ -215,6 +237,29 @@ def ladder(options: Options) -> Rows:
             steps = options.steps or (10 if config.cuda_graph else 3)
             name = f"{side} px, {config.mixed_precision}, {row}"
             yield name, functools.partial(time_row, options, config, row == "nf4", steps)
+
+
+def further(options: Options) -> Rows:
+    for side in options.sides:
+        for name, settings in COSTS.items():
+            config = dataclasses.replace(changed(options, side, "4x1"), **settings)
+            row = functools.partial(further_row, options, config, "nf4" in name)
+            yield f"{side} px, {config.mixed_precision}, {name}", row
+
+
+def further_row(options: Options, config: configuration.Config, nf4: bool) -> Row:
+    """A row, and `unrecorded`: how far the losses of its first steps are from those of steps that
+    the host launches kernel by kernel, the largest, relative. From the second on they are another
+    adapter's.
+    """
+    row = time_row(options, config, nf4, options.steps or 20)
+    few, plain = (
+        dataclasses.replace(options, warm_up=0),
+        dataclasses.replace(config, cuda_graph=False),
+    )
+    losses = time_row(few, plain, nf4, 5).get("losses", [])
+    off = [abs(a / b - 1) for a, b in zip(row.get("losses", []), losses, strict=False)]
+    return row | {"unrecorded": max(off, default=math.nan)}
 
 
 def recipe(options: Options) -> Rows:
@@ -383,7 +428,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command. Returns 0, or 1 where a row failed (of a card: all) or the options cannot be."""
     options = asked(Options, argv, prog="ladder")
     of_card = options.command == "card"
-    rows = {f.__name__: f for f in (ladder, recipe, card)}[options.command](options)
+    rows = {"ladder": ladder, "recipe": recipe, "options": further, "card": card}
+    rows = rows[options.command](options)
     typed = " ".join(["python -m benchmarks.ladder", *(sys.argv[1:] if argv is None else argv)])
     try:
         if options.device == "auto" and not options.tiny and options.on.type == "cpu":

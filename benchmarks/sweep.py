@@ -56,6 +56,12 @@ VARIANTS = {
     "constant": "--lr-scheduler constant",
     "rate-2": "--learning-rate 8e-3",
     "no-dropout": "--caption-dropout 0",
+    "no-snr": "--snr-gamma 0",
+    "transformer": "--targets transformer",
+    "all": "--targets all",
+    "dora": "--adapter dora",
+    "loha": "--adapter loha --lora-rank 8",
+    "lokr": "--adapter lokr",
 }
 # What the pictures are measured by, and whether more is better.
 MEASURES = {"pixel_l1": False, "palette_distance": False, "first": True}

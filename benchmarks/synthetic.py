@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import data
 import loop
 import model
+from adapters import kinds
 from fast.nf4 import WHOLE
 from keep import faster
 
@@ -111,7 +112,8 @@ def by_the_book(
         unet, max(config.resolution), config.examples_per_step, config.seed, True
     )
     scaling = model.latent_scaling(str(ROOT / "inputs/sdxl"))
-    return loop.assemble(config, unet, examples, schedule, scaling), [how]
+    parts = (examples, schedule, scaling, kinds.injector(config))
+    return loop.assemble(config, unet, *parts), [how]
 
 
 def assemble(
