@@ -31,6 +31,8 @@ import numpy as np
 import torch
 import tyro
 
+import lora
+from adapters import foreign
 from benchmarks.advice import drawn, pipeline
 from benchmarks.asked import Count, Counts, Seeds, asked
 from benchmarks.pocket import ROOT, cpu, rounded, true_ink
@@ -158,6 +160,7 @@ class Judge:
         self.asked, self.device = asked, check_device(asked.device)
         self.on = torch.cuda.get_device_name() if self.device.type == "cuda" else cpu()
         self.names, self.pipe = subjects(asked), pipeline(self.device)
+        self.adapter = foreign.Drawn(self.pipe.unet)
         self.true = true_ink(asked.work, asked.style)  # (N, H, W, 3)
         place = {each.name: i for i, each in enumerate(drawings.read_subjects(asked.work))}
         self.own = [place[name] for name in self.names for _ in asked.drawing_seeds]
@@ -168,9 +171,9 @@ class Judge:
         """
         seeds = [*self.asked.drawing_seeds] * len(self.names)
         prompts = [name for name in self.names for _ in self.asked.drawing_seeds]
-        self.pipe.load_lora_weights(out / "ema" if (out / "ema").is_dir() else out)
+        out_or_mean = out / "ema" if (out / "ema").is_dir() else out
+        foreign.load(self.adapter, foreign.read(out_or_mean / lora.FILE_NAME))  # of any kind
         pictures = drawn(self.pipe, prompts, seeds, self.asked.num_inference_steps)
-        self.pipe.unload_lora_weights()
         pairs = [*zip(pictures, self.true[self.own], strict=True)]
         values = {
             "pixel_l1": np.mean([measure.pixel_l1(*pair) for pair in pairs]),
