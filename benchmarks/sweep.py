@@ -48,6 +48,8 @@ VARIANTS = {
     "logit-normal": "--weighting-scheme logit_normal",
     "huber": "--loss-type huber",
     "huber-constant": "--loss-type huber --huber-schedule constant",
+    "huber-0.03": "--loss-type huber --huber-schedule constant --huber-c 0.03",
+    "huber-0.01": "--loss-type huber --huber-schedule constant --huber-c 0.01",
     "ema": "--ema-decay 0.99",
     "loraplus": "--loraplus-lr-ratio 4",
     "loraplus-16": "--loraplus-lr-ratio 16",
