@@ -140,7 +140,8 @@ class Options(Common):
 
     # What to measure; see the top of ladder.py.
     command: tyro.conf.Positional[Literal["ladder", "recipe", "options", "card"]]
-    # The recipes of "recipe" and "card"; none means all of the full size, and t4 and native.
+    # The recipes of "recipe" and "card", rows of "options"; none means all of the full size, t4 and
+    # native, and all.
     recipes: tyro.conf.Positional[tuple[str, ...]] = ()
     # Steps that are timed; 0 means 10, eager ones 3, those of "recipe" 50 and of "card" 20.
     steps: Count = 0
@@ -242,6 +243,8 @@ def ladder(options: Options) -> Rows:
 def further(options: Options) -> Rows:
     for side in options.sides:
         for name, settings in COSTS.items():
+            if name not in (options.recipes or COSTS):
+                continue
             config = dataclasses.replace(changed(options, side, "4x1"), **settings)
             row = functools.partial(further_row, options, config, "nf4" in name)
             yield f"{side} px, {config.mixed_precision}, {name}", row

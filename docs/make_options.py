@@ -14,10 +14,10 @@ sys.path.insert(0, str(ROOT))
 from adapters.__main__ import Options as Tools  # noqa: E402
 from inputs import drawing, options  # noqa: E402
 from inputs.help import groups  # noqa: E402
-from inputs.options import QUICK, RECIPES, Within  # noqa: E402
+from inputs.options import BETTER, QUICK, RECIPES, Within  # noqa: E402
 from keep.identity import MAY_CHANGE  # noqa: E402
 
-SHORT = " with --quick"
+WITH = " with --"  # between a recipe and the option that gives it other values
 PAGE = ROOT / "docs" / "options.md"
 TRAINING = """# Every option
 
@@ -73,7 +73,7 @@ def takes(kind, name: str) -> str:
 
 def usual(recipe: str, values: dict, field):
     """The value that a recipe need not say: the default, and with --quick the recipe's own."""
-    return values[recipe.removesuffix(SHORT)] if recipe.endswith(SHORT) else field.default
+    return values[recipe.partition(WITH)[0]] if WITH in recipe else field.default
 
 
 def entries(cls: type, recipes: dict) -> list[str]:
@@ -97,8 +97,9 @@ def entries(cls: type, recipes: dict) -> list[str]:
 
 def page() -> str:
     """The whole page."""
-    short = {f"{name}{SHORT}": config for name, (_, config) in QUICK.items()}
-    recipes = {name: config for name, (_, config) in RECIPES.items()} | short
+    recipes = {name: config for name, (_, config) in RECIPES.items()}
+    for option, others in (("quick", QUICK), ("better", BETTER)):
+        recipes |= {f"{name}{WITH}{option}": config for name, (_, config) in others.items()}
     told = "\n".join(f"- **{name}**: {what}" for name, (what, _) in RECIPES.items())
     parts = [TRAINING.replace("RECIPES", told)]
     parts += entries(options.Config, recipes)

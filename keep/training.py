@@ -278,7 +278,7 @@ def has_own(config: Config) -> bool:
 
 def asks_for_own(config: Config) -> bool:
     """Whether the prompts are still the recipe's, and the pictures are others."""
-    usual = (options.QUICK if config.quick else options.RECIPES)[config.recipe][1]
+    usual = options.usual(config.recipe, config.quick, config.better)
     return has_own(config) and config.validation_prompts == usual.validation_prompts
 
 
