@@ -28,14 +28,15 @@ $(VENV)/.ready: requirements.txt .ci/constraints.txt
 train look: export PICTURES = $(value DATA)
 inspect: export ADAPTER = $(value FILE)
 report: export FOLDER = $(value RUN)
-train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
+train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket --better without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
 	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
 	seen=$$(echo "$${CUDA_VISIBLE_DEVICES-$$(seq -s , $$gpus)}" | tr , '\n' | grep -c '^[^-]'); \
 	if [ $$seen -lt $$gpus ]; then gpus=$$seen; fi; \
 	if [ -n "$(RECIPE)" ]; then recipe="$(RECIPE)"; why="as asked"; \
 	elif [ -n "$(findstring --config,$(ARGS))" ]; then recipe=; why="--config"; \
 	elif [ $$gpus -gt 0 ]; then recipe="t4 --device cuda"; why="a GPU is here"; \
-	else recipe=pocket; why="no GPU found"; fi; \
+	else recipe=pocket; why="no GPU found"; \
+	  [ -n "$$PICTURES$(filter --quick,$(ARGS))" ] || recipe="pocket --better"; fi; \
 	start="$(PYTHON)"; gpus=$(or $(GPUS),$$gpus); \
 	if [ $$gpus -gt 1 ]; then why="$$why; on $$gpus GPUs, GPUS=1 takes one"; \
 	  export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + gpus - 1) / gpus ))}; \

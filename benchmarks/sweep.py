@@ -24,7 +24,7 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import diffusers
 import numpy as np
@@ -38,6 +38,7 @@ from benchmarks.asked import Count, Counts, Seeds, asked
 from benchmarks.pocket import ROOT, cpu, rounded, true_ink
 from inputs import code, options
 from inputs.files import Refusal
+from inputs.options import Within
 from inputs.vetting import check_device
 from keep import training
 from pocket import drawings, measure
@@ -89,6 +90,8 @@ class Options:
     # The plain recipe's steps, which the table compares with.
     end: Count = options.POCKET.max_train_steps
     device: str = "auto"
+    # The steps of the runs that the table sets beside it; 0 is as many.
+    at: Annotated[int, Within(0, 10**6)] = 0
     # Further options of loop.py for every run, as one text.
     train: str = ""
     # Where `python -m pocket.build --stages render` left the drawings.
@@ -261,15 +264,15 @@ def curves(rows: list[dict], style: str) -> dict[str, dict[int, dict[int, dict]]
     return found
 
 
-def summary(rows: list[dict], style: str, end: int) -> list[dict]:
+def summary(rows: list[dict], style: str, end: int, at: int) -> list[dict]:
     """For each variant, against the plain recipe's run of `end` steps with the same seed: its steps
-    to reach all three of that run's measures over `end`, for each seed; and at equal steps by how
-    much it is better, mean and standard error over the seeds.
+    to reach all three of that run's measures over `end`, for each seed; and by how much it is
+    better after `at` steps, mean and standard error over the seeds.
     """
     of, told = curves(rows, style), []
     ends = {seed: each[end] for seed, each in of.get("plain", {}).items() if end in each}
     for variant, seeds in of.items():
-        seeds = {seed: each for seed, each in seeds.items() if seed in ends}
+        seeds = {s: each for s, each in seeds.items() if s in ends and at in each}
         found = {"variant": variant, "seeds": len(seeds), "ratio": []}
         for seed, each in seeds.items():
             reached = [
@@ -278,7 +281,7 @@ def summary(rows: list[dict], style: str, end: int) -> list[dict]:
             ]
             found["ratio"].append(max(reached) / end)
         for name, more in [*MEASURES.items(), ("heldout_loss", False)]:
-            both = [(each[end], ends[seed]) for seed, each in seeds.items() if end in each]
+            both = [(each[at], ends[seed]) for seed, each in seeds.items() if at in each]
             pairs = [(value(a, name), value(b, name)) for a, b in both]
             better = [(a - b) * (1 if more else -1) for a, b in pairs if None not in (a, b)]
             error = statistics.stdev(better) / len(better) ** 0.5 if len(better) > 1 else math.nan
@@ -295,11 +298,14 @@ def value(row: dict, name: str) -> float | None:
 
 def table(asked: Options) -> None:
     """Print the table: a ratio is mean ± standard deviation over the seeds."""
-    if not (found := summary(rows_of(asked.out), asked.style, asked.end)):
+    at = asked.at or asked.end
+    if not (found := summary(rows_of(asked.out), asked.style, asked.end, at)):
         remedy = f"python -m benchmarks.sweep run --variants plain --style {asked.style}"
         why = f"{asked.out} has no row of the plain recipe at {asked.end} steps"
         raise Refusal(why, "some to compare with", remedy)
-    print(f"Better at {asked.end} steps, mean ± standard error over seeds, paired:\n")
+    print(
+        f"Better after {at} steps than the plain recipe after {asked.end}, mean ± standard error:\n"
+    )
     print("| variant | seeds | steps to reach all three / the plain recipe's |", end="")
     print(" pixel L1 | palette distance | own drawing nearest | held-out loss |")
     print("|---|---|---|---|---|---|---|")

@@ -436,7 +436,7 @@ RECIPES = {
 SHORT = replace(POCKET, max_train_steps=80, lr_warmup_steps=5, validation_prompts=QUICK_PROMPTS)
 QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 # What --better takes, by docs/learning.md.
-HUBER = {"loss_type": "huber", "huber_schedule": "constant"}
+HUBER = {"loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.03}
 BETTER = {
     "pocket": (
         "The recipe pocket's pictures in half its steps.",

@@ -130,7 +130,8 @@ def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
 
 
 def test_make_names_no_recipe_where_a_file_does(typed):
-    assert typed() == ("recipe pocket (no GPU found)", ["pocket"])
+    assert typed() == ("recipe pocket --better (no GPU found)", ["pocket", "--better"])
+    assert typed("ARGS=--quick") == ("recipe pocket (no GPU found)", ["pocket", "--quick"])
     said, argv = typed("ARGS=--seed 1 --config runs/x/config.json")
     assert said == "recipe of the file (--config)"
     assert argv == ["--seed", "1", "--config", "runs/x/config.json"]

@@ -61,7 +61,7 @@ def test_the_table_compares_steps_and_measures_with_the_plain_recipes_end(tmp_pa
     rows.append({"style": "ink", "variant": "slow", "seed": 2, "steps": 400, "failed": "refused"})
     rows.append(made("plain", 0, 900, 1.0) | {"style": "blueprint"})
     rows.append(made("quick", 5, 400, 1.0))  # there is no plain run of that seed
-    plain, quick, slow = sweep.summary(rows, "ink", 400)
+    plain, quick, slow = sweep.summary(rows, "ink", 400, 400)
     assert plain["ratio"] == pytest.approx([1.0, 1.0])
     # seed 0 is to reach 50 between 55 and 45, seed 1 to reach 52 between 57 and 49
     assert quick["ratio"] == pytest.approx([4 ** (0.5 - 1), 4 ** (5 / 8 - 1)])
@@ -73,7 +73,11 @@ def test_the_table_compares_steps_and_measures_with_the_plain_recipes_end(tmp_pa
     sweep.main(["table", "--out", str(file), "--end", "400"])
     told = capsys.readouterr()
     lines = told.out.splitlines()
-    assert lines[0].startswith("Better at 400 steps") and "a row was cut short" in told.err
+    assert (
+        lines[0].startswith("Better after 400 steps than the plain recipe after 400")
+        and "a row was cut short" in told.err
+    )
+    assert sweep.summary(rows, "ink", 400, 100)[1]["pixel_l1"][0] == pytest.approx(-5.0)
     ratio = quick["ratio"]
     assert f"| quick | 2 | {np.mean(ratio):.2f} ± {np.std(ratio, ddof=1):.2f} | +4.00 ± 1.00 |" in (
         told.out

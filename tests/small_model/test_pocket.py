@@ -387,6 +387,19 @@ def test_model_reads_colours_and_numbers_in_new_combinations(pipe):
 # ---- options -----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("recipe", ["pocket", "t4"])
+def test_better_is_hubers_loss_and_gives_way_to_what_is_asked_for(recipe):
+    better = config.parse([recipe, "--better"])
+    assert better == config.replace(config.BETTER[recipe][1], better=True)
+    usual = config.RECIPES[recipe][1]
+    changed = {k for k, v in vars(better).items() if v != getattr(usual, k)}
+    huber = {"better", "loss_type", "huber_schedule", "huber_c"}
+    assert changed == huber | ({"max_train_steps"} if recipe == "pocket" else set())
+    assert config.parse([recipe, "--better", "--huber-c", "0.1"]).huber_c == 0.1
+    with pytest.raises(Refusal, match="--better with native.*--quick with --better"):
+        config.parse(["native", "--better", "--quick"])
+
+
 def test_quick_is_short_and_gives_way_to_what_is_asked_for():
     quick = config.parse(["pocket", "--quick"])
     assert quick == config.replace(config.QUICK["pocket"][1], quick=True)
