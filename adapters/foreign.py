@@ -178,10 +178,8 @@ def alphas(path: Path, said: str | None, layers: dict) -> Callable[[str, int], f
     # The tensors themselves say these.
     patterned, _ = config.pop("rank_pattern", None), config.pop("use_dora", None)
     ranks = {rank_of(parts) for parts in layers.values()}
-    if not patterned and len(ranks) == 1 and config.get("r", 1) not in ranks:
-        found = f"{path} says r {config['r']}, and its matrices have rank {min(ranks)}"
-        raise Refusal(found, "the same", ANOTHER)
-    usual = alpha_of_header(path, json.dumps(config), config.get("r", 1))
+    rank = config.get("r", 1) if patterned or len(ranks) > 1 else min(ranks)
+    usual = alpha_of_header(path, json.dumps(config), rank)
     own = {f".{name}": check_alpha(path, alpha) for name, alpha in own.items()}
     lost = [name[1:] for name in own if not any(f".{m}".endswith(name) for m in layers)]
     if lost:

@@ -52,8 +52,7 @@ def read(name: str | Path, layers: dict) -> lora.AdapterFile:
     Refusal as files.read(), and for modules that are not among these.
     """
     file = files.read(name)
-    adapter = lora.Adapter(dict.fromkeys(layers), file.rank, file.alpha, ())
-    file = replace(file, matrices=files.by_our_names(adapter, file))
+    file = replace(file, matrices=files.by_our_names(layers, file))
     if unknown := modules_of(file) - layers.keys():
         found = f"{file.path} adapts {len(unknown)} modules such as {min(unknown)}"
         expected = "layers in the attention blocks of SDXL, or of the model that is named"
@@ -143,10 +142,6 @@ def write(parts: Parts, path: Path, layers: dict, how) -> str:
     """
     if path.exists():
         raise Refusal(f"{path} is there already", "a new file", "another --output, or remove it")
-    if min(k for _, k in parts) < 0 and total(parts) < 1e-10 * sum(total([p]) for p in parts):
-        raise Refusal(
-            "the files cancel each other out", "a sum that is not zero", "other strengths"
-        )
     wanted = combine(parts, how.rank, how.keep)
     dtype = DTYPES.get(how.save_dtype) or best_dtype(wanted, parts)
     if not all(matrix.to(dtype).isfinite().all() for matrix in wanted.matrices().values()):
