@@ -11,7 +11,6 @@ import torch
 
 from benchmarks import (
     buckets,
-    curves,
     exactness,
     old_and_new,
     step_profile,
@@ -357,7 +356,6 @@ def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monk
         (bench, ["ladder", "--resolution", "60"], ("resolution is (60,)", "steps of 8")),
         (exactness, ["plain", "--steps", "0"], ("steps is 0", "correct --steps")),
         (step_profile, ["floor", "--warm-up", "-1"], ("warm_up is -1",)),
-        (curves, ["--steps", "-1"], ("steps is -1", "expected 1 to")),
         (old_and_new, [".", "--turns", "0"], ("turns is 0",)),
         (buckets, ["--steps", "0", "--away", "158"], ("steps is 0", "away is 158", "3 to 157")),
     ],
