@@ -58,7 +58,8 @@ def read_lines(path: Path, troubles: dict[str, str]) -> list[dict]:
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with telling(path, troubles):
-            found.append(json.loads(line) | {"step": int(json.loads(line)["step"])})
+            row = json.loads(line)
+            found.append(row | {"step": int(row["step"])})
     return found
 
 
