@@ -6,6 +6,7 @@ left out; another family's file is refused by its name.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -264,16 +265,13 @@ def misfit(parts: dict[str, Tensor], shape: tuple[int, ...]) -> str:
     """The shapes of factors that do not come to a weight of `shape`, in words; else ""."""
     try:
         meta = {name: each.to("meta") for name, each in parts.items()}
-        m, fits = parts.get(M, torch.ones(shape[0])), kinds.product(meta, shape).shape == shape
-        tall = {len(parts[n]) for n in ("lora_B", "hada_w1_a", "hada_w2_a") if n in parts}
+        m = parts.get(M, torch.ones(shape[0]))
+        fits = m.numel() == shape[m.ndim > 1]
         if "lora_A" in parts and len(shape) > 2:
             fits = fits and parts["lora_A"].shape[1:] == shape[1:]
-        if not tall:
-            w1, w2 = (kinds.factor(meta, name) for name in ("lokr_w1", "lokr_w2"))
-            tall = {len(w1) * len(w2)}
-            wide = len(shape) > 2 or (w2.ndim == 2 and w1.shape[1] * w2.shape[1] == shape[1])
-            fits = fits and w1.ndim == 2 and wide
-        if fits and tall == {shape[0]} and m.numel() == shape[m.ndim > 1]:
+        if kind_of(parts) == "lokr" and len(shape) == 2:
+            fits = fits and all(each.ndim == 2 for name, each in parts.items() if name != M)
+        if fits and kinds.product(meta, shape).shape == (shape[0], math.prod(shape[1:])):
             return ""
     except (RuntimeError, IndexError, TypeError, ZeroDivisionError):  # no such product
         pass
@@ -305,7 +303,7 @@ def beside(base: nn.Module, c: Correction, name: str) -> nn.Module:
         layer.learn(**parts | square)
     else:
         W = kinds.weight_of(origin)
-        D = c.alpha / c.rank * kinds.product(parts, W.shape).to(W.device)
+        D = c.alpha / c.rank * kinds.product(parts, W.shape).view(W.shape).to(W.device)
         if m is not None:
             D = kinds.rescaled(W, D, (m[:, None] if m.ndim == 1 else m).to(W.device))
         layer = Changed(base, D)

@@ -20,12 +20,11 @@ import model
 from adapters import files, kinds
 from adapters.start import nearest
 from inputs import hub
-from inputs.adapter_file import MAX_RANK, NUMBERS
+from inputs.adapter_file import MAX_RANK
 from inputs.files import Refusal, refusing
 from inputs.one_file import SHIPPED
 from inputs.progress import progress
 
-DTYPES = dict(zip(("fp32", "fp16", "bf16"), NUMBERS, strict=True))
 # Entries of a header that tell of the numbers, layout or run of that one file.
 OWN = r"lora_adapter_metadata|rank|alpha|format|run|made|ss_base_model_version|ss_network_.*"
 OWN += r"|sshs_.*|modelspec\.hash_sha256"
@@ -143,7 +142,7 @@ def write(parts: Parts, path: Path, layers: dict, how) -> str:
     if path.exists():
         raise Refusal(f"{path} is there already", "a new file", "another --output, or remove it")
     wanted = combine(parts, how.rank, how.keep)
-    dtype = DTYPES.get(how.save_dtype) or best_dtype(wanted, parts)
+    dtype = model.DTYPES.get(how.save_dtype) or best_dtype(wanted, parts)
     if not all(matrix.to(dtype).isfinite().all() for matrix in wanted.matrices().values()):
         raise Refusal(f"numbers beyond {how.save_dtype}", "a dtype with room", "--save-dtype fp32")
     agreed = set.intersection(*(set(file.about.items()) for file, _ in parts))
