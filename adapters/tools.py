@@ -115,14 +115,10 @@ def combine(parts: Parts, rank: int = 0, keep: float = 0.0) -> lora.Adapter:
 
 def residual(parts: Parts, got: lora.AdapterFile) -> float:
     """How far `got` is from what `parts` add up to, as a share of the latter's length."""
-    gone, whole = total([*parts, (got, -1.0)]), total(parts)
+    modules, left = sorted(modules_of(got)), [*parts, (got, -1.0)]
+    gone = sum(squared_length(*joined(left, module)) for module in modules)
+    whole = sum(squared_length(*joined(parts, module)) for module in modules)
     return (gone / max(whole, 1e-300)) ** 0.5
-
-
-def total(parts: Parts) -> float:
-    """The squared length of what `parts` add up to, over all modules."""
-    modules = set().union(*(modules_of(file) for file, _ in parts))
-    return sum(squared_length(*joined(parts, module)) for module in sorted(modules))
 
 
 def best_dtype(wanted: lora.Adapter, parts: Parts) -> torch.dtype:
