@@ -205,8 +205,8 @@ def factor(parts: dict[str, Tensor], name: str) -> Tensor:
 
 
 def product(parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """What a layer's `parts` of any kind come to, not scaled: (out, in), or (out, in x 3 x 3). shape:
-    the weight's.
+    """What a layer's `parts` of any kind come to, not scaled: (out, in), or (out, in x 3 x 3).
+    shape: the weight's.
     """
     if "hada_w1_a" in parts:
         one, two = (parts[f"hada_w{i}_a"] @ parts[f"hada_w{i}_b"].flatten(1) for i in (1, 2))

@@ -315,6 +315,9 @@ def from_folder(
     often = "so many times, up to 999 (--no-folder-repeats: once)" if obeyed else "once each"
     kohya = f"in folders like 10_style, shown {often}"
     said[kohya] = [p.name for p in found if numbers(p.name)]
+    alone = {*map(str, stems.values())}
+    shared = [p.name for p in found if p.name not in alone and not tables and not p.bare]
+    said["are called as another picture and share its caption's file"] = shared
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
     found.notes += [f"{table} has no rows" for table in tables[:1] if not rows]
     shown = numbers(f"{own}/") if obeyed else []

@@ -57,6 +57,14 @@ def test_name_txt_beside_name_jpg(tmp_path):
     ]
 
 
+def test_two_pictures_that_share_a_caption_are_told(tmp_path):
+    files = {"a.jpg": RED, "a.png": BLUE, "a.txt": "a square", "b.png": RED, "b.txt": "b"}
+    pictures = read_dataset(str(write_folder(tmp_path, files)))
+    assert [p.captions[0] for p in pictures] == ["a square", "a square", "b"]
+    shared = "1 (the first: a.jpg) are called as another picture and share its caption's file"
+    assert list(pictures.notes) == [shared]
+
+
 def test_the_ink_pictures_are_160_and_captioned():
     pictures = read_dataset(str(INK))
     assert len(pictures) == len({p.digest for p in pictures}) == 160
