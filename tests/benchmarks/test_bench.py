@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from benchmarks import (
-    buckets,
     exactness,
     old_and_new,
     step_profile,
@@ -357,7 +356,6 @@ def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monk
         (exactness, ["plain", "--steps", "0"], ("steps is 0", "correct --steps")),
         (step_profile, ["floor", "--warm-up", "-1"], ("warm_up is -1",)),
         (old_and_new, [".", "--turns", "0"], ("turns is 0",)),
-        (buckets, ["--steps", "0", "--away", "158"], ("steps is 0", "away is 158", "3 to 157")),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_all_at_once(monkeypatch, capsys, script, words, said):
