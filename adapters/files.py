@@ -5,7 +5,6 @@ hold the same numbers. Kohya's, which ComfyUI, A1111 and Forge read, are written
 import hashlib
 import json
 import math
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -51,15 +50,15 @@ def read(path: Path | str) -> lora.AdapterFile:
 
 def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:
     """Copy the numbers of a file that read() gave into `adapter`, as strictly as lora.load()."""
-    lora.load(adapter, replace(file, matrices=by_our_names(adapter.layers, file)))
+    lora.load(adapter, replace(file, matrices=by_our_names(adapter, file)))
 
 
-def by_our_names(layers: Iterable[str], file: lora.AdapterFile) -> dict[str, Tensor]:
-    """The matrices of a file that read() gave, by the names of the model's `layers`; of others by
-    the file's. Raises Refusal for a module that is there twice.
+def by_our_names(adapter: lora.Adapter, file: lora.AdapterFile) -> dict[str, Tensor]:
+    """The matrices of a file that read() gave, by the names that they have in `adapter`; those that
+    are not in it by the file's. Raises Refusal for a module that is there twice.
     """
     # Which of kohya's underscores was a dot only the model knows: to_q has one of its own.
-    spelt, matrices = spellings(layers), {}
+    spelt, matrices = spellings(adapter.layers), {}
     for name, matrix in file.matrices.items():
         module, _, kind = name.rpartition(".")
         matrices[f"{spelt.get(module.replace('.', '_'), module)}.{kind}"] = matrix

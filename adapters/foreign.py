@@ -271,7 +271,7 @@ def misfit(parts: dict[str, Tensor], shape: tuple[int, ...]) -> str:
             fits = fits and parts["lora_A"].shape[1:] == shape[1:]
         if kind_of(parts) == "lokr" and len(shape) == 2:
             fits = fits and all(each.ndim == 2 for name, each in parts.items() if name != M)
-        if fits and kinds.product(meta, shape).shape == (shape[0], math.prod(shape[1:])):
+        if fits and kinds.matrix(meta, shape).shape == (shape[0], math.prod(shape[1:])):
             return ""
     except (RuntimeError, IndexError, TypeError, ZeroDivisionError):  # no such product
         pass
@@ -303,7 +303,7 @@ def beside(base: nn.Module, c: Correction, name: str) -> nn.Module:
         layer.learn(**parts | square)
     else:
         W = kinds.weight_of(origin)
-        D = c.alpha / c.rank * kinds.product(parts, W.shape).view(W.shape).to(W.device)
+        D = c.alpha / c.rank * kinds.product(parts, W.shape).to(W.device)
         if m is not None:
             D = kinds.rescaled(W, D, (m[:, None] if m.ndim == 1 else m).to(W.device))
         layer = Changed(base, D)

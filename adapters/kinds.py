@@ -66,8 +66,7 @@ class Beside(nn.Module):
     def update(self) -> Tensor:
         """What is added to the weight, of its shape, where this alone acts, at strength 1; fp32."""
         parts = {key: getattr(self, key) for key in self.keys}
-        shape = shape_of(self.frozen)
-        return self.scale * product(parts, shape).view(shape)
+        return self.scale * product(parts, shape_of(self.frozen))
 
     @property
     def frozen(self) -> nn.Module:
@@ -205,9 +204,14 @@ def factor(parts: dict[str, Tensor], name: str) -> Tensor:
 
 
 def product(parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    """What a layer's `parts` of any kind come to, not scaled: (out, in), or (out, in x 3 x 3).
-    shape: the weight's.
+    """What a layer's `parts` of any kind come to, of the weight's shape (out, in) or (out, in, 3,
+    3), not scaled.
     """
+    return matrix(parts, shape).view(shape)
+
+
+def matrix(parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """product() as a matrix: (out, in) or (out, in x 3 x 3)."""
     if "hada_w1_a" in parts:
         one, two = (parts[f"hada_w{i}_a"] @ parts[f"hada_w{i}_b"].flatten(1) for i in (1, 2))
         return one * two

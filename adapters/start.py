@@ -21,7 +21,7 @@ def start(adapter: lora.Adapter, file: lora.AdapterFile) -> str:
     they are. Raises Refusal, naming them, for modules that `adapter` lacks and for other shapes;
     `adapter` is unchanged then.
     """
-    theirs, energy, lost = by_our_names(adapter.layers, file), 0.0, 0.0
+    theirs, energy, lost = by_our_names(adapter, file), 0.0, 0.0
     layers = {n: each for n, each in adapter.layers.items() if f"{n}.lora_A" in theirs}
     shapes = {f"{n}.lora_A": (file.rank, each.in_features) for n, each in layers.items()}
     shapes |= {f"{n}.lora_B": (each.out_features, file.rank) for n, each in layers.items()}

@@ -51,7 +51,8 @@ def read(name: str | Path, layers: dict) -> lora.AdapterFile:
     Refusal as files.read(), and for modules that are not among these.
     """
     file = files.read(name)
-    file = replace(file, matrices=files.by_our_names(layers, file))
+    adapter = lora.Adapter(dict.fromkeys(layers), file.rank, file.alpha, ())
+    file = replace(file, matrices=files.by_our_names(adapter, file))
     if unknown := modules_of(file) - layers.keys():
         found = f"{file.path} adapts {len(unknown)} modules such as {min(unknown)}"
         expected = "layers in the attention blocks of SDXL, or of the model that is named"
