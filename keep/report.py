@@ -165,7 +165,7 @@ def write_page(config: Config, first: bool = True) -> None:
     try:
         if first:
             page.write(config.out)
-    except Exception as error:  # no Jinja2, a full disk, or whatever it is
+    except Exception as error:  # a full disk, or whatever it is
         say_once(config.out, f"no {page.NAME}, and the run goes on: {in_words(error)}")
 
 

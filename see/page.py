@@ -20,6 +20,7 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from PIL import Image
 from tqdm.std import EMA
@@ -328,11 +329,6 @@ def contents(out: Path) -> dict:
 
 @functools.cache
 def template():
-    """Raises Refusal where Jinja2 is not installed."""
-    try:
-        import jinja2  # here: a run without it goes on
-    except ImportError as error:
-        raise Refusal("Jinja2 is not installed", "it, for a page", "pip install jinja2") from error
     how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     # Captions, names and paths come from anywhere; what is our own is marked safe there.
     how |= {"finalize": lambda each: sayable(each) if type(each) is str else each}

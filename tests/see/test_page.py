@@ -17,7 +17,6 @@ from PIL import Image
 from conftest import ROOT
 from generate import png_bytes
 from inputs import drawing, options
-from inputs.files import Refusal
 from made import noisy
 from see import page, sheet
 from sentences import refused
@@ -267,15 +266,6 @@ def test_a_folder_without_a_run_is_refused(tmp_path, capsys, monkeypatch):
         os.utime(made(tmp_path / "runs" / name) / "config.json", (1e9 - i, 1e9 - i))
     page.main([])
     assert capsys.readouterr().out == "runs/new/report.html\n"
-
-
-def test_without_jinja2_one_sentence_says_so(tmp_path, monkeypatch):
-    out = made(tmp_path / "r")
-    page.template.cache_clear()
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(Refusal, match=r"Jinja2 is not installed; .*pip install jinja2"):
-        page.write(out)
-    assert not (out / page.NAME).exists()
 
 
 def test_the_template_is_short():
