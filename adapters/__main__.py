@@ -1,6 +1,5 @@
 """Tools for adapter files: python -m adapters COMMAND FILE..."""
 
-import re
 import sys
 from dataclasses import dataclass
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import tyro
 
 from inputs import options as configuration
-from inputs.drawing import find_adapter, of_run
+from inputs.drawing import of_run, with_strength
 from inputs.files import place
 from inputs.options import Within
 
@@ -46,7 +45,7 @@ def parse(argv: list[str] | None = None) -> Options:
     inspect, cuts = asked.command == "inspect", (asked.rank > 0) + (asked.keep > 0)
     allowed = {"merge": (0, 1), "resize": (1,)}.get(asked.command, (0,))
     sizes, out = f"--rank {asked.rank}, --keep {asked.keep:g}", f"--output '{asked.output}'"
-    acting = [strength for _, strength in strengths(asked.files)]
+    acting = [with_strength(word, find=str)[1] for word in asked.files or ("",)]
     several = len(acting) > 1 and asked.command != "merge"
     beyond = not all(0 < abs(each) <= 10 for each in acting)
     named = asked.output.endswith(".safetensors") if not inspect else not asked.output
@@ -61,16 +60,10 @@ def parse(argv: list[str] | None = None) -> Options:
     return asked
 
 
-def strengths(words: tuple[str, ...]) -> list[tuple[str, float]]:
-    """Each file with its strength: the number behind its last colon, else 1."""
-    split = [[*re.split(r":(-?\d*\.?\d+)$", word), "1"] for word in words or ("",)]
-    return [(name, float(strength)) for name, strength, *_ in split]
-
-
 def run(argv: list[str] | None = None) -> None:
     """Do what the command line asks and print what was done. Raises Refusal."""
     asked = parse(argv)
-    paths = [(find_adapter(name), strength) for name, strength in strengths(asked.files)]
+    paths = [with_strength(word) for word in asked.files or ("",)]
     from adapters import describe, tools  # here: they import torch, what is typed is checked before
 
     base = asked.pretrained_model_name_or_path

@@ -22,6 +22,7 @@ TRAPS = {
     r"lora_unet_(down|mid|up)_": "sd-scripts merges and trains on SGM's block names alone",
 }
 KOHYA = "convert --to kohya mends it"
+WORDS = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
 def describe(file: lora.AdapterFile, weights: dict[str, tuple]) -> str:
@@ -58,7 +59,8 @@ def other(path: Path) -> str:
     """
     file = foreign.read(path)
     found, alike = file.corrections, {(each.rank, each.alpha) for each in file.corrections}
-    kinds = Counter(foreign.kind_of(each) for each in found)
+    conv = [" on a convolution" * any(p.ndim > 2 for p in each.parts.values()) for each in found]
+    kinds = Counter(WORDS[foreign.kind_of(e.parts)] + on for e, on in zip(found, conv, strict=True))
     attention = all("attn" in each.module and "to_" in each.module for each in found)
     if [*kinds] == ["LoRA"] and attention and len(alike) == 1 and not file.left_out:
         return ""

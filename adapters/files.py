@@ -4,9 +4,7 @@ hold the same numbers. Kohya's, which ComfyUI, A1111 and Forge read, are written
 
 import hashlib
 import json
-import re
-from collections import Counter
-from collections.abc import Iterable
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,23 +12,11 @@ import torch
 from torch import Tensor
 
 import lora
-from adapters import kinds
-from inputs.adapter_file import WHOLE, alpha_of_header, alpha_of_tensors, check_keys, check_matrices
-from inputs.drawing import find_adapter
-from inputs.files import (
-    Refusal,
-    data_section,
-    read_tensors,
-    refusing,
-    safetensors_bytes,
-    write_whole,
-)
+from adapters import foreign, kinds
+from adapters.names import sgm_names, spellings
+from inputs.adapter_file import UNIFORM, check_fits, check_matrices
+from inputs.files import Refusal, data_section, safetensors_bytes, write_whole
 
-# What a module's name follows in the keys of kohya, diffusers, ComfyUI, peft, and of a bare UNet.
-BEFORE = r"lora_unet_|unet\.|diffusion_model\.|base_model\.model\.|"
-KINDS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # PEFT's
-KINDS |= {"lora.down.weight": "lora_A", "lora.up.weight": "lora_B"}  # diffusers' training scripts'
-KINDS |= {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}  # kohya's
 # What an SDXL LoRA says of itself, by https://github.com/Stability-AI/ModelSpec, in sd-scripts'
 # words, which are the same for every kind of noise:
 # https://github.com/kohya-ss/sd-scripts/blob/10bfcb9a/library/sai_model_spec.py
@@ -43,55 +29,23 @@ MODELSPEC = {
     "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
     "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
 }
-BLOCK = r"(down|mid|up)_blocks?\.(?:(\d+)\.)?(?:(attentions|resnets)\.(\d+)|(.+samplers)\.0)\.(.+)"
-# What lies in a block without attention is called otherwise there.
-IN_SGM = {"conv1": "in_layers.2", "conv2": "out_layers.3", "time_emb_proj": "emb_layers.1"}
-IN_SGM |= {"conv_shortcut": "skip_connection"}
 
 
 def read(path: Path | str) -> lora.AdapterFile:
-    """Read a file in the keys of any of these programs, or the one in a folder. Its modules may
-    have SGM's names, or underscores for dots; load() puts them right. alpha is what the file's
-    .alpha tensors, its header or peft's adapter_config.json say, else the rank, as it is to every
-    reader of such files.
+    """foreign.read() for plain LoRA: on Linear layers, of one rank and alpha. Its modules may have
+    SGM's names, or underscores for dots; load() puts them right.
 
-    Raises Refusal, naming what is wrong, for keys that are not of plain LoRA on Linear layers in
-    one layout, for mixed ranks, differing alphas, and numbers that are not finite or not fp32, fp16
-    or bf16.
+    Raises Refusal, naming what is wrong, for more than that, for mixed ranks, differing alphas, and
+    numbers that are not finite or not fp32, fp16 or bf16.
     """
-    path = find_adapter(path)
-    tensors, about = read_tensors(path)
-    before = Counter(re.match(BEFORE, key)[0] for key in tensors).most_common(1)
-    before = before[0][0] if before else ""
-    ends = "|".join(map(re.escape, [*KINDS, "alpha"]))
-    key_like = rf"{re.escape(before)}((?!{BEFORE[:-1]}).+)\.({ends})"
-    check_keys(path, tensors, key_like)
-    matrices, alphas = {}, {}
-    for key, tensor in tensors.items():
-        module, end = re.fullmatch(key_like, key).groups()
-        if end == "alpha":
-            alphas[module] = tensor.flatten().tolist()
-        else:
-            matrices[f"{module}.{KINDS[end]}"] = tensor
-    rank = check_matrices(path, matrices)
-    said = config_of(path, before, about)
-    alpha = alpha_of_header(path, said, rank)
-    if alphas:
-        modules = {name.rpartition(".")[0] for name in matrices}
-        alpha = alpha_of_tensors(path, before, alphas, modules, rank)
-    if len(matrices) + len(alphas) < len(tensors) or (alphas and said):
-        found = f"{path} says the same twice, in two layouts"
-        raise Refusal(found, "one kind of keys, and alpha in one place", WHOLE)
-    return lora.AdapterFile(path, matrices, rank, alpha, about)
-
-
-def config_of(path: Path, key: str, about: dict[str, str]) -> str | None:
-    """PEFT's config: in the header, or, where a `key` is peft's own, in the file beside it."""
-    if not key.startswith("base_model.model."):
-        return about.get("lora_adapter_metadata")
-    found = f"{path} has peft's own keys and no adapter_config.json beside it"
-    with refusing(found, "both files of one folder", WHOLE):
-        return (path.parent / "adapter_config.json").read_text()
+    file, matrices = foreign.read(path, plain=True), {}
+    for each in file.corrections:
+        matrices |= {f"{each.module}.{name}": matrix for name, matrix in each.parts.items()}
+    rank, alphas = check_matrices(file.path, matrices), {each.alpha for each in file.corrections}
+    if len(alphas) > 1:
+        found = f"{file.path} has ranks {[rank]} and alphas {sorted(alphas)}"
+        raise Refusal(found, "one rank and one alpha for all modules", UNIFORM)
+    return lora.AdapterFile(file.path, matrices, rank, *alphas, file.about)
 
 
 def load(adapter: lora.Adapter, file: lora.AdapterFile) -> None:
@@ -103,49 +57,34 @@ def by_our_names(adapter: lora.Adapter, file: lora.AdapterFile) -> dict[str, Ten
     """The matrices of a file that read() gave, by the names that they have in `adapter`; those that
     are not in it by the file's. Raises Refusal for a module that is there twice.
     """
-    sgm, spelt, matrices = sgm_names(adapter.layers), {}, {}
-    for name in adapter.layers:
-        # Which of kohya's underscores was a dot only the model knows: to_q has one of its own.
-        spelt |= {each.replace(".", "_"): name for each in (name, sgm.get(name, name))}
+    # Which of kohya's underscores was a dot only the model knows: to_q has one of its own.
+    spelt, matrices = spellings(adapter.layers), {}
     for name, matrix in file.matrices.items():
         module, _, kind = name.rpartition(".")
         matrices[f"{spelt.get(module.replace('.', '_'), module)}.{kind}"] = matrix
     if len(matrices) < len(file.matrices):
-        found = f"{file.path} has some modules twice, under SGM's names and under diffusers'"
-        raise Refusal(found, "every module once", WHOLE)
+        raise foreign.twice(file.path)
     return matrices
 
 
-def sgm_names(modules: Iterable[str], among: Iterable[str] = ()) -> dict[str, str]:
-    """The modules' names in Stability's own UNet, which numbers its blocks through all levels:
-    down_blocks.1.attentions.0.x is input_blocks.4.1.x. Empty unless every module lies in a block:
-    to diffusers a file has one spelling or the other. among: all of the model's, where `modules`
-    are few of them: a number depends on how many blocks a level has.
+@torch.no_grad()
+def put_back(adapter: lora.Adapter, path: Path) -> None:
+    """Copy what a file of save() holds into the run's `adapter`, strictly: every number of every
+    layer, at the same scale.
     """
-    parts = {name: re.fullmatch(BLOCK, name) for name in modules}
-    if not all(parts.values()):
-        return {}
-    # A level's blocks: two layers, and one that halves the size on the way down; three on the way
-    # up. (The very first block is conv_in.)
-    every = [*parts.values(), *(re.fullmatch(BLOCK, name) for name in among)]
-    found = [part.groups() for part in every if part and part[2] and part[3]]
-    level = max((int(layer) + 1 + (way == "down") for way, _, _, layer, *_ in found), default=3)
-    return {name: sgm_name(level, *part.groups()) for name, part in parts.items()}
-
-
-def sgm_name(
-    level: int, way: str, block: str, kind: str, layer: str, sampler: str, rest: str
-) -> str:
-    """One of sgm_names(), from the parts of BLOCK; level: how many blocks each level has."""
-    rest = IN_SGM.get(rest, rest) if kind == "resnets" else rest
-    if way == "mid":  # resnet, transformer, resnet
-        return f"middle_block.{1 if kind == 'attentions' else 2 * int(layer)}.{rest}"
-    first, place = level * int(block) + (way == "down"), int(kind == "attentions")
-    if sampler == "downsamplers":
-        return f"input_blocks.{first + level - 1}.0.op"
-    if sampler:  # behind the last resnet of its level and its transformer
-        return f"output_blocks.{first + level - 1}.2.{rest}"
-    return f"{'input' if way == 'down' else 'output'}_blocks.{first + int(layer)}.{place}.{rest}"
+    if type(adapter) is lora.Adapter:
+        return load(adapter, read(path))
+    file, mine = foreign.read(path), adapter.matrices()
+    names, theirs = spellings(adapter.layers, adapter.among), {}
+    for c in file.corrections:
+        name = names.get(c.module.replace(".", "_"), c.module)
+        if not math.isclose(c.alpha / c.rank, adapter.layers[name].scale, rel_tol=1e-6):
+            found = f"{path}: {name} has alpha {c.alpha:g} and rank {c.rank}"
+            raise Refusal(found, f"a scale of {adapter.layers[name].scale:g}", foreign.ANOTHER)
+        theirs |= {f"{name}.{key}": each for key, each in c.parts.items()}
+    check_fits(path, theirs, mine)
+    for name, matrix in mine.items():
+        matrix.copy_(theirs[name])
 
 
 # Kohya's and LyCORIS' words for what a layer of another kind learns; its other names are theirs.

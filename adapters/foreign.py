@@ -8,7 +8,7 @@ left out; another family's file is refused by its name.
 import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -17,40 +17,40 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import lora
-from adapters import files, kinds
+from adapters import kinds
+from adapters.names import spellings
 from inputs.adapter_file import (
+    ANOTHER,
     MAX_RANK,
     NUMBERS,
     WHOLE,
     alpha_of_header,
     check_alpha,
-    check_fits,
     check_keys,
 )
 from inputs.drawing import find_adapter
 from inputs.files import Refusal, read_tensors, refuse, refusing
 
-BEFORE = r"lycoris_|" + files.BEFORE
+# What a module's name follows in the keys of kohya, LyCORIS, diffusers, ComfyUI, peft, and of a
+# bare UNet.
+BEFORE = r"lora_unet_|lycoris_|unet\.|diffusion_model\.|base_model\.model\.|"
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 LEFT_OUT = {
     "of text encoders": r"lora_te\d?_|lycoris_te\d?_|text_encoder|(?!conditioner).*text_model",
     "of embeddings": r"clip_[gl]$|emb_params$|bundle_emb\.|string_to_param",
 }
 M = "lora_magnitude_vector"  # a DoRA's lengths
-# How a key ends, and what that is called here.
-ENDS = files.KINDS | {"lora_A.default.weight": "lora_A", "lora_B.default.weight": "lora_B"}
-ENDS |= {"lora_magnitude_vector": M, "lora_magnitude_vector.weight": M, "dora_scale": M}
-ENDS |= {name: name for name in ("alpha", "lokr_w1", "lokr_w2")}
-ENDS |= {f"{part}_{x}": f"{part}_{x}" for part in ("lokr_w1", "lokr_w2") for x in "ab"}
-ENDS |= {f"hada_w{i}_{x}": f"hada_w{i}_{x}" for i in (1, 2) for x in "ab"}
-MARKS = {"lora": "lora_A", "loha": "hada_w1_a"}
-# What one layer may have, besides alpha and M.
+# What one layer may have, besides alpha and M: LoRA's, LoHa's and LoKr's factors.
+W1, W2 = ([{name}, {f"{name}_a", f"{name}_b"}] for name in ("lokr_w1", "lokr_w2"))
 WHOLES = [{"lora_A", "lora_B"}, {f"hada_w{i}_{x}" for i in (1, 2) for x in "ab"}]
-WHOLES += [
-    one | two
-    for one in ({"lokr_w1"}, {"lokr_w1_a", "lokr_w1_b"})
-    for two in ({"lokr_w2"}, {"lokr_w2_a", "lokr_w2_b"})
-]
+WHOLES += [one | two for one in W1 for two in W2]
+# How a key ends, and what that is called here.
+ENDS = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B"}  # PEFT's
+ENDS |= {"lora_A.default.weight": "lora_A", "lora_B.default.weight": "lora_B"}
+ENDS |= {"lora.down.weight": "lora_A", "lora.up.weight": "lora_B"}  # diffusers' training scripts'
+ENDS |= {"lora_down.weight": "lora_A", "lora_up.weight": "lora_B"}  # kohya's
+ENDS |= {"lora_magnitude_vector": M, "lora_magnitude_vector.weight": M, "dora_scale": M}
+ENDS |= {name: name for whole in WHOLES[1:] for name in {"alpha"} | whole}
 
 
 @dataclass
@@ -75,33 +75,36 @@ class AnyFile(lora.AdapterFile):
     left_out: str = ""
 
 
-def read(path: Path | str) -> AnyFile:
-    """Read a file of any kind, or the one in a folder. Raises Refusal, naming what is wrong, for
-    another family's, for keys that no kind has, and for numbers that are not finite.
+def read(path: Path | str, plain: bool = False) -> AnyFile:
+    """Read a file of any kind, or the one in a folder; `plain`: of LoRA and nothing else. alpha is
+    what the file's .alpha tensors, its header or peft's adapter_config.json say, else the rank, as
+    it is to every reader of such files. Raises Refusal, naming what is wrong, for another family's,
+    for keys that no kind has, and for numbers that are not finite.
     """
     path = find_adapter(path)
     tensors, about = read_tensors(path)
     left, total = [], len(tensors)
-    for what, mark in LEFT_OUT.items():
+    for what, mark in LEFT_OUT.items() if not plain else ():
         if theirs := [key for key in tensors if re.match(mark, key)]:
             left.append(f"{len(theirs)} tensors {what}")
             tensors = {key: each for key, each in tensors.items() if key not in theirs}
     if total and not tensors:
         found = f"{path} holds {' and '.join(left)} and nothing of a UNet"
-        raise Refusal(found, "an adapter of SDXL's UNet", WHOLE)
+        raise Refusal(found, "an adapter of SDXL's UNet", ANOTHER)
     key_like = rf"({BEFORE})(.+?)\.({'|'.join(map(re.escape, ENDS))})"
-    check_keys(path, tensors, key_like, ("DoRA", "LoHa", "LoKr", "a text encoder's LoRA"))
+    more = () if plain else ("DoRA", "LoHa", "LoKr", "a text encoder's LoRA")
+    check_keys(path, tensors, key_like, more)
     layers: dict[str, dict[str, Tensor]] = {}
     for key, tensor in tensors.items():
         _, module, end = re.fullmatch(key_like, key).groups()
         # PEFT's lengths are of rows, (out,), or of a convolution (1, out, 1, 1)
         layers.setdefault(module, {})[ENDS[end]] = tensor.flatten() if M in end else tensor
     refuse(troubles(path, layers))
-    said = files.config_of(path, next(iter(tensors)), about)
-    twice = sum(map(len, layers.values())) < len(tensors)
-    if twice or (said and any("alpha" in parts for parts in layers.values())):
+    said = config_of(path, next(iter(tensors)), about)
+    double = sum(map(len, layers.values())) < len(tensors)
+    if double or (said and any("alpha" in parts for parts in layers.values())):
         found = f"{path} says the same twice, in two layouts"
-        raise Refusal(found, "one kind of keys, and alpha in one place", WHOLE)
+        raise Refusal(found, "one kind of keys, and alpha in one place", ANOTHER)
     alpha_of = alphas(path, said, layers)
     corrections = []
     for module, parts in layers.items():
@@ -109,7 +112,6 @@ def read(path: Path | str) -> AnyFile:
         own = parts.pop("alpha", None)
         alpha = alpha_of(module, rank) if own is None else check_alpha(path, own.item())
         alpha = 1.0 if {"lokr_w1", "lokr_w2"} <= parts.keys() else alpha
-        parts = {name: each.float() for name, each in parts.items()}
         if M in parts and (flat := parts[M].flatten()).shape != parts[M].shape[1:2]:
             parts[M] = flat  # a length for each row; (1, in) as LyCORIS once had it is for columns
         corrections.append(Correction(path, module, parts, alpha, rank))
@@ -118,13 +120,20 @@ def read(path: Path | str) -> AnyFile:
     return AnyFile(path, {}, first.rank, first.alpha, about, corrections, said)
 
 
-def kind_of(correction: Correction) -> str:
-    """In words."""
-    parts = correction.parts
-    if "hada_w1_a" in parts or "lora_A" not in parts:
-        return "LoHa" if "hada_w1_a" in parts else "LoKr"
-    conv = " on a convolution" * (parts["lora_A"].ndim > 2)
-    return ("DoRA" if M in parts else "LoRA") + conv
+def config_of(path: Path, key: str, about: dict[str, str]) -> str | None:
+    """PEFT's config: in the header, or, where a `key` is peft's own, in the file beside it."""
+    if not key.startswith("base_model.model."):
+        return about.get("lora_adapter_metadata")
+    found = f"{path} has peft's own keys and no adapter_config.json beside it"
+    with refusing(found, "both files of one folder", ANOTHER):
+        return (path.parent / "adapter_config.json").read_text()
+
+
+def kind_of(parts: dict[str, Tensor]) -> str:
+    """Of kinds.KINDS; of LoHa and LoKr with DoRA's lengths, too, without them."""
+    if "lora_A" in parts:
+        return "dora" if M in parts else "lora"
+    return "loha" if "hada_w1_a" in parts else "lokr"
 
 
 def troubles(path: Path, layers: dict[str, dict[str, Tensor]]) -> list[tuple[str, str, str]]:
@@ -139,10 +148,10 @@ def troubles(path: Path, layers: dict[str, dict[str, Tensor]]) -> list[tuple[str
         for name, each in parts.items():
             if name != "alpha" and each.dtype not in (*NUMBERS, *FP8):
                 found.append((f"{module}.{name} holds {str(each.dtype)[6:]}", "floats of 8 to 32"))
-            elif not each.float().isfinite().all():
-                found.append((f"{module}.{name} holds NaN or Inf", "finite numbers"))
             elif name == "alpha" and each.numel() != 1:
                 found.append((f"{module}.alpha holds {each.numel()} numbers", "one"))
+            elif name != "alpha" and not each.float().isfinite().all():
+                found.append((f"{module}.{name} holds NaN or Inf", "finite numbers"))
             elif name not in ("alpha", M) and each.ndim < 2:
                 found.append((f"{module}.{name} is {[*each.shape]}", "a matrix"))
         if len(found) == wrong and not 1 <= rank_of(parts) <= MAX_RANK:
@@ -163,22 +172,20 @@ def alphas(path: Path, said: str | None, layers: dict) -> Callable[[str, int], f
     """
     if said is None:
         return lambda module, rank: float(rank)
-    with refusing(f"{path} has an unreadable PEFT config", "JSON with r and lora_alpha", WHOLE):
+    with refusing(f"{path} has an unreadable PEFT config", "JSON with r and lora_alpha", ANOTHER):
         config = {key.removeprefix("unet."): v for key, v in dict(json.loads(said)).items()}
         own = {str(key): value for key, value in dict(config.pop("alpha_pattern", {})).items()}
     root = type(config.get("use_rslora")) is bool and config.pop("use_rslora")
     # The tensors themselves say these.
     patterned, _ = config.pop("rank_pattern", None), config.pop("use_dora", None)
     ranks = {rank_of(parts) for parts in layers.values()}
-    if not patterned and len(ranks) == 1 and config.get("r", 1) not in ranks:
-        found = f"{path} says r {config['r']}, and its matrices have rank {min(ranks)}"
-        raise Refusal(found, "the same", WHOLE)
-    usual = alpha_of_header(path, json.dumps(config), config.get("r", 1))
+    rank = config.get("r", 1) if patterned or len(ranks) > 1 else min(ranks)
+    usual = alpha_of_header(path, json.dumps(config), rank)
     own = {f".{name}": check_alpha(path, alpha) for name, alpha in own.items()}
     lost = [name[1:] for name in own if not any(f".{m}".endswith(name) for m in layers)]
     if lost:
         found = f"{path} has an alpha_pattern of {lost[0]}, which no layer's name ends in"
-        raise Refusal(found, "names of its layers", WHOLE)
+        raise Refusal(found, "names of its layers", ANOTHER)
 
     def alpha_of(module: str, rank: int) -> float:
         alpha = next((a for name, a in own.items() if f".{module}".endswith(name)), usual)
@@ -236,10 +243,9 @@ def load(adapter: Drawn, file: AnyFile) -> None:
         remedy = "use an adapter that was trained on this architecture"
         raise Refusal(found + lost[0].module, "layers of this UNet", remedy)
     if len({(c.path, name) for name, c in named}) < len(given):
-        found = f"{file.path} has some modules twice, under SGM's names and under diffusers'"
-        raise Refusal(found, "every module once", WHOLE)
+        raise twice(file.path)
     refuse(
-        (f"{c.path}: {c.module} has factors {shapes}", f"a change of {tuple(shape)}", WHOLE)
+        (f"{c.path}: {c.module} has factors {shapes}", f"a change of {tuple(shape)}", ANOTHER)
         for name, c in named
         if (shapes := misfit(c.parts, shape := kinds.shape_of(able[name])))
     )
@@ -250,35 +256,22 @@ def load(adapter: Drawn, file: AnyFile) -> None:
         adapter.layers[f"{name} {i}"] = layer
 
 
-OUTSIDE = {"conv_in": "input_blocks.0.0", "conv_out": "out.2"}
-OUTSIDE |= {f"time_embedding.linear_{i}": f"time_embed.{2 * i - 2}" for i in (1, 2)}
-OUTSIDE |= {f"add_embedding.linear_{i}": f"label_emb.0.{2 * i - 2}" for i in (1, 2)}
-
-
-def spellings(names: Iterable[str], among: Iterable[str] = ()) -> dict[str, str]:
-    """Of a UNet's layers, by every spelling that files have for them, with underscores for dots.
-    among: as for sgm_names().
-    """
-    blocks = [name for name in names if re.fullmatch(files.BLOCK, name)]
-    sgm = files.sgm_names(blocks, among) | OUTSIDE
-    both = ((each, name) for name in names for each in (name, sgm.get(name, name)))
-    return {each.replace(".", "_"): name for each, name in both}
+def twice(path: Path) -> Refusal:
+    found = f"{path} has some modules twice, under SGM's names and under diffusers'"
+    return Refusal(found, "every module once", ANOTHER)
 
 
 def misfit(parts: dict[str, Tensor], shape: tuple[int, ...]) -> str:
     """The shapes of factors that do not come to a weight of `shape`, in words; else ""."""
     try:
         meta = {name: each.to("meta") for name, each in parts.items()}
-        m, fits = parts.get(M, torch.ones(shape[0])), kinds.product(meta, shape).shape == shape
-        tall = {len(parts[n]) for n in ("lora_B", "hada_w1_a", "hada_w2_a") if n in parts}
+        m = parts.get(M, torch.ones(shape[0]))
+        fits = m.numel() == shape[m.ndim > 1]
         if "lora_A" in parts and len(shape) > 2:
             fits = fits and parts["lora_A"].shape[1:] == shape[1:]
-        if not tall:
-            w1, w2 = (kinds.factor(meta, name) for name in ("lokr_w1", "lokr_w2"))
-            tall = {len(w1) * len(w2)}
-            wide = len(shape) > 2 or (w2.ndim == 2 and w1.shape[1] * w2.shape[1] == shape[1])
-            fits = fits and w1.ndim == 2 and wide
-        if fits and tall == {shape[0]} and m.numel() == shape[m.ndim > 1]:
+        if kind_of(parts) == "lokr" and len(shape) == 2:
+            fits = fits and all(each.ndim == 2 for name, each in parts.items() if name != M)
+        if fits and kinds.matrix(meta, shape).shape == (shape[0], math.prod(shape[1:])):
             return ""
     except (RuntimeError, IndexError, TypeError, ZeroDivisionError):  # no such product
         pass
@@ -290,14 +283,12 @@ def beside(base: nn.Module, c: Correction, name: str) -> nn.Module:
     its factors where a class of kinds.py does that, else as one difference; at conv_in always so,
     since diffusers takes the dtype of a UNet's first parameter for that of all.
     """
-    origin, parts, m = kinds.frozen_of(base), c.parts, c.parts.get(M)
-    kind = next((k for k, key in MARKS.items() if key in parts), "lokr")
-    if m is not None:
-        kind = "dora" if kind == "lora" and m.ndim == 1 else ""
+    origin, parts = kinds.frozen_of(base), {name: each.float() for name, each in c.parts.items()}
+    m, kind = parts.get(M), kind_of(parts)
     if kinds.is_conv(origin):
         cls = kinds.LoRAConv2d if kind == "lora" and name != "conv_in" else None
     else:
-        cls = kinds.KINDS.get(kind)
+        cls = kinds.KINDS[kind] if m is None or (kind == "dora" and m.ndim == 1) else None
     if cls is lora.LoRALinear:
         layer = cls(origin, c.rank, c.alpha, torch.Generator())
         for name, own in parts.items():
@@ -318,24 +309,3 @@ def beside(base: nn.Module, c: Correction, name: str) -> nn.Module:
         layer = Changed(base, D)
     layer.times = c.times
     return layer
-
-
-@torch.no_grad()
-def put_back(adapter: lora.Adapter, path: Path) -> None:
-    """Copy what a file of save() holds into the run's `adapter`, strictly: every number of every
-    layer, at the same scale.
-    """
-    if type(adapter) is lora.Adapter:
-        return files.load(adapter, files.read(path))
-    file, mine = read(path), adapter.matrices()
-    names = spellings(adapter.layers, adapter.among)
-    theirs = {}
-    for c in file.corrections:
-        name = names.get(c.module.replace(".", "_"), c.module)
-        if not math.isclose(c.alpha / c.rank, adapter.layers[name].scale, rel_tol=1e-6):
-            found = f"{path}: {name} has alpha {c.alpha:g} and rank {c.rank}"
-            raise Refusal(found, f"a scale of {adapter.layers[name].scale:g}", WHOLE)
-        theirs |= {f"{name}.{key}": each for key, each in c.parts.items()}
-    check_fits(path, theirs, mine)
-    for name, matrix in mine.items():
-        matrix.copy_(theirs[name])

@@ -207,14 +207,19 @@ def product(parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
     """What a layer's `parts` of any kind come to, of the weight's shape (out, in) or (out, in, 3,
     3), not scaled.
     """
+    return matrix(parts, shape).view(shape)
+
+
+def matrix(parts: dict[str, Tensor], shape: tuple[int, ...]) -> Tensor:
+    """product() as a matrix: (out, in) or (out, in x 3 x 3)."""
     if "hada_w1_a" in parts:
         one, two = (parts[f"hada_w{i}_a"] @ parts[f"hada_w{i}_b"].flatten(1) for i in (1, 2))
-        return (one * two).view(-1, *shape[1:])
+        return one * two
     if "lora_A" in parts:
-        return (parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1)).view(-1, *shape[1:])
+        return parts["lora_B"].flatten(1) @ parts["lora_A"].flatten(1)
     w1, w2 = (factor(parts, name) for name in ("lokr_w1", "lokr_w2"))
     w2 = w2.reshape(len(w2), shape[1] // w1.shape[1], -1)  # of a convolution (b, d, 3 3)
-    return torch.kron(w1[:, :, None], w2.contiguous()).view(-1, *shape[1:])
+    return torch.kron(w1[:, :, None], w2.contiguous()).flatten(1)
 
 
 def rescaled(W: Tensor, update: Tensor, m: Tensor) -> Tensor:

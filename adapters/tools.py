@@ -6,7 +6,6 @@ rank is in its singular values. What was written is read back and held to what w
 """
 
 import hashlib
-import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -17,19 +16,15 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import lora
-from adapters import files
+import model
+from adapters import files, kinds
 from adapters.start import nearest
 from inputs import hub
-from inputs.adapter_file import MAX_RANK, NUMBERS
+from inputs.adapter_file import MAX_RANK
 from inputs.files import Refusal, refusing
+from inputs.one_file import SHIPPED
 from inputs.progress import progress
 
-DTYPES = dict(zip(("fp32", "fp16", "bf16"), NUMBERS, strict=True))
-# SDXL's blocks with attention: how many transformers each has, and blocks in each of these.
-SDXL = {"down_blocks.1": (2, 2), "down_blocks.2": (2, 10), "mid_block": (1, 10)}
-SDXL |= {"up_blocks.0": (3, 10), "up_blocks.1": (3, 2)}
-LINEARS = [f"attn{i}.{target}" for i in (1, 2) for target in lora.TARGETS]
-LINEARS += ["ff.net.0.proj", "ff.net.2"]
 # Entries of a header that tell of the numbers, layout or run of that one file.
 OWN = r"lora_adapter_metadata|rank|alpha|format|run|made|ss_base_model_version|ss_network_.*"
 OWN += r"|sshs_.*|modelspec\.hash_sha256"
@@ -41,15 +36,13 @@ def layers_of(base: str) -> dict[str, tuple[Path, str] | None]:
     """The layers in the attention blocks of the UNet of `base`, by diffusers' names, with the file
     and the key of each weight; of "" SDXL's, whose weights are nowhere.
     """
+    if not base:
+        names = kinds.able(model.build_unet(SHIPPED / "unet"))
+        return dict.fromkeys(name for name in names if ".attentions." in name)
     names, weight = {}, r"(down|mid|up)_blocks?\..*attentions\..+\.weight"
-    for path, keys in hub.unet_files(base, half=True) if base else ():
+    for path, keys in hub.unet_files(base, half=True):
         found = {name: key for name, key in keys.items() if re.fullmatch(weight, name)}
         names |= {name.removesuffix(".weight"): (path, key) for name, key in found.items()}
-    for block, (count, depth) in SDXL.items() if not base else ():
-        for i, j in itertools.product(range(count), range(depth)):
-            stem = f"{block}.attentions.{i}"
-            names |= dict.fromkeys((f"{stem}.proj_in", f"{stem}.proj_out"))
-            names |= dict.fromkeys(f"{stem}.transformer_blocks.{j}.{each}" for each in LINEARS)
     return names
 
 
@@ -123,14 +116,10 @@ def combine(parts: Parts, rank: int = 0, keep: float = 0.0) -> lora.Adapter:
 
 def residual(parts: Parts, got: lora.AdapterFile) -> float:
     """How far `got` is from what `parts` add up to, as a share of the latter's length."""
-    gone, whole = total([*parts, (got, -1.0)]), total(parts)
+    modules, left = sorted(modules_of(got)), [*parts, (got, -1.0)]
+    gone = sum(squared_length(*joined(left, module)) for module in modules)
+    whole = sum(squared_length(*joined(parts, module)) for module in modules)
     return (gone / max(whole, 1e-300)) ** 0.5
-
-
-def total(parts: Parts) -> float:
-    """The squared length of what `parts` add up to, over all modules."""
-    modules = set().union(*(modules_of(file) for file, _ in parts))
-    return sum(squared_length(*joined(parts, module)) for module in sorted(modules))
 
 
 def best_dtype(wanted: lora.Adapter, parts: Parts) -> torch.dtype:
@@ -149,12 +138,8 @@ def write(parts: Parts, path: Path, layers: dict, how) -> str:
     """
     if path.exists():
         raise Refusal(f"{path} is there already", "a new file", "another --output, or remove it")
-    if min(k for _, k in parts) < 0 and total(parts) < 1e-10 * sum(total([p]) for p in parts):
-        raise Refusal(
-            "the files cancel each other out", "a sum that is not zero", "other strengths"
-        )
     wanted = combine(parts, how.rank, how.keep)
-    dtype = DTYPES.get(how.save_dtype) or best_dtype(wanted, parts)
+    dtype = model.DTYPES.get(how.save_dtype) or best_dtype(wanted, parts)
     if not all(matrix.to(dtype).isfinite().all() for matrix in wanted.matrices().values()):
         raise Refusal(f"numbers beyond {how.save_dtype}", "a dtype with room", "--save-dtype fp32")
     agreed = set.intersection(*(set(file.about.items()) for file, _ in parts))

@@ -17,14 +17,10 @@ $python benchmarks/full_size.py make "$out/model" "$out/photos"
 $python benchmarks/deterministic.py kernels "$out/kernels.json"
 $python benchmarks/deterministic.py kernels "$out/kernels.json" --deterministic
 $python benchmarks/deterministic.py runs "$out/model" "$out/photos" "$out/deterministic"
-model="--pretrained-model-name-or-path $out/model --dataset-name $out/photos"
-$python benchmarks/startup.py t4 --out "$out/startup.json" --train="$model"
 $python benchmarks/full_size.py run "$out/model" "$out/photos" "$out/full_size"
 $python benchmarks/memory_check.py predict "$out/predicted.json"
 $python benchmarks/memory_check.py measure "$out/predicted.json" "$out/memory_check.json"
 $python -m benchmarks.ladder recipe --steps 20 --out "$out/bench_recipe.json"
-$python -m benchmarks.int8 full --out "$out/int8.json"
-$python -m benchmarks.int8 time --out "$out/int8.json"
 $python -m benchmarks.step_profile profile --resolution 512 1024 --rows graph 4x1 \
   --out "$out/step_profile.json"
 # Where there are two GPUs:

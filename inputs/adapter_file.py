@@ -17,6 +17,7 @@ NUMBERS = (torch.float32, torch.float16, torch.bfloat16)
 PEFT_KEY = r"unet\.(.+\.lora_[AB])\.weight"
 UNIFORM = "use an adapter of uniform rank: diffusers reads others wrongly, too"
 WHOLE = "use a whole adapter file that is not quantised"
+ANOTHER = "use another adapter file"
 # What a file may be or hold besides plain LoRA of SDXL's UNet, told by a key with its shape.
 KINDS = {
     "a LoRA of Flux": r"(single|double)_blocks|single_transformer_blocks",
@@ -58,7 +59,7 @@ def check_keys(
     not of the file's layout; and for none at all. allowed: those of KINDS that are read.
     """
     if not tensors:
-        raise Refusal(f"{path} holds no tensors", "an adapter", WHOLE)
+        raise Refusal(f"{path} holds no tensors", "an adapter", ANOTHER)
     keys = {f"{key} {tuple(tensor.shape)}": key for key, tensor in tensors.items()}
     for kind, mark in KINDS.items():
         theirs = [key for shaped, key in keys.items() if re.search(mark, shaped)]
@@ -109,7 +110,7 @@ def alpha_of_header(path: Path, config: str | None, rank: int) -> float:
     if config is None:
         return float(rank)
     found = f"{path} has an unreadable PEFT config (lora_adapter_metadata or adapter_config.json)"
-    with refusing(found, 'JSON with "r" and "lora_alpha"', WHOLE):
+    with refusing(found, 'JSON with "r" and "lora_alpha"', ANOTHER):
         said = {key.removeprefix("unet."): v for key, v in dict(json.loads(config)).items()}
     more = {key: value for key, value in said.items() if value and key not in SILENT}
     more = {key: value for key, value in more.items() if value not in NEUTRAL.get(key, ())}
@@ -120,29 +121,11 @@ def alpha_of_header(path: Path, config: str | None, rank: int) -> float:
     return check_alpha(path, said.get("lora_alpha"))
 
 
-def alpha_of_tensors(
-    path: Path, before: str, alphas: dict[str, list[float]], modules: set[str], rank: int
-) -> float:
-    """The one alpha of all modules. A module without .alpha has alpha = rank."""
-    expected = "a matrix A, a matrix B and at most one alpha for each module"
-    refuse(
-        (f"{path}: {before}{module}.alpha holds {numbers[:3]}", expected, WHOLE)
-        for module, numbers in alphas.items()
-        if module not in modules or len(numbers) != 1
-    )
-    told = [alphas.get(module, [float(rank)])[0] for module in modules]
-    different = {check_alpha(path, alpha) for alpha in told}
-    if len(different) != 1:
-        found = f"{path} has ranks {[rank]} and alphas {sorted(different)}"
-        raise Refusal(found, "one rank and one alpha for all modules", UNIFORM)
-    return different.pop()
-
-
 def check_alpha(path: Path, alpha) -> float:
     """alpha as a number. Raises Refusal for one that is no scale."""
     if type(alpha) not in (int, float) or not 0 < alpha <= 1e6:  # nan, too, is not
         expected = "an alpha above 0, at most 1e6"
-        raise Refusal(f"{path} has alpha {alpha!r:.50}", expected, "use another adapter file")
+        raise Refusal(f"{path} has alpha {alpha!r:.50}", expected, ANOTHER)
     return float(alpha)
 
 

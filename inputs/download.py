@@ -54,7 +54,7 @@ def of_answer(request, response) -> tuple[str, str] | None:
     if status < 400 and "text/html" in head.get("Content-Type", ""):
         return f"a web page answers in the Hub's place, at {url}", PORTAL
     # What may be in a repository is asked for, to see whether it is there.
-    if status < 400 or (status == 404 and head.get("X-Error-Code") in (None, "EntryNotFound")):
+    if status < 400 or (status == 404 and head.get("X-Error-Code") == "EntryNotFound"):
         return None
     said = head.get("X-Error-Message") or response.reason_phrase
     later = "try again in some minutes (status.huggingface.co tells of disturbances)"

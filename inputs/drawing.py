@@ -112,15 +112,12 @@ def parse(argv: list[str] | None = None) -> Options:
     given = [f"--{n}" for n in names if getattr(options, n) != getattr(Options, n)]
     alone = {"--checkpoints", "--strengths"} & {*given} or {"--plain", "--compare"} <= {*given}
     several = len(given) > 1 and alone
-    told = [f"{each:g}" for each in options.strengths]  # as a sheet tells them
-    twice = next((each for each in told if told.count(each) > 1), "")
     alone = "--plain or --checkpoints with several adapters, or a strength behind a colon"
     one = acting != [1] and (options.plain or options.checkpoints)
     against = [
         (several, " with ".join(given), "one of them", "leave the others out"),
         (not all(abs(k) <= 10 for k in acting), f"strengths {acting}", "-10 to 10", "correct that"),
         (one, alone, "one adapter as it is", "--strength, or leave the others out"),
-        (twice, f"--strengths with {twice} twice", "each once", "leave one out"),
     ]
     configuration.refuse_wrong(options, Options(), against)
     # No shell does so behind --output-dir=.

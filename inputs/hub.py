@@ -62,11 +62,6 @@ def is_ddpm(sampler) -> bool:
     return "EDM" not in str(sampler) and "FlowMatch" not in str(sampler)
 
 
-def is_null(index: dict, part: str) -> bool:
-    """Whether a model's index says that it has no such part."""
-    return part in index and index[part] in (None, [None, None])
-
-
 def is_number(value) -> bool:
     return type(value) in (int, float)
 
@@ -93,13 +88,10 @@ def fetch(name: str, part: str, half: bool = False) -> Path:
     lacking = [file for file in needed if not (root / file).is_file()]
     index = {} if lacking else read_config(root / "model_index.json")
     kind = str(index.get("_class_name"))
-    others = {
-        "an inpainting model": "Inpaint" in kind,
-        "the refiner": is_null(index, "text_encoder"),
-    }
-    if "StableDiffusionXL" not in kind or any(others.values()):
-        found = f"no {lacking[0]}" if lacking else f"a model_index.json of {kind}"
-        found += "".join(f": {other}" for other, is_it in others.items() if is_it and not lacking)
+    refiner = index.get("text_encoder", "") in (None, [None, None])
+    other = ": an inpainting model" * ("Inpaint" in kind) + ": the refiner" * refiner
+    if "StableDiffusionXL" not in kind or other:
+        found = f"no {lacking[0]}" if lacking else f"a model_index.json of {kind}{other}"
         raise Refusal(
             f"{name} has {found}",
             "an SDXL model in diffusers' layout: model_index.json (StableDiffusionXLPipeline) and "

@@ -306,15 +306,16 @@ def from_folder(
     def picture(path: Path) -> Picture:
         found = picture_file(folder, str(path), texts.get(key(path), ("",)))
         mask = masks.get(stem(path))
-        repeats = numbers(str(path))
-        weight = repeats[-1] if repeats and obeyed else 1
+        weight = (numbers(str(path)) or [1])[-1] if obeyed else 1
         return replace(found, mask=picture_file(folder, mask) if mask else None, weight=weight)
 
     found = Pictures(for_all(picture, progress(sorted(pictures), "reading", delay=2)))
     said = {f"left out, since they {why}": [*map(str, left)] for why, left in left_out.items()}
     often = "so many times, up to 999 (--no-folder-repeats: once)" if obeyed else "once each"
-    kohya = f"in folders like 10_style, shown {often}"
-    said[kohya] = [p.name for p in found if numbers(p.name)]
+    said[f"in folders like 10_style, shown {often}"] = [p.name for p in found if numbers(p.name)]
+    alone = {*map(str, stems.values())}
+    shared = [p.name for p in found if p.name not in alone and not tables and not p.bare]
+    said["are called as another picture and share its caption's file"] = shared
     found.notes = [f"{named(names)} {what}" for what, names in said.items() if names]
     found.notes += [f"{table} has no rows" for table in tables[:1] if not rows]
     shown = numbers(f"{own}/") if obeyed else []

@@ -12,7 +12,7 @@ import torch
 
 import lora
 import model
-from adapters import files, foreign, kinds, start
+from adapters import files, kinds, start
 from inputs import code
 from inputs.files import Refusal, place, sweep_parts, write_whole
 from inputs.options import Config
@@ -48,7 +48,7 @@ def export(kept, kind: str = "") -> list[Path]:
         files.save(run.adapter, path, layout, dtype, about(kept) | told)
         for matrix in matrices.values():
             matrix.zero_()  # or a file that holds nothing would seem to hold everything
-        foreign.put_back(run.adapter, path)
+        files.put_back(run.adapter, path)
         again = model.predict(run.unet, batch["noise"], batch)
         off = ((again - answer).norm() / answer.norm()).item()
         same = all(matrices[n].equal(each.to(dtype).float()) for n, each in trained.items())
@@ -82,7 +82,7 @@ def export_best(kept) -> list[Path]:
     run.step = kept.judge.best or last  # which the files' headers tell
     found, paths = folder_of(run) / lora.FILE_NAME, []
     if kept.judge.best and found.is_file():
-        foreign.put_back(run.adapter, found)
+        files.put_back(run.adapter, found)
         paths = export(kept, "best")
     run.step = last
     return paths

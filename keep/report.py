@@ -152,11 +152,9 @@ def going_on(path: Path, start: int) -> Path:
     """A file of JSON lines without those that a killed run wrote after its last checkpoint: these
     steps are done again, and are not told twice. At step 0 a run begins anew.
     """
-    old, kept = path.read_text(errors="replace").splitlines() if path.is_file() else [], ""
-    for line in old if start else ():
-        with contextlib.suppress(ValueError, KeyError, TypeError):  # cut short, or not ours
-            kept += f"{line}\n" if json.loads(line)["step"] <= start else ""
-    write_whole(path, kept.encode())
+    rows = page.read_lines(path, {}) if start else []
+    kept = [f"{json.dumps(row)}\n" for row in rows if row["step"] <= start]
+    write_whole(path, "".join(kept).encode())
     return path
 
 
@@ -167,7 +165,7 @@ def write_page(config: Config, first: bool = True) -> None:
     try:
         if first:
             page.write(config.out)
-    except Exception as error:  # no Jinja2, a full disk, or whatever it is
+    except Exception as error:  # a full disk, or whatever it is
         say_once(config.out, f"no {page.NAME}, and the run goes on: {in_words(error)}")
 
 

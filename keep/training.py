@@ -208,9 +208,9 @@ def fit(config: Config, interrupts: report.Interrupts, team: faster.Alone) -> in
         export.mark_finished(kept)
         skipped = f", {run.loss_scale.skipped} of them skipped for overflow in fp16"
         say(kept.judge.worst())
-        steps = f"{run.step} of {run.config.max_train_steps}"  # where it was stopped by its loss
-        steps = steps if run.step < run.config.max_train_steps else run.step
-        print(f"done: {steps} steps{skipped if run.loss_scale.enabled else ''}")
+        most = run.config.max_train_steps
+        early = f" of {most}" * (run.step < most)  # where it was stopped by its loss
+        print(f"done: {run.step}{early} steps{skipped * run.loss_scale.enabled}")
         print(kept.judge.verdict(), end="")
     return 0
 

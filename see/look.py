@@ -119,16 +119,11 @@ def drawn(rows: dict[str, list[tuple[Image.Image, str]]]) -> Image.Image:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns its exit code: 1 where a run would stop, or refused (on stderr)."""
-    try:
-        config = options.parse(argv)
-        options.announce(f"looking at {' and '.join(config.dataset_name)} as {config.recipe}")
-        return 0 if look(config) else 1
-    except Refusal as refusal:
-        print(f"error: {refusal}", file=sys.stderr)
-        return 1
+    """The command. Returns its exit code: 1 where a run would stop. Raises Refusal."""
+    config = options.parse(argv)
+    options.announce(f"looking at {' and '.join(config.dataset_name)} as {config.recipe}")
+    return 0 if look(config) else 1
 
 
 if __name__ == "__main__":
-    options.keep_speaking()
-    sys.exit(main())
+    sys.exit(options.or_leave(main))

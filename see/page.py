@@ -20,12 +20,13 @@ from dataclasses import asdict
 from hashlib import sha256
 from pathlib import Path
 
+import jinja2
 import numpy as np
 from PIL import Image
 from tqdm.std import EMA
 
 from inputs import options
-from inputs.files import Refusal, first_line, place, sayable, write_whole
+from inputs.files import Refusal, first_line, place, refusing, sayable, write_whole
 from inputs.progress import clock
 
 NAME, LOG, EVENTS = "report.html", "log.jsonl", "events.jsonl"
@@ -58,7 +59,8 @@ def read_lines(path: Path, troubles: dict[str, str]) -> list[dict]:
     found = []
     for line in path.read_text(errors="replace").splitlines() if path.exists() else ():
         with telling(path, troubles):
-            found.append(json.loads(line) | {"step": int(json.loads(line)["step"])})
+            row = json.loads(line)
+            found.append(row | {"step": int(row["step"])})
     return found
 
 
@@ -328,11 +330,6 @@ def contents(out: Path) -> dict:
 
 @functools.cache
 def template():
-    """Raises Refusal where Jinja2 is not installed."""
-    try:
-        import jinja2  # here: a run without it goes on
-    except ImportError as error:
-        raise Refusal("Jinja2 is not installed", "it, for a page", "pip install jinja2") from error
     how = {"autoescape": True, "trim_blocks": True, "lstrip_blocks": True}
     # Captions, names and paths come from anywhere; what is our own is marked safe there.
     how |= {"finalize": lambda each: sayable(each) if type(each) is str else each}
@@ -347,19 +344,14 @@ def write(out: Path) -> Path:
     return out / NAME
 
 
-def main(argv: list[str]) -> int:
-    """The command: of the run in the folder that is named, else of the newest."""
-    try:
-        runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
-        print(write(place(argv[0]) if argv else [Path("runs"), *(p.parent for p in runs)][-1]))
-        return 0
-    except Exception as error:  # of a file that somebody has edited, too
-        known = isinstance(error, Refusal)
-        said = error if known else f"{type(error).__name__}: {first_line(error)}"
-        print(f"error: {said}", file=sys.stderr)
-        return 1
+def main(argv: list[str]) -> None:
+    """The command: of the run in the folder that is named, else of the newest. Raises Refusal."""
+    runs = sorted(Path("runs").glob("*/config.json"), key=lambda path: path.stat().st_mtime)
+    out = place(argv[0]) if argv else [Path("runs"), *(path.parent for path in runs)][-1]
+    expected, remedy = "a run's files as it left them", "put back what was edited there"
+    with refusing(f"of {out} no page can be made", expected, remedy):
+        print(write(out))
 
 
 if __name__ == "__main__":
-    options.keep_speaking()
-    sys.exit(main(sys.argv[1:]))
+    options.or_leave(main, sys.argv[1:])

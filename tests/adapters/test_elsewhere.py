@@ -16,6 +16,7 @@ import lora
 from adapter_tools import ALPHA, RANK, answer, off, pipeline, read_only, trained
 from adapters import files
 from conftest import make_unet
+from inputs.drawing import find_adapter
 from sentences import refused
 
 
@@ -67,7 +68,7 @@ def test_a_unet_that_saved_its_adapter(tmp_path, batch):
     unet = theirs()
     unet.save_lora_adapter(tmp_path)
     again = make_unet()
-    again.load_lora_adapter(tmp_path, prefix=None, weight_name=files.find_adapter(tmp_path).name)
+    again.load_lora_adapter(tmp_path, prefix=None, weight_name=find_adapter(tmp_path).name)
     same(ours(tmp_path, batch), answer(again, batch), batch)
     same(ours(tmp_path, batch), answer(unet, batch), batch)
 
@@ -134,10 +135,20 @@ STRANGE += [("layers_to_transform", [1]), ("modules_to_save", ["conv_in"]), ("lo
 STRANGE += [("layer_replication", [[0, 1]]), ("a_field_of_tomorrow", 3)]
 
 
+# What the tensors say, or alpha of each, is understood.
+UNDERSTOOD = {"use_dora": 6, "use_rslora": 6 * RANK**0.5, "rank_pattern": 6, "alpha_pattern": None}
+
+
 @pytest.mark.parametrize("read", [lora.read, files.read], ids=["book", "adapters"])
 @pytest.mark.parametrize("name, value", STRANGE)
 def test_a_field_that_is_not_understood_is_refused_by_name(tmp_path, read, name, value):
-    refused(lambda: read(with_header(tmp_path, config(**{name: value}))), name)
+    path = with_header(tmp_path, config(**{name: value}))
+    if read is lora.read or name not in UNDERSTOOD:
+        refused(lambda: read(path), name)
+    elif alpha := UNDERSTOOD[name]:
+        assert read(path).alpha == alpha
+    else:
+        refused(lambda: read(path), "one rank and one alpha for all modules")
 
 
 @pytest.mark.parametrize("init", [True, False, "gaussian", "orthogonal"])

@@ -15,7 +15,7 @@ from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from adapter_tools import answer, off
-from adapters import describe, files, foreign, kinds
+from adapters import describe, files, foreign, kinds, names
 from conftest import make_batch, make_unet
 from inputs.adapter_file import KINDS
 from sentences import refused
@@ -25,7 +25,7 @@ CONV, OUTSIDE = r"(conv[12]|samplers\.0\.conv)$", r"^(conv_in|conv_out|time_emb|
 UNET = make_unet()
 LAYERS = kinds.able(UNET)
 NUMBERS = torch.Generator().manual_seed(0)
-SGM = files.sgm_names(name for name in LAYERS if re.fullmatch(files.BLOCK, name))
+SGM = files.sgm_names(name for name in LAYERS if re.fullmatch(names.BLOCK, name))
 
 
 def normal(*shape, size=0.2):
@@ -181,7 +181,7 @@ DRAWN = {
     "LoCon: all of the UNet": lambda: made(
         ".",
         spelt=lambda n: (
-            kohya(n) if n in SGM else "lora_unet_" + foreign.OUTSIDE.get(n, n).replace(".", "_")
+            kohya(n) if n in SGM else "lora_unet_" + names.OUTSIDE.get(n, n).replace(".", "_")
         ),
     ),
     "factors of Linear layers as 1x1 convolutions": lambda: made(PROJ, flat=False),

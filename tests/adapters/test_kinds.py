@@ -325,7 +325,7 @@ def test_a_file_holds_all_of_it_and_programs_read_it(kind, layout, dtype, tmp_pa
     assert off(answer(drawn.model, batch), want) < bound
     for matrix in adapter.matrices().values():
         matrix.data.zero_()
-    foreign.put_back(adapter, path)
+    files.put_back(adapter, path)
     assert torch.equal(numbers(adapter), kept.to(dtype).float())
     if kind == "lora" or (kind, layout) == ("dora", "peft"):
         pipe = pipeline(make_unet())

@@ -168,12 +168,10 @@ def test_a_cut_merge_is_the_nearest_there_is(tmp_path, capsys, rank):
     assert told(said) == pytest.approx(lost, rel=0.05, abs=2e-7)
 
 
-def test_what_is_no_cut_and_what_is_no_sum_is_refused(tmp_path, capsys):
+def test_what_is_no_cut_is_refused(tmp_path, capsys):
     a, out = written(tmp_path / "a.safetensors", 4, 6), tmp_path / "out.safetensors"
     with pytest.raises(Refusal, match="--rank 5, of files whose ranks add up to 4"):
         command(capsys, "resize", a, "--rank", 5, "--output", out)
-    with pytest.raises(Refusal, match="cancel each other out"):
-        command(capsys, "merge", a, f"{a}:-1", "--output", out)
     assert not out.exists()
 
 

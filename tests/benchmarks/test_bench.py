@@ -10,10 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
-    buckets,
-    curves,
     exactness,
-    int8,
     old_and_new,
     step_profile,
     synthetic,
@@ -280,24 +277,6 @@ def test_the_random_unet_is_sdxls_in_shape_and_one_model_in_every_dtype():
     assert not all(p.std() == 0 for p in half.values())
 
 
-@pytest.mark.slow
-def test_int8_gradients_of_a_whole_step_are_near_fp32s():
-    ways = [(torch.float32, None), (torch.float32, int8.Int8Linear), (torch.float32, None)]
-    (_, exact), (_, near), (_, again) = (int8.full_size(*w, device="cpu", tiny=True) for w in ways)
-    assert torch.equal(exact, again) and exact.norm() > 0  # so the layers were put back
-    assert 0 < (near - exact).norm() / exact.norm() < 0.1
-
-
-def test_int8_is_near_what_it_stands_for_forward_and_back():
-    linear = torch.nn.Linear(96, 64).requires_grad_(False)
-    layer, x = int8.Int8Linear(linear), torch.randn(5, 7, 96, requires_grad=True)
-    want, found = linear(x), layer(x)
-    grad = torch.randn_like(want)
-    gradients = [torch.autograd.grad(y, x, grad)[0] for y in (want, found)]
-    for one, other in ((want, found), gradients):
-        assert 0 < (one - other).norm() < 0.03 * one.norm()
-
-
 # ---- other trainers ------------------------------------------------------------------------------
 
 
@@ -376,10 +355,7 @@ def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monk
         (bench, ["ladder", "--resolution", "60"], ("resolution is (60,)", "steps of 8")),
         (exactness, ["plain", "--steps", "0"], ("steps is 0", "correct --steps")),
         (step_profile, ["floor", "--warm-up", "-1"], ("warm_up is -1",)),
-        (int8, ["train", "--steps", "0", "--seeds", "-1"], ("steps is 0", "seeds is (-1,)")),
-        (curves, ["--steps", "-1"], ("steps is -1", "expected 1 to")),
         (old_and_new, [".", "--turns", "0"], ("turns is 0",)),
-        (buckets, ["--steps", "0", "--away", "158"], ("steps is 0", "away is 158", "3 to 157")),
     ],
 )
 def test_numbers_that_cannot_be_are_refused_all_at_once(monkeypatch, capsys, script, words, said):

@@ -330,6 +330,15 @@ def test_a_data_set_that_does_not_come_is_told_with_the_first_error(server, monk
     assert time.monotonic() - began < 8
 
 
+def test_a_404_is_an_answer_of_the_hub_only_where_it_says_that_a_file_is_not_there():
+    head, request = {"X-Error-Code": "EntryNotFound"}, SimpleNamespace(url="http://a/b")
+    answer = SimpleNamespace(status_code=404, reason_phrase="Not Found", headers=head)
+    assert download.of_answer(request, answer) is None
+    head.clear()
+    told = "the Hub answers 404 Not Found for http://a/b"
+    assert download.of_answer(request, answer) == (told, download.STATUS[404])
+
+
 def test_what_the_client_asks_about_itself_is_no_reason(server):
     server.fail("/api/agent-harnesses", 401)
     server.fail("/api/telemetry", 503)

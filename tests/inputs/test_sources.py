@@ -336,10 +336,12 @@ def test_a_caption_file_alone_is_refused(tmp_path, files, said):
         read_dataset(str(write_folder(tmp_path, files)))
 
 
-def test_two_pictures_share_a_caption_file(tmp_path):
-    folder = write_folder(tmp_path, {"a.png": RED, "a.jpg": BLUE, "a.txt": "a"})
-    told = {p.name: p.captions for p in read_dataset(str(folder))}
-    assert told == {"a.png": ("a",), "a.jpg": ("a",)}
+def test_two_pictures_share_a_caption_file_which_is_said(tmp_path):
+    files = {"a.jpg": RED, "a.png": BLUE, "a.txt": "a square", "b.png": RED, "b.txt": "b"}
+    pictures = read_dataset(str(write_folder(tmp_path, files)))
+    assert [p.captions[0] for p in pictures] == ["a square", "a square", "b"]
+    shared = "1 (the first: a.jpg) are called as another picture and share its caption's file"
+    assert list(pictures.notes) == [shared]
 
 
 def test_a_byte_order_mark_is_no_part_of_a_caption(tmp_path):

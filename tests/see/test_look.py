@@ -25,9 +25,8 @@ def odd(tmp_path):
 
 
 def run(folder, *words) -> int:
-    return look.main(
-        ["t4", "--dataset-name", str(folder), "--output-dir", str(folder.parent), *words]
-    )
+    given = ["--dataset-name", str(folder), "--output-dir", str(folder.parent)]
+    return options.or_leave(look.main, ["t4", *given, *words])
 
 
 def test_every_oddity_is_told_by_name_and_the_rest_is_shown(odd, capsys):
@@ -98,7 +97,8 @@ def test_nothing_to_look_at_is_said(tmp_path, capsys):
     folder = write_folder(tmp_path / "bad", {"a.png": "no picture", "a.txt": "a"})
     assert run(folder) == 1
     assert "a.png cannot be read" in capsys.readouterr().out
-    assert run(tmp_path / "nowhere") == 1
+    with pytest.raises(SystemExit, match="1"):
+        run(tmp_path / "nowhere")
     assert "there is no folder" in capsys.readouterr().err
     assert not (tmp_path / "look.png").exists()
 

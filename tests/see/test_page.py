@@ -17,9 +17,9 @@ from PIL import Image
 from conftest import ROOT
 from generate import png_bytes
 from inputs import drawing, options
-from inputs.files import Refusal
 from made import noisy
 from see import page, sheet
+from sentences import refused
 
 CONFIG = replace(options.RECIPES["pocket"][1], max_train_steps=80, checkpointing_steps=20)
 HOSTILE = """</td></script><script>window.hurt = 1</script><img src=x onerror="window.hurt = 1">"""
@@ -253,31 +253,19 @@ def test_what_cannot_be_read_is_told_and_the_rest_is_there(tmp_path):
 
 
 def test_a_folder_without_a_run_is_refused(tmp_path, capsys, monkeypatch):
-    assert page.main([str(tmp_path)]) == 1
-    assert "has no config.json of a run; expected the folder of a run" in capsys.readouterr().err
+    said = "has no config.json of a run; expected the folder of a run"
+    refused(lambda: page.main([str(tmp_path)]), said)
     (tmp_path / "config.json").write_text('{"recipe":')
-    assert (
-        page.main([str(tmp_path)]) == 1 and "config.json cannot be read" in capsys.readouterr().err
-    )
+    refused(lambda: page.main([str(tmp_path)]), "config.json cannot be read")
+    (tmp_path / "config.json").write_text('{"recipe": "t4", "max_train_steps": 0}')
+    refused(lambda: page.main([str(tmp_path)]), "no page can be made (ZeroDivisionError")
     monkeypatch.chdir(tmp_path)
-    assert page.main([]) == 1
-    assert (
-        "runs has no config.json of a run" in capsys.readouterr().err
-        and page.NAME not in os.listdir()
-    )
+    refused(lambda: page.main([]), "runs has no config.json of a run")
+    assert page.NAME not in os.listdir()
     for i, name in enumerate(("new", "old")):
         os.utime(made(tmp_path / "runs" / name) / "config.json", (1e9 - i, 1e9 - i))
-    assert page.main([]) == 0
+    page.main([])
     assert capsys.readouterr().out == "runs/new/report.html\n"
-
-
-def test_without_jinja2_one_sentence_says_so(tmp_path, monkeypatch):
-    out = made(tmp_path / "r")
-    page.template.cache_clear()
-    monkeypatch.setitem(sys.modules, "jinja2", None)
-    with pytest.raises(Refusal, match=r"Jinja2 is not installed; .*pip install jinja2"):
-        page.write(out)
-    assert not (out / page.NAME).exists()
 
 
 def test_the_template_is_short():
