@@ -40,8 +40,8 @@ sys.path.insert(0, str(ROOT))
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
 # SDXL in small with random weights (stress/tiny.py), made anew for each session: a run of it takes
-# half as long as one of the pocket model.
-TINY_SDXL = Path(tempfile.gettempdir()) / f"tiny-sdxl-{os.getpid()}"
+# half as long as one of the pocket model, which the tests of what a model knows keep.
+TINY_SDXL = Path(tempfile.gettempdir()) / f"tiny-sdxl-{os.getpid()}" / "model"
 SDXL = ROOT / "inputs" / "sdxl"  # SDXL base's own config files, without weights
 
 TINY = {
@@ -127,7 +127,7 @@ def tiny_sdxl(quick_collections):
 
     tiny.build(TINY_SDXL, 0)
     yield
-    shutil.rmtree(TINY_SDXL)
+    shutil.rmtree(TINY_SDXL.parent)
 
 
 @pytest.fixture
@@ -168,9 +168,10 @@ def few(tmp_path_factory) -> Path:
 
 
 def trainer(root: Path, pictures: Path, cache: Path) -> Callable[..., int]:
-    """train("name", "--option", ...): a run of TINY_SDXL, of four short steps in root/name, 64 px, four examples
-    a step, with what the options change; returns its exit code. train.argv("name", ...) gives its
-    command line, train.log("name") its log; with --plain the book's own function runs.
+    """train("name", "--option", ...): a run of TINY_SDXL in root/name of four short steps, 64 px,
+    four examples a step, with what the options change; returns its exit code. train.argv("name",
+    ...) gives its command line, train.log("name") its log; with --plain the book's own function
+    runs.
     """
     fixed = {
         "pretrained-model-name-or-path": TINY_SDXL,

@@ -112,7 +112,7 @@ def test_the_best_step_is_kept_and_exported_beside_the_last(train, tmp_path, hel
     assert "step 4: held-out loss " in said and "; risen beyond its error 3 times" in said
     assert "lowest held-out loss: step 1, " in said and "style may still have sharpened" in said
     sheet = Image.open(out / "pictures" / "before-after.png")
-    assert sheet.height > 3 * 64 and metrics(out)["best"] == 1
+    assert sheet.height > 3 * 32 and metrics(out)["best"] == 1
 
 
 @pytest.mark.slow

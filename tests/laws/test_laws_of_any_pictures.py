@@ -112,7 +112,7 @@ def test_laws_2_3_and_5_interrupted_uncached_and_plain_equal_the_whole_run(
 ):
     assert train("whole", "--no-fused") == 0
     said = capsys.readouterr().out
-    assert "36 captions of 11 pictures, 57 kB each when encoded: 2.1 MB in" in said
+    assert "36 captions of 11 pictures, 10 kB each when encoded: 0.4 MB in" in said
     assert "captions: 0 missing or empty, " in said and "cut at the tokenizer's length" in said
     step = loop.optimizer_step
 
