@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import model
-from conftest import POCKET, ROOT, make_unet
+from conftest import POCKET, ROOT, TINY_SDXL, make_unet
 from hub_server import ask_again, serving
 from inputs import download, hub
 from inputs.files import Refusal
