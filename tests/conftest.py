@@ -197,7 +197,8 @@ def trainer(root: Path, pictures: Path, cache: Path) -> Callable[..., int]:
         from inputs.options import parse
         from keep import training  # the book's tests need nothing of keep/
 
-        training.noise.PICTURES = 1  # of 8: a second of every run (tests/keep/test_noise.py has 8)
+        # of 8 and 16, which would be most of a run (tests/keep/test_noise.py has them)
+        training.noise.PICTURES, training.noise.TIMESTEPS = 1, 4
         if "--plain" in options:
             return loop.train_plain(parse(command(name, *options))) or 0
         return training.main(command(name, *options))
