@@ -125,6 +125,7 @@ def tiny_sdxl(quick_collections):
     """The model in TINY_SDXL."""
     from stress import tiny
 
+    shutil.rmtree(TINY_SDXL.parent, ignore_errors=True)  # of a session that was killed
     tiny.build(TINY_SDXL, 0)
     yield
     shutil.rmtree(TINY_SDXL.parent)

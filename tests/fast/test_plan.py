@@ -65,7 +65,10 @@ def test_the_recipe_native_needs_less_than_14_and_a_half_gib(sdxl):
     assert 8 * GIB < sdxl(plan.shaped(NATIVE, 1, None)).peak < 14.5 * GIB
 
 
-@pytest.mark.parametrize(("row", "size"), [("1024 px, fp16, graph", 1), ("512 px, fp16, 4x1", 4)])
+@pytest.mark.parametrize(
+    ("row", "size"),
+    [pytest.param("1024 px, fp16, graph", 1, marks=pytest.mark.slow), ("512 px, fp16, 4x1", 4)],
+)
 def test_the_estimate_gives_the_seconds_that_an_h100_took(sdxl, row, size):
     """Both kinds of step: bound by products, and by launches."""
     rows = json.loads((ROOT / "benchmarks" / "results" / "bench_ladder.json").read_text())["rows"]
@@ -142,7 +145,10 @@ def test_a_preview_takes_the_room_of_a_steps_activations(tiny):
     assert beside.peak - without.peak == room - without.parts["activations"]
 
 
-@pytest.mark.parametrize(("config", "size"), [(T4, 4), (NATIVE, 1)], ids=["t4", "native"])
+@pytest.mark.parametrize(
+    ("config", "size"),
+    [pytest.param(T4, 4, id="t4"), pytest.param(NATIVE, 1, id="native", marks=pytest.mark.slow)],
+)
 def test_previews_take_less_than_a_twentieth_of_a_run_on_a_t4(sdxl, config, size):
     way = plan.shaped(config, size, None)
     said = plan.in_previews(way, sdxl(way).work, CARD)

@@ -18,7 +18,7 @@ import time
 import pytest
 
 import lora
-from conftest import TINY_SDXL, ROOT
+from conftest import ROOT, TINY_SDXL
 from keep import training
 from runs import moved
 

@@ -208,7 +208,8 @@ def sums(predicted: str, run) -> dict:
 def test_the_losses_are_the_mean_of_the_books_over_16_timesteps(tmp_path, monkeypatch, kind):
     run = assembled(tmp_path, train_batch_size=3)
     run.examples.names, run.latent_scaling = ["a.png"] * 8, (1.0, 0.0)
-    monkeypatch.setattr(noise, "PICTURES", 8)
+    monkeypatch.setattr(noise, "PICTURES", 8)  # as they are where no test runs before
+    monkeypatch.setattr(noise, "TIMESTEPS", 16)
     taken = sums(kind, run)
     assert taken[kind][0] == pytest.approx(0.1, rel=0.05)
     s2 = 1 - run.schedule.alphas_cumprod[torch.arange(16) * 1000 // 16 + 31]
@@ -224,7 +225,8 @@ def test_the_losses_are_of_the_bare_base_and_the_books_own(tmp_path, monkeypatch
     run = assembled(tmp_path, train_batch_size=16)
     for layer in run.adapter.layers.values():
         layer.lora_B.data.fill_(1.0)
-    monkeypatch.setattr(noise, "PICTURES", 8)
+    monkeypatch.setattr(noise, "PICTURES", 8)  # as they are where no test runs before
+    monkeypatch.setattr(noise, "TIMESTEPS", 16)
     taken = noise.losses(run)  # of the one picture that there is
     assert all(layer.strength == 1 for layer in run.adapter.layers.values())
     lora.set_strength(run.adapter, 0.0)

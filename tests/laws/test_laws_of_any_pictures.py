@@ -208,6 +208,7 @@ def test_a_drawing_reads_as_many_tokens_as_the_run_did(train, tmp_path, monkeypa
     assert lengths == [[64, 64], [32, 32], [64, 64]]
 
 
+@pytest.mark.slow
 def test_another_way_with_captions_is_another_run(train, capsys):
     assert train("one", "--max-train-steps", "1") == 0
     for more in ("--seed 43", "--max-tokens 75"):
