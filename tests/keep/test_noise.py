@@ -108,7 +108,7 @@ def test_a_base_that_does_not_predict_what_its_file_says_ends_the_run_unless_tol
     assert f"the UNet predicts {V} (scheduler/scheduler_config.json says {V}), but" in told
     assert f"times nearer to {EPSILON}" in told and f"--prediction-type {EPSILON}" in told
     assert not (tmp_path / "wrong" / "checkpoints").exists()
-    few = ("--max-train-steps", "2")
+    few = ("--max-train-steps", "1")
     assert train("told", *wrong, *few, "--prediction-type", EPSILON) == 0
     said = f"{EPSILON} (--prediction-type; scheduler/scheduler_config.json says {V})"
     assert f"the UNet predicts {said}\n" in capsys.readouterr().out
