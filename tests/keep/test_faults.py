@@ -411,7 +411,7 @@ def test_a_loss_scale_that_collapses_ends_the_run_with_advice(
     said = capsys.readouterr().err.split("error: ")[-1]
     for words in (
         f"the gradient of step {ends} is not finite, after 6 skipped steps, at loss scale 1",
-        "that of down_blocks.0.attentions.0",
+        "that of down_blocks.1.attentions.0",
         ".png",
         "a lower --learning-rate or --mixed-precision fp32",
     ):

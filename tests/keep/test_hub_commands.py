@@ -10,7 +10,7 @@ import datasets
 import pytest
 from safetensors.torch import load_file, save_file
 
-from conftest import TINY_SDXL
+from conftest import POCKET
 from hub_server import ask_again, serving
 from inputs import hub, options
 from inputs.sources import read_dataset
@@ -36,7 +36,7 @@ PARQUET = "data/train-00000-of-00001.parquet"
 @pytest.fixture(scope="module")
 def model_files(tmp_path_factory) -> dict:
     """The pocket model laid out as SDXL base's repository is."""
-    files = {p.relative_to(TINY_SDXL).as_posix(): p for p in TINY_SDXL.rglob("*") if p.is_file()}
+    files = {p.relative_to(POCKET).as_posix(): p for p in POCKET.rglob("*") if p.is_file()}
     folder = tmp_path_factory.mktemp("fp16")
     for path in [path for path in files if path.endswith(".safetensors")]:
         half = {key: each.half() for key, each in load_file(files[path]).items()}
