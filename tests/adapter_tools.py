@@ -14,7 +14,7 @@ from torch import Tensor, nn
 import lora
 import model
 from adapters import files
-from conftest import POCKET, make_unet
+from conftest import TINY_SDXL, make_unet
 from inputs import hub
 from inputs.files import Refusal
 from lora import Adapter
@@ -315,24 +315,25 @@ BROKEN = {
 }
 
 
-# ---- on the pocket model, which draws ------------------------------------------------------------
+# ---- on a whole model, which draws ---------------------------------------------------------------
 
 
 def loud() -> Adapter:
-    """An adapter of the pocket that changes its pictures visibly."""
-    unet = model.load_unet(str(POCKET), torch.device("cpu"), torch.float32)
+    """An adapter of TINY_SDXL that changes its pictures visibly."""
+    unet = model.load_unet(str(TINY_SDXL), torch.device("cpu"), torch.float32)
     return trained(unet, rank=16, alpha=16)
 
 
 def drawable(folder: Path, **about: str) -> Path:
-    """`folder` as a finished run of the pocket leaves it, as far as drawing needs it."""
-    base = {"base_model": str(POCKET), "base_fingerprint": hub.unet_fingerprint(str(POCKET), False)}
+    """`folder` as a finished run of TINY_SDXL leaves it, as far as drawing needs it."""
+    name = str(TINY_SDXL)
+    base = {"base_model": name, "base_fingerprint": hub.unet_fingerprint(name, False)}
     about, adapter = {"recipe": "t4"} | base | about, loud()
     files.save(adapter, folder / lora.FILE_NAME, "peft", torch.float32, about)
     files.save(
         adapter, folder / "kohya" / f"{folder.name}.safetensors", "kohya", torch.float32, about
     )
     config = {"validation_prompts": ["rocket"], "cache_dir": "kept"}
-    config["pretrained_model_name_or_path"] = str(POCKET)
+    config["pretrained_model_name_or_path"] = name
     (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -23,6 +23,7 @@ import gc
 import json
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +39,9 @@ sys.path.insert(0, str(ROOT))
 
 POCKET = ROOT / "pocket" / "model"
 INK = ROOT / "pocket" / "ink"
+# SDXL in small with random weights (stress/tiny.py), made anew for each session: a run of it takes
+# half as long as one of the pocket model, which the tests of what a model knows keep.
+TINY_SDXL = Path(tempfile.gettempdir()) / f"tiny-sdxl-{os.getpid()}" / "model"
 SDXL = ROOT / "inputs" / "sdxl"  # SDXL base's own config files, without weights
 
 TINY = {
@@ -116,6 +120,17 @@ def quick_collections():
     gc.unfreeze()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def tiny_sdxl(quick_collections):
+    """The model in TINY_SDXL."""
+    from stress import tiny
+
+    shutil.rmtree(TINY_SDXL.parent, ignore_errors=True)  # of a session that was killed
+    tiny.build(TINY_SDXL, 0)
+    yield
+    shutil.rmtree(TINY_SDXL.parent)
+
+
 @pytest.fixture
 def one_thread():
     """Small convolutions on a busy machine wait for each other's threads."""
@@ -154,12 +169,13 @@ def few(tmp_path_factory) -> Path:
 
 
 def trainer(root: Path, pictures: Path, cache: Path) -> Callable[..., int]:
-    """train("name", "--option", ...): a run of four short steps in root/name, 64 px, four examples
-    a step, with what the options change; returns its exit code. train.argv("name", ...) gives its
-    command line, train.log("name") its log; with --plain the book's own function runs.
+    """train("name", "--option", ...): a run of TINY_SDXL in root/name of four short steps, 64 px,
+    four examples a step, with what the options change; returns its exit code. train.argv("name",
+    ...) gives its command line, train.log("name") its log; with --plain the book's own function
+    runs.
     """
     fixed = {
-        "pretrained-model-name-or-path": POCKET,
+        "pretrained-model-name-or-path": TINY_SDXL,
         "dataset-name": pictures,
         "cache-dir": cache,
         "resolution": 64,
@@ -182,7 +198,8 @@ def trainer(root: Path, pictures: Path, cache: Path) -> Callable[..., int]:
         from inputs.options import parse
         from keep import training  # the book's tests need nothing of keep/
 
-        training.noise.PICTURES = 1  # of 8: a second of every run (tests/keep/test_noise.py has 8)
+        # of 8 and 16, which would be most of a run (tests/keep/test_noise.py has them)
+        training.noise.PICTURES, training.noise.TIMESTEPS = 1, 4
         if "--plain" in options:
             return loop.train_plain(parse(command(name, *options))) or 0
         return training.main(command(name, *options))

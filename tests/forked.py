@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from conftest import POCKET
+from conftest import TINY_SDXL
 from inputs.files import Refusal
 from keep import faster, training
 
@@ -114,7 +114,7 @@ def train_by(few, cache, tmp_path, together):
         settings += "--checkpointing-steps 2 --learning-rate 1e-3 --lr-scheduler constant "
         settings += "--lr-warmup-steps 0 --max-train-steps 4 --no-tensorboard --random-flip "
         settings += "--validation-prompts"
-        argv = ["pocket", "--pretrained-model-name-or-path", str(POCKET)]
+        argv = ["pocket", "--pretrained-model-name-or-path", str(TINY_SDXL)]
         argv += ["--dataset-name", str(few), "--cache-dir", str(cache)]
         argv += ["--output-dir", str(tmp_path / name), *settings.split(), *options]
         return together(size, lambda: training.main(argv), command=True, **more)

@@ -11,7 +11,7 @@ from diffusers import UNet2DConditionModel
 from PIL import Image
 
 import data
-from conftest import POCKET
+from conftest import TINY_SDXL
 from inputs import hub
 from inputs.files import digest
 from inputs.sources import Picture
@@ -62,23 +62,23 @@ RED, BLUE = (encoded(Image.new("RGB", (8, 8), colour)) for colour in ("red", "bl
 PNG = encoded(noisy(64, 64))
 
 
-def pocket_with(folder: Path, *own: str, **index) -> Path:
-    """The pocket model in `folder`: its parts are links but for `own`, which are copies to change;
+def model_with(folder: Path, *own: str, of: Path = TINY_SDXL, **index) -> Path:
+    """The model `of` in `folder`: its parts are links but for `own`, which are copies to change;
     index: changed keys of model_index.json."""
     folder.mkdir(parents=True)
     for part in hub.PARTS:
         if part in own:
-            shutil.copytree(POCKET / part, folder / part)
+            shutil.copytree(of / part, folder / part)
         else:
-            (folder / part).symlink_to(POCKET / part)
-    top = json.loads((POCKET / "model_index.json").read_text()) | index
+            (folder / part).symlink_to(of / part)
+    top = json.loads((of / "model_index.json").read_text()) | index
     (folder / "model_index.json").write_text(json.dumps(top))
     return folder
 
 
-def pocket_with_unet(folder: Path, *saved: tuple[UNet2DConditionModel, dict]) -> Path:
-    """The pocket model with another UNet, saved by diffusers once for each (unet, options)."""
-    pocket_with(folder)
+def model_with_unet(folder: Path, *saved: tuple[UNet2DConditionModel, dict]) -> Path:
+    """The tiny model with another UNet, saved by diffusers once for each (unet, options)."""
+    model_with(folder)
     (folder / "unet").unlink()
     for unet, options in saved:
         unet.save_pretrained(folder / "unet", **options)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lora
 import model
-from conftest import POCKET
+from conftest import TINY_SDXL
 from inputs.options import RECIPES
 from keep import checkpoint
 
@@ -34,7 +34,7 @@ def in_one(tensors: dict[str, Tensor]) -> Tensor:
 
 def moved(folder: Path) -> Tensor:
     """What training added to the start, in one vector."""
-    unet = model.load_unet(str(POCKET), torch.device("cpu"), torch.float32)
+    unet = model.load_unet(str(TINY_SDXL), torch.device("cpu"), torch.float32)
     start = lora.inject(unet, lora.TARGETS, 16, 16, RECIPES["pocket"][1].seed).matrices()
     return in_one({name: end - start[name] for name, end in matrices(folder).items()})
 

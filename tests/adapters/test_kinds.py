@@ -27,6 +27,7 @@ from keep import checkpoint, drawing, export
 from one_file_names import old_unet_name
 from tiny_run import assembled, keep, step
 
+LONG = pytest.mark.slow
 RANK, ALPHA, PATTERN = 4, 6, {"mid_block": 3, "attn2.to_k": 5}
 
 
@@ -311,7 +312,8 @@ def test_dora_lengths_stay_fp32_in_a_half_precision_step():
     assert flats[0].views[f"{name}.lora_A"].grad.eq(1).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+# plain LoRA's in half precision are in test_files.py
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=LONG)])
 @pytest.mark.parametrize("layout", ["peft", "kohya"])
 @pytest.mark.parametrize("kind", kinds.KINDS)
 def test_a_file_holds_all_of_it_and_programs_read_it(kind, layout, dtype, tmp_path, batch):
@@ -364,7 +366,9 @@ def test_a_layer_has_the_same_kohya_name_whatever_else_is_adapted():
             assert every[name] == sgm
 
 
-@pytest.mark.parametrize("kind", kinds.KINDS)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(k, marks=[LONG] * (k in ("lora", "loha"))) for k in kinds.KINDS]
+)
 def test_interrupted_equals_uninterrupted(kind, tmp_path):
     """In one vector, through a checkpoint; and exported equals trained."""
     options = {"adapter": kind, "rank_pattern": ("mid_block=3",), "targets": ("attn2", "proj_in")}

@@ -2,6 +2,7 @@
 B A built whole, before and after; and to the programs that read what the tools wrote.
 """
 
+import functools
 import hashlib
 import json
 import re
@@ -17,23 +18,28 @@ import lora
 from adapter_tools import answer, header, off, pipeline
 from adapters import describe, files, tools
 from adapters.__main__ import Options, parse, run
-from conftest import POCKET, ROOT, make_batch
+from conftest import ROOT, TINY_SDXL, make_batch
 from inputs.files import Refusal
 from inputs.vetting import SDXL_UNET
 from sentences import refused
+from stress import tiny
 
-BASE = ("--pretrained-model-name-or-path", str(POCKET))
-LAYERS = tools.layers_of(str(POCKET))
+BASE = ("--pretrained-model-name-or-path", str(TINY_SDXL))
 PK = ("peft", "kohya")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 ABOUT = {"base_model": "some/base", "base_fingerprint": "0123", "run": "abc", "steps": "7"}
 
 
-def pocket() -> UNet2DConditionModel:
-    return UNet2DConditionModel.from_pretrained(POCKET / "unet").requires_grad_(False)
+def base() -> UNet2DConditionModel:
+    return UNet2DConditionModel.from_pretrained(TINY_SDXL / "unet").requires_grad_(False)
 
 
-UNET = pocket()
+@functools.cache
+def layers() -> dict:
+    return tools.layers_of(str(TINY_SDXL))
+
+
+UNET = UNet2DConditionModel(**tiny.UNET)  # of its shape, with other numbers
 SHAPES = {name: each.weight.shape for name, each in lora.find_targets(UNET, lora.TARGETS).items()}
 # Kohya's keys in diffusers' block names, by those in SGM's.
 SGM = files.sgm_names(SHAPES)
@@ -43,12 +49,12 @@ OLD = {
     for end in (".lora_down.weight", ".lora_up.weight", ".alpha")
 }
 BATCH = make_batch()
-BATCH |= {"context": torch.randn(2, 7, 224, generator=torch.Generator().manual_seed(3))}
-BATCH |= {"pooled": torch.randn(2, 128, generator=torch.Generator().manual_seed(4))}
+BATCH |= {"context": torch.randn(2, 7, 40, generator=torch.Generator().manual_seed(3))}
+BATCH |= {"pooled": torch.randn(2, 24, generator=torch.Generator().manual_seed(4))}
 
 
 def written(path, rank=4, alpha=6.0, layout="peft", dtype=torch.float32, seed=1, **changes):
-    """A file of random numbers for the small model's 80 modules, or for those of `modules`, whose
+    """A file of random numbers for the tiny model's 32 modules, or for those of `modules`, whose
     singular values fall as those of what has been trained do.
     """
     generator, layers = torch.Generator().manual_seed(seed), {}
@@ -64,7 +70,7 @@ def written(path, rank=4, alpha=6.0, layout="peft", dtype=torch.float32, seed=1,
 
 def updates(path, strength=1.0) -> dict[str, torch.Tensor]:
     """What a file adds to each weight, in fp64."""
-    file, found = tools.read(path, LAYERS), {}
+    file, found = tools.read(path, layers()), {}
     for module in tools.modules_of(file):
         A, B = (file.matrices[f"{module}.lora_{kind}"].double() for kind in "AB")
         found[module] = strength * file.alpha / file.rank * B @ A
@@ -99,7 +105,7 @@ def test_the_layers_of_sdxl_are_those_of_its_unet():
     attention = lora.find_targets(unet, lora.TARGETS).keys()
     assert len(attention) == 560 and attention <= tools.layers_of("").keys()
     small = [n for n, each in UNET.named_modules() if isinstance(each, torch.nn.Linear)]
-    assert LAYERS.keys() >= {name for name in small if ".attentions." in name}
+    assert layers().keys() >= {name for name in small if ".attentions." in name}
 
 
 @pytest.mark.parametrize("dtype, way", [("fp32", PK), ("fp16", PK[::-1]), ("bf16", PK)])
@@ -124,10 +130,10 @@ def test_rounding_is_what_is_lost_and_what_is_said(tmp_path, capsys, dtype, abou
     assert gone == pytest.approx(told(said), rel=0.05)
     assert about / 2 <= gone <= about * 2
     rounded = {
-        key: each.to(DTYPES[dtype]) for key, each in tools.read(first, LAYERS).matrices.items()
+        key: each.to(DTYPES[dtype]) for key, each in tools.read(first, layers()).matrices.items()
     }
     assert all(
-        each.equal(rounded[key]) for key, each in tools.read(second, LAYERS).matrices.items()
+        each.equal(rounded[key]) for key, each in tools.read(second, layers()).matrices.items()
     )
 
 
@@ -203,7 +209,7 @@ def merged(tmp_path_factory):
     for layout in PK:
         out = folder / f"{layout}.safetensors"
         run(["merge", f"{a}:0.2", f"{b}:-0.1", "--to", layout, "--output", str(out), *BASE])
-    unet = pocket()
+    unet = base()
     for name, each in added(updates(a, 0.2), updates(b, -0.1)).items():
         unet.get_submodule(name).weight.data += each.float()
     return folder, answer(unet, BATCH)
@@ -214,7 +220,7 @@ def merged(tmp_path_factory):
     [(layout, reader) for layout in PK for reader in ("ours", "diffusers")] + [("peft", "peft")],
 )
 def test_what_is_written_acts_as_the_merged_weights_do(merged, layout, reader):
-    (folder, want), unet = merged, pocket()
+    (folder, want), unet = merged, base()
     path = folder / f"{layout}.safetensors"
     file = files.read(path)
     if reader == "ours":
@@ -227,12 +233,12 @@ def test_what_is_written_acts_as_the_merged_weights_do(merged, layout, reader):
         peft.inject_adapter_in_model(peft.LoraConfig(**said), unet)
         numbers = {key.removeprefix("unet."): each for key, each in load_file(path).items()}
         assert not peft.set_peft_model_state_dict(unet, numbers).unexpected_keys
-    assert off(answer(unet, BATCH), want) < 1e-5 < 0.01 < off(answer(UNET, BATCH), want)
+    assert off(answer(unet, BATCH), want) < 1e-5 < 0.01 < off(answer(base(), BATCH), want)
 
 
 def test_diffusers_reads_a_file_of_some_modules_alone(tmp_path, capsys):
     a = written(tmp_path / "a.safetensors", modules=[*SHAPES][5:20])
-    out, unet, whole = tmp_path / "out.safetensors", pocket(), pocket()
+    out, unet, whole = tmp_path / "out.safetensors", base(), base()
     command(capsys, "convert", a, "--to", "peft", "--output", out)
     for name, each in updates(a).items():
         whole.get_submodule(name).weight.data += each.float()
@@ -275,8 +281,10 @@ def test_what_does_not_fit_is_refused_and_nothing_is_written(tmp_path):
         assert not out.exists()
 
     says = ["SDXL", "--pretrained-model-name-or-path"]
-    says += [f"adapts {len(SHAPES.keys() - tools.layers_of('').keys())} modules such as"]
-    no(a, base=())
+    says += ["adapts 8 modules such as"]  # at SDXL's first level, which has no attention
+    first = {k.replace("down_blocks.1", "down_blocks.0"): v for k, v in load_file(a).items()}
+    save_file(first, tmp_path / "first.safetensors")
+    no(tmp_path / "first.safetensors", base=())
     large = written(tmp_path / "large.safetensors", 4, 6e5)
     says = ["numbers beyond fp16", "--save-dtype fp32"]
     no(large, "--rank", 2, "--save-dtype", "fp16", command="resize")
@@ -327,20 +335,20 @@ def test_inspect_measures_each_block_against_its_weights(tmp_path, capsys):
     a = written(tmp_path / "a.safetensors", 4, 6, "kohya")
     run(["inspect", str(a), *BASE])
     said = capsys.readouterr().out
-    assert "80 modules, all of rank 4 and scale alpha / rank = 6 / 4 = 1.5" in said
+    assert "32 modules, all of rank 4 and scale alpha / rank = 6 / 4 = 1.5" in said
     assert "base: base_model some/base, ss_base_model_version sdxl_base_v1-0" in said
-    assert "targets: 20 to_k, 20 to_out.0, 20 to_q, 20 to_v" in said and "  steps: 7" in said
+    assert "targets: 8 to_k, 8 to_out.0, 8 to_q, 8 to_v" in said and "  steps: 7" in said
     assert "traps: none known" in said
-    ours = updates(a)
-    for block in ("down_blocks.0.attentions.0", "mid_block.attentions.0"):
+    ours, unet = updates(a), base()
+    for block in ("down_blocks.1.attentions.0", "mid_block.attentions.0"):
         names = [name for name in ours if name.startswith(block)]
-        weights = [UNET.get_submodule(name).weight for name in names]
+        weights = [unet.get_submodule(name).weight for name in names]
         want = torch.cat([ours[name].flatten() for name in names]).norm()
         share = want / torch.cat([each.flatten() for each in weights]).norm()
         got = re.search(rf"{re.escape(block)} +(\S+) █", said)[1]
         assert float(got) == pytest.approx(share.item(), rel=0.06)
     assert max(line.count("█") for line in lines_of(said, "█")) == 30
-    file = tools.read(a, LAYERS)
+    file = tools.read(a, layers())
     lengths = describe.lengths_by_block(file, {})
     assert lengths["mid_block.attentions.0"] == pytest.approx(want.item())
     assert "itself, since no base was named" in describe.describe(file, {})
@@ -403,10 +411,10 @@ def test_a_file_that_changes_nothing_is_told(tmp_path, capsys):
 def test_the_newest_runs_base_is_found_beside_its_file(tmp_path, capsys):
     a = written(tmp_path / "a.safetensors", layout="kohya")
     (tmp_path / "config.json").write_text(
-        json.dumps({"pretrained_model_name_or_path": str(POCKET)})
+        json.dumps({"pretrained_model_name_or_path": str(TINY_SDXL)})
     )
     run(["inspect", str(tmp_path)])
-    assert "80 modules" in capsys.readouterr().out
+    assert "32 modules" in capsys.readouterr().out
     assert a.is_file()
 
 
@@ -416,7 +424,7 @@ def test_the_pages_lines_bake_an_adapter_into_a_checkpoint(tmp_path):
     path, page = written(tmp_path / "a.safetensors"), (ROOT / "docs" / "adapters.md").read_text()
     (lines,) = re.findall(r"```python\n(.+?)```", page, re.DOTALL)
     for theirs, ours in {
-        "stabilityai/stable-diffusion-xl-base-1.0": str(POCKET),
+        "stabilityai/stable-diffusion-xl-base-1.0": str(TINY_SDXL),
         'torch.float16, variant="fp16"': "torch.float32",
         "runs/t4/pytorch_lora_weights.safetensors": str(path),
         '"baked"': repr(str(tmp_path / "baked")),
@@ -425,7 +433,7 @@ def test_the_pages_lines_bake_an_adapter_into_a_checkpoint(tmp_path):
         lines = lines.replace(theirs, ours)
     exec(lines, {})
     baked = UNet2DConditionModel.from_pretrained(tmp_path / "baked" / "unet").state_dict()
-    bare, more = UNET.state_dict(), updates(path, 0.8)
+    bare, more = base().state_dict(), updates(path, 0.8)
     assert baked.keys() == bare.keys()
     for key, weight in bare.items():
         want = more.get(key.removesuffix(".weight"), torch.zeros(1)).double()

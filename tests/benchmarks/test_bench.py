@@ -241,6 +241,7 @@ def test_what_does_not_fit_a_small_card_is_said_and_the_rest_is_measured(run, pl
     assert "GiB; 0.1 are free" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_a_card_on_which_nothing_fits_is_told_what_may(run, monkeypatch, capsys):
     def full(run):
         raise torch.cuda.OutOfMemoryError("Tried to allocate 20.00 GiB")

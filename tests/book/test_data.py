@@ -24,7 +24,7 @@ from torchvision import transforms
 import data
 import loop
 import model
-from conftest import INK, POCKET
+from conftest import INK, TINY_SDXL
 from inputs import ahead, blocks, files, hub
 from inputs.files import Refusal, digest
 from inputs.options import RECIPES
@@ -171,12 +171,12 @@ LONG = pytest.mark.slow
 
 @functools.cache
 def pocket_vae():
-    return model.load_vae(str(POCKET), CPU)
+    return model.load_vae(str(TINY_SDXL), CPU)
 
 
 @functools.cache
 def pocket_text() -> model.TextEncoders:
-    return model.load_text_encoders(str(POCKET), CPU)
+    return model.load_text_encoders(str(TINY_SDXL), CPU)
 
 
 def fake_vae(spoil=lambda mean, std: None):
@@ -269,8 +269,8 @@ def test_cached_equals_uncached_to_the_bit(tmp_path, random_flip, random_crop):
     assert shapes == {
         **dict.fromkeys(("mean", "std", "eps", "noise"), latent),
         "t": (30,),
-        "context": (30, 32, 224),
-        "pooled": (30, 128),
+        "context": (30, 32, 40),
+        "pooled": (30, 24),
         "time_ids": (30, 6),
     }
     unequal = [key for key in shapes if not torch.equal(batches[0][key], batches[1][key])]
@@ -689,7 +689,7 @@ def test_blocks_that_another_process_claims_are_left_to_it(tmp_path, turn):
 def pocket_config(folder: Path, **change):
     return dataclasses.replace(
         RECIPES["pocket"][1],
-        pretrained_model_name_or_path=str(POCKET),
+        pretrained_model_name_or_path=str(TINY_SDXL),
         cache_dir=str(folder / "cache"),
         resolution=(64,),
         **change,
@@ -702,11 +702,11 @@ def test_models_that_differ_in_their_unconditional_embedding_do_not_share_it(tmp
     other = tmp_path / "model"
     other.mkdir()
     for part in hub.PARTS:
-        (other / part).symlink_to(POCKET / part)
-    index = json.loads((POCKET / "model_index.json").read_text())
+        (other / part).symlink_to(TINY_SDXL / part)
+    index = json.loads((TINY_SDXL / "model_index.json").read_text())
     index["force_zeros_for_empty_prompt"] = False
     (other / "model_index.json").write_text(json.dumps(index))
-    for name in (str(POCKET), str(other)):
+    for name in (str(TINY_SDXL), str(other)):
         config = pocket_config(tmp_path)
         config = dataclasses.replace(config, pretrained_model_name_or_path=name)
         examples = loop.examples_of(config, ink()[:3], CPU, torch.float32, 1000)

@@ -31,7 +31,7 @@ from adapter_tools import (
     write_edited,
 )
 from adapters import files
-from conftest import POCKET, make_batch, make_unet
+from conftest import TINY_SDXL, make_batch, make_unet
 from inputs.files import Refusal
 from lora import FILE_NAME
 
@@ -130,7 +130,7 @@ def test_nothing_is_loaded_under_a_merged_adapter(tmp_path, unet, batch):
 def test_load_lora_weights_of_the_output_folder_takes_our_peft_file(tmp_path):
     """On a model that draws, from a folder as a run leaves it; the other files there hold other
     numbers, so that taking one of them shows."""
-    pipe = StableDiffusionXLPipeline.from_pretrained(POCKET, dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(TINY_SDXL, dtype=torch.float32)
     size = pipe.unet.config.sample_size
     g = torch.Generator().manual_seed(0)
     batch = make_batch(2) | {
@@ -149,7 +149,7 @@ def test_load_lora_weights_of_the_output_folder_takes_our_peft_file(tmp_path):
             layer.lora_B.div_(2)
     lora.save(decoy, tmp_path / FILE_NAME, torch.float32, {})
     ours = answer(pipe.unet, batch)
-    pipe = StableDiffusionXLPipeline.from_pretrained(POCKET, dtype=torch.float32)
+    pipe = StableDiffusionXLPipeline.from_pretrained(TINY_SDXL, dtype=torch.float32)
     pipe.load_lora_weights(tmp_path)
     assert off(answer(pipe.unet, batch), ours) < 1e-5
     assert off(bare, ours) > 0.01

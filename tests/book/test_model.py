@@ -18,7 +18,7 @@ import model
 from conftest import POCKET, SDXL, make_batch, make_unet
 from inputs import vetting
 from inputs.files import Refusal
-from made import assert_same_weights, pocket_with, pocket_with_unet
+from made import assert_same_weights, model_with, model_with_unet
 
 CPU = torch.device("cpu")
 PROMPTS = ["red apple", "", "a rocket, a house with garden and two cats " * 9, "Ünïcödé 喜 🍎", "A"]
@@ -91,7 +91,7 @@ def test_long_prompts_are_encoded_in_chunks_and_pooled_is_the_firsts(text, chunk
 
 @pytest.mark.parametrize("zeros", [True, False])
 def test_the_unconditional_embedding_is_what_the_pipeline_guides_away_from(tmp_path, zeros):
-    folder = pocket_with(tmp_path / "m", force_zeros_for_empty_prompt=zeros)
+    folder = model_with(tmp_path / "m", of=POCKET, force_zeros_for_empty_prompt=zeros)
     context, pooled = model.encode_unconditional(model.load_text_encoders(str(folder), CPU))
     _, want, _, want_pooled = load_pipe(folder).encode_prompt(
         "red apple", device=CPU, do_classifier_free_guidance=True
@@ -101,7 +101,7 @@ def test_the_unconditional_embedding_is_what_the_pipeline_guides_away_from(tmp_p
 
 
 def test_fp16_text_encoder_files_are_computed_in_fp32(tmp_path, text):
-    folder = pocket_with(tmp_path / "m", "text_encoder", "text_encoder_2")
+    folder = model_with(tmp_path / "m", "text_encoder", "text_encoder_2", of=POCKET)
     for part in ("text_encoder", "text_encoder_2"):
         weights = load_file(folder / part / "model.safetensors")
         halves = {key: w.half() for key, w in weights.items()}
@@ -147,7 +147,7 @@ def test_half_precision_pictures_are_still_encoded_in_fp32(vae):
 def test_latent_scaling_is_the_vae_configs(tmp_path):
     config = json.loads((POCKET / "vae" / "config.json").read_text())
     assert model.latent_scaling(str(POCKET)) == (config["scaling_factor"], 0.0)
-    folder = pocket_with(tmp_path / "m", "vae")
+    folder = model_with(tmp_path / "m", "vae")
     (folder / "vae" / "config.json").write_text(
         json.dumps(config | {"scaling_factor": 0.36, "shift_factor": 0.12})
     )
@@ -189,7 +189,7 @@ SCHEDULERS = {
 
 
 def schedule_of(folder: Path, config: dict) -> model.NoiseSchedule:
-    pocket_with(folder, "scheduler")
+    model_with(folder, "scheduler")
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
     return model.load_noise_schedule(str(folder), CPU)
 
@@ -278,7 +278,7 @@ LAYOUTS = {
 def test_load_unet_equals_from_pretrained_in_every_tensor(tmp_path, layout):
     options = LAYOUTS[layout]
     saved = make_unet(3).half() if "variant" in options else make_unet(3)
-    folder = pocket_with_unet(tmp_path / "m", (saved, options))
+    folder = model_with_unet(tmp_path / "m", (saved, options))
     shards = len(list((folder / "unet").glob("*.safetensors")))
     assert shards > 2 if "max_shard_size" in options else shards == 1
     for dtype in (torch.float32, torch.float16):
@@ -307,7 +307,7 @@ def test_load_unet_equals_from_pretrained_on_the_pocket_and_answers_the_same():
 @pytest.mark.parametrize("shard", [{}, {"max_shard_size": "200KB"}], ids=["whole", "sharded"])
 def test_the_fp16_variant_is_read_for_half_precision_and_the_full_file_for_fp32(tmp_path, shard):
     full, variant = make_unet(1), make_unet(2).half()
-    folder = pocket_with_unet(tmp_path / "m", (full, shard), (variant, {"variant": "fp16"} | shard))
+    folder = model_with_unet(tmp_path / "m", (full, shard), (variant, {"variant": "fp16"} | shard))
     read = model.load_unet(str(folder), CPU, torch.float32).conv_in.weight
     assert torch.equal(read, full.conv_in.weight)
     for dtype in (torch.float16, torch.bfloat16):
@@ -316,7 +316,7 @@ def test_the_fp16_variant_is_read_for_half_precision_and_the_full_file_for_fp32(
 
 
 def test_the_vae_is_read_from_its_full_file_where_there_is_a_variant_too(tmp_path, vae):
-    folder = pocket_with(tmp_path / "m", "vae")
+    folder = model_with(tmp_path / "m", "vae", of=POCKET)
     file = folder / "vae" / "diffusion_pytorch_model.safetensors"
     zeros = {key: torch.zeros_like(w).half() for key, w in load_file(file).items()}
     save_file(zeros, file.with_name("diffusion_pytorch_model.fp16.safetensors"))

@@ -136,7 +136,7 @@ def test_fp16_with_loss_scaling_killed_and_continued_is_byte_identical(
     """The scale overflows, is halved, grows again; the run stops while it does."""
     scale, step = loop.LossScale, loop.optimizer_step
     monkeypatch.setattr(
-        loop, "LossScale", lambda enabled, value: scale(enabled, 2.0**27, growth_interval=2)
+        loop, "LossScale", lambda enabled, value: scale(enabled, 2.0**21, growth_interval=2)
     )
 
     def stopping(run):

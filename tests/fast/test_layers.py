@@ -166,6 +166,7 @@ def test_only_layers_that_are_known_are_fused():
     assert fused.wrap(unet).startswith("15 attention layers")
 
 
+@pytest.mark.slow
 def test_compiled_blocks_and_fused_layers_go_back_to_their_definitions(monkeypatch, one_thread):
     """With the compiler's first half alone: the second takes minutes."""
     whole = functools.partial(torch.compile, backend="eager")

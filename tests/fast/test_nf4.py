@@ -16,7 +16,7 @@ from PIL import Image
 
 import lora
 import model
-from conftest import POCKET, ink_rows, make_batch, make_unet, write_pictures
+from conftest import TINY_SDXL, ink_rows, make_batch, make_unet, write_pictures
 from fast import nf4
 from inputs import code, hub
 from inputs.files import Refusal
@@ -38,8 +38,8 @@ def tiny(tmp_path_factory) -> str:
     folder = tmp_path_factory.mktemp("tiny")
     for part in hub.PARTS:
         if part != "unet":
-            (folder / part).symlink_to(POCKET / part)
-    shutil.copy(POCKET / "model_index.json", folder)
+            (folder / part).symlink_to(TINY_SDXL / part)
+    shutil.copy(TINY_SDXL / "model_index.json", folder)
     make_unet().save_pretrained(folder / "unet")
     return str(folder)
 
@@ -144,7 +144,7 @@ def test_the_kept_file_is_a_safetensors_file_that_others_read(tiny, tmp_path):
 def test_another_dtype_or_base_has_a_file_of_its_own(tiny, tmp_path):
     load(tiny, tmp_path)
     load(tiny, tmp_path, torch.float16)
-    load(str(POCKET), tmp_path)
+    load(str(TINY_SDXL), tmp_path)
     assert len(list(tmp_path.iterdir())) == 3
 
 
@@ -274,7 +274,7 @@ def train(cache, tmp_path):
 
     def run(name: str, *options: str) -> int:
         fixed = {
-            "--pretrained-model-name-or-path": POCKET,
+            "--pretrained-model-name-or-path": TINY_SDXL,
             "--dataset-name": few,
             "--cache-dir": cache,
             "--output-dir": tmp_path / name,

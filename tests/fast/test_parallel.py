@@ -22,7 +22,7 @@ import data
 import loop
 import lora
 import model
-from conftest import POCKET, ROOT, ink_rows, make_batch, make_unet, write_pictures
+from conftest import ROOT, TINY_SDXL, ink_rows, make_batch, make_unet, write_pictures
 from fast import parallel
 from inputs import blocks
 from inputs import options as configuration
@@ -83,7 +83,7 @@ def tiny_run(team, n=4, precision="fp32", **changes) -> loop.Run:
         names=[f"{i}.png" for i in range(100)],
         source=types.SimpleNamespace(prompt=lambda i: (torch.empty(7, 48), torch.empty(24))),
     )
-    schedule = model.load_noise_schedule(str(POCKET), CPU)
+    schedule = model.load_noise_schedule(str(TINY_SDXL), CPU)
     run = loop.assemble(config, unet, examples, schedule, (0.13, 0.0))
     faster.faster(run, team, print)
     return run

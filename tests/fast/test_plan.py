@@ -33,9 +33,10 @@ def sdxl():
     return plan.predictor(T4, torch.float16, plan.SDXL_UNET)
 
 
-# ---- SDXL itself ---------------------------------------------------------------------------------
+# ---- SDXL itself, seconds for each prediction: slow ----------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_recipe_t4_needs_less_than_14_gib(sdxl):
     """4 x 1 without recomputation is what is chosen on a T4; 10.64 GiB were measured before layers
     were fused."""
@@ -65,6 +66,7 @@ def test_the_recipe_native_needs_less_than_14_and_a_half_gib(sdxl):
     assert 8 * GIB < sdxl(plan.shaped(NATIVE, 1, None)).peak < 14.5 * GIB
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("row", "size"), [("1024 px, fp16, graph", 1), ("512 px, fp16, 4x1", 4)])
 def test_the_estimate_gives_the_seconds_that_an_h100_took(sdxl, row, size):
     """Both kinds of step: bound by products, and by launches."""
@@ -115,6 +117,7 @@ def test_blocks_are_recomputed_in_the_order_of_bytes_saved_per_second_on_that_ca
     assert first == {"T4": "down_blocks.1.attentions.1", "H100": "up_blocks.2"}
 
 
+@pytest.mark.slow
 def test_the_stored_plan_of_a_t4_is_what_make_plan_says(sdxl, monkeypatch):
     monkeypatch.setattr(plan, "predictor", lambda *_: sdxl)
     lines = (ROOT / "benchmarks" / "results" / "plan_t4.txt").read_text().splitlines()
@@ -142,6 +145,7 @@ def test_a_preview_takes_the_room_of_a_steps_activations(tiny):
     assert beside.peak - without.peak == room - without.parts["activations"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "size"), [(T4, 4), (NATIVE, 1)], ids=["t4", "native"])
 def test_previews_take_less_than_a_twentieth_of_a_run_on_a_t4(sdxl, config, size):
     way = plan.shaped(config, size, None)

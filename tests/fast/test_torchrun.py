@@ -18,7 +18,7 @@ import time
 import pytest
 
 import lora
-from conftest import POCKET, ROOT
+from conftest import ROOT, TINY_SDXL
 from keep import training
 from runs import moved
 
@@ -34,7 +34,7 @@ def argv(few, cache, tmp_path):
         settings = "--resolution 64 --train-batch-size 4 --gradient-accumulation-steps 1 "
         settings += "--checkpointing-steps 4 --learning-rate 1e-3 --max-train-steps 30 "
         settings += "--no-tensorboard --random-flip --validation-prompts"
-        argv = ["pocket", "--device", "cpu", "--pretrained-model-name-or-path", str(POCKET)]
+        argv = ["pocket", "--device", "cpu", "--pretrained-model-name-or-path", str(TINY_SDXL)]
         argv += ["--dataset-name", str(few), "--cache-dir", str(cache)]
         return [*argv, "--output-dir", str(tmp_path / name), *settings.split(), *options]
 

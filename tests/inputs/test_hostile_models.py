@@ -12,7 +12,7 @@ import model
 from inputs import hub, vetting
 from inputs.files import Refusal
 from keep import identity
-from made import pocket_with
+from made import model_with
 from sentences import refused
 
 
@@ -52,7 +52,7 @@ from sentences import refused
 def test_a_model_whose_files_say_what_cannot_be_is_refused_before_it_is_built(
     tmp_path, part, key, value
 ):
-    pocket_with(tmp_path / "m", part.split("/")[0])
+    model_with(tmp_path / "m", part.split("/")[0])
     name, path, cpu = str(tmp_path / "m"), tmp_path / "m" / part, torch.device("cpu")
     path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
     acts = {
@@ -84,7 +84,7 @@ def test_a_configuration_that_is_no_json_object_is_refused(tmp_path, content):
 
 def copied(tmp_path, part: str) -> tuple[Path, Path]:
     """The pocket model with that part its own, and the part's weights."""
-    name = pocket_with(tmp_path / "m", part)
+    name = model_with(tmp_path / "m", part)
     return name, next((name / part).glob("*.safetensors"))
 
 
@@ -106,7 +106,7 @@ def test_a_pipe_in_the_place_of_weights_is_not_waited_for(tmp_path, part):
 
 
 def test_two_tokenizers_of_two_lengths_are_refused(tmp_path):
-    name = pocket_with(tmp_path / "m", "tokenizer")
+    name = model_with(tmp_path / "m", "tokenizer")
     path = name / "tokenizer" / "tokenizer_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": 5}))
     with pytest.raises(Refusal, match=r"a model_max_length of 5 and .* 32 places"):
@@ -115,6 +115,6 @@ def test_two_tokenizers_of_two_lengths_are_refused(tmp_path):
 
 @pytest.mark.parametrize("sampler", [[], None, "EulerDiscreteScheduler"])
 def test_a_sampler_that_is_named_oddly_is_refused_at_the_start(tmp_path, sampler):
-    name = pocket_with(tmp_path / "m", scheduler=sampler)
+    name = model_with(tmp_path / "m", scheduler=sampler)
     with pytest.raises(Refusal, match=r"model_index\.json has scheduler"):
         hub.fetch(str(name), "unet")

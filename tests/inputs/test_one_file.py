@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPTextModelWithProjection, CLIPTokenizer
 
 import model
-from conftest import POCKET
+from conftest import ROOT, TINY_SDXL
 from fast import nf4
 from hub_server import serving
 from inputs import hub, one_file, vetting
@@ -48,14 +48,14 @@ def saved(path: Path, *names: str, about: dict | None = None, **tensors) -> Path
 def whole(tmp_path_factory) -> Path:
     """The pocket model in one file, fp32."""
     path = tmp_path_factory.mktemp("whole") / "pocket.safetensors"
-    save_file(checkpoint(POCKET), path)
+    save_file(checkpoint(TINY_SDXL), path)
     return path
 
 
 @pytest.fixture
 def small(monkeypatch):
     """The pocket's configurations stand where SDXL base's do."""
-    monkeypatch.setattr(one_file, "SHIPPED", POCKET)
+    monkeypatch.setattr(one_file, "SHIPPED", TINY_SDXL)
 
 
 # ---- SDXL at its full size -----------------------------------------------------------------------
@@ -75,7 +75,7 @@ def full() -> dict[str, torch.nn.Module]:
 
 def test_the_shipped_configurations_are_sdxls(full):
     assert {part: sum(p.numel() for p in m.parameters()) for part, m in full.items()} == COUNTS
-    base = POCKET.parent.parent / "inputs" / "sdxl"
+    base = ROOT / "inputs" / "sdxl"
     for part in ("scheduler", "unet", "vae", "text_encoder", "text_encoder_2"):
         json.loads(next((base / part).glob("*config.json")).read_text())
     assert full["unet"].config.in_channels == 4 and full["vae"].config.scaling_factor == 0.13025
@@ -136,11 +136,11 @@ def test_the_shipped_vocabulary_gives_open_clips_tokens(part, pad):
 
 
 def test_a_file_gives_the_folders_tensors_and_the_encoders_their_answers(whole, small):
-    unet = model.build_unet(POCKET / "unet")
+    unet = model.build_unet(TINY_SDXL / "unet")
     weights = {name: t.float() for name, t in one_file.tensors(whole, "unet", CPU)}
     model.fill_unet(unet, weights, whole)
-    assert_same_weights(unet, model.load_unet(str(POCKET), CPU, torch.float32))
-    folder = model.load_text_encoders(str(POCKET), CPU)
+    assert_same_weights(unet, model.load_unet(str(TINY_SDXL), CPU, torch.float32))
+    folder = model.load_text_encoders(str(TINY_SDXL), CPU)
     parts = ("text_encoder", "text_encoder_2")
     file = [one_file.build_encoder(CLASSES[part], whole, part, CPU).eval() for part in parts]
     for ours, want in zip(file, folder.encoders, strict=True):
@@ -149,8 +149,8 @@ def test_a_file_gives_the_folders_tensors_and_the_encoders_their_answers(whole, 
     answers = [model.encode_prompts(["a cat", ""], text) for text in (mine, folder)]
     assert all(torch.equal(ours, want) for ours, want in zip(*answers, strict=True))
     vae, pixels = one_file.build_encoder(AutoencoderKL, whole, "vae", CPU), torch.rand(1, 3, 32, 32)
-    assert_same_weights(vae, model.load_vae(str(POCKET), CPU))
-    answers = [model.encode_images(pixels, v) for v in (vae, model.load_vae(str(POCKET), CPU))]
+    assert_same_weights(vae, model.load_vae(str(TINY_SDXL), CPU))
+    answers = [model.encode_images(pixels, v) for v in (vae, model.load_vae(str(TINY_SDXL), CPU))]
     assert all(torch.equal(ours, want) for ours, want in zip(*answers, strict=True))
 
 
@@ -186,21 +186,21 @@ def test_a_run_from_the_file_is_the_run_from_the_folder(
     dtype, train, whole, small, tmp_path, capfd
 ):
     ends, options = [], ("--max-train-steps", "2", "--mixed-precision", dtype)
-    for base in (POCKET, whole):
+    for base in (TINY_SDXL, whole):
         name = base.stem
         assert train(name, *options, "--pretrained-model-name-or-path", str(base)) == 0
         ends.append(load_file(tmp_path / name / "pytorch_lora_weights.safetensors"))
         assert (capfd.readouterr().err.count("is SDXL in one file: epsilon")) == (base == whole)
     assert ends[0].keys() == ends[1].keys()
     assert all(torch.equal(ends[0][key], ends[1][key]) for key in ends[0])
-    assert hub.unet_fingerprint(str(whole), False) == hub.unet_fingerprint(str(POCKET), False)
+    assert hub.unet_fingerprint(str(whole), False) == hub.unet_fingerprint(str(TINY_SDXL), False)
 
 
 @pytest.mark.slow
 def test_pictures_from_the_file_are_those_from_the_folder(train, whole, small, tmp_path):
     assert train("run", "--max-train-steps", "2") == 0
     adapter, drawn = str(tmp_path / "run" / "pytorch_lora_weights.safetensors"), []
-    for base in (POCKET, whole):
+    for base in (TINY_SDXL, whole):
         out, few = str(tmp_path / f"{base.stem}.d"), ("--num-inference-steps", "2")
         argv = ["--pretrained-model-name-or-path", str(base), "--prompts", "a cat", *few]
         assert drawing.main([adapter, *argv, "--output-dir", out]) == 0
@@ -211,7 +211,7 @@ def test_pictures_from_the_file_are_those_from_the_folder(train, whole, small, t
 def test_nf4_from_the_file_is_nf4_from_the_folder(whole, small, tmp_path):
     both = [
         nf4.load_unet_nf4(str(base), CPU, torch.float32, tmp_path / base.stem)
-        for base in (POCKET, whole)
+        for base in (TINY_SDXL, whole)
     ]
     assert_same_weights(*both)
 
@@ -241,7 +241,7 @@ def test_a_file_on_the_hub_is_downloaded_at_one_commit_and_serves_offline(
         name = "someone/models/v1/model.safetensors"
         assert_same_weights(
             model.load_unet(name, CPU, torch.float32),
-            model.load_unet(str(POCKET), CPU, torch.float32),
+            model.load_unet(str(TINY_SDXL), CPU, torch.float32),
         )
         assert hub.commit_of(name) == commit and hub.commit_of(str(whole)) == ""
         assert f"GB of {name} into" in capsys.readouterr().err

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import lora
 import model
 from adapters import files
-from conftest import POCKET, SDXL
+from conftest import SDXL, TINY_SDXL
 from hub_server import ask_again, serving
 from inputs import hub, one_file
 from inputs.files import Refusal
@@ -33,18 +33,18 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 @pytest.fixture(autouse=True)
 def small(monkeypatch):
     """The pocket's configurations stand where SDXL base's do."""
-    monkeypatch.setattr(one_file, "SHIPPED", POCKET)
+    monkeypatch.setattr(one_file, "SHIPPED", TINY_SDXL)
 
 
 @pytest.fixture(scope="module")
 def places(tmp_path_factory) -> dict[str, Path]:
     """One VAE, not quite the pocket's, in every form that is read."""
     top = tmp_path_factory.mktemp("vaes")
-    shutil.copytree(POCKET / "vae", top / "folder")
-    weights = {key: 1.02 * each for key, each in load_file(POCKET / "vae" / WEIGHTS).items()}
+    shutil.copytree(TINY_SDXL / "vae", top / "folder")
+    weights = {key: 1.02 * each for key, each in load_file(TINY_SDXL / "vae" / WEIGHTS).items()}
     save_file(weights, top / "folder" / WEIGHTS, {"format": "pt"})
     save_file({"x": torch.ones(1)}, top / "folder" / "sdxl.vae.safetensors")
-    shutil.copytree(POCKET, top / "model")
+    shutil.copytree(TINY_SDXL, top / "model")
     shutil.copy(top / "folder" / WEIGHTS, top / "model" / "vae" / WEIGHTS)
     save_file(weights, top / "diffusers.safetensors")
     whole = checkpoint(top / "model")
@@ -54,7 +54,7 @@ def places(tmp_path_factory) -> dict[str, Path]:
     bare = {key.removeprefix(PREFIX): each for key, each in of_vae.items()}
     save_file(bare | {"loss.logvar": torch.zeros(1)}, top / "bare.safetensors")
     save_file(
-        {k: t for k, t in checkpoint(POCKET).items() if k not in of_vae}, top / "no.safetensors"
+        {k: t for k, t in checkpoint(TINY_SDXL).items() if k not in of_vae}, top / "no.safetensors"
     )
     return {path.stem: path for path in top.iterdir()}
 
@@ -64,13 +64,13 @@ FORMS = ("folder", "model", "diffusers", "checkpoint", "prefix", "bare")
 
 @pytest.mark.parametrize("form", FORMS)
 def test_a_vae_is_read_from_a_folder_a_model_and_each_kind_of_file(form, places, capsys):
-    name = str(POCKET)
+    name = str(TINY_SDXL)
     want = hub.fingerprint(name, "vae")
     hub.use_revision(name, "", str(places["folder"]))
     other = model.load_vae(name, CPU)
     hub.use_revision(name, "", str(places[form]))
     assert_same_weights(model.load_vae(name, CPU), other)
-    assert model.latent_scaling(name)[0] == pytest.approx(0.7502, abs=1e-4)
+    assert model.latent_scaling(name)[0] == pytest.approx(0.5, abs=1e-4)
     assert hub.encoder_fingerprints(name, False)["vae"] != want
     said = "a VAE, taken to have SDXL's scaling 0.13025, which no file tells"
     assert capsys.readouterr().err.count(said) == places[form].is_file()
@@ -80,7 +80,7 @@ def test_a_vae_is_read_from_a_folder_a_model_and_each_kind_of_file(form, places,
 
 def test_a_model_is_a_model_though_a_run_before_took_its_vae(places):
     path = str(places["checkpoint"])
-    hub.use_revision(str(POCKET), "", path)
+    hub.use_revision(str(TINY_SDXL), "", path)
     assert hub.parts_of(path) == ["vae"]
     hub.use_revision(path, "")
     assert hub.parts_of(path) == ["unet", "vae", "text_encoder", "text_encoder_2"]
@@ -130,8 +130,8 @@ def test_a_run_with_another_vae_is_another_and_its_files_draw_with_it(
     capsys.readouterr()
     assert drawing.main([str(tmp_path / "bare")]) == 1
     told = capsys.readouterr().err
-    assert f"and its VAE {vae}: there is no file" in told and f"--vae {POCKET}\n" in told
-    own = draw("d", str(tmp_path / "bare"), "--vae", str(POCKET))
+    assert f"and its VAE {vae}: there is no file" in told and f"--vae {TINY_SDXL}\n" in told
+    own = draw("d", str(tmp_path / "bare"), "--vae", str(TINY_SDXL))
     assert np.abs(own - by_run).mean() > 0.1
     assert drawing.main([str(tmp_path / "bare"), "--vae", str(vae)]) == 1
     assert f"there is no file {vae}" in capsys.readouterr().err
@@ -197,7 +197,7 @@ WRONG = {
         "is an adapter",
     ),
     "a UNet": (
-        lambda p, top: written(top, load_file(POCKET / "unet" / WEIGHTS)),
+        lambda p, top: written(top, load_file(TINY_SDXL / "unet" / WEIGHTS)),
         "is one part in diffusers' layout",
     ),
     "other shapes": (
@@ -226,7 +226,7 @@ def test_what_is_no_vae_of_sdxl_is_refused(make, said, train, places, tmp_path, 
 def test_a_vae_of_the_hub_alone_or_in_a_model_is_downloaded_and_serves_offline(
     places, monkeypatch, tmp_path
 ):
-    name = str(POCKET)
+    name = str(TINY_SDXL)
     hub.use_revision(name, "", str(places["folder"]))
     want = model.load_vae(name, CPU)
     alone = {path.name: path for path in places["folder"].iterdir()}

@@ -26,7 +26,10 @@ def restored(out: Path, **options):
 
 
 @pytest.mark.parametrize("eight_bit", [True, pytest.param(False, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("first, then", [(True, False), (False, True), (False, False)])
+@pytest.mark.parametrize(
+    "first, then",
+    [(True, False), (False, True), pytest.param(False, False, marks=pytest.mark.slow)],
+)
 def test_a_run_goes_on_to_the_same_bytes_with_and_without_the_vector(
     tmp_path, first, then, eight_bit
 ):

@@ -78,6 +78,7 @@ def test_one_of_several_names_given_at_once_is_found(tmp_path, old, new, name):
     assert name in code.changed(code.digests(), code.digests(root=tmp_path))
 
 
+@pytest.mark.slow
 def test_an_edit_of_the_decoding_is_refused_by_name_and_when_accepted_encodes_anew(
     train, cache, tmp_path, monkeypatch, capsys
 ):

@@ -61,7 +61,9 @@ def bare():
     ],
 )
 def test_the_command_says_its_first_line_half_a_second_after_pythons_own_start(bare, words, said):
-    seconds, line = min(first_line(words.split()) for _ in range(2))
+    seconds, line = first_line(words.split())
+    if seconds - bare >= 0.5:  # the first may find files not yet read
+        seconds, line = first_line(words.split())
     assert line == f"{said}; {IMPORTING}\n"
     assert seconds - bare < 0.5
 

@@ -22,13 +22,13 @@ import lora
 import model
 from adapter_tools import drawable, header, loud
 from adapters import files as adapter_files
-from conftest import POCKET, ROOT
+from conftest import ROOT, TINY_SDXL
 from inputs import drawing as options_of_drawing
 from inputs import files, hub
 from inputs.files import Refusal
 from inputs.options import POCKET_PROMPTS, RECIPES
 from keep import drawing, training
-from made import pocket_with
+from made import model_with
 
 QUICK = ("--num-inference-steps", "1", "--resolution", "64")
 
@@ -146,7 +146,7 @@ def test_other_programs_files_draw_the_same_picture(run, tmp_path, capsys, layou
     (ours,) = (run / "pictures").glob("00-red-apple*.png")
     theirs = other_layout(run, tmp_path / "theirs", layout)
     out, base = ("--output-dir", str(tmp_path / "drawn")), "--pretrained-model-name-or-path"
-    assert draw(capsys, str(theirs), base, str(POCKET), *out) == (0, "")
+    assert draw(capsys, str(theirs), base, str(TINY_SDXL), *out) == (0, "")
     (drawn,) = (tmp_path / "drawn").glob("*.png")
     assert np.array_equal(np.asarray(Image.open(drawn)), np.asarray(Image.open(ours)))
 
@@ -250,7 +250,7 @@ def test_what_is_left_open_is_as_the_run_had_it(run):
     file = adapter_files.read(run)
     options = options_of_drawing.complete(options_of_drawing.parse([]), file.path, file.about)
     assert options.prompts == ("rocket",) and options.cache_dir == "kept"
-    assert options.pretrained_model_name_or_path == str(POCKET)
+    assert options.pretrained_model_name_or_path == str(TINY_SDXL)
     assert options.guidance_scale == 5 and options.base_quantization == "none"
     given = options_of_drawing.parse(["--prompts", "a", "--cache-dir", "b", "--guidance-scale=0"])
     options = options_of_drawing.complete(given, file.path, file.about)
@@ -273,7 +273,7 @@ def test_options_that_are_read_already_are_drawn(run, capsys):
 
 @pytest.mark.slow
 def test_a_picture_that_does_not_fit_the_gpu_is_decoded_in_tiles(monkeypatch, capsys):
-    vae = model.load_vae(str(POCKET), torch.device("cpu"))
+    vae = model.load_vae(str(TINY_SDXL), torch.device("cpu"))
     with Image.open(sorted((ROOT / "pocket" / "ink").glob("*.png"))[0]) as image:
         pixels = np.asarray(image.convert("RGB").resize((256, 256)), np.float32)
     pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
@@ -429,7 +429,7 @@ def base(tmp_path):
     """base(sampler, name, setting=...): a copy of the pocket model with another sampler."""
 
     def copy(sampler: str, name: str = "other", **settings) -> str:
-        folder = pocket_with(tmp_path / name, "scheduler", scheduler=["diffusers", sampler])
+        folder = model_with(tmp_path / name, "scheduler", scheduler=["diffusers", sampler])
         path = folder / "scheduler" / "scheduler_config.json"
         path.write_text(json.dumps(json.loads(path.read_text()) | settings))
         return str(folder)
@@ -512,7 +512,7 @@ def test_a_run_whose_picture_cannot_be_drawn_says_that_the_adapter_is_saved(
 
 def test_an_adapter_of_another_base_is_refused_unless_told_so(run, tmp_path, capsys):
     other = tmp_path / "other"
-    shutil.copytree(POCKET, other)
+    shutil.copytree(TINY_SDXL, other)
     file = other / "unet" / "diffusion_pytorch_model.safetensors"
     from safetensors.torch import load_file, save_file
 
@@ -522,7 +522,7 @@ def test_an_adapter_of_another_base_is_refused_unless_told_so(run, tmp_path, cap
             weights[key] = weights[key] * 1.01
     save_file(weights, file, metadata={"format": "pt"})
     base = ("--pretrained-model-name-or-path", str(other))
-    prints = [hub.unet_fingerprint(str(folder), half=False) for folder in (POCKET, other)]
+    prints = [hub.unet_fingerprint(str(folder), half=False) for folder in (TINY_SDXL, other)]
     assert prints[0] != prints[1]
     kohya = run / "kohya" / f"{run.name}.safetensors"
     for adapter in (run, kohya):
@@ -534,7 +534,7 @@ def test_an_adapter_that_names_no_base_asks_for_one(tmp_path, capsys):
     path = tmp_path / "a.safetensors"
     lora.save(loud(), path, torch.float32, {})
     refused(draw(capsys, str(path)), "does not say which base", "--pretrained-model-name-or-path")
-    assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
+    assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(TINY_SDXL)) == (0, "")
 
 
 def test_a_file_given_away_alone_says_that_the_bases_name_is_its_own(run, tmp_path, capsys):
@@ -544,9 +544,12 @@ def test_a_file_given_away_alone_says_that_the_bases_name_is_its_own(run, tmp_pa
     said = f"{path} says, in its header or its run's config.json, that its base is my-model: "
     type_this = "where it lies elsewhere, --pretrained-model-name-or-path WHERE/IT/IS/my-model"
     refused(draw(capsys, str(path)), said, type_this)
-    assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
+    assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(TINY_SDXL)) == (0, "")
     # A folder with one adapter in it is that file.
-    assert draw(capsys, str(path.parent), "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
+    assert draw(capsys, str(path.parent), "--pretrained-model-name-or-path", str(TINY_SDXL)) == (
+        0,
+        "",
+    )
 
 
 def test_an_adapter_of_another_architecture_rank_or_format_is_refused(run, tmp_path, capsys):
@@ -557,7 +560,7 @@ def test_an_adapter_of_another_architecture_rank_or_format_is_refused(run, tmp_p
     }
     alien = tmp_path / "alien.safetensors"
     alien.write_bytes(files.safetensors_bytes(tensors, {}))
-    base = ("--pretrained-model-name-or-path", str(POCKET))
+    base = ("--pretrained-model-name-or-path", str(TINY_SDXL))
     refused(draw(capsys, str(alien), *base), "alien.safetensors")
     alien.write_bytes(files.safetensors_bytes({"lora_unet_x.hada_w1_a": torch.zeros(2, 2)}, {}))
     refused(draw(capsys, str(alien), *base), "x has hada_w1_a", "all factors of one kind")
@@ -576,7 +579,7 @@ def test_a_run_that_was_moved_says_that_the_bases_place_is_its_config_jsons(run,
     there = ("--pretrained-model-name-or-path", str(run / "none"))
     code, said = draw(capsys, str(run), *there)
     assert code == 1 and "config.json" not in said  # typed, so it is not the file's word
-    assert draw(capsys, str(run), there[0], str(POCKET)) == (0, "")
+    assert draw(capsys, str(run), there[0], str(TINY_SDXL)) == (0, "")
 
 
 def test_what_leads_to_no_adapter_is_told_by_what_is_there(run, tmp_path, monkeypatch, capsys):
@@ -589,7 +592,7 @@ def test_what_leads_to_no_adapter_is_told_by_what_is_there(run, tmp_path, monkey
         shutil.copy(run / lora.FILE_NAME, tmp_path / "empty" / name)
     refused(draw(capsys, "empty"), "empty has empty/D.SAFETENSORS, empty/b.safetensors; expected")
     (tmp_path / "empty" / "b.safetensors").unlink()
-    assert draw(capsys, "empty", "--pretrained-model-name-or-path", str(POCKET)) == (0, "")
+    assert draw(capsys, "empty", "--pretrained-model-name-or-path", str(TINY_SDXL)) == (0, "")
     saved = tmp_path / "begun" / "checkpoints" / "000200"
     shutil.copytree(run, saved)
     for name in ("begun", "begun/checkpoints/000200"):  # the newest of a run that has not ended

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 import data
 import loop
 import lora
-from conftest import POCKET, ink_rows, write_pictures
+from conftest import TINY_SDXL, ink_rows, write_pictures
 from fast import nf4
 from inputs import blocks, sources
 from inputs.options import RECIPES
@@ -52,7 +52,7 @@ def train(few, tmp_path_factory):
     def run(name: str, *options: str) -> int:
         data.Cache.open.cache_clear()  # a new process would have no file open
         fixed = {
-            "pretrained-model-name-or-path": POCKET,
+            "pretrained-model-name-or-path": TINY_SDXL,
             "dataset-name": few,
             "cache-dir": root / "cache",
             "output-dir": root / name,
@@ -231,7 +231,7 @@ def tensors_in(state) -> list[torch.Tensor]:
 
 def test_a_bad_scale_of_a_4_bit_base_is_named(tmp_path):
     """NF4's numbers are bytes; what multiplies each block of them can go bad."""
-    unet = nf4.load_unet_nf4(str(POCKET), torch.device("cpu"), torch.float32, tmp_path)
+    unet = nf4.load_unet_nf4(str(TINY_SDXL), torch.device("cpu"), torch.float32, tmp_path)
     run = SimpleNamespace(unet=unet, adapter=lora.inject(unet), trained=lora.trained(unet))
     assert faults.bad(faults.of_base(run)) == ""
     weight = unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q.base.weight
@@ -411,7 +411,7 @@ def test_a_loss_scale_that_collapses_ends_the_run_with_advice(
     said = capsys.readouterr().err.split("error: ")[-1]
     for words in (
         f"the gradient of step {ends} is not finite, after 6 skipped steps, at loss scale 1",
-        "that of down_blocks.0.attentions.0",
+        "that of down_blocks.1.attentions.0",
         ".png",
         "a lower --learning-rate or --mixed-precision fp32",
     ):

@@ -16,12 +16,12 @@ import lora
 import model
 from adapter_tools import drawable
 from adapters import files
-from conftest import POCKET
+from conftest import POCKET, TINY_SDXL
 from inputs.drawing import parse
 from inputs.files import Refusal
 from inputs.options import RECIPES
 from keep import checkpoint, drawing, noise
-from made import pocket_with
+from made import model_with
 from runs import adapter
 from tiny_run import assembled
 
@@ -29,9 +29,9 @@ EPSILON, V = noise.KINDS
 CONFIG = replace(RECIPES["pocket"][1], pretrained_model_name_or_path=str(POCKET))
 
 
-def pocket_saying(folder, part="scheduler", index=None, **entries) -> str:
-    """The pocket model with other entries in a part's config; None takes one away."""
-    pocket_with(folder, part, **index or {})
+def model_saying(folder, part="scheduler", of=TINY_SDXL, index=None, **entries) -> str:
+    """The model `of` with other entries in a part's config; None takes one away."""
+    model_with(folder, part, of=of, **index or {})
     path = folder / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
     config = json.loads(path.read_text()) | entries
     path.write_text(json.dumps({key: each for key, each in config.items() if each is not None}))
@@ -68,7 +68,7 @@ OTHERS = {
 def test_another_noise_is_refused_by_both_commands_before_anything_is_encoded(
     train, tmp_path, monkeypatch, capsys, entries, said
 ):
-    name = pocket_saying(tmp_path / "m", **entries)
+    name = model_saying(tmp_path / "m", **entries)
     monkeypatch.setattr(loop, "examples_of", None)
     monkeypatch.setattr(generate, "encode", None)
     assert train("r", *base(name)) == 1
@@ -89,7 +89,7 @@ def test_another_noise_is_refused_by_both_commands_before_anything_is_encoded(
     ],
 )
 def test_the_start_says_what_is_predicted_and_who_says_so(tmp_path, entries, said):
-    name = pocket_saying(tmp_path / "m", **entries)
+    name = model_saying(tmp_path / "m", **entries)
     schedule = model.load_noise_schedule(name, torch.device("cpu"))
     config = replace(CONFIG, pretrained_model_name_or_path=name)
     line = noise.judge(config, schedule.prediction_type, {})
@@ -102,18 +102,19 @@ def test_the_start_says_what_is_predicted_and_who_says_so(tmp_path, entries, sai
 def test_a_base_that_does_not_predict_what_its_file_says_ends_the_run_unless_told_so(
     train, tmp_path, monkeypatch, capsys
 ):
-    wrong = base(pocket_saying(tmp_path / "m", prediction_type=V))
+    wrong = base(model_saying(tmp_path / "m", of=POCKET, prediction_type=V))
     assert train("wrong", *wrong) == 1
     told = capsys.readouterr().err
     assert f"the UNet predicts {V} (scheduler/scheduler_config.json says {V}), but" in told
     assert f"times nearer to {EPSILON}" in told and f"--prediction-type {EPSILON}" in told
     assert not (tmp_path / "wrong" / "checkpoints").exists()
-    few = ("--max-train-steps", "2")
+    few = ("--max-train-steps", "1")
     assert train("told", *wrong, *few, "--prediction-type", EPSILON) == 0
     said = f"{EPSILON} (--prediction-type; scheduler/scheduler_config.json says {V})"
     assert f"the UNet predicts {said}\n" in capsys.readouterr().out
     monkeypatch.setattr(noise, "losses", lambda run: {})
-    assert train("right", *few) == 0  # on a base whose file is right, and without the check
+    right = base(str(POCKET))  # a base whose file is right, and without the check
+    assert train("right", *right, *few) == 0
     told, right = (lora.read(tmp_path / name).matrices for name in ("told", "right"))
     assert all(torch.equal(told[name], right[name]) for name in right)
     for path in (tmp_path / "told", tmp_path / "told" / "kohya"):
@@ -123,7 +124,7 @@ def test_a_base_that_does_not_predict_what_its_file_says_ends_the_run_unless_tol
 
 @pytest.mark.slow
 def test_who_asks_for_it_trains_it_and_is_told(train, tmp_path, capsys, monkeypatch):
-    asked = ("--prediction-type", V)
+    asked = (*base(str(POCKET)), "--prediction-type", V)
     assert train("r", *asked, "--max-train-steps", "1") == 0
     told = capsys.readouterr().out
     assert f"{V} (--prediction-type; scheduler/scheduler_config.json says {EPSILON}), but" in told
@@ -135,7 +136,7 @@ def test_who_asks_for_it_trains_it_and_is_told(train, tmp_path, capsys, monkeypa
 
     monkeypatch.setattr(noise, "losses", again)
     before = adapter(tmp_path / "r")
-    assert train("r") == 1
+    assert train("r", *base(str(POCKET))) == 1
     told = capsys.readouterr().err
     assert f"prediction_type {V}, and this command has prediction_type auto" in told
     assert adapter(tmp_path / "r") == before
@@ -159,7 +160,7 @@ ZERO = {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing"}
 @pytest.mark.slow
 def test_zero_terminal_snr_by_option_is_the_run_of_a_model_that_says_so(train, tmp_path, capsys):
     few = ("--max-train-steps", "2", "--prediction-type", V)
-    said = base(pocket_saying(tmp_path / "m", **ZERO))
+    said = base(model_saying(tmp_path / "m", **ZERO))
     file = "scheduler/scheduler_config.json"
     assert train("asked", *few, "--zero-terminal-snr", "yes") == 0
     line = f", with zero terminal SNR (--zero-terminal-snr; {file} says no)"
@@ -207,7 +208,8 @@ def sums(predicted: str, run) -> dict:
 def test_the_losses_are_the_mean_of_the_books_over_16_timesteps(tmp_path, monkeypatch, kind):
     run = assembled(tmp_path, train_batch_size=3)
     run.examples.names, run.latent_scaling = ["a.png"] * 8, (1.0, 0.0)
-    monkeypatch.setattr(noise, "PICTURES", 8)
+    monkeypatch.setattr(noise, "PICTURES", 8)  # as they are where no test runs before
+    monkeypatch.setattr(noise, "TIMESTEPS", 16)
     taken = sums(kind, run)
     assert taken[kind][0] == pytest.approx(0.1, rel=0.05)
     s2 = 1 - run.schedule.alphas_cumprod[torch.arange(16) * 1000 // 16 + 31]
@@ -223,7 +225,8 @@ def test_the_losses_are_of_the_bare_base_and_the_books_own(tmp_path, monkeypatch
     run = assembled(tmp_path, train_batch_size=16)
     for layer in run.adapter.layers.values():
         layer.lora_B.data.fill_(1.0)
-    monkeypatch.setattr(noise, "PICTURES", 8)
+    monkeypatch.setattr(noise, "PICTURES", 8)  # as they are where no test runs before
+    monkeypatch.setattr(noise, "TIMESTEPS", 16)
     taken = noise.losses(run)  # of the one picture that there is
     assert all(layer.strength == 1 for layer in run.adapter.layers.values())
     lora.set_strength(run.adapter, 0.0)
@@ -268,7 +271,8 @@ def test_what_stops_a_run(mine, theirs, stops):
 
 @pytest.mark.slow
 def test_a_run_that_encodes_in_its_steps_is_checked_too(train, tmp_path, capsys):
-    assert train("r", *base(pocket_saying(tmp_path / "m", prediction_type=V)), "--no-cache") == 1
+    wrong = base(model_saying(tmp_path / "m", of=POCKET, prediction_type=V))
+    assert train("r", *wrong, "--no-cache") == 1
     assert f"times nearer to {EPSILON}" in capsys.readouterr().err
 
 
@@ -286,7 +290,7 @@ def test_a_file_draws_by_what_it_was_trained_with_and_says_where_its_base_says_e
     tmp_path, capsys
 ):
     run, plain = drawable(tmp_path / "v", prediction_type=V), drawable(tmp_path / "plain")
-    said = f"drawing with {V}: {POCKET} itself says {EPSILON}"
+    said = f"drawing with {V}: {TINY_SDXL} itself says {EPSILON}"
     by_file = draw(tmp_path / "a", str(run / "kohya" / "v.safetensors"))
     assert said in capsys.readouterr().out
     asked = draw(tmp_path / "b", str(plain), "--prediction-type", V)
@@ -306,7 +310,7 @@ def test_a_file_draws_by_what_it_was_trained_with_and_says_where_its_base_says_e
 def test_a_file_of_zero_terminal_snr_is_drawn_so_with_guidance_rescaled(tmp_path, capsys):
     run = drawable(tmp_path / "z", zero_terminal_snr="yes")
     by_file = draw(tmp_path / "a", str(run))
-    assert f"drawing with zero terminal SNR: {POCKET} itself says otherwise" in (
+    assert f"drawing with zero terminal SNR: {TINY_SDXL} itself says otherwise" in (
         capsys.readouterr().out
     )
     with Image.open(next((tmp_path / "a").glob("*.png"))) as picture:
@@ -317,7 +321,7 @@ def test_a_file_of_zero_terminal_snr_is_drawn_so_with_guidance_rescaled(tmp_path
     off = draw(tmp_path / "c", str(run), "--guidance-rescale", "0")
     bare = draw(tmp_path / "d", str(plain))
     assert np.abs(off - by_file).mean() > 0.1 and np.abs(off - bare).mean() > 1
-    said = pocket_saying(tmp_path / "m", **ZERO)
+    said = model_saying(tmp_path / "m", **ZERO)
     capsys.readouterr()
     of_base = draw(tmp_path / "e", str(drawable(tmp_path / "old")), *base(said))
     assert np.array_equal(of_base, by_file) and "drawing with" not in capsys.readouterr().out

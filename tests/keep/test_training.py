@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 import lora
-from conftest import INK, POCKET, ink_rows, trainer, write_pictures
+from conftest import INK, TINY_SDXL, ink_rows, trainer, write_pictures
 from inputs import hub
 from inputs.options import NOTES, RECIPES, Config, parse
 from keep import checkpoint, report, training
@@ -141,7 +141,7 @@ def test_the_state_file_holds_each_matrix_by_name_and_what_the_run_is(train, tmp
     state = checkpoint.newest_state(tmp_path / "r" / "checkpoints")
     assert state["step"] == 4 and state["config"]["resolution"] == (64,)
     assert state["identity"]["dtype"] == "torch.float32"
-    assert state["identity"]["base"] == hub.unet_fingerprint(str(POCKET), half=False)
+    assert state["identity"]["base"] == hub.unet_fingerprint(str(TINY_SDXL), half=False)
     file = lora.read(tmp_path / "r")
     assert state["trained"].keys() == state["moments"].keys() == file.matrices.keys()
     for name, matrix in state["trained"].items():
@@ -260,7 +260,7 @@ def test_a_finished_run_notices_what_was_replaced_in_place(train, few, tmp_path,
     back is the old run again.
     """
     base, data = tmp_path / "base", tmp_path / "data"
-    shutil.copytree(POCKET, base)
+    shutil.copytree(TINY_SDXL, base)
     shutil.copytree(few, data)
     own = ("--pretrained-model-name-or-path", str(base), "--dataset-name", str(data))
     assert train("r", *own) == 0

@@ -12,7 +12,7 @@ import torch
 
 import data
 import loop
-from conftest import POCKET, ink_rows, write_pictures
+from conftest import TINY_SDXL, ink_rows, write_pictures
 from inputs import ahead, sources
 from inputs.options import RECIPES
 from keep import training
@@ -53,7 +53,7 @@ def test_the_first_gradient_does_not_depend_on_how_the_step_is_cut_up(few, cache
     """Through the very micro-step of the run: 1 + 1 + 1 + 1, 2 + 2, 3 + 1 and 4."""
     config = dataclasses.replace(
         RECIPES["pocket"][1],
-        pretrained_model_name_or_path=str(POCKET),
+        pretrained_model_name_or_path=str(TINY_SDXL),
         dataset_name=(str(few),),
         resolution=(64,),
         cache_dir=str(cache),

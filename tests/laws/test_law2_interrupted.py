@@ -15,7 +15,7 @@ import loop
 import lora
 import model
 from adapters import files as adapter_files
-from conftest import ROOT, trainer
+from conftest import ROOT, TINY_SDXL, trainer
 from inputs import files
 from keep import checkpoint
 from runs import Killed, adapter, log
@@ -69,12 +69,12 @@ def test_sigkill_in_a_process_of_its_own_then_the_same_command(few, cache, train
     more = ("--max-train-steps", "30")
     assert train("whole", *more) == 0
     script = (
-        "import sys; from pathlib import Path; from conftest import trainer\n"
-        "root, few, cache, *options = sys.argv[1:]\n"
-        "sys.exit(trainer(Path(root), few, cache)('killed', *options))"
+        "import sys; from pathlib import Path; import conftest\n"
+        "conftest.TINY_SDXL, root, few, cache, *options = sys.argv[1:]\n"
+        "sys.exit(conftest.trainer(Path(root), few, cache)('killed', *options))"
     )
     process = subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, (tmp_path, few, cache)), *more],
+        [sys.executable, "-c", script, *map(str, (TINY_SDXL, tmp_path, few, cache)), *more],
         cwd=ROOT / "tests",
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,

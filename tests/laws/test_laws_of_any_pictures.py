@@ -107,12 +107,13 @@ def test_law_1_a_captions_variant_follows_from_the_example_however_a_step_is_cut
     assert rows("--train-batch-size", "2", "--gradient-accumulation-steps", "1") == want
 
 
+@pytest.mark.slow  # of squares each law is in a file of its own
 def test_laws_2_3_and_5_interrupted_uncached_and_plain_equal_the_whole_run(
     train, tmp_path, monkeypatch, capsys
 ):
     assert train("whole", "--no-fused") == 0
     said = capsys.readouterr().out
-    assert "36 captions of 11 pictures, 57 kB each when encoded: 2.1 MB in" in said
+    assert "36 captions of 11 pictures, 10 kB each when encoded: 0.4 MB in" in said
     assert "captions: 0 missing or empty, " in said and "cut at the tokenizer's length" in said
     step = loop.optimizer_step
 
@@ -137,6 +138,7 @@ def test_laws_2_3_and_5_interrupted_uncached_and_plain_equal_the_whole_run(
         assert file.metadata()["max_tokens"] == "150"
 
 
+@pytest.mark.slow  # tests/book/test_masks.py has the loss itself
 def test_a_mask_of_ones_is_the_unmasked_run_to_the_bit_and_a_disc_is_not(few, cache, tmp_path):
     folder, more = write_pictures(tmp_path / "ink", ink_rows(6)), ("--max-train-steps", "2")
     run, ends = trainer(tmp_path, folder, cache), {}
@@ -208,6 +210,7 @@ def test_a_drawing_reads_as_many_tokens_as_the_run_did(train, tmp_path, monkeypa
     assert lengths == [[64, 64], [32, 32], [64, 64]]
 
 
+@pytest.mark.slow
 def test_another_way_with_captions_is_another_run(train, capsys):
     assert train("one", "--max-train-steps", "1") == 0
     for more in ("--seed 43", "--max-tokens 75"):
