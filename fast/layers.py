@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from fast import geglu
+from fast import convolution, geglu, groupnorm
 from inputs.files import first_line
 from lora import LoRALinear
 
@@ -125,7 +125,8 @@ def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     scale = layers[0].strength * layers[0].scale
     bases = tuple(layer.base for layer in layers)
     y = Project.apply(x.flatten(0, -2), scale, bases, *(m.to(x.dtype) for m in matrices))
-    return y.unflatten(0, x.shape[:-1]).chunk(len(layers), dim=-1)
+    y = y.unflatten(0, x.shape[:-1])
+    return y.chunk(len(layers), dim=-1) if layers[1:] else (y,)  # chunk's gradient is a copy
 
 
 def join(layers: list[nn.Module]) -> None:
@@ -197,18 +198,26 @@ def is_gate(module: nn.Module) -> bool:
     return type(module).__name__ == "GEGLU"
 
 
+def is_attention(module: nn.Module) -> bool:
+    return type(module).__name__ == "Attention"
+
+
+FROZEN = (nn.Linear, nn.Conv2d, nn.GroupNorm)
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether it is a Linear without anything beside it, whole or in NF4."""
     return type(linear) is nn.Linear or hasattr(getattr(linear, "weight", None), "quant_state")
 
 
 def fusible(unet: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers whose four projections are the book's LoRALinear of one rank, and the
-    gates whose projection has no adapter, by name: what else there is computes by its definition.
+    """The attention layers whose four projections are the book's LoRALinear of one rank, the gates
+    whose projection has no adapter, and the convolutions' part, by name: what else there is
+    computes by its definition.
     """
-    found = {}
+    found = convolution.fusible(unet)
     for name, module in unet.named_modules():
-        if type(module).__name__ == "Attention":
+        if is_attention(module):
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
             if all(type(each) is LoRALinear and is_plain(each.base) for each in needed):
                 if len({(len(each.lora_A), each.scale) for each in needed}) == 1:
@@ -222,22 +231,36 @@ def fuse(module: nn.Module) -> None:
     """Have one of fusible() compute in its other form, in place."""
     if is_gate(module):
         module.forward = types.MethodType(gated, module)
-    else:
+    elif is_attention(module):
         module.set_processor(Attention())
+    else:
+        convolution.fuse(module)
 
 
 def wrap(unet: nn.Module) -> str:
     """Fuse what is fusible in `unet`, in place, after inject(). Returns how much that is."""
-    found = fusible(unet).values()
-    for module in found:
+    found, why = fusible(unet), ""
+    if unet.device.type == "cuda":
+        why = geglu.unavailable(unet.dtype, unet.device)
+        why = why or groupnorm.unavailable(unet.dtype, unet.device)
+    if why:  # diffusers' own lines are the faster ones then
+        found = {name: found[name] for name in found.keys() - convolution.fusible(unet).keys()}
+    for module in found.values():
         fuse(module)
-        if not is_gate(module):
-            projections = [module.to_q, module.to_k, module.to_v]
-            join(projections[1:] if module.is_cross_attention else projections)
-    gates = sum(map(is_gate, found))
-    said = f"{len(found) - gates} attention layers and {gates} feed-forward gates fused"
-    if unet.device.type == "cuda" and (why := geglu.unavailable(unet.dtype, unet.device)):
-        said += f", the gates by PyTorch's kernels, which take longer ({why})"
+    attention, gates, blocks = (
+        [each for each in found.values() if kind(each)]
+        for kind in (is_attention, is_gate, convolution.is_block)
+    )
+    for each in attention:
+        projections = [each.to_q, each.to_k, each.to_v]
+        join(projections[1:] if each.is_cross_attention else projections)
+    said = f"{len(attention)} attention layers"
+    if blocks:
+        convolution.lay_out(unet, torch.channels_last)
+        said += f", {len(blocks)} convolution blocks"
+    said += f" and {len(gates)} feed-forward gates fused"
+    if why:
+        said += f", gates and convolutions by PyTorch's kernels, which take longer ({why})"
     return said
 
 
@@ -245,8 +268,10 @@ def unwrap(unet: nn.Module) -> None:
     """Have what wrap() fused, and what was compiled, compute by its definition again, the forward
     of its class.
     """
+    convolution.lay_out(unet, torch.contiguous_format)
     for module in unet.modules():
         module.__dict__.pop("forward", None)
+        module.__dict__.pop(convolution.LEAVE, None)
         if isinstance(getattr(module, "processor", None), Attention):
             module.set_processor(AttnProcessor2_0())
 
@@ -275,11 +300,11 @@ def largest_difference(module: nn.Module) -> float:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         plain = random_copy(module)
-        widths = enumerate(input_widths(module))
-        inputs = [torch.randn(2, 7 + i, width, requires_grad=True) for i, width in widths]
+        inputs = random_inputs(module)
         fused = copy.deepcopy(plain)
         fuse(fused)
-        forms = [answer_and_gradients(form, inputs) for form in (plain, fused)]
+        with torch.backends.cudnn.flags(enabled=False):  # some of its fp32 convolutions round more
+            forms = [answer_and_gradients(form, inputs) for form in (plain, fused)]
     return max(
         ((a - b).norm() / a.norm().clamp(min=1e-30)).item() for a, b in zip(*forms, strict=True)
     )
@@ -287,10 +312,13 @@ def largest_difference(module: nn.Module) -> float:
 
 def random_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` in fp32 with random numbers, of such sizes that frozen and trained
-    branches give answers of about one length.
+    branches give answers of about one length. Of a transformer only the doors.
     """
-    # deepcopy takes what is in its memo for a copy: so each frozen Linear becomes a fresh one
-    memo = {id(each): fresh(each) for each in module.modules() if is_plain(each)}
+    # deepcopy takes what is in its memo for a copy: so each frozen layer becomes a fresh one
+    frozen = (each for each in module.modules() if is_plain(each) or type(each) in FROZEN)
+    memo = {id(each): fresh(each) for each in frozen}
+    if convolution.has_doors(module):
+        memo[id(module.transformer_blocks)] = nn.ModuleList()
     copied = copy.deepcopy(module, memo)
     for layer in copied.modules():
         for each in layer.parameters(recurse=False):
@@ -300,25 +328,42 @@ def random_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def fresh(linear: nn.Module) -> nn.Linear:
-    """A frozen fp32 Linear of the same sizes as `linear`, whole or in NF4."""
-    bias = linear.bias is not None
-    made = nn.Linear(linear.in_features, linear.out_features, bias, dtype=torch.float32)
+def fresh(layer: nn.Module) -> nn.Module:
+    """A frozen fp32 layer of the same kind and sizes with random numbers; of NF4 a Linear."""
+    if type(layer) in FROZEN:
+        made = copy.deepcopy(layer).float()
+    else:
+        made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    for each in made.parameters():
+        each.data = torch.randn(each.shape) / each[0].numel() ** 0.5
     return made.requires_grad_(False)
 
 
-def input_widths(module: nn.Module) -> list[int]:
-    """How wide each of the sequences is that a fusible module takes."""
+def random_inputs(module: nn.Module) -> list[Tensor]:
+    """Of the shapes that a fusible module takes; what is trained there reaches all but the
+    timestep's embedding.
+    """
     if is_gate(module):
-        return [module.proj.in_features]
-    context = [module.to_k.in_features] if module.is_cross_attention else []
-    return [module.to_q.in_features, *context]
+        shapes = [(2, 7, module.proj.in_features)]
+    elif is_attention(module):
+        context = [(2, 8, module.to_k.in_features)] if module.is_cross_attention else []
+        shapes = [(2, 7, module.to_q.in_features), *context]
+    elif convolution.is_block(module):
+        shapes = [(2, module.in_channels, 5, 7)]
+        return [
+            torch.randn(shapes[0], requires_grad=True),
+            torch.randn(2, module.time_emb_proj.in_features),
+        ]
+    else:
+        shapes = [(2, getattr(module, "norm", module).num_channels, 5, 7)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
 def answer_and_gradients(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    """What `module` answers, and the gradients that its squares send to all its inputs and trained
-    parameters.
+    """What `module` answers, and the gradients that its squares send to all its inputs and
+    parameters that take one.
     """
-    learning = [each for each in module.parameters() if each.requires_grad]
+    learning = [each for each in (*inputs, *module.parameters()) if each.requires_grad]
     answer, how = module(*inputs), {"allow_unused": True, "materialize_grads": True}
-    return [answer, *torch.autograd.grad(answer.square().sum(), inputs + learning, **how)]
+    answer = answer if isinstance(answer, Tensor) else answer[0]
+    return [answer, *torch.autograd.grad(answer.square().sum(), learning, **how)]

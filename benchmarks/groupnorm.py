@@ -1,0 +1,115 @@
+"""GroupNorm's kernels (fast/groupnorm.py) against their definition, and what they take, on a GPU.
+
+    python -m benchmarks.groupnorm                writes benchmarks/results/groupnorm.json
+
+Answers, moments and gradients in fp32, fp16 and bf16, at SDXL's shapes, odd sides and means of 1000
+included, against the definition in double precision on the same numbers: in units of rounding to
+the dtype at the answer's size, and to fp32 at the size of what is subtracted. Each is computed
+twice, and must be equal to the bit. Then the time of one call, replayed from a CUDA graph, beside a
+copy. Exits with 1 where an answer differs, or where there is no kernel.
+"""
+
+import argparse
+import copy
+import itertools
+import json
+import sys
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from benchmarks.gate import microseconds
+from fast import groupnorm, kernels
+
+ROOT = Path(__file__).resolve().parent.parent
+# (C, H, W) of SDXL at 512 px and of odd buckets; then sides of a latent at 1024 px.
+SHAPES = [(320, 64, 64), (640, 32, 32), (960, 64, 64), (1280, 16, 16), (1920, 32, 32)]
+SHAPES += [(2560, 16, 16), (320, 52, 76), (640, 17, 23), (1280, 13, 19), (1920, 1, 5), (32, 5, 7)]
+LARGE = [(320, 128, 128), (640, 64, 64), (1280, 32, 32), (2560, 32, 32)]
+
+
+def numbers(shape: tuple, dtype: torch.dtype, mean: float = 0.0) -> tuple[list, nn.GroupNorm]:
+    """x, its gradient and a residual in NHWC, and a shift; a norm."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator, device="cuda")  # noqa: E731
+    C, norm = shape[1], nn.GroupNorm(32, shape[1], device="cuda", dtype=dtype)
+    norm.weight.data, norm.bias.data = (draw(C) for _ in range(2))
+    made = [draw(*shape) + mean, draw(*shape), draw(*shape)]
+    made = [groupnorm.nhwc(each).to(dtype) for each in made]
+    return [*made, draw(shape[0], C).to(dtype)], norm.to(dtype).requires_grad_(False)
+
+
+def compare(shape: tuple, dtype: torch.dtype, mean: float, full: bool) -> dict:
+    """full: with shift, SiLU and residual, as inside a block; else as at a transformer's door."""
+    (x, grad, residual, shift), norm = numbers(shape, dtype, mean)
+    if not full:
+        shift = residual = None
+    assert groupnorm.has_kernel(x, norm.weight, 32, grad, residual), (shape, dtype)
+    x64, grad64, residual64, shift64 = (
+        each if each is None else each.double() for each in (x, grad, residual, shift)
+    )
+    exact = copy.deepcopy(norm).double()
+    want, moments = groupnorm.forward(x64, exact, shift64, full)
+    want_dx = groupnorm.backward(grad64, x64, exact, shift64, moments, residual64, full)
+    inverse = moments[..., 1]
+    found, twice = [], []
+    for kept in (found, twice):
+        y, own = groupnorm.forward(x, norm, shift, full)
+        kept += [y, own, groupnorm.backward(grad, x, norm, shift, own, residual, full)]
+    about, fp32 = torch.finfo(dtype), torch.finfo(torch.float32).eps
+    rounding = fp32 * (4 + abs(mean) * inverse.max().item())  # of x - mean, in deviations
+    off = {}
+    for name, f, w in (("answer", found[0], want), ("gradient", found[2], want_dx)):
+        size = w.square().mean().sqrt()
+        unit = about.eps * w.abs() + rounding * (w.abs() + size) + about.smallest_normal
+        off[name] = round(((f.double() - w).abs() / unit).max().item(), 3)
+        off[f"{name}, relative"] = float(f"{(f.double() - w).norm() / w.norm():.2g}")
+    spread = ((found[1][..., 1].double() - inverse).abs() / inverse).max().item()
+    equal = all(torch.equal(a, b) for a, b in zip(found, twice, strict=True))
+    good = equal and off["answer"] <= 2 and off["gradient"] <= 4 and spread < 1e-4
+    row = {"shape": shape, "dtype": str(dtype)[6:], "mean": mean, "in a block": full}
+    return row | {"off": off, "deviation off": float(f"{spread:.2g}"), "equal": equal, "good": good}
+
+
+def times(shape: tuple, dtype: torch.dtype) -> dict:
+    (x, grad, residual, shift), norm = numbers(shape, dtype)
+    _, own = groupnorm.forward(x, norm, shift, True)
+    calls = {
+        "forward": lambda: groupnorm.forward(x, norm, shift, True),
+        "backward": lambda: groupnorm.backward(grad, x, norm, shift, own, residual, True),
+        "copy": lambda: residual.copy_(x),
+    }
+    spent = {name: round(microseconds(call, True), 2) for name, call in calls.items()}
+    return {"shape": shape, "dtype": str(dtype)[6:], "MB": round(x.nbytes / 1e6, 1), "us": spent}
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    path = ROOT / "benchmarks" / "results" / "groupnorm.json"
+    parser.add_argument("--out", type=Path, default=path)
+    out = parser.parse_args().out
+    if not torch.cuda.is_available():
+        sys.exit("error: there is no GPU here; expected a CUDA GPU. What to do: run it on one")
+    ways = itertools.product((1, 4), SHAPES, kernels.NUMBERS, (0.0, 1000.0), (True, False))
+    rows = [compare((n, *shape), dtype, mean, full) for n, shape, dtype, mean, full in ways]
+    result = {
+        "command": " ".join(["python -m benchmarks.groupnorm", *sys.argv[1:]]),
+        "on": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
+        "good": all(row["good"] for row in rows),
+        "differences, in units of rounding": rows,
+        "times": [
+            times((n, *shape), torch.float16) for n in (1, 4) for shape in SHAPES[:6] + LARGE
+        ],
+    }
+    out.write_text(json.dumps(result, indent=1) + "\n")
+    for row in (row for row in rows if not row["good"]):
+        print(f"differs: {json.dumps(row)}")
+    for row in result["times"]:
+        print(json.dumps(row))
+    print(f"good: {result['good']}, of {len(rows)}; {result['on']}")
+    return 0 if result["good"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
