@@ -11,6 +11,7 @@ feed-forward layer.
 """
 
 import copy
+import functools
 import itertools
 import types
 from collections.abc import Iterator
@@ -153,11 +154,35 @@ class Attention:
             q, k, v = project(x, [attn.to_q, attn.to_k, attn.to_v])
         else:
             (q,) = project(x, [attn.to_q])
-            k, v = project(encoder_hidden_states, [attn.to_k, attn.to_v])
+            made = getattr(encoder_hidden_states, "made", {})  # by answer_under()
+            k, v = made.get(attn) or project(encoder_hidden_states, [attn.to_k, attn.to_v])
         q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)  # (B, heads, T, D/h)
         (y,) = project(y.transpose(1, 2).flatten(2), [attn.to_out[0]])
         return y  # (B, T, D)
+
+
+def of_one_size(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Attention layers in groups whose keys and values project() can compute at once."""
+    groups: dict[tuple, list[nn.Module]] = {}
+    for attn in layers:
+        layer = attn.to_k
+        about = (layer.in_features, layer.out_features, len(layer.lora_A), layer.scale)
+        groups.setdefault(about, []).append(attn)
+    return list(groups.values())
+
+
+def answer_under(unet, groups, sample, timestep, encoder_hidden_states, **more):
+    """What `unet` answers under a context (B, T', D'), whose keys and values in all cross-attention
+    layers are computed first, in one product for each of `groups`. They go along as an attribute of
+    the context, so that they live as long as it does.
+    """
+    context = encoder_hidden_states.view_as(encoder_hidden_states)
+    context.made = {}
+    for group in groups:
+        found = project(context, [layer for attn in group for layer in (attn.to_k, attn.to_v)])
+        context.made |= zip(group, zip(found[::2], found[1::2], strict=True), strict=True)
+    return type(unet).forward(unet, sample, timestep, context, **more)
 
 
 # ---- the gated feed-forward layer ----------------------------------------------------------------
@@ -251,9 +276,14 @@ def wrap(unet: nn.Module) -> str:
         [each for each in found.values() if kind(each)]
         for kind in (is_attention, is_gate, convolution.is_block)
     )
+    groups = of_one_size([each for each in attention if each.is_cross_attention])
     for each in attention:
-        projections = [each.to_q, each.to_k, each.to_v]
-        join(projections[1:] if each.is_cross_attention else projections)
+        if not each.is_cross_attention:
+            join([each.to_q, each.to_k, each.to_v])
+    for group in groups:
+        join([layer for each in group for layer in (each.to_k, each.to_v)])
+    if groups:
+        unet.forward = functools.partial(answer_under, unet, groups)
     said = f"{len(attention)} attention layers"
     if blocks:
         convolution.lay_out(unet, torch.channels_last)
