@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from fast import convolution, geglu, groupnorm
+from fast import convolution, geglu, groupnorm, layernorm
 from inputs.files import first_line
 from lora import LoRALinear
 
@@ -227,7 +227,21 @@ def is_attention(module: nn.Module) -> bool:
     return type(module).__name__ == "Attention"
 
 
-FROZEN = (nn.Linear, nn.Conv2d, nn.GroupNorm)
+def is_transformer(module: nn.Module) -> bool:
+    return type(module).__name__ == "BasicTransformerBlock"
+
+
+FROZEN = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+
+
+class StandIn(nn.ModuleList):
+    """For what is compared by itself, in a copy: for a list of modules, none; for one, tanh."""
+
+    def forward(self, x: Tensor, **_) -> Tensor:
+        return x.tanh()
+
+
+INNER = ("transformer_blocks", "attn1", "attn2", "ff")  # what StandIn stands in for
 
 
 def is_plain(linear: nn.Module) -> bool:
@@ -249,6 +263,8 @@ def fusible(unet: nn.Module) -> dict[str, nn.Module]:
                     found[name] = module
         elif is_gate(module) and is_plain(module.proj):
             found[name] = module
+        elif is_transformer(module) and layernorm.is_known(module):
+            found[name] = module
     return found
 
 
@@ -258,23 +274,24 @@ def fuse(module: nn.Module) -> None:
         module.forward = types.MethodType(gated, module)
     elif is_attention(module):
         module.set_processor(Attention())
+    elif is_transformer(module):
+        module.forward = types.MethodType(layernorm.answer, module)
     else:
         convolution.fuse(module)
 
 
 def wrap(unet: nn.Module) -> str:
     """Fuse what is fusible in `unet`, in place, after inject(). Returns how much that is."""
-    found, why = fusible(unet), ""
+    found, why = list(fusible(unet).values()), ""
     if unet.device.type == "cuda":
-        why = geglu.unavailable(unet.dtype, unet.device)
-        why = why or groupnorm.unavailable(unet.dtype, unet.device)
-    if why:  # diffusers' own lines are the faster ones then
-        found = {name: found[name] for name in found.keys() - convolution.fusible(unet).keys()}
-    for module in found.values():
+        whys = (each.unavailable(unet.dtype, unet.device) for each in (geglu, groupnorm, layernorm))
+        why = next(filter(None, whys), "")
+    if why:  # for all else diffusers' own lines are the faster ones then
+        found = [each for each in found if is_attention(each) or is_gate(each)]
+    for module in found:
         fuse(module)
     attention, gates, blocks = (
-        [each for each in found.values() if kind(each)]
-        for kind in (is_attention, is_gate, convolution.is_block)
+        list(filter(kind, found)) for kind in (is_attention, is_gate, convolution.is_block)
     )
     groups = of_one_size([each for each in attention if each.is_cross_attention])
     for each in attention:
@@ -290,7 +307,7 @@ def wrap(unet: nn.Module) -> str:
         said += f", {len(blocks)} convolution blocks"
     said += f" and {len(gates)} feed-forward gates fused"
     if why:
-        said += f", gates and convolutions by PyTorch's kernels, which take longer ({why})"
+        said += f", all else by PyTorch's kernels, which take longer ({why})"
     return said
 
 
@@ -342,13 +359,14 @@ def largest_difference(module: nn.Module) -> float:
 
 def random_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` in fp32 with random numbers, of such sizes that frozen and trained
-    branches give answers of about one length. Of a transformer only the doors.
+    branches give answers of about one length. Of a transformer only the doors, of its blocks the
+    norms.
     """
     # deepcopy takes what is in its memo for a copy: so each frozen layer becomes a fresh one
     frozen = (each for each in module.modules() if is_plain(each) or type(each) in FROZEN)
     memo = {id(each): fresh(each) for each in frozen}
-    if convolution.has_doors(module):
-        memo[id(module.transformer_blocks)] = nn.ModuleList()
+    if convolution.has_doors(module) or is_transformer(module):
+        memo |= {id(each): StandIn() for name, each in module.named_children() if name in INNER}
     copied = copy.deepcopy(module, memo)
     for layer in copied.modules():
         for each in layer.parameters(recurse=False):
@@ -378,6 +396,8 @@ def random_inputs(module: nn.Module) -> list[Tensor]:
     elif is_attention(module):
         context = [(2, 8, module.to_k.in_features)] if module.is_cross_attention else []
         shapes = [(2, 7, module.to_q.in_features), *context]
+    elif is_transformer(module):
+        shapes = [(2, 7, *module.norm1.normalized_shape)]
     elif convolution.is_block(module):
         shapes = [(2, module.in_channels, 5, 7)]
         return [

@@ -1,9 +1,10 @@
-"""GroupNorm's kernels (fast/groupnorm.py) against their definition, and what they take, on a GPU.
+"""The norms' kernels (fast/groupnorm.py, fast/layernorm.py) against PyTorch's lines, and what they
+take, on a GPU.
 
-    python -m benchmarks.groupnorm                writes benchmarks/results/groupnorm.json
+    python -m benchmarks.norms                    writes benchmarks/results/norms.json
 
 Answers, moments and gradients in fp32, fp16 and bf16, at SDXL's shapes, odd sides and means of 1000
-included, against the definition in double precision on the same numbers: in units of rounding to
+included, against PyTorch's lines in double precision on the same numbers: in units of rounding to
 the dtype at the answer's size, and to fp32 at the size of what is subtracted. Each is computed
 twice, and must be equal to the bit. Then the time of one call, replayed from a CUDA graph, beside a
 copy. Exits with 1 where an answer differs, or where there is no kernel.
@@ -17,15 +18,18 @@ import sys
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from benchmarks.gate import microseconds
-from fast import groupnorm, kernels
+from fast import groupnorm, kernels, layernorm
 
 ROOT = Path(__file__).resolve().parent.parent
 # (C, H, W) of SDXL at 512 px and of odd buckets; then sides of a latent at 1024 px.
 SHAPES = [(320, 64, 64), (640, 32, 32), (960, 64, 64), (1280, 16, 16), (1920, 32, 32)]
 SHAPES += [(2560, 16, 16), (320, 52, 76), (640, 17, 23), (1280, 13, 19), (1920, 1, 5), (32, 5, 7)]
+# (M, D) of its transformers at 512 and 1024 px, one picture and four.
+ROWS = [(256, 1280), (1024, 640), (1024, 1280), (4096, 640), (4096, 1280), (16384, 640), (7, 64)]
 LARGE = [(320, 128, 128), (640, 64, 64), (1280, 32, 32), (2560, 32, 32)]
 
 
@@ -57,19 +61,63 @@ def compare(shape: tuple, dtype: torch.dtype, mean: float, full: bool) -> dict:
     for kept in (found, twice):
         y, own = groupnorm.forward(x, norm, shift, full)
         kept += [y, own, groupnorm.backward(grad, x, norm, shift, own, residual, full)]
-    about, fp32 = torch.finfo(dtype), torch.finfo(torch.float32).eps
-    rounding = fp32 * (4 + abs(mean) * inverse.max().item())  # of x - mean, in deviations
-    off = {}
-    for name, f, w in (("answer", found[0], want), ("gradient", found[2], want_dx)):
-        size = w.square().mean().sqrt()
-        unit = about.eps * w.abs() + rounding * (w.abs() + size) + about.smallest_normal
-        off[name] = round(((f.double() - w).abs() / unit).max().item(), 3)
-        off[f"{name}, relative"] = float(f"{(f.double() - w).norm() / w.norm():.2g}")
+    pairs = (("answer", found[0], want), ("gradient", found[2], want_dx))
+    off = differences(pairs, abs(mean) * inverse.max().item())
     spread = ((found[1][..., 1].double() - inverse).abs() / inverse).max().item()
     equal = all(torch.equal(a, b) for a, b in zip(found, twice, strict=True))
     good = equal and off["answer"] <= 2 and off["gradient"] <= 4 and spread < 1e-4
     row = {"shape": shape, "dtype": str(dtype)[6:], "mean": mean, "in a block": full}
     return row | {"off": off, "deviation off": float(f"{spread:.2g}"), "equal": equal, "good": good}
+
+
+def differences(pairs, means: float) -> dict[str, float]:
+    """means: how many deviations a mean was at most, which rounds x - mean."""
+    off = {}
+    for name, f, w in pairs:
+        about, size = torch.finfo(f.dtype), w.square().mean().sqrt()
+        rounding = torch.finfo(torch.float32).eps * (4 + means) * (w.abs() + size)
+        unit = about.eps * w.abs() + rounding + about.smallest_normal
+        off[name] = round(((f.double() - w).abs() / unit).max().item(), 3)
+        off[f"{name}, relative"] = float(f"{(f.double() - w).norm() / w.norm():.2g}")
+    return off
+
+
+def compare_rows(shape: tuple, dtype: torch.dtype, mean: float, added: bool) -> dict:
+    """LayerNorm of x (M, D), with an addition or without."""
+    generator = torch.Generator("cuda").manual_seed(0)
+    draw = lambda *size: torch.randn(size, generator=generator, device="cuda")  # noqa: E731
+    x, more, grad = ((draw(*shape) + m).to(dtype) for m in (mean, 0, 0))
+    affine = [draw(shape[1]).to(dtype) for _ in range(2)]
+    more, beside, found, twice = more if added else None, more, [], []
+    assert layernorm.has_kernel(affine[0], x, grad, more), (shape, dtype)
+    for kept in (found, twice):
+        total, y = layernorm.forward(x, more, affine, 1e-5)
+        total = total if added else x
+        kept += [total, y, layernorm.backward(grad, total, beside, affine, 1e-5)]
+    exact = [each.double() for each in (grad, found[0], beside)], [a.double() for a in affine]
+    want = F.layer_norm(exact[0][1], affine[0].shape, *exact[1], 1e-5)
+    want_dx = layernorm.backward(*exact[0], exact[1], 1e-5)
+    off = differences((("answer", found[1], want), ("gradient", found[2], want_dx)), abs(mean))
+    equal = all(torch.equal(a, b) for a, b in zip(found, twice, strict=True))
+    equal = equal and (not added or torch.equal(found[0], x + more))
+    good = equal and off["answer"] <= 2 and off["gradient"] <= 4
+    row = {"shape": shape, "dtype": str(dtype)[6:], "mean": mean, "added": added}
+    return row | {"off": off, "equal": equal, "good": good}
+
+
+def row_times(shape: tuple, dtype: torch.dtype) -> dict:
+    x, more, grad = (torch.randn(shape, device="cuda").to(dtype) for _ in range(3))
+    affine = [torch.randn(shape[1], device="cuda").to(dtype) for _ in range(2)]
+    _, *moments = torch.native_layer_norm(x, affine[0].shape, *affine, 1e-5)
+    how = (grad, x, affine[0].shape, *moments, *affine, (True, False, False))
+    calls = {
+        "forward": lambda: layernorm.forward(x, more, affine, 1e-5),
+        "forward, PyTorch's": lambda: F.layer_norm(x + more, affine[0].shape, *affine, 1e-5),
+        "backward": lambda: layernorm.backward(grad, x, more, affine, 1e-5),
+        "backward, PyTorch's": lambda: torch.ops.aten.native_layer_norm_backward(*how)[0] + more,
+    }
+    spent = {name: round(microseconds(call, True), 2) for name, call in calls.items()}
+    return {"shape": shape, "dtype": str(dtype)[6:], "MB": round(x.nbytes / 1e6, 1), "us": spent}
 
 
 def times(shape: tuple, dtype: torch.dtype) -> dict:
@@ -86,21 +134,22 @@ def times(shape: tuple, dtype: torch.dtype) -> dict:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    path = ROOT / "benchmarks" / "results" / "groupnorm.json"
+    path = ROOT / "benchmarks" / "results" / "norms.json"
     parser.add_argument("--out", type=Path, default=path)
     out = parser.parse_args().out
     if not torch.cuda.is_available():
         sys.exit("error: there is no GPU here; expected a CUDA GPU. What to do: run it on one")
     ways = itertools.product((1, 4), SHAPES, kernels.NUMBERS, (0.0, 1000.0), (True, False))
     rows = [compare((n, *shape), dtype, mean, full) for n, shape, dtype, mean, full in ways]
+    ways = itertools.product(ROWS, kernels.NUMBERS, (0.0, 1000.0), (True, False))
+    rows += [compare_rows(*way) for way in ways]
     result = {
-        "command": " ".join(["python -m benchmarks.groupnorm", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.norms", *sys.argv[1:]]),
         "on": f"{torch.cuda.get_device_name()}, torch {torch.__version__}",
         "good": all(row["good"] for row in rows),
         "differences, in units of rounding": rows,
-        "times": [
-            times((n, *shape), torch.float16) for n in (1, 4) for shape in SHAPES[:6] + LARGE
-        ],
+        "times": [times((n, *shape), torch.float16) for n in (1, 4) for shape in SHAPES[:6] + LARGE]
+        + [row_times(shape, torch.float16) for shape in ROWS[:6]],
     }
     out.write_text(json.dumps(result, indent=1) + "\n")
     for row in (row for row in rows if not row["good"]):
