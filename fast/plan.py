@@ -309,8 +309,9 @@ CARDS = (
 # was short of memory, where torch gives blocks back).
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
-# s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H100's
-# 0.138, 0.058, 0.261 and 0.174 s of benchmarks/results/bench_ladder.json within a tenth.
+# s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H200's
+# 0.106, 0.045 and 0.205 s of benchmarks/results/kernels.json within a tenth, and its 0.145 s (1024
+# px, 4 x 1) a sixth too long.
 LAUNCH = 3.5e-6
 
 
