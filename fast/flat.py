@@ -85,16 +85,19 @@ class Flat:
         cast of the vector to the UNet's dtype. The cast is a leaf that gathers the gradient of all
         of them, which reaches the vector's in one addition.
         """
-        counts = {name: self.shapes[name].numel() for name in self.spans}
-        sizes = [size for count in counts.values() for size in (count, padded(count) - count)]
+        parts = []  # of the vector, in order: a matrix's name, or "" for padding, and its size
+        for name in self.spans:
+            count = self.shapes[name].numel()
+            parts += [(name, count)] + [("", padded(count) - count)] * (count % QUANT_BLOCK > 0)
+        names, sizes = zip(*parts, strict=True)
 
         def micro_step(run, batch) -> None:
             scales = all(len(shape) == 1 for shape in self.shapes.values())  # they stay fp32
             dtype = torch.float32 if scales else run.unet.dtype
             cast = self.vector.detach().to(dtype).requires_grad_()
             # split() and not slices: each slice's gradient would be a vector of the whole size.
-            parts = zip(self.spans, cast.split(sizes)[::2], strict=True)
-            self._read({name: part.view(self.shapes[name]) for name, part in parts})
+            found = zip(names, cast.split(sizes), strict=True)
+            self._read({name: part.view(self.shapes[name]) for name, part in found if name})
             try:
                 inner(run, batch)
             finally:

@@ -6,14 +6,11 @@ kernels, registered as operators of PyTorch. Elsewhere, also where a memory plan
 no kernel can, they are PyTorch's lines, which pass over memory several times.
 """
 
-import functools
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fast import kernels
-from inputs.files import first_line
 
 SOURCE = """
 __device__ float normal(float g) { return 0.5f * (1.0f + erff(g * 0.70710678f)); }
@@ -44,14 +41,15 @@ extern "C" __global__ void backward(const Pack* values, const Pack* gates, const
 """
 
 
-@functools.cache
 def unavailable(dtype: torch.dtype, device: torch.device) -> str:
     """Why PyTorch's lines compute gates on this device, or "" where a kernel can."""
-    try:
-        kernels.loaded(SOURCE, "forward", dtype, device)
-    except Exception as error:  # no GPU, no cuda-bindings, a compiler that does not know the GPU
-        return first_line(error)
-    return ""
+    return kernels.unavailable(SOURCE, "forward", dtype, device)
+
+
+def launch(name: str, *tensors: Tensor) -> None:
+    """Have a kernel run over `tensors`, each of whose threads has one pack of each."""
+    packs = tensors[0].nbytes // kernels.BYTES
+    kernels.launch(SOURCE, name, (*tensors, packs), (-(-packs // 256), 1, 256))
 
 
 def has_kernel(*tensors: Tensor) -> bool:
@@ -77,14 +75,14 @@ def backward(value: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]
 @torch.library.custom_op("sdxl_lora::gate_forward", mutates_args=(), device_types="cuda")
 def kernel_forward(value: Tensor, gate: Tensor) -> Tensor:
     answer = torch.empty_like(value)
-    kernels.launch(SOURCE, "forward", (value, gate, answer))
+    launch("forward", value, gate, answer)
     return answer
 
 
 @torch.library.custom_op("sdxl_lora::gate_backward", mutates_args=(), device_types="cuda")
 def kernel_backward(value: Tensor, gate: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
     dvalue, dgate = torch.empty_like(value), torch.empty_like(gate)
-    kernels.launch(SOURCE, "backward", (value, gate, grad, dvalue, dgate))
+    launch("backward", value, gate, grad, dvalue, dgate)
     return dvalue, dgate
 
 

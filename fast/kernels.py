@@ -7,11 +7,13 @@ A kernel is launched on torch's current stream, so that a CUDA graph records it.
 
 import ctypes
 import functools
+import struct
 
 import torch
 from torch import Tensor
 
-THREADS = 256  # of a block; each has a pack of numbers of its own
+from inputs.files import first_line
+
 BYTES = 16  # of a pack: the most that a thread reads or writes at once
 
 # What every source begins with. T is how a number is kept in memory; kernels compute in fp32.
@@ -83,6 +85,16 @@ def loaded(source: str, name: str, dtype: torch.dtype, device: torch.device):
         return checked(driver.cuModuleGetFunction(module, name.encode()))
 
 
+@functools.cache
+def unavailable(source: str, name: str, dtype: torch.dtype, device: torch.device) -> str:
+    """Why there is no kernel `name` of `source` on this device, or "" where there is."""
+    try:
+        loaded(source, name, dtype, device)
+    except Exception as error:  # no GPU, no cuda-bindings, a compiler that does not know the GPU
+        return first_line(error)
+    return ""
+
+
 def in_packs(tensors: tuple[Tensor, ...]) -> bool:
     """Whether each is contiguous, begins at a multiple of a pack, and is whole packs long."""
     return all(
@@ -90,17 +102,22 @@ def in_packs(tensors: tuple[Tensor, ...]) -> bool:
     )
 
 
-def launch(source: str, name: str, tensors: tuple[Tensor, ...]) -> None:
-    """Have the kernel `name` of `source` run over `tensors`, which are alike and in packs. Its
-    arguments are their addresses and the number of packs.
+def launch(source: str, name: str, arguments: tuple, shape: tuple, shared: int = 0) -> None:
+    """Have the kernel `name` of `source` run on the device of the first argument, a tensor, with T
+    for its dtype. Arguments are pointers (tensors; None is null), long long and double, eight bytes
+    each: a kernel takes them one after another, or as one struct. shape: blocks along x and along
+    y, and threads of a block; shared: bytes of a block's shared memory.
     """
     from cuda.bindings import driver
 
-    x, packs = tensors[0], tensors[0].nbytes // BYTES
-    values = (*(each.data_ptr() for each in tensors), packs)
-    kinds = (*(ctypes.c_void_p for _ in tensors), ctypes.c_longlong)
-    shape = (-(-packs // THREADS), 1, 1, THREADS, 1, 1)
+    x, count = arguments[0], len(arguments)
+    bits = (each.data_ptr() if isinstance(each, Tensor) else each or 0 for each in arguments)
+    bits = (struct.pack("d" if isinstance(each, float) else "q", each) for each in bits)
+    values = ctypes.create_string_buffer(b"".join(bits))
+    addresses = [ctypes.addressof(values) + 8 * i for i in range(count)]
     kernel = loaded(source, name, x.dtype, x.device)
     with torch.cuda.device(x.device):
         stream = torch.cuda.current_stream().cuda_stream
-        checked(driver.cuLaunchKernel(kernel, *shape, 0, stream, (values, kinds), 0))
+        blocks, pointers = (*shape[:2], 1), (ctypes.c_void_p * count)(*addresses)
+        how = (shared, stream, ctypes.addressof(pointers), 0)
+        checked(driver.cuLaunchKernel(kernel, *blocks, shape[2], 1, 1, *how))

@@ -11,6 +11,7 @@ feed-forward layer.
 """
 
 import copy
+import functools
 import itertools
 import types
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 from diffusers.models.attention_processor import AttnProcessor2_0
 from torch import Tensor, nn
 
-from fast import geglu
+from fast import convolution, geglu, groupnorm, layernorm
 from inputs.files import first_line
 from lora import LoRALinear
 
@@ -125,7 +126,8 @@ def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     scale = layers[0].strength * layers[0].scale
     bases = tuple(layer.base for layer in layers)
     y = Project.apply(x.flatten(0, -2), scale, bases, *(m.to(x.dtype) for m in matrices))
-    return y.unflatten(0, x.shape[:-1]).chunk(len(layers), dim=-1)
+    y = y.unflatten(0, x.shape[:-1])
+    return y.chunk(len(layers), dim=-1) if layers[1:] else (y,)  # chunk's gradient is a copy
 
 
 def join(layers: list[nn.Module]) -> None:
@@ -152,11 +154,35 @@ class Attention:
             q, k, v = project(x, [attn.to_q, attn.to_k, attn.to_v])
         else:
             (q,) = project(x, [attn.to_q])
-            k, v = project(encoder_hidden_states, [attn.to_k, attn.to_v])
+            made = getattr(encoder_hidden_states, "made", {})  # by answer_under()
+            k, v = made.get(attn) or project(encoder_hidden_states, [attn.to_k, attn.to_v])
         q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
         y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)  # (B, heads, T, D/h)
         (y,) = project(y.transpose(1, 2).flatten(2), [attn.to_out[0]])
         return y  # (B, T, D)
+
+
+def of_one_size(layers: list[nn.Module]) -> list[list[nn.Module]]:
+    """Attention layers in groups whose keys and values project() can compute at once."""
+    groups: dict[tuple, list[nn.Module]] = {}
+    for attn in layers:
+        layer = attn.to_k
+        about = (layer.in_features, layer.out_features, len(layer.lora_A), layer.scale)
+        groups.setdefault(about, []).append(attn)
+    return list(groups.values())
+
+
+def answer_under(unet, groups, sample, timestep, encoder_hidden_states, **more):
+    """What `unet` answers under a context (B, T', D'), whose keys and values in all cross-attention
+    layers are computed first, in one product for each of `groups`. They go along as an attribute of
+    the context, so that they live as long as it does.
+    """
+    context = encoder_hidden_states.view_as(encoder_hidden_states)
+    context.made = {}
+    for group in groups:
+        found = project(context, [layer for attn in group for layer in (attn.to_k, attn.to_v)])
+        context.made |= zip(group, zip(found[::2], found[1::2], strict=True), strict=True)
+    return type(unet).forward(unet, sample, timestep, context, **more)
 
 
 # ---- the gated feed-forward layer ----------------------------------------------------------------
@@ -197,23 +223,47 @@ def is_gate(module: nn.Module) -> bool:
     return type(module).__name__ == "GEGLU"
 
 
+def is_attention(module: nn.Module) -> bool:
+    return type(module).__name__ == "Attention"
+
+
+def is_transformer(module: nn.Module) -> bool:
+    return type(module).__name__ == "BasicTransformerBlock"
+
+
+FROZEN = (nn.Linear, nn.Conv2d, nn.GroupNorm, nn.LayerNorm)
+
+
+class StandIn(nn.ModuleList):
+    """For what is compared by itself, in a copy: for a list of modules, none; for one, tanh."""
+
+    def forward(self, x: Tensor, **_) -> Tensor:
+        return x.tanh()
+
+
+INNER = ("transformer_blocks", "attn1", "attn2", "ff")  # what StandIn stands in for
+
+
 def is_plain(linear: nn.Module) -> bool:
     """Whether it is a Linear without anything beside it, whole or in NF4."""
     return type(linear) is nn.Linear or hasattr(getattr(linear, "weight", None), "quant_state")
 
 
 def fusible(unet: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers whose four projections are the book's LoRALinear of one rank, and the
-    gates whose projection has no adapter, by name: what else there is computes by its definition.
+    """The attention layers whose four projections are the book's LoRALinear of one rank, the gates
+    whose projection has no adapter, and the convolutions' part, by name: what else there is
+    computes by its definition.
     """
-    found = {}
+    found = convolution.fusible(unet)
     for name, module in unet.named_modules():
-        if type(module).__name__ == "Attention":
+        if is_attention(module):
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
             if all(type(each) is LoRALinear and is_plain(each.base) for each in needed):
                 if len({(len(each.lora_A), each.scale) for each in needed}) == 1:
                     found[name] = module
         elif is_gate(module) and is_plain(module.proj):
+            found[name] = module
+        elif is_transformer(module) and layernorm.is_known(module):
             found[name] = module
     return found
 
@@ -222,22 +272,42 @@ def fuse(module: nn.Module) -> None:
     """Have one of fusible() compute in its other form, in place."""
     if is_gate(module):
         module.forward = types.MethodType(gated, module)
-    else:
+    elif is_attention(module):
         module.set_processor(Attention())
+    elif is_transformer(module):
+        module.forward = types.MethodType(layernorm.answer, module)
+    else:
+        convolution.fuse(module)
 
 
 def wrap(unet: nn.Module) -> str:
     """Fuse what is fusible in `unet`, in place, after inject(). Returns how much that is."""
-    found = fusible(unet).values()
+    found, why = list(fusible(unet).values()), ""
+    if unet.device.type == "cuda":
+        whys = (each.unavailable(unet.dtype, unet.device) for each in (geglu, groupnorm, layernorm))
+        why = next(filter(None, whys), "")
+    if why:  # for all else diffusers' own lines are the faster ones then
+        found = [each for each in found if is_attention(each) or is_gate(each)]
     for module in found:
         fuse(module)
-        if not is_gate(module):
-            projections = [module.to_q, module.to_k, module.to_v]
-            join(projections[1:] if module.is_cross_attention else projections)
-    gates = sum(map(is_gate, found))
-    said = f"{len(found) - gates} attention layers and {gates} feed-forward gates fused"
-    if unet.device.type == "cuda" and (why := geglu.unavailable(unet.dtype, unet.device)):
-        said += f", the gates by PyTorch's kernels, which take longer ({why})"
+    attention, gates, blocks = (
+        list(filter(kind, found)) for kind in (is_attention, is_gate, convolution.is_block)
+    )
+    groups = of_one_size([each for each in attention if each.is_cross_attention])
+    for each in attention:
+        if not each.is_cross_attention:
+            join([each.to_q, each.to_k, each.to_v])
+    for group in groups:
+        join([layer for each in group for layer in (each.to_k, each.to_v)])
+    if groups:
+        unet.forward = functools.partial(answer_under, unet, groups)
+    said = f"{len(attention)} attention layers"
+    if blocks:
+        convolution.lay_out(unet, torch.channels_last)
+        said += f", {len(blocks)} convolution blocks"
+    said += f" and {len(gates)} feed-forward gates fused"
+    if why:
+        said += f", all else by PyTorch's kernels, which take longer ({why})"
     return said
 
 
@@ -245,8 +315,10 @@ def unwrap(unet: nn.Module) -> None:
     """Have what wrap() fused, and what was compiled, compute by its definition again, the forward
     of its class.
     """
+    convolution.lay_out(unet, torch.contiguous_format)
     for module in unet.modules():
         module.__dict__.pop("forward", None)
+        module.__dict__.pop(convolution.LEAVE, None)
         if isinstance(getattr(module, "processor", None), Attention):
             module.set_processor(AttnProcessor2_0())
 
@@ -275,11 +347,11 @@ def largest_difference(module: nn.Module) -> float:
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.device(device):
         torch.manual_seed(0)
         plain = random_copy(module)
-        widths = enumerate(input_widths(module))
-        inputs = [torch.randn(2, 7 + i, width, requires_grad=True) for i, width in widths]
+        inputs = random_inputs(module)
         fused = copy.deepcopy(plain)
         fuse(fused)
-        forms = [answer_and_gradients(form, inputs) for form in (plain, fused)]
+        with torch.backends.cudnn.flags(enabled=False):  # some of its fp32 convolutions round more
+            forms = [answer_and_gradients(form, inputs) for form in (plain, fused)]
     return max(
         ((a - b).norm() / a.norm().clamp(min=1e-30)).item() for a, b in zip(*forms, strict=True)
     )
@@ -287,10 +359,14 @@ def largest_difference(module: nn.Module) -> float:
 
 def random_copy(module: nn.Module) -> nn.Module:
     """A copy of `module` in fp32 with random numbers, of such sizes that frozen and trained
-    branches give answers of about one length.
+    branches give answers of about one length. Of a transformer only the doors, of its blocks the
+    norms.
     """
-    # deepcopy takes what is in its memo for a copy: so each frozen Linear becomes a fresh one
-    memo = {id(each): fresh(each) for each in module.modules() if is_plain(each)}
+    # deepcopy takes what is in its memo for a copy: so each frozen layer becomes a fresh one
+    frozen = (each for each in module.modules() if is_plain(each) or type(each) in FROZEN)
+    memo = {id(each): fresh(each) for each in frozen}
+    if convolution.has_doors(module) or is_transformer(module):
+        memo |= {id(each): StandIn() for name, each in module.named_children() if name in INNER}
     copied = copy.deepcopy(module, memo)
     for layer in copied.modules():
         for each in layer.parameters(recurse=False):
@@ -300,25 +376,44 @@ def random_copy(module: nn.Module) -> nn.Module:
     return copied
 
 
-def fresh(linear: nn.Module) -> nn.Linear:
-    """A frozen fp32 Linear of the same sizes as `linear`, whole or in NF4."""
-    bias = linear.bias is not None
-    made = nn.Linear(linear.in_features, linear.out_features, bias, dtype=torch.float32)
+def fresh(layer: nn.Module) -> nn.Module:
+    """A frozen fp32 layer of the same kind and sizes with random numbers; of NF4 a Linear."""
+    if type(layer) in FROZEN:
+        made = copy.deepcopy(layer).float()
+    else:
+        made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
+    for each in made.parameters():
+        each.data = torch.randn(each.shape) / each[0].numel() ** 0.5
     return made.requires_grad_(False)
 
 
-def input_widths(module: nn.Module) -> list[int]:
-    """How wide each of the sequences is that a fusible module takes."""
+def random_inputs(module: nn.Module) -> list[Tensor]:
+    """Of the shapes that a fusible module takes; what is trained there reaches all but the
+    timestep's embedding.
+    """
     if is_gate(module):
-        return [module.proj.in_features]
-    context = [module.to_k.in_features] if module.is_cross_attention else []
-    return [module.to_q.in_features, *context]
+        shapes = [(2, 7, module.proj.in_features)]
+    elif is_attention(module):
+        context = [(2, 8, module.to_k.in_features)] if module.is_cross_attention else []
+        shapes = [(2, 7, module.to_q.in_features), *context]
+    elif is_transformer(module):
+        shapes = [(2, 7, *module.norm1.normalized_shape)]
+    elif convolution.is_block(module):
+        shapes = [(2, module.in_channels, 5, 7)]
+        return [
+            torch.randn(shapes[0], requires_grad=True),
+            torch.randn(2, module.time_emb_proj.in_features),
+        ]
+    else:
+        shapes = [(2, getattr(module, "norm", module).num_channels, 5, 7)]
+    return [torch.randn(shape, requires_grad=True) for shape in shapes]
 
 
 def answer_and_gradients(module: nn.Module, inputs: list[Tensor]) -> list[Tensor]:
-    """What `module` answers, and the gradients that its squares send to all its inputs and trained
-    parameters.
+    """What `module` answers, and the gradients that its squares send to all its inputs and
+    parameters that take one.
     """
-    learning = [each for each in module.parameters() if each.requires_grad]
+    learning = [each for each in (*inputs, *module.parameters()) if each.requires_grad]
     answer, how = module(*inputs), {"allow_unused": True, "materialize_grads": True}
-    return [answer, *torch.autograd.grad(answer.square().sum(), inputs + learning, **how)]
+    answer = answer if isinstance(answer, Tensor) else answer[0]
+    return [answer, *torch.autograd.grad(answer.square().sum(), learning, **how)]

@@ -103,6 +103,8 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out, operation = func(*args, **kwargs), func.overloadpacket
+        if operation is aten.convolution and out.is_meta and in_nhwc(args[1]):  # so is a GPU's
+            out = torch.empty_like(out, memory_format=torch.channels_last)
         if operation in PRODUCTS:
             self.work["flop"] += PRODUCTS[operation](*args, **kwargs, out_val=out)
         elif computes(func):
@@ -111,8 +113,9 @@ class Live(TorchDispatchMode):
         for tensor in tensors(out):
             self.follow(tensor.untyped_storage())
         # cuDNN computes in the order NHWC: tensors in torch's order are copied into it and back.
-        copied = operation in (aten.convolution, aten.convolution_backward)
-        workspace = nbytes((args, out)) if copied else 0
+        convolved = operation in (aten.convolution, aten.convolution_backward)
+        lying = [each for each in tensors((args, out)) if not in_nhwc(each)] if convolved else []
+        workspace = nbytes(lying)
         if self.bytes + workspace > self.peak:
             self.peak, self.workspace = self.bytes + workspace, workspace
         return out
@@ -126,6 +129,11 @@ class Live(TorchDispatchMode):
 
     def freed(self, size: int) -> None:
         self.bytes -= size
+
+
+def in_nhwc(x: Tensor) -> bool:
+    """Whether what is no picture, or a picture's channels, lie side by side in memory."""
+    return x.ndim != 4 or x.is_contiguous(memory_format=torch.channels_last)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_, **__) -> Tensor:
@@ -301,8 +309,9 @@ CARDS = (
 # was short of memory, where torch gives blocks back).
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
-# s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H100's
-# 0.138, 0.058, 0.261 and 0.174 s of benchmarks/results/bench_ladder.json within a tenth.
+# s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H200's
+# 0.106, 0.045 and 0.205 s of benchmarks/results/kernels.json within a tenth, and its 0.145 s (1024
+# px, 4 x 1) a sixth too long.
 LAUNCH = 3.5e-6
 
 

@@ -23,9 +23,9 @@ def rng(seed: int) -> torch.Generator:
 @pytest.fixture
 def anew():
     """Each test asks whether there are kernels; none leaves its answer."""
-    geglu.unavailable.cache_clear()
+    kernels.unavailable.cache_clear()
     yield
-    geglu.unavailable.cache_clear()
+    kernels.unavailable.cache_clear()
 
 
 # ---- the compiler --------------------------------------------------------------------------------
@@ -65,7 +65,7 @@ def test_without_cuda_bindings_one_sentence_says_so(monkeypatch, anew):
     lora.inject(unet, rank=4, alpha=6)
     monkeypatch.setattr(type(unet), "device", torch.device("cuda:0"))
     said = layers.wrap(unet)
-    assert said.startswith("16 attention layers and 8 feed-forward gates fused, the gates by ")
+    assert said.startswith("16 attention layers and 8 feed-forward gates fused, all else by Py")
     assert "PyTorch's kernels, which take longer (import of cuda.bindings halted" in said
     assert len(said.splitlines()) == 1
 

@@ -64,7 +64,7 @@ def test_loss_and_gradient_equal_the_definitions(rank, checkpointing, one_thread
             some = ("mid_block.attentions.0", "up_blocks.0.attentions.0")
             model.use_gradient_checkpointing(unet, some if checkpointing == "some" else ())
         found.append(gradient(unet, vector, batch))
-    assert said == "16 attention layers and 8 feed-forward gates fused"
+    assert said == "16 attention layers, 8 convolution blocks and 8 feed-forward gates fused"
     (loss, grad), (fused_loss, fused_grad) = found
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5

@@ -1,0 +1,159 @@
+"""SDXL's convolution blocks in NHWC, the order that tensor cores read: by torch's usual order cuDNN
+copies each picture before and after every convolution.
+
+ResnetBlock2D becomes one function, which keeps for its backward pass its input, the answer of its
+first convolution and the groups' moments; all else is computed again. A transformer's doors become
+views. The rest of the UNet follows the order of what it is given.
+"""
+
+import types
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fast import groupnorm
+from fast.groupnorm import nhwc
+
+LEAVE = "_get_output_for_continuous_inputs"  # the part of Transformer2DModel after its blocks
+
+
+def lines(x: Tensor) -> Tensor:
+    """(B, C, H, W) in NHWC as (B H W, C), without a copy."""
+    return x.permute(0, 2, 3, 1).flatten(0, 2)
+
+
+def before(conv: nn.Conv2d, grad: Tensor, x: Tensor) -> Tensor:
+    """The gradient that reaches the input of `conv`, which is like x."""
+    how = (conv.stride, conv.padding, conv.dilation, False, (0, 0), conv.groups)
+    wanted = (True, False, False)
+    dx, *_ = torch.ops.aten.convolution_backward(grad, x, conv.weight, None, *how, wanted)
+    return nhwc(dx)
+
+
+class Resnet(torch.autograd.Function):
+    """x (B, C, H, W), shift (B, out) -> x + conv2(silu(norm2(conv1(silu(norm1(x))) + shift))), or
+    with conv_shortcut(x) in the place of x. The gradient reaches x alone. The bias of conv1 is in
+    the shift.
+    """
+
+    @staticmethod
+    def forward(ctx, x, shift, block):
+        x, short = nhwc(x), block.conv_shortcut
+        y, first = groupnorm.forward(x, block.norm1, None, True)
+        middle = nhwc(F.conv2d(y, block.conv1.weight, None, padding=1))
+        y, second = groupnorm.forward(middle, block.norm2, shift, True)
+        y = nhwc(F.conv2d(y, block.conv2.weight, None if short else block.conv2.bias, padding=1))
+        if short:
+            bias = short.bias + block.conv2.bias
+            lines(y).add_(torch.addmm(bias, lines(x), short.weight.flatten(1).t()))
+        else:
+            y.add_(x)
+        ctx.save_for_backward(x, middle, shift, first, second)
+        ctx.block = block
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, middle, shift, first, second = ctx.saved_tensors
+        block, grad = ctx.block, nhwc(grad)
+        d = before(block.conv2, grad, middle)
+        d = groupnorm.backward(d, middle, block.norm2, shift, second, None, True)
+        d = before(block.conv1, d, x)
+        if block.conv_shortcut:
+            residual = lines(grad) @ block.conv_shortcut.weight.flatten(1)
+            B, _, H, W = x.shape
+            grad = residual.view(B, H, W, -1).permute(0, 3, 1, 2)
+        return groupnorm.backward(d, x, block.norm1, None, first, grad, True), None, None
+
+
+class Norm(torch.autograd.Function):
+    """x (B, C, H, W) -> norm(x), a frozen GroupNorm."""
+
+    @staticmethod
+    def forward(ctx, x, norm):
+        x = nhwc(x)
+        y, moments = groupnorm.forward(x, norm, None, False)
+        ctx.save_for_backward(x, moments)
+        ctx.norm = norm
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, moments = ctx.saved_tensors
+        return groupnorm.backward(nhwc(grad), x, ctx.norm, None, moments, None, False), None
+
+
+def resnet(block: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
+    """What diffusers' ResnetBlock2D answers to x (B, C, H, W) and temb (B, D)."""
+    shift = block.time_emb_proj(block.nonlinearity(temb)) + block.conv1.bias
+    if shift.requires_grad:  # something before the timestep's embedding is trained
+        return type(block).forward(block, x, temb)
+    return Resnet.apply(x, shift, block)
+
+
+def leave(
+    doors: nn.Module, hidden_states: Tensor, residual: Tensor, batch_size, height, width, inner_dim
+) -> Tensor:
+    """What diffusers' Transformer2DModel makes of its blocks' answer (B, H W, C): (B, C, H, W)."""
+    y = doors.proj_out(hidden_states).unflatten(1, (height, width))
+    return y.permute(0, 3, 1, 2) + residual
+
+
+# ---- which, and how they are put in --------------------------------------------------------------
+
+
+def is_block(module: nn.Module) -> bool:
+    return type(module).__name__ == "ResnetBlock2D"
+
+
+def has_doors(module: nn.Module) -> bool:
+    return type(module).__name__ == "Transformer2DModel"
+
+
+def is_known(block: nn.Module) -> bool:
+    """Whether a ResnetBlock2D is frozen and computes what Resnet does."""
+    convs, norms = [block.conv1, block.conv2], [block.norm1, block.norm2]
+    short = [] if block.conv_shortcut is None else [block.conv_shortcut]
+    settings = (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor)
+    return (
+        all(type(each) is nn.Conv2d for each in convs + short)
+        and all((each.kernel_size, each.stride) == ((3, 3), (1, 1)) for each in convs)
+        and all(type(each) is nn.GroupNorm for each in norms)
+        and type(block.nonlinearity) is nn.SiLU
+        and block.upsample is block.downsample is None
+        and (*settings, block.dropout.p) == ("default", False, 1, 0)
+        and not any(each.requires_grad for each in block.parameters())
+    )
+
+
+def fusible(unet: nn.Module) -> dict[str, nn.Module]:
+    """The convolution blocks of `unet`, its transformers, for their doors, and its last norm, by
+    name: nothing where one block is not SDXL's, since the order NHWC pays for all or none.
+    """
+    modules = dict(unet.named_modules())
+    blocks = {name: each for name, each in modules.items() if is_block(each)}
+    if not all(map(is_known, blocks.values())):
+        return {}
+    doors = {name: each for name, each in modules.items() if has_doors(each)}
+    if not all(each.use_linear_projection for each in doors.values()):
+        return {}
+    return blocks | doors | {"conv_norm_out": unet.conv_norm_out}
+
+
+def fuse(module: nn.Module) -> None:
+    """Have one of fusible() compute in its other form, in place."""
+    if is_block(module):
+        module.forward = types.MethodType(resnet, module)
+    elif has_doors(module):
+        fuse(module.norm)
+        setattr(module, LEAVE, types.MethodType(leave, module))
+    else:
+        module.forward = lambda x: Norm.apply(x, module)
+
+
+def lay_out(unet: nn.Module, order: torch.memory_format) -> None:
+    """Keep the weights of convolutions in that order, which is the order of what they answer."""
+    for each in unet.modules():
+        if type(each) is nn.Conv2d and each.kernel_size != (1, 1):
+            each.weight.data = each.weight.data.contiguous(memory_format=order)
