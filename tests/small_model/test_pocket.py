@@ -396,7 +396,7 @@ def test_better_is_hubers_loss_and_gives_way_to_what_is_asked_for(recipe):
     huber = {"better", "loss_type", "huber_schedule", "huber_c"}
     assert changed == huber | ({"max_train_steps"} if recipe == "pocket" else set())
     assert config.parse([recipe, "--better", "--huber-c", "0.1"]).huber_c == 0.1
-    with pytest.raises(Refusal, match="--better with native.*--quick with --better"):
+    with pytest.raises(Refusal, match=r"--better with native.*--quick with --better"):
         config.parse(["native", "--better", "--quick"])
 
 
