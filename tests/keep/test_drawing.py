@@ -140,7 +140,14 @@ def other_layout(run, folder, layout: str):
     return path
 
 
-@pytest.mark.parametrize("layout", ["peft", "scripts", "UNet", "diffusers' names"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "peft",
+        "scripts",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("UNet", "diffusers' names")),
+    ],
+)
 def test_other_programs_files_draw_the_same_picture(run, tmp_path, capsys, layout):
     assert draw(capsys, str(run)) == (0, "")
     (ours,) = (run / "pictures").glob("00-red-apple*.png")
@@ -179,6 +186,7 @@ def counting(monkeypatch) -> list:
     return loads
 
 
+@pytest.mark.slow
 def test_checkpoints_are_rows_of_one_sheet_drawn_with_one_load(tmp_path, monkeypatch, capsys):
     run = drawable(tmp_path / "out", steps="6", run="one")
     alone = draw(capsys, str(run), "--checkpoints")

@@ -111,6 +111,7 @@ def data_set(server, few, tmp_path) -> str:
     return "someone/ink"
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_trained_on_and_serves_while_the_hub_is_away(
     server, data_set, few, train, said
 ):
