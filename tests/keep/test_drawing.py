@@ -22,7 +22,7 @@ import lora
 import model
 from adapter_tools import drawable, header, loud
 from adapters import files as adapter_files
-from conftest import ROOT, TINY_SDXL
+from conftest import POCKET, ROOT, TINY_SDXL
 from inputs import drawing as options_of_drawing
 from inputs import files, hub
 from inputs.files import Refusal
@@ -281,7 +281,7 @@ def test_options_that_are_read_already_are_drawn(run, capsys):
 
 @pytest.mark.slow
 def test_a_picture_that_does_not_fit_the_gpu_is_decoded_in_tiles(monkeypatch, capsys):
-    vae = model.load_vae(str(TINY_SDXL), torch.device("cpu"))
+    vae = model.load_vae(str(POCKET), torch.device("cpu"))
     with Image.open(sorted((ROOT / "pocket" / "ink").glob("*.png"))[0]) as image:
         pixels = np.asarray(image.convert("RGB").resize((256, 256)), np.float32)
     pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
