@@ -434,7 +434,7 @@ def test_make_generate_compares_unless_an_adapter_or_prompts_are_named(words, co
 
 @pytest.fixture
 def base(tmp_path):
-    """base(sampler, name, setting=...): a copy of the pocket model with another sampler."""
+    """base(sampler, name, setting=...): a copy of the tiny model with another sampler."""
 
     def copy(sampler: str, name: str = "other", **settings) -> str:
         folder = model_with(tmp_path / name, "scheduler", scheduler=["diffusers", sampler])
