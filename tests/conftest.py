@@ -1,5 +1,5 @@
-"""What the tests share. No network, no GPU: a tiny random UNet for unit tests, the pocket model for
-whole runs.
+"""What the tests share. No network, no GPU: a tiny random UNet for unit tests, a tiny random SDXL
+for whole runs.
 
 torch and diffusers are imported where they are used: the process that hands the tests out to the
 others (make test) imports this file and neither of them, which saves it seven seconds.
@@ -144,7 +144,7 @@ def one_thread():
 
 @pytest.fixture(scope="session")
 def cache(tmp_path_factory) -> Path:
-    """One cache of the pocket's encoded pictures for all whole runs."""
+    """One cache of encoded pictures for all whole runs."""
     return tmp_path_factory.mktemp("cache")
 
 

@@ -261,7 +261,8 @@ def test_gradients_at_the_start_equal_pefts(unet, batch):
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "bound"), [(torch.optim.AdamW, 1e-4), (bnb.optim.AdamW8bit, 1e-3)]
+    ("optimizer", "bound"),
+    [(torch.optim.AdamW, 1e-4), pytest.param(bnb.optim.AdamW8bit, 1e-3, marks=pytest.mark.slow)],
 )
 def test_ten_steps_equal_pefts(unet, optimizer, bound):
     """Less than `bound` apart, as a share of the way gone."""

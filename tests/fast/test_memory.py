@@ -96,7 +96,10 @@ def as_run(config, unet):
     )
 
 
-@pytest.mark.parametrize("blocks", [None, (), ("mid_block.attentions.0",)])
+@pytest.mark.parametrize(
+    "blocks",
+    [None, *(pytest.param(b, marks=pytest.mark.slow) for b in ((), ("mid_block.attentions.0",)))],
+)
 def test_tensors_without_numbers_are_as_many_as_those_with_numbers(tiny, blocks):
     """The same step with real tensors, counted by the same mode."""
     config = plan.shaped(SMALL, 2, blocks)
@@ -129,6 +132,7 @@ def flop(found):
     return found.work["flop"]
 
 
+@pytest.mark.slow
 def test_more_at_once_needs_more_and_recomputing_needs_less(tiny):
     one, two = (tiny(plan.shaped(SMALL, size, None)) for size in (1, 2))
     again, some = (tiny(plan.shaped(SMALL, 2, b)) for b in ((), ("mid_block.attentions.0",)))
@@ -165,6 +169,7 @@ def test_recomputing_some_blocks_gives_the_same_gradient(unet, batch):
         model.use_gradient_checkpointing(unet, ("down_blocks.9",))
 
 
+@pytest.mark.slow
 def test_a_base_in_4_bits_needs_a_quarter(tiny):
     config = plan.shaped(replace(SMALL, base_quantization="nf4"), 1, None)
     quarter = plan.Rehearsal(config, torch.float32, TINY)

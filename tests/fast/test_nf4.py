@@ -148,7 +148,16 @@ def test_another_dtype_or_base_has_a_file_of_its_own(tiny, tmp_path):
     assert len(list(tmp_path.iterdir())) == 3
 
 
-@pytest.mark.parametrize("name", ["WHOLE", "PER_SCALE", "quantise", "shapes_to_quantise"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "quantise",
+        *(
+            pytest.param(n, marks=pytest.mark.slow)
+            for n in ("WHOLE", "PER_SCALE", "shapes_to_quantise")
+        ),
+    ],
+)
 def test_edited_quantisation_has_a_file_of_its_own_and_is_another_run(
     tiny, tmp_path, monkeypatch, name
 ):

@@ -107,7 +107,8 @@ def alone():
 
 
 @pytest.mark.parametrize(
-    ("n", "size"), [(4, 2), (1, 2), pytest.param(4, 3, marks=pytest.mark.slow)]
+    ("n", "size"),
+    [(4, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 2), (4, 3)))],
 )
 def test_several_processes_take_the_steps_of_one(together, alone, n, size):
     """4 examples in 2 + 2 and 1 + 1 + 2, and 1 example in two processes, of which one has none."""
@@ -123,6 +124,7 @@ def test_several_processes_take_the_steps_of_one(together, alone, n, size):
         assert theirs[0] == pytest.approx(said[0], rel=1e-4)  # loss and norm of the first gradient
 
 
+@pytest.mark.slow
 def test_an_overflow_in_one_process_is_skipped_by_all(together):
     def work(team):
         run = tiny_run(team, precision="fp16", fused=False)

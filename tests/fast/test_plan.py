@@ -132,6 +132,7 @@ def test_the_stored_plan_of_a_t4_is_what_make_plan_says(sdxl, monkeypatch):
     assert new == pytest.approx(stored, rel=0.03, abs=0.011)
 
 
+@pytest.mark.slow
 def test_a_preview_takes_the_room_of_a_steps_activations(tiny):
     """Which are gone by then: so only where they are less does the peak grow."""
     shown = replace(SMALL, preview_steps=12)
@@ -180,6 +181,7 @@ def test_the_vae_needs_more_than_the_unet_needs_before_it_and_is_as_stated(sdxl)
         assert side > 512 or live.work["flop"] / 2 == pytest.approx(step / 2, rel=0.02)
 
 
+@pytest.mark.slow
 def test_a_process_that_has_a_share_of_the_step_plans_for_no_more(tiny):
     n, free = SMALL.examples_per_step, 2 * tiny(plan.shaped(SMALL, 4, None)).peak
     for most, size in ((4, 4), (3, 2), (2, 2), (1, 1)):  # of 4, in 1, 2 (unevenly), 2, 4 processes
@@ -217,6 +219,7 @@ def test_what_is_asked_for_is_obeyed_and_a_cpu_is_not_planned(monkeypatch):
     assert config == asked and "train_batch_size was asked for" in line
 
 
+@pytest.mark.slow
 def test_a_gpu_gets_its_plan(monkeypatch):
     config = replace(SMALL, pretrained_model_name_or_path="pocket/model")
     monkeypatch.setattr(plan.hub, "fetch", lambda *a: TINY)

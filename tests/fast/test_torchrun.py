@@ -171,16 +171,15 @@ def hosts(torchrun, tmp_path):
     return start
 
 
-@pytest.mark.parametrize("names", [["host-1", "host-2"], ["shared", "shared"]])
-def test_two_hosts_of_two_are_the_run_of_one_process(hosts, together, argv, tmp_path, names):
+def test_two_hosts_of_two_are_the_run_of_one_process(hosts, together, argv, tmp_path):
+    """That share a disk; two that do not, and which folder is not there, are in the next test."""
     few = ("--max-train-steps", "10")
-    processes = hosts(2, names, *few)
+    processes = hosts(2, ["shared", "shared"], *few)
     said = [process.communicate(timeout=300)[0] for process in processes]
     assert [process.returncode for process in processes] == [0, 0] and said[1] == "", said
-    assert (names[0] == names[1]) == (tmp_path / names[1]).exists()
     assert not list(tmp_path.rglob("*.part"))
     assert together(1, lambda: training.main(argv("alone", *few)), command=True).codes == [0]
-    one, four = moved(tmp_path / "alone"), moved(tmp_path / names[0])
+    one, four = moved(tmp_path / "alone"), moved(tmp_path / "shared")
     assert 0 < (four - one).norm() <= 1e-2 * one.norm()
 
 

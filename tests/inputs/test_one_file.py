@@ -181,7 +181,8 @@ def test_a_parts_fingerprint_is_that_of_its_own_tensors(whole, small, tmp_path):
         assert one_file.fingerprint(tmp_path / "all.safetensors", part) != before[part]
 
 
-@pytest.mark.parametrize("dtype", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_run_from_the_file_is_the_run_from_the_folder(
     dtype, train, whole, small, tmp_path, capfd
 ):

@@ -284,7 +284,7 @@ def test_a_run_ends_with_its_before_after_picture_and_draws_it_again_if_it_is_go
     picture = tmp_path / "out" / "pictures" / "before-after.png"
     first = picture.read_bytes()
     with Image.open(picture) as image:
-        assert image.width > 2 * 128 and image.height > 2 * 128
+        assert image.width > 2 * 32 and image.height > 2 * 32
     picture.unlink()
     assert command(*options) == (0, "")
     assert picture.read_bytes() == first

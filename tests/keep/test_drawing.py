@@ -22,7 +22,7 @@ import lora
 import model
 from adapter_tools import drawable, header, loud
 from adapters import files as adapter_files
-from conftest import ROOT, TINY_SDXL
+from conftest import POCKET, ROOT, TINY_SDXL
 from inputs import drawing as options_of_drawing
 from inputs import files, hub
 from inputs.files import Refusal
@@ -140,7 +140,14 @@ def other_layout(run, folder, layout: str):
     return path
 
 
-@pytest.mark.parametrize("layout", ["peft", "scripts", "UNet", "diffusers' names"])
+@pytest.mark.parametrize(
+    "layout",
+    [
+        "peft",
+        "scripts",
+        *(pytest.param(n, marks=pytest.mark.slow) for n in ("UNet", "diffusers' names")),
+    ],
+)
 def test_other_programs_files_draw_the_same_picture(run, tmp_path, capsys, layout):
     assert draw(capsys, str(run)) == (0, "")
     (ours,) = (run / "pictures").glob("00-red-apple*.png")
@@ -179,6 +186,7 @@ def counting(monkeypatch) -> list:
     return loads
 
 
+@pytest.mark.slow
 def test_checkpoints_are_rows_of_one_sheet_drawn_with_one_load(tmp_path, monkeypatch, capsys):
     run = drawable(tmp_path / "out", steps="6", run="one")
     alone = draw(capsys, str(run), "--checkpoints")
@@ -273,7 +281,7 @@ def test_options_that_are_read_already_are_drawn(run, capsys):
 
 @pytest.mark.slow
 def test_a_picture_that_does_not_fit_the_gpu_is_decoded_in_tiles(monkeypatch, capsys):
-    vae = model.load_vae(str(TINY_SDXL), torch.device("cpu"))
+    vae = model.load_vae(str(POCKET), torch.device("cpu"))
     with Image.open(sorted((ROOT / "pocket" / "ink").glob("*.png"))[0]) as image:
         pixels = np.asarray(image.convert("RGB").resize((256, 256)), np.float32)
     pixels = torch.from_numpy(pixels).permute(2, 0, 1)[None] / 127.5 - 1
@@ -426,7 +434,7 @@ def test_make_generate_compares_unless_an_adapter_or_prompts_are_named(words, co
 
 @pytest.fixture
 def base(tmp_path):
-    """base(sampler, name, setting=...): a copy of the pocket model with another sampler."""
+    """base(sampler, name, setting=...): a copy of the tiny model with another sampler."""
 
     def copy(sampler: str, name: str = "other", **settings) -> str:
         folder = model_with(tmp_path / name, "scheduler", scheduler=["diffusers", sampler])

@@ -90,7 +90,7 @@ def test_a_run_brings_only_what_it_needs_and_goes_on_and_draws_while_the_hub_is_
     draw = [str(tmp_path / "a"), "--prompts", "red apple", "--num-inference-steps", "1"]
     assert drawing.main([*draw, "--resolution", "64"]) == 0
     assert len([*(tmp_path / "a" / "pictures").glob("*.png")]) == 1
-    assert train("local") == 0
+    assert train("local", FROM_HUB[0], str(POCKET)) == 0
     ends = [(tmp_path / name / "kohya" / f"{name}.safetensors") for name in ("a", "local")]
     a, b = map(load_file, ends)
     assert all(a[key].equal(b[key]) for key in b)
@@ -111,6 +111,7 @@ def data_set(server, few, tmp_path) -> str:
     return "someone/ink"
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_trained_on_and_serves_while_the_hub_is_away(
     server, data_set, few, train, said
 ):

@@ -55,6 +55,7 @@ def metrics(folder: Path) -> dict:
     return json.loads((folder / "metrics.json").read_text())
 
 
+@pytest.mark.slow
 def test_when_and_how_often_it_is_measured_changes_no_bit(train, tmp_path, held, capsys):
     assert train("often", *QUICK, *held, "--validation-steps", "1") == 0
     said = capsys.readouterr()

@@ -98,6 +98,7 @@ def test_a_preview_and_the_held_out_loss_are_in_tensorboard(train, tmp_path):
 # ---- once each, also where a run goes on ---------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_draws_nothing_twice(train, tmp_path, monkeypatch):
     """Nor is the picture lost of a run that was killed between saving and drawing."""
     made, draw, sample = [], preview.Previews.draw, generate.sample

@@ -18,6 +18,7 @@ def events(folder) -> list[dict]:
     return [json.loads(line) for line in (folder / page.EVENTS).read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_it_is_made_before_the_first_step_at_every_save_and_at_the_end(
     train, tmp_path, monkeypatch, capsys
 ):

@@ -34,6 +34,7 @@ def said_of(folder) -> str:
     return json.loads((folder / "config.json").read_text())["started_from"]
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_the_numbers_of_a_run_or_of_its_file(train, first, tmp_path, capsys):
     """AdamW's first step moves no number further than the learning rate, 1e-3, and its decay."""
     began = in_one(files.read(first).matrices)

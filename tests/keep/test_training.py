@@ -318,6 +318,7 @@ def test_memory_options_may_change_between_two_starts(train, r):
 # ---- a run again, and on -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_config_json_gives_the_run_again_and_says_what_made_it(train, tmp_path, capsys):
     own = ("--max-train-steps", "2", "--lora-rank", "8", "--max-grad-norm", "inf")
     own += ("--train-batch-size", "1", "--gradient-accumulation-steps", "1")

@@ -80,6 +80,7 @@ def examples(train, *more) -> data.Examples:
     return loop.examples_of(config, pictures, torch.device("cpu"), torch.float32, 1000)
 
 
+@pytest.mark.slow
 def test_law_1_however_a_step_is_cut_its_first_gradient_is_the_same(train):
     run = begun(train, "cuts", "--train-batch-size", "2")
     run.scale_on_device.fill_(1)
@@ -161,6 +162,7 @@ def test_law_6_the_start_says_what_is_cut_from_which_shape(train):
     assert "64 x  256 px:     1 pictures,   6% cut" in said
 
 
+@pytest.mark.slow
 def test_law_6_masks_are_counted_and_a_changed_one_is_another_run(cache, tmp_path, capsys):
     folder = write_pictures(tmp_path / "ink", ink_rows(6))
     names = [json.loads(row)["file_name"] for row in ink_rows(6)]

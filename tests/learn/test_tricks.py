@@ -366,6 +366,7 @@ PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "lr_warmup_steps": 0}
 PRODIGY |= {"lr_scheduler": "constant"}
 
 
+@pytest.mark.slow
 def test_prodigy_finds_a_rate_and_the_loss_scale_is_taken_off_before(tmp_path, monkeypatch):
     plain, scaled = (kept_run(tmp_path, monkeypatch, **PRODIGY) for _ in range(2))
     scaled.run.loss_scale = loop.LossScale(enabled=True, value=2.0**10)
