@@ -312,9 +312,7 @@ def wrap(unet: nn.Module) -> str:
 
 
 def unwrap(unet: nn.Module) -> None:
-    """Have what wrap() fused, and what was compiled, compute by its definition again, the forward
-    of its class.
-    """
+    """Have what wrap() fused compute by its definition again, the forward of its class."""
     convolution.lay_out(unet, torch.contiguous_format)
     for module in unet.modules():
         module.__dict__.pop("forward", None)

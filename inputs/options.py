@@ -304,9 +304,6 @@ class Config:
     cuda_graph: bool = True
     # Layers that read the same input share their matrix products; off, each is computed by itself.
     fused: bool = True
-    # Compile the convolution blocks (torch.compile): a few per cent, for a minute or two at the
-    # start, which a long run earns back; how long it took is said.
-    compile: bool = False
     # Only kernels that add in one fixed order, so that a continued run equals an uninterrupted one
     # to the bit on a GPU, too, with the same GPU, torch and memory options. Without it the backward
     # pass of self-attention adds in another order each time. No memory plan.
@@ -507,6 +504,9 @@ def of_file(name: str, words: list[str]) -> list[str]:
         given = {key.replace("-", "_"): each for key, each in read(path.read_text("utf-8")).items()}
     named = [words.pop(0)] if words[0][:1] != "-" else []
     recipe = [str(given.pop("recipe"))] if "recipe" in given else named
+    if given.pop("compile", False):  # an option of earlier versions, which changed no run
+        why = "--fused has the faster convolution blocks"
+        print(f"compile in {path} is passed over: {why}", file=sys.stderr)
     troubles = []
     if named not in ([], recipe):
         found = f"the recipe {named[0]}, and {recipe[0]} in {path}"
@@ -528,7 +528,7 @@ def of_file(name: str, words: list[str]) -> list[str]:
     return recipe + words
 
 
-ELSEWHERE = {  # other trainers' names that are not like ours: ours
+ELSEWHERE = {  # names that are not like ours, of other trainers or earlier versions: ours
     "cache-latents": "--cache, which is on",
     "network-dim": "--lora-rank",
     "lr": "--learning-rate",
@@ -546,6 +546,7 @@ ELSEWHERE = {  # other trainers' names that are not like ours: ours
     "v-parameterization": "--prediction-type v_prediction",
     "pretrained-vae-model-name-or-path": "--vae",
     "xformers": "--attention xformers",
+    "compile": "--fused, whose convolution blocks are faster",  # ours until 2026-11
 }
 
 
@@ -771,7 +772,7 @@ def check(config: Config) -> Config:
         left = ("checkpoints", "finished.json", "pytorch_lora_weights.safetensors")
         held = " and ".join(name for name in left if os.path.exists(config.out / name))
         folder = f"--plain with {config.out}, which holds {held}"
-        more = ("plan_for", "deterministic", "start_from", "compile", "quiet", *held_out)
+        more = ("plan_for", "deterministic", "start_from", "quiet", *held_out)
         more = " and ".join([*set_apart(config, *more, *OTHERWISE), *relatives(config)])
         against += [
             (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),

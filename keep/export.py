@@ -26,8 +26,7 @@ from learn.held_out import chosen
 @torch.no_grad()
 def export(kept, kind: str = "") -> list[Path]:
     """Write the adapter in both layouts, each where files_of() says, read each file back, and
-    refuse if it is not what was trained. The UNet must be the book's: no fused layers, nothing
-    compiled.
+    refuse if it is not what was trained. The UNet must be the book's: no fused layers.
 
     fp32: every number equal and the UNet's answer to one batch equal to the bit; fp16: equal to the
     rounded numbers, the answer within 2e-3 of its own length.

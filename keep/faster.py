@@ -183,7 +183,7 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
         raise Refusal(found, "all matrices in one vector, which it needs", remedy)
     if not fast:
         return moments, "by the book's lines: no folder fast/", unfused
-    from fast import compile, flat, layers, prefetch
+    from fast import flat, layers, prefetch
 
     said = []
     if may_fuse(run):
@@ -191,8 +191,6 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
             lambda: unfused or edited("lora.LoRALinear") or layers.disagreement(run.unet)
         )
         said.append(f"by the book's lines, since {unfused}" if unfused else layers.wrap(run.unet))
-    if run.config.compile:
-        compile.compile_resnets(run.unet)
     if why:
         said.append(f"matrix by matrix, since {why}")
     else:  # all that learns in one vector, or one for each rate

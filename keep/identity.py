@@ -24,7 +24,7 @@ MAY_CHANGE = {
     *("stop_when_worse", "validation_steps", "validation_data"),  # of the last its content is told
     *("preview_steps", "preview_prompts", "keep_adapters"),
     *("output_dir", "cache_dir", "cache", "device", "attention", "gradient_checkpointing"),
-    *("cuda_graph", "fused", "compile", "checkpointed_blocks", "memory_plan", "plan_for"),
+    *("cuda_graph", "fused", "checkpointed_blocks", "memory_plan", "plan_for"),
     *("ddp_timeout", "plain", "accept_code_change", "config", "quiet", "better"),
     *("train_batch_size", "gradient_accumulation_steps"),  # their product may not
     "deterministic",  # may be given up, not taken up: see deterministic.promise()

@@ -61,18 +61,14 @@ def in_words(error: Exception) -> str:
 
 @contextlib.contextmanager
 def as_drawn(run) -> Iterator[None]:
-    """Within, the run's layers do nothing that they do in training only; each is as it was then.
-    And nothing is compiled: for other shapes than a step's, torch would compile the steps' anew.
-    """
+    """Within, the run's layers do nothing that they do in training only; each is as it was then."""
     modes = {module: module.training for module in run.unet.modules()}
-    plain = torch.compiler.set_stance("force_eager") if run.config.compile else None
-    with plain or contextlib.nullcontext():
-        try:
-            run.unet.eval()
-            yield
-        finally:
-            for module, training in modes.items():
-                module.training = training
+    try:
+        run.unet.eval()
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
 
 
 @dataclass

@@ -185,6 +185,16 @@ def test_a_runs_own_note_gives_all_its_options_back_and_its_notes_are_none(file)
         assert options.parse(["pocket", f"--config={given}"]) == replace(run, config=given)
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_an_option_of_earlier_versions_is_passed_over_and_said_where_it_acted(file, capsys, asked):
+    run = options.parse(["pocket", "--lora-rank", "8"])
+    path = file("config.json", json.dumps(asdict(run) | {"compile": asked}))
+    assert options.parse(["--config", path]) == replace(run, config=path)
+    assert ("compile in" in capsys.readouterr().err) == asked
+    with pytest.raises(Refusal, match=r"--compile \(here: --fused, whose conv"):
+        options.parse(["pocket", "--compile"])
+
+
 def test_a_file_written_by_hand_is_laid_over_its_recipe_and_the_command_line_over_it(file):
     text = 'recipe = "native"\nlora_rank = 8\nlora-alpha = 4\nrandom_flip = false\n'
     path = file("a.toml", text + 'validation_prompts = ["a fox", "two foxes"]\n')
