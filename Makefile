@@ -28,7 +28,7 @@ $(VENV)/.ready: requirements.txt .ci/constraints.txt
 train look: export PICTURES = $(value DATA)
 inspect: export ADAPTER = $(value FILE)
 report: export FOLDER = $(value RUN)
-train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket --better without; RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
+train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without (--better, but with DATA); RECIPE=original DATA=my_pictures ARGS="--seed 1"; on all GPUs, or GPUS=1
 	@gpus=$$(nvidia-smi -L 2>/dev/null | grep -c '^GPU'); \
 	seen=$$(echo "$${CUDA_VISIBLE_DEVICES-$$(seq -s , $$gpus)}" | tr , '\n' | grep -c '^[^-]'); \
 	if [ $$seen -lt $$gpus ]; then gpus=$$seen; fi; \
@@ -36,14 +36,14 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket --better without; RECIPE=or
 	elif [ -n "$(findstring --config,$(ARGS))" ]; then recipe=; why="--config"; \
 	elif [ $$gpus -gt 0 ]; then recipe="t4 --device cuda"; why="a GPU is here"; \
 	else recipe=pocket; why="no GPU found"; \
-	  [ -n "$$PICTURES$(filter --quick,$(ARGS))" ] || recipe="pocket --better"; fi; \
+	  [ -n "$$PICTURES$(filter --quick --plain --no-better --dataset-name%,$(ARGS))" ] || recipe="pocket --better"; fi; \
 	start="$(PYTHON)"; gpus=$(or $(GPUS),$$gpus); \
 	if [ $$gpus -gt 1 ]; then why="$$why; on $$gpus GPUs, GPUS=1 takes one"; \
 	  export OMP_NUM_THREADS=$${OMP_NUM_THREADS:-$$(( ($$(nproc) + gpus - 1) / gpus ))}; \
 	  start="$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $$gpus"; fi; \
 	echo "recipe $${recipe:-of the file} ($$why)"; \
 	if [ -n "$$PICTURES" ]; then name=$$(basename -- "$$PICTURES"); kind=$${recipe:-config}; \
-	  set -- --dataset-name "$$PICTURES" --output-dir "runs/$${kind%% *}-$$name$(if $(filter --quick,$(ARGS)),-quick)"; fi; \
+	  set -- --dataset-name "$$PICTURES" --output-dir "runs/$${kind%% *}-$$name$(patsubst --%,-%,$(filter --quick --better,$(RECIPE) $(ARGS)))"; fi; \
 	exec $$start loop.py $$recipe "$$@" $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"

@@ -433,11 +433,11 @@ RECIPES = {
 SHORT = replace(POCKET, max_train_steps=80, lr_warmup_steps=5, validation_prompts=QUICK_PROMPTS)
 QUICK = {"pocket": ("The recipe pocket in about a minute.", SHORT)}
 # What --better takes, by docs/learning.md.
-HUBER = {"loss_type": "huber", "huber_schedule": "constant", "huber_c": 0.03}
+HUBER = {"loss_type": "huber", "huber_schedule": "constant"}
 BETTER = {
     "pocket": (
         "The recipe pocket's pictures in half its steps.",
-        replace(POCKET, max_train_steps=225, **HUBER),
+        replace(POCKET, max_train_steps=225, huber_c=0.03, **HUBER),
     ),
     "t4": ("t4 with Huber's loss.", replace(T4, **HUBER)),
 }
@@ -455,7 +455,16 @@ def parse(argv: list[str] | None = None) -> Config:
     if file := re.findall("\0--config[=\0]([^\0]+)", "\0".join(["", *words])):
         words = of_file(file[-1], words)
     refuse_unknown(words, Config)
-    recipes = RECIPES | (QUICK if "--quick" in words else BETTER if "--better" in words else {})
+    on = {
+        name: [w for w in typed(words) if w in (name, f"no-{name}")] for name in ("quick", "better")
+    }
+    refuse(
+        (f"--{each[-1]} with --config, and --{each[0]} in that file", "one", "leave it out")
+        for each in on.values()
+        if file and len({*each}) > 1  # the file may hold every option: nothing would be changed
+    )
+    kinds = [on[name][-1:] == [name] for name in ("quick", "better")]
+    recipes = RECIPES | (QUICK if kinds[0] else BETTER if kinds[1] else {})
     if (first := "".join(words[:1])) not in (*recipes, "-h", "--help"):
         found = f"the recipe {first}" if first else "no recipe"
         raise Refusal(found, f"one of {', '.join(recipes)}", "loop.py t4, say, or make train")
@@ -677,6 +686,7 @@ def odd_learning(config: Config) -> list[tuple]:
     for names, option, value in needs:
         alone, to = getattr(config, option) != value, f"--{option.replace('_', '-')} {value}"
         told = " and ".join(set_apart(config, *names))
+        alone = alone and not config.better  # by which Huber's numbers stand there
         against.append((told and alone, f"{told} alone", f"{to} with it", "add that"))
     if config.optimizer == "prodigy":
         found, rate, ratio = "--optimizer prodigy", config.learning_rate, config.loraplus_lr_ratio
@@ -751,7 +761,7 @@ def check(config: Config) -> Config:
     lone = "--validation-steps or --stop-when-worse alone"
     against = [
         (too_long, f"--quick with {config.recipe}", " or ".join(QUICK), "--max-train-steps 100"),
-        (unknown, f"--better with {config.recipe}", " or ".join(BETTER), "--loss-type huber"),
+        (unknown, f"--better with {config.recipe}", " or ".join(BETTER), "leave it out"),
         (config.quick and config.better, "--quick with --better", "one of them", "leave one out"),
         (twice, "--caption with --caption-from-name", "one of them", "leave one out"),
         (in_any_order, "--deterministic with xFormers' attention", "PyTorch's", "--attention sdpa"),
@@ -773,7 +783,8 @@ def check(config: Config) -> Config:
         held = " and ".join(name for name in left if os.path.exists(config.out / name))
         folder = f"--plain with {config.out}, which holds {held}"
         more = ("plan_for", "deterministic", "start_from", "quiet", *held_out)
-        more = " and ".join([*set_apart(config, *more, *OTHERWISE), *relatives(config)])
+        more += ("better",) if config.better else OTHERWISE
+        more = " and ".join([*set_apart(config, *more), *relatives(config)])
         against += [
             (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),
             (nf4, "--plain with an NF4 base", "an unquantized one", "--base-quantization none"),

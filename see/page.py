@@ -275,8 +275,7 @@ def contents(out: Path) -> dict:
     if config.get("recipe") not in options.RECIPES:
         found, remedy = f"{out} has no config.json of a run", "make report RUN=runs/t4, say"
         raise Refusal("; ".join([found, *troubles.values()]), "the folder of a run", remedy)
-    kind = (config["recipe"], config.get("quick", False), config.get("better", False))
-    usual = asdict(options.usual(*kind))
+    usual = asdict(options.usual(config["recipe"], config.get("quick", False), better=False))
     config = dict.fromkeys(("commit", "base_commit", "code_changes"), "") | usual | config
     rows, events = (read_lines(out / name, troubles) for name in (LOG, EVENTS))
     kinds = ("step", "loss", "lr", "grad_norm", "loss_scale", "seconds", "gib")

@@ -131,7 +131,17 @@ def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
 
 def test_make_names_no_recipe_where_a_file_does(typed):
     assert typed() == ("recipe pocket --better (no GPU found)", ["pocket", "--better"])
-    assert typed("ARGS=--quick") == ("recipe pocket (no GPU found)", ["pocket", "--quick"])
+    for word in ("--quick", "--plain", "--no-better", "--dataset-name=x"):
+        assert typed(f"ARGS={word}") == ("recipe pocket (no GPU found)", ["pocket", word])
+    argv = typed("DATA=x", "RECIPE=pocket --better")[1]
+    assert argv == [
+        "pocket",
+        "--better",
+        "--dataset-name",
+        "x",
+        "--output-dir",
+        "runs/pocket-x-better",
+    ]
     said, argv = typed("ARGS=--seed 1 --config runs/x/config.json")
     assert said == "recipe of the file (--config)"
     assert argv == ["--seed", "1", "--config", "runs/x/config.json"]

@@ -393,11 +393,24 @@ def test_better_is_hubers_loss_and_gives_way_to_what_is_asked_for(recipe):
     assert better == config.replace(config.BETTER[recipe][1], better=True)
     usual = config.RECIPES[recipe][1]
     changed = {k for k, v in vars(better).items() if v != getattr(usual, k)}
-    huber = {"better", "loss_type", "huber_schedule", "huber_c"}
-    assert changed == huber | ({"max_train_steps"} if recipe == "pocket" else set())
-    assert config.parse([recipe, "--better", "--huber-c", "0.1"]).huber_c == 0.1
+    huber = {"better", "loss_type", "huber_schedule"}
+    assert changed == huber | ({"max_train_steps", "huber_c"} if recipe == "pocket" else set())
+    assert config.parse([recipe, "--better", "--huber-c", "0.2"]).huber_c == 0.2
+    assert config.parse([recipe, "--better", "--loss-type", "l2"]).loss_type == "l2"
+    assert config.parse([recipe, "--better", "--no-better"]) == usual  # the last word counts
+    with pytest.raises(Refusal, match="--plain with --better; expected"):
+        config.parse([recipe, "--better", "--plain"])
+
+
+def test_better_and_quick_are_refused_where_they_would_change_nothing(tmp_path):
     with pytest.raises(Refusal, match=r"--better with native.*--quick with --better"):
         config.parse(["native", "--better", "--quick"])
+    for name, other in (("better", "no-better"), ("quick", "no-quick")):
+        for told, word in ((False, name), (True, other)):
+            (tmp_path / "config.json").write_text(json.dumps({"recipe": "pocket", name: told}))
+            with pytest.raises(Refusal, match=f"--{word} with --config, and --.*in that file"):
+                config.parse(["--config", str(tmp_path), f"--{word}"])
+        assert getattr(config.parse(["--config", str(tmp_path)]), name)
 
 
 def test_quick_is_short_and_gives_way_to_what_is_asked_for():
