@@ -111,6 +111,11 @@ def has_doors(module: nn.Module) -> bool:
     return type(module).__name__ == "Transformer2DModel"
 
 
+def is_frozen(norm: nn.Module) -> bool:
+    """Whether it is a GroupNorm that nobody trains."""
+    return type(norm) is nn.GroupNorm and not any(p.requires_grad for p in norm.parameters())
+
+
 def is_known(block: nn.Module) -> bool:
     """Whether a ResnetBlock2D is frozen and computes what Resnet does."""
     convs, norms = [block.conv1, block.conv2], [block.norm1, block.norm2]
@@ -119,7 +124,7 @@ def is_known(block: nn.Module) -> bool:
     return (
         all(type(each) is nn.Conv2d for each in convs + short)
         and all((each.kernel_size, each.stride) == ((3, 3), (1, 1)) for each in convs)
-        and all(type(each) is nn.GroupNorm for each in norms)
+        and all(map(is_frozen, norms))
         and type(block.nonlinearity) is nn.SiLU
         and block.upsample is block.downsample is None
         and (*settings, block.dropout.p) == ("default", False, 1, 0)
@@ -136,7 +141,8 @@ def fusible(unet: nn.Module) -> dict[str, nn.Module]:
     if not all(map(is_known, blocks.values())):
         return {}
     doors = {name: each for name, each in modules.items() if has_doors(each)}
-    if not all(each.use_linear_projection for each in doors.values()):
+    norms = [unet.conv_norm_out, *(each.norm for each in doors.values())]
+    if not all(map(is_frozen, norms)) or not all(d.use_linear_projection for d in doors.values()):
         return {}
     return blocks | doors | {"conv_norm_out": unet.conv_norm_out}
 

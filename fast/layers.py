@@ -175,8 +175,11 @@ def of_one_size(layers: list[nn.Module]) -> list[list[nn.Module]]:
 def answer_under(unet, groups, sample, timestep, encoder_hidden_states, **more):
     """What `unet` answers under a context (B, T', D'), whose keys and values in all cross-attention
     layers are computed first, in one product for each of `groups`. They go along as an attribute of
-    the context, so that they live as long as it does.
+    the context, so that they live as long as it does. Where all those layers are recomputed, as
+    little memory as can be is what counts: then each computes its own.
     """
+    if all(each.gradient_checkpointing for each in filter(convolution.has_doors, unet.modules())):
+        return type(unet).forward(unet, sample, timestep, encoder_hidden_states, **more)
     context = encoder_hidden_states.view_as(encoder_hidden_states)
     context.made = {}
     for group in groups:

@@ -138,6 +138,14 @@ def test_only_blocks_that_are_sdxls_are_fused(name):
     assert change(make_unet(), CHANGES[name]) == (name == "nothing")
 
 
+@pytest.mark.parametrize("name", ["conv_norm_out", "mid_block.attentions.0.norm"])
+def test_a_norm_that_is_trained_is_left_alone(name):
+    unet = make_unet()
+    assert convolution.fusible(unet)
+    unet.get_submodule(name).bias.requires_grad_()
+    assert not convolution.fusible(unet)
+
+
 def test_a_block_that_computes_otherwise_is_noticed(monkeypatch):
     unet = make_unet()
     lora.inject(unet, rank=4, alpha=6)

@@ -238,3 +238,22 @@ def test_merged_and_at_strength_0_fused_layers_are_the_base_to_the_bit(one_threa
     assert off(merged, plain_merged) < 1e-5 and off(merged, trained) < 1e-4
     again, _ = answers(lora.unmerge)
     assert off(again, trained) < 1e-5
+
+
+@pytest.mark.parametrize("blocks", [None, ("mid_block.attentions.0",), ()])
+def test_keys_and_values_come_from_one_product_a_size_unless_all_are_recomputed(
+    monkeypatch, blocks, one_thread
+):
+    """Of 8 cross-attention layers, which have one width here; SDXL has two."""
+    unet, _, _, _ = adapted(True)
+    unet.train()
+    if blocks is not None:
+        model.use_gradient_checkpointing(unet, blocks)
+    usual, sizes = fused.project, []
+    monkeypatch.setattr(
+        fused, "project", lambda x, layers: sizes.append(len(layers)) or usual(x, layers)
+    )
+    with torch.no_grad():
+        model.predict(unet, (batch := make_batch(2))["noise"], batch)
+    pairs = sorted(size for size in sizes if size % 2 == 0)
+    assert pairs == ([2] * 8 if blocks == () else [16])
