@@ -115,7 +115,7 @@ def has_kernel(weight: Tensor, x: Tensor, *others: Tensor | None) -> bool:
     if not x.is_cuda or weight.dtype != x.dtype or unavailable(x.dtype, x.device):
         return False
     whole = len(weight) * x.element_size() % kernels.BYTES == 0 and len(weight) <= WIDEST
-    return whole and kernels.in_packs((x, *(each for each in others if each is not None)))
+    return whole and kernels.in_packs((weight, x, *(each for each in others if each is not None)))
 
 
 def launch(name: str, tensors: tuple, weight: Tensor, eps: float) -> None:

@@ -120,7 +120,8 @@ class Project(torch.autograd.Function):
 
 def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
-    if any(layer.strength == 0 or layer.weight_before_merge is not None for layer in layers):
+    acts = {(layer.strength, layer.scale, layer.weight_before_merge is None) for layer in layers}
+    if len(acts) > 1 or layers[0].strength == 0 or layers[0].weight_before_merge is not None:
         return tuple(layer(x) for layer in layers)  # where a layer is its base, to the bit
     matrices = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
     scale = layers[0].strength * layers[0].scale
@@ -154,10 +155,12 @@ class Attention:
             q, k, v = project(x, [attn.to_q, attn.to_k, attn.to_v])
         else:
             (q,) = project(x, [attn.to_q])
-            made = getattr(encoder_hidden_states, "made", {})  # by answer_under()
+            # By answer_under(); of a layer that is called by itself there is none.
+            made = getattr(encoder_hidden_states, "made", {})
             k, v = made.get(attn) or project(encoder_hidden_states, [attn.to_k, attn.to_v])
         q, k, v = (t.unflatten(-1, (attn.heads, -1)).transpose(1, 2) for t in (q, k, v))
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=attention_mask)  # (B, heads, T, D/h)
+        mask = None if attention_mask is None else attention_mask.unsqueeze(1)  # (B, 1, 1, T')
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)  # (B, heads, T, D/h)
         (y,) = project(y.transpose(1, 2).flatten(2), [attn.to_out[0]])
         return y  # (B, T, D)
 
@@ -172,20 +175,20 @@ def of_one_size(layers: list[nn.Module]) -> list[list[nn.Module]]:
     return list(groups.values())
 
 
-def answer_under(unet, groups, sample, timestep, encoder_hidden_states, **more):
+def answer_under(unet, groups, sample, timestep, encoder_hidden_states, *rest, **more):
     """What `unet` answers under a context (B, T', D'), whose keys and values in all cross-attention
     layers are computed first, in one product for each of `groups`. They go along as an attribute of
     the context, so that they live as long as it does. Where all those layers are recomputed, as
     little memory as can be is what counts: then each computes its own.
     """
     if all(each.gradient_checkpointing for each in filter(convolution.has_doors, unet.modules())):
-        return type(unet).forward(unet, sample, timestep, encoder_hidden_states, **more)
+        return type(unet).forward(unet, sample, timestep, encoder_hidden_states, *rest, **more)
     context = encoder_hidden_states.view_as(encoder_hidden_states)
     context.made = {}
     for group in groups:
         found = project(context, [layer for attn in group for layer in (attn.to_k, attn.to_v)])
         context.made |= zip(group, zip(found[::2], found[1::2], strict=True), strict=True)
-    return type(unet).forward(unet, sample, timestep, context, **more)
+    return type(unet).forward(unet, sample, timestep, context, *rest, **more)
 
 
 # ---- the gated feed-forward layer ----------------------------------------------------------------
@@ -364,10 +367,11 @@ def random_copy(module: nn.Module) -> nn.Module:
     norms.
     """
     # deepcopy takes what is in its memo for a copy: so each frozen layer becomes a fresh one
+    inner = [each for name, each in module.named_children() if name in INNER]
+    left_out = {each for part in inner for each in part.modules()}
     frozen = (each for each in module.modules() if is_plain(each) or type(each) in FROZEN)
-    memo = {id(each): fresh(each) for each in frozen}
-    if convolution.has_doors(module) or is_transformer(module):
-        memo |= {id(each): StandIn() for name, each in module.named_children() if name in INNER}
+    memo = {id(each): fresh(each) for each in frozen if each not in left_out}
+    memo |= {id(each): StandIn() for each in inner}
     copied = copy.deepcopy(module, memo)
     for layer in copied.modules():
         for each in layer.parameters(recurse=False):
@@ -378,14 +382,15 @@ def random_copy(module: nn.Module) -> nn.Module:
 
 
 def fresh(layer: nn.Module) -> nn.Module:
-    """A frozen fp32 layer of the same kind and sizes with random numbers; of NF4 a Linear."""
+    """An fp32 layer of the same kind and sizes with random numbers; of NF4 a Linear."""
     if type(layer) in FROZEN:
         made = copy.deepcopy(layer).float()
     else:
         made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
-    for each in made.parameters():
+    for each, real in zip(made.parameters(), layer.parameters(), strict=True):
         each.data = torch.randn(each.shape) / each[0].numel() ** 0.5
-    return made.requires_grad_(False)
+        each.requires_grad_(real.requires_grad)  # what an edit trains is compared, too
+    return made
 
 
 def random_inputs(module: nn.Module) -> list[Tensor]:

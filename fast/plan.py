@@ -103,7 +103,7 @@ class Live(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
         out, operation = func(*args, **kwargs), func.overloadpacket
-        if operation is aten.convolution and out.is_meta and in_nhwc(args[1]):  # so is a GPU's
+        if operation is aten.convolution and out.is_meta and gives_nhwc(*args[:2]):  # so is a GPU's
             out = torch.empty_like(out, memory_format=torch.channels_last)
         if operation in PRODUCTS:
             self.work["flop"] += PRODUCTS[operation](*args, **kwargs, out_val=out)
@@ -132,8 +132,13 @@ class Live(TorchDispatchMode):
 
 
 def in_nhwc(x: Tensor) -> bool:
-    """Whether what is no picture, or a picture's channels, lie side by side in memory."""
+    """Whether x is no picture, or one whose channels lie side by side in memory."""
     return x.ndim != 4 or x.is_contiguous(memory_format=torch.channels_last)
+
+
+def gives_nhwc(x: Tensor, weight: Tensor) -> bool:
+    """Whether a convolution answers in NHWC: as its weight lies; one of 1x1 lies in both orders."""
+    return in_nhwc(x if weight.shape[2:] == (1, 1) else weight)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, *_, **__) -> Tensor:

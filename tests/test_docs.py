@@ -21,7 +21,7 @@ OTHERS = {
     "sd-scripts": {"--network_weights"},
     "sd-scripts' files of prompts": {"--n", "--d", "--w", "--h", "--s", "--l"},
     # benchmarks, pocket.build
-    "python -m": {"--help", "--steps", "--cap-gib", "--smoke", "--variants", "--stages"},
+    "python -m": {"--help", "--steps", "--cap-gib", "--smoke", "--variants", "--stages", "--at"},
 }
 CODE = re.compile(r"```.*?```|`[^`]+`", re.DOTALL)
 

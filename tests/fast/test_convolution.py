@@ -1,5 +1,5 @@
 """The convolution blocks in NHWC and their norms against diffusers' modules, as far as a machine
-without a GPU can tell; benchmarks/groupnorm.py compares the kernels themselves.
+without a GPU can tell; benchmarks/norms.py compares the kernels themselves.
 """
 
 import pytest

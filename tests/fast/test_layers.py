@@ -257,3 +257,46 @@ def test_keys_and_values_come_from_one_product_a_size_unless_all_are_recomputed(
         model.predict(unet, (batch := make_batch(2))["noise"], batch)
     pairs = sorted(size for size in sizes if size % 2 == 0)
     assert pairs == ([2] * 8 if blocks == () else [16])
+
+
+@pytest.mark.parametrize("trained", ["attn1.to_q.base", "ff.net.0.proj"])
+def test_a_frozen_layer_that_an_edit_trains_is_noticed(trained):
+    unet = bare()
+    layer = next(each for name, each in unet.named_modules() if name.endswith(trained))
+    layer.requires_grad_(True)
+    assert "would be off by" in fused.disagreement(unet)
+
+
+@pytest.mark.parametrize("trained", ["conv_norm_out", "mid_block.attentions.0.norm"])
+def test_norms_that_an_edit_trains_stay_diffusers(trained):
+    unet = bare()
+    unet.get_submodule(trained).requires_grad_(True)
+    assert fused.disagreement(unet) == "" and "convolution" not in fused.wrap(unet)
+
+
+def test_layers_that_act_at_strengths_of_their_own_keep_them(one_thread):
+    unet, adapter, _, _ = adapted(False)
+    for i, layer in enumerate(adapter.layers.values()):
+        layer.strength = 0.5 + i / 16
+    batch = make_batch(2)
+    with torch.no_grad():
+        plain = model.predict(unet, batch["noise"], batch)
+        fused.wrap(unet)
+        assert off(model.predict(unet, batch["noise"], batch), plain) < 1e-5
+
+
+def test_a_mask_of_the_context_holds_for_every_head_of_its_example(one_thread):
+    unet, _, _, _ = adapted(False)
+    name, plain = next((n, m) for n, m in fused.fusible(unet).items() if n.endswith("attn2"))
+    count = plain.heads  # as many examples as heads: each would pass for the other
+    x, context = (torch.randn(count, 5, w, generator=rng(2)) for w in fused_widths(plain))
+    mask = torch.zeros(count, 1, 5)
+    mask[torch.arange(count), 0, torch.arange(count) % 5] = -1e4
+    with torch.no_grad():
+        expected = plain(x, context, attention_mask=mask)
+        plain.set_processor(fused.Attention())
+        assert off(plain(x, context, attention_mask=mask), expected) < 1e-5, name
+
+
+def fused_widths(attn) -> tuple[int, int]:
+    return attn.to_q.in_features, attn.to_k.in_features

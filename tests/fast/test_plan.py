@@ -113,8 +113,8 @@ def test_blocks_are_recomputed_in_the_order_of_bytes_saved_per_second_on_that_ca
         saved = [plain.again[block]["kept"] / s for block, s in zip(order, lost, strict=True)]
         assert saved == sorted(saved, reverse=True) and min(lost) > 0
         first[name] = order[0]
-    # an H100 computes faster than it launches, so there a large resnet block goes first
-    assert first == {"T4": "down_blocks.1.attentions.1", "H100": "up_blocks.2"}
+    # first where the picture is large: a block of two transformers keeps most for its work there
+    assert first == dict.fromkeys(("T4", "H100"), "down_blocks.1.attentions.0")
 
 
 @pytest.mark.slow
