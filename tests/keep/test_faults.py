@@ -272,17 +272,14 @@ def test_the_picture_on_which_the_unet_overflows_is_named_with_its_timestep(trai
     def spoil(run):
         e = run.examples.example(2 * FAULT - 1)
         at.update(name=run.examples.names[e.picture], t=e.t)
-        conv, context = (
-            run.unet.mid_block.resnets[0].conv2,
-            run.examples.source.prompt(e.picture)[0],
-        )
-        forward = conv.forward
+        block, context = run.unet.mid_block.resnets[0], run.examples.source.prompt(e.picture)[0]
+        forward = block.forward
 
-        def overflow(x):
+        def overflow(*inputs):
             (rows,) = (at["context"] == context).all(dim=(1, 2)).nonzero(as_tuple=True)
-            return forward(x).index_fill(0, rows, math.inf)
+            return forward(*inputs).index_fill(0, rows, math.inf)
 
-        conv.forward = overflow
+        block.forward = overflow
         note = lambda module, args, kw: at.update(context=args[2])  # noqa: E731
         run.unet.register_forward_pre_hook(note, with_kwargs=True)
 
