@@ -69,11 +69,11 @@ def test_fused_layers_end_within_law_1s_bounds_of_the_books(train, tmp_path, ada
     assert 0 < (one - other).norm() <= bound * moved(tmp_path / "book").norm()
 
 
-def first_gradient(train, precision: str, fast: bool) -> torch.Tensor:
+def first_gradient(train, precision: str, fast: bool, seed: int = 1) -> torch.Tensor:
     """The whole of it, at a B that is not zero: at zero nothing of A would be seen."""
-    config = options.parse(train.argv(f"{precision}-{fast}", "--mixed-precision", precision))
+    config = options.parse(train.argv(f"{precision}-{fast}-{seed}", "--mixed-precision", precision))
     run = training.set_up(config, torch.device("cpu"))[0].run if fast else plain_run(config)
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for matrix in run.trained.values():
             matrix.add_(0.02 * torch.randn(matrix.shape, generator=generator))
@@ -91,14 +91,17 @@ def test_the_first_gradient_is_the_books(train):
 @pytest.mark.slow
 @pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_in_half_precision_it_is_as_near_the_exact_one_as_the_books(train, precision):
-    """The small model's is off by 0.5 % in fp16 and 5 % in bf16, whoever computes it. (The full
-    model's against the book's, on a GPU: benchmarks/exactness.py.) It is one draw of rounding
-    errors, which depend on a CPU's kernels: the product's were 0.94 to 1.41 times the book's, in
-    bf16 and fp16, with AMX and without.
+    """On random weights it is off by 0.5 % in fp16 and 2 % in bf16, whoever computes it. (The full
+    model's against the book's, on a GPU: benchmarks/exactness.py.) One draw of rounding errors may
+    be 0.5 to 1.6 times another, which depends on a CPU's kernels, too; so four are taken together,
+    where the product's were 1.0 (fp16) and 0.5 times (bf16) the book's.
     """
-    exact = first_gradient(train, "fp32", False)
-    book, product = (first_gradient(train, precision, fast) for fast in (False, True))
-    assert 0 < (product - exact).norm() <= 1.5 * (book - exact).norm()
+    book = product = 0.0
+    for seed in range(4):
+        exact = first_gradient(train, "fp32", False, seed)
+        book += (first_gradient(train, precision, False, seed) - exact).square().sum()
+        product += (first_gradient(train, precision, True, seed) - exact).square().sum()
+    assert 0 < product.sqrt() <= 1.5 * book.sqrt()
 
 
 def plain_run(config) -> loop.Run:
