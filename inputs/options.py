@@ -686,7 +686,8 @@ def odd_learning(config: Config) -> list[tuple]:
     for names, option, value in needs:
         alone, to = getattr(config, option) != value, f"--{option.replace('_', '-')} {value}"
         told = " and ".join(set_apart(config, *names))
-        alone = alone and not config.better  # by which Huber's numbers stand there
+        # By --better Huber's numbers stand there: with --loss-type l2 nobody has typed them.
+        alone = alone and not (option == "loss_type" and config.better)
         against.append((told and alone, f"{told} alone", f"{to} with it", "add that"))
     if config.optimizer == "prodigy":
         found, rate, ratio = "--optimizer prodigy", config.learning_rate, config.loraplus_lr_ratio

@@ -398,6 +398,8 @@ def test_better_is_hubers_loss_and_gives_way_to_what_is_asked_for(recipe):
     assert config.parse([recipe, "--better", "--huber-c", "0.2"]).huber_c == 0.2
     assert config.parse([recipe, "--better", "--loss-type", "l2"]).loss_type == "l2"
     assert config.parse([recipe, "--better", "--no-better"]) == usual  # the last word counts
+    with pytest.raises(Refusal, match="--logit-mean alone"):
+        config.parse([recipe, "--better", "--logit-mean", "1"])
     with pytest.raises(Refusal, match="--plain with --better; expected"):
         config.parse([recipe, "--better", "--plain"])
 
