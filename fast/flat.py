@@ -13,6 +13,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from fast.aside import ASIDE
+
 # bitsandbytes quantises the optimizer's state in blocks of 256 numbers. Starting every matrix at a
 # multiple of that keeps a block from straddling two of them, so the vector steps to the same bytes
 # as separate matrices do. (Its 8-bit zero is not quite zero, so padding drifts; nothing reads it.)
@@ -96,10 +98,12 @@ class Flat:
             dtype = torch.float32 if scales else run.unet.dtype
             cast = self.vector.detach().to(dtype).requires_grad_()
             # split() and not slices: each slice's gradient would be a vector of the whole size.
-            found = zip(names, cast.split(sizes), strict=True)
+            parts = cast.split(sizes)
+            found = zip(names, parts, strict=True)
             self._read({name: part.view(self.shapes[name]) for name, part in found if name})
             try:
-                inner(run, batch)
+                with ASIDE.while_recorded(parts[0].grad_fn):  # it gathers all gradients
+                    inner(run, batch)
             finally:
                 self._read(self.views)
             self.vector.grad.add_(cast.grad)
