@@ -59,6 +59,7 @@ VARIANTS = {
     "prodigy": "--optimizer prodigy --learning-rate 1 --lr-warmup-steps 0",
     "linear": "--lr-scheduler linear",
     "constant": "--lr-scheduler constant",
+    "rate-1.5": "--learning-rate 6e-3",
     "rate-2": "--learning-rate 8e-3",
     "no-dropout": "--caption-dropout 0",
     "no-snr": "--snr-gamma 0",
