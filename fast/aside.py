@@ -1,39 +1,39 @@
 """Small products beside large ones: a recording with two branches.
 
-At rank 16 a product of LoRA occupies a few of a GPU's processors, while the frozen product beside it
-leaves some idle. On a second stream of the same recording it runs at the same time
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams). The numbers are those of one
-stream: what is computed, and in which order it is added, stays. Launched one by one, everything
-stays on one stream, since there the host is what is waited for.
+At rank 16 a product of LoRA keeps a few of a GPU's processors busy, and the frozen product beside
+it not all of them. On a second stream of a recording they run at the same time
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams). The numbers stay those of one
+stream, since what is computed and in which order it is added does. What is not recorded has one
+stream: there the host is what is waited for.
 """
 
 import contextlib
-from collections import deque
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 
-LAG = 6  # layers whose gradients may still be on their way; so long their inputs stay in memory
+
+def recorded(x: Tensor) -> bool:
+    """Whether what is computed of x now is recorded and not done."""
+    return x.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 class Aside:
-    """What `while_recorded` opens, for the one recording that is made at a time."""
+    """The second stream of the pass that is being recorded; without one, nothing."""
 
     def __init__(self):
-        self.stream: torch.cuda.Stream | None = None  # the second one, while a recording uses it
-        self.held: deque[tuple[torch.cuda.Event, tuple]] = deque()
+        self.stream: torch.cuda.Stream | None = None
+        self.held: list[Tensor] = []
 
     @contextlib.contextmanager
-    def while_recorded(self, last: torch.autograd.graph.Node) -> Iterator[None]:
-        """Inside, if it is recorded, a second stream may be used; node `last` of the backward pass,
-        the first that reads what was computed there, waits for it.
+    def while_recorded(self, part: Tensor) -> Iterator[None]:
+        """Inside there is a second stream, if a pass is being recorded. part: made by the one node
+        of the backward pass that reads the gradients which were computed there.
         """
-        if not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()):
-            yield
-            return
-        self.stream = self.stream or torch.cuda.Stream()
-        last.register_prehook(lambda _: self.wait())
+        if recorded(part):
+            self.stream = self.stream or torch.cuda.Stream()
+            part.grad_fn.register_prehook(lambda _: self.meet())
         try:
             yield
         finally:
@@ -41,37 +41,25 @@ class Aside:
             self.held.clear()
 
     @contextlib.contextmanager
-    def branch(self) -> Iterator[None]:
-        """Inside, kernels are of the second stream, where there is one; they wait for all before."""
+    def branch(self, *reads: Tensor, go_on: bool = False) -> Iterator[None]:
+        """Inside, kernels are the second stream's. They wait for all before them, or where they
+        `go_on`, only for that stream's own. What they read is kept until the streams meet: its
+        memory would otherwise be given to others while they run.
+        """
         if self.stream is None:
             yield
             return
-        self.stream.wait_stream(torch.cuda.current_stream())
+        self.held += reads
+        if not go_on:
+            self.stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self.stream):
             yield
 
-    def mark(self) -> torch.cuda.Event | None:
-        """What the branch has come to."""
-        return self.stream and self.stream.record_event()
-
-    def reach(self, mark: torch.cuda.Event | None) -> None:
-        """Have what follows wait for a mark."""
-        if mark:
-            torch.cuda.current_stream().wait_event(mark)
-
-    def keep(self, mark: torch.cuda.Event | None, *tensors: Tensor) -> None:
-        """Keep tensors, which the branch reads, until it has come to `mark`: freed earlier, their
-        memory would be written anew beside it.
-        """
-        if mark:
-            self.held.append((mark, tensors))
-        while len(self.held) > LAG:
-            self.reach(self.held.popleft()[0])
-
-    def wait(self) -> None:
-        """Have what follows wait for all of the branch."""
-        while self.held:
-            self.reach(self.held.popleft()[0])
+    def meet(self) -> None:
+        """What follows waits for the second stream."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
+            self.held.clear()
 
 
 ASIDE = Aside()

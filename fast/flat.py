@@ -8,6 +8,7 @@ views of it, and the book's lines run unchanged.
 Letters: `N` numbers in the vector, padding included.
 """
 
+import contextlib
 from collections.abc import Callable
 
 import torch
@@ -82,10 +83,12 @@ class Flat:
         for name, (module, leaf) in self.homes.items():
             setattr(module, leaf, tensors[name])
 
-    def micro_step(self, inner: Callable) -> Callable:
+    def micro_step(self, inner: Callable, aside: bool = True) -> Callable:
         """`inner`, a micro_step(run, batch), while which every layer reads its matrices from one
         cast of the vector to the UNet's dtype. The cast is a leaf that gathers the gradient of all
         of them, which reaches the vector's in one addition.
+
+        aside: whether a second stream may compute these gradients, which nothing else may read.
         """
         parts = []  # of the vector, in order: a matrix's name, or "" for padding, and its size
         for name in self.spans:
@@ -102,7 +105,7 @@ class Flat:
             found = zip(names, parts, strict=True)
             self._read({name: part.view(self.shapes[name]) for name, part in found if name})
             try:
-                with ASIDE.while_recorded(parts[0].grad_fn):  # it gathers all gradients
+                with ASIDE.while_recorded(parts[0]) if aside else contextlib.nullcontext():
                     inner(run, batch)
             finally:
                 self._read(self.views)

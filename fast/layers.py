@@ -92,14 +92,13 @@ class Project(torch.autograd.Function):
         with ASIDE.branch():
             # beta=0: the first argument is not read; alpha is applied inside the product
             h = torch.addmm(x.new_empty(()), x, A.t(), beta=0, alpha=scale)  # (M, k r)
-            ready = ASIDE.mark()
         y = x.new_empty(len(x), sum(base.out_features for base in bases))
         for weight, bias, part in frozen(bases, y):
             if bias is None:
                 torch.mm(x, weight.t(), out=part)
             else:
                 torch.addmm(bias, x, weight.t(), out=part)
-        ASIDE.reach(ready)
+        ASIDE.meet()
         side_by_side(y, k).baddbmm_(side_by_side(h, k), B.mT)  # added inside the product
         ctx.save_for_backward(x, h, A, B)
         ctx.scale, ctx.bases = scale, bases
@@ -111,19 +110,17 @@ class Project(torch.autograd.Function):
         k, dx = len(B), None
         g = g.contiguous()
         gs, hs = side_by_side(g, k), side_by_side(h, k)
-        with ASIDE.branch():
+        with ASIDE.branch(g, B):
             dh = torch.empty_like(h)
             torch.baddbmm(g.new_empty(()), gs, B, beta=0, alpha=ctx.scale, out=side_by_side(dh, k))
-            ready = ASIDE.mark()
-            dB = gs.mT @ hs  # (k, out, r); s is in h already
-            dA = dh.t() @ x  # (k r, in)
-            done = ASIDE.mark()
         if ctx.needs_input_grad[0]:
             for weight, _, part in frozen(ctx.bases, g):
                 dx = part @ weight if dx is None else dx.addmm_(part, weight)
-            ASIDE.reach(ready)
+            ASIDE.meet()
             dx.addmm_(dh, A)
-        ASIDE.keep(done, x, h, g, dh)
+        with ASIDE.branch(x, h, g, dh, go_on=True):
+            dB = gs.mT @ hs  # (k, out, r); s is in h already
+            dA = dh.t() @ x  # (k r, in)
         return dx, None, None, *dA.chunk(k), *dB.unbind()
 
 
