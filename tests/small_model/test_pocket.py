@@ -388,13 +388,14 @@ def test_model_reads_colours_and_numbers_in_new_combinations(pipe):
 
 
 @pytest.mark.parametrize("recipe", ["pocket", "t4"])
-def test_better_is_hubers_loss_and_gives_way_to_what_is_asked_for(recipe):
+def test_better_is_what_helped_and_gives_way_to_what_is_asked_for(recipe):
     better = config.parse([recipe, "--better"])
     assert better == config.replace(config.BETTER[recipe][1], better=True)
     usual = config.RECIPES[recipe][1]
     changed = {k for k, v in vars(better).items() if v != getattr(usual, k)}
-    huber = {"better", "loss_type", "huber_schedule"}
-    assert changed == huber | ({"max_train_steps", "huber_c"} if recipe == "pocket" else set())
+    helped = {"better", "loss_type", "huber_schedule", "huber_c", "targets"}
+    shorter = {"max_train_steps", "num_inference_steps"}
+    assert changed == helped | (shorter if recipe == "pocket" else set())
     assert config.parse([recipe, "--better", "--huber-c", "0.2"]).huber_c == 0.2
     assert config.parse([recipe, "--better", "--loss-type", "l2"]).loss_type == "l2"
     assert config.parse([recipe, "--better", "--no-better"]) == usual  # the last word counts
