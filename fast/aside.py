@@ -24,6 +24,7 @@ class Aside:
 
     def __init__(self):
         self.stream: torch.cuda.Stream | None = None
+        self.apart = False  # whether it has work that nobody has waited for
         self.held: list[Tensor] = []
 
     @contextlib.contextmanager
@@ -37,7 +38,7 @@ class Aside:
         try:
             yield
         finally:
-            self.stream = None
+            self.stream, self.apart = None, False
             self.held.clear()
 
     @contextlib.contextmanager
@@ -49,6 +50,7 @@ class Aside:
         if self.stream is None:
             yield
             return
+        self.apart = True
         self.held += reads
         if not go_on:
             self.stream.wait_stream(torch.cuda.current_stream())
@@ -56,9 +58,12 @@ class Aside:
             yield
 
     def meet(self) -> None:
-        """What follows waits for the second stream."""
-        if self.stream is not None:
+        """What follows waits for the second stream. One that no kernel has used is not part of the
+        recording, and waiting for it would spoil that.
+        """
+        if self.apart:
             torch.cuda.current_stream().wait_stream(self.stream)
+            self.apart = False
             self.held.clear()
 
 

@@ -94,6 +94,8 @@ class Recorded:
                     raise cause from None
             self.eager = True
             self.recordings.clear()
+            # What failed may still hold the memory as being recorded.
+            self.pool, self.stream = torch.cuda.MemPool(), torch.cuda.Stream()
             self.say(f"steps are not recorded in a CUDA graph: {first_line(error)}")
         else:
             self.recordings[key] = (recording, inputs)

@@ -205,6 +205,7 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
             run.micro_step = each.micro_step(run.micro_step, aside)
         moments = flat.FlatMoments(vectors, run.optimizer)
         sums = [each.vector.grad for each in vectors]
+    model.free_memory()  # of what was laid together: a recording takes memory of its own
     record(run, [*sums, run.loss_sum], say, said)
     if not (why := edited("loop.step_batches")):
         run.batches = prefetch.Prefetch(functools.partial(run.batches, share=team.share))

@@ -27,10 +27,13 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 class Stream:
     """What it has done, and what of others came before that: {stream: how many operations}."""
 
-    def __init__(self):
-        self.seen = {self: 0}
+    def __init__(self, races, recorded=False):
+        self.seen, self.races, self.recorded = {self: 0}, races, recorded
 
     def wait_stream(self, other):
+        if not other.recorded:
+            self.races.append("what is not recorded is waited for")
+        self.recorded = True
         for each, count in other.seen.items():
             self.seen[each] = max(self.seen.get(each, 0), count)
 
@@ -44,11 +47,11 @@ class Watch(TorchDispatchMode):
 
     def __init__(self, monkeypatch):
         super().__init__()
-        self.main = self.now = Stream()
+        self.races, self.streams = [], set()
+        self.main = self.now = Stream(self.races, recorded=True)
         self.wrote, self.read, self.born = {}, {}, {}
         self.freed = []  # (the stream it came from, who used it, what made it)
-        self.races, self.streams = [], set()
-        monkeypatch.setattr(torch.cuda, "Stream", Stream)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda: Stream(self.races))
         monkeypatch.setattr(torch.cuda, "current_stream", lambda: self.now)
         monkeypatch.setattr(torch.cuda, "stream", self.on)
         monkeypatch.setattr(aside, "recorded", lambda part: True)
@@ -131,6 +134,13 @@ def test_nothing_is_read_too_early_or_freed_too_soon(monkeypatch, rank, checkpoi
     for got, alone in zip((loss, grad), gradient(unet, vector, make_batch(2)), strict=True):
         assert torch.equal(got, alone)
     assert ASIDE.stream is None and not ASIDE.held
+
+
+def test_a_pass_without_fused_layers_waits_for_nothing(monkeypatch):
+    unet, _, vector, _ = adapted(False)
+    with Watch(monkeypatch) as watch:
+        gradient(unet, vector, make_batch(2))
+    assert len(watch.streams) == 1 and watch.races == []
 
 
 class Forgetful(list):
