@@ -713,6 +713,7 @@ def check_adapter(config: Config) -> list[tuple]:
     other, kind = config.start_from and " ".join(relatives(config)), config.adapter
     rates = config.loraplus_lr_ratio != 1 and kind in ("loha", "lokr")
     ranks = config.use_rslora and config.rank_pattern
+    apart = "--targets attention" if config.better else "leave one out"
     return [
         (not config.targets, "--targets without any", "one or more", "--targets attention"),
         (unread, f"--targets {unread}", "a regular expression", "--targets attention"),
@@ -720,7 +721,7 @@ def check_adapter(config: Config) -> list[tuple]:
         (config.as_lora and kind == "lora", "--as-lora of LoRA", "another", "leave it out"),
         (rates, f"--loraplus-lr-ratio with {kind}", "lora or dora, with A and B", "leave one out"),
         (ranks, "--use-rslora with --rank-pattern", "one rank", "leave one out"),
-        (other, f"--start-from with {other}", "LoRA on attention", "leave one out"),
+        (other, f"--start-from with {other}", "LoRA on attention", apart),
     ]
 
 
@@ -784,8 +785,9 @@ def check(config: Config) -> Config:
         held = " and ".join(name for name in left if os.path.exists(config.out / name))
         folder = f"--plain with {config.out}, which holds {held}"
         more = ("plan_for", "deterministic", "start_from", "quiet", *held_out)
-        more += ("better",) if config.better else OTHERWISE
-        more = " and ".join([*set_apart(config, *more), *relatives(config)])
+        more += ("adapter", "rank_pattern")  # and targets, where they are not --better's
+        more += ("better",) if config.better else ("targets", *OTHERWISE)
+        more = " and ".join(set_apart(config, *more))
         against += [
             (processes > 1, f"--plain with {processes} processes", "one", "go without torchrun"),
             (nf4, "--plain with an NF4 base", "an unquantized one", "--base-quantization none"),

@@ -403,6 +403,10 @@ def test_better_is_what_helped_and_gives_way_to_what_is_asked_for(recipe):
         config.parse([recipe, "--better", "--logit-mean", "1"])
     with pytest.raises(Refusal, match="--plain with --better; expected"):
         config.parse([recipe, "--better", "--plain"])
+    begun = [recipe, "--better", "--start-from", "adapter"]
+    with pytest.raises(Refusal, match="--start-from with --targets; .* --targets attention"):
+        config.parse(begun)
+    assert config.parse([*begun, "--targets", "attention"]).loss_type == "huber"
 
 
 def test_better_and_quick_are_refused_where_they_would_change_nothing(tmp_path):
