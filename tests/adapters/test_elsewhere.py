@@ -19,6 +19,8 @@ from conftest import make_unet
 from inputs.drawing import find_adapter
 from sentences import refused
 
+pytestmark = pytest.mark.slow
+
 
 def theirs(**more):
     """A UNet with peft's own adapter, its B random."""

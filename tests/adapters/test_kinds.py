@@ -261,6 +261,7 @@ def test_a_base_in_4_bits(kind):
     assert all(getattr(layer, key).grad.any() for key in layer.keys)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
 def test_what_computes_lora_faster_leaves_the_others_alone(kind, batch):
     """No attention layer is fused, and the answer stays the kind's own."""
@@ -312,6 +313,7 @@ def test_dora_lengths_stay_fp32_in_a_half_precision_step():
     assert flats[0].views[f"{name}.lora_A"].grad.eq(1).all()
 
 
+@pytest.mark.slow
 # plain LoRA's in half precision are in test_files.py
 @pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float16, marks=LONG)])
 @pytest.mark.parametrize("layout", ["peft", "kohya"])
@@ -366,6 +368,7 @@ def test_a_layer_has_the_same_kohya_name_whatever_else_is_adapted():
             assert every[name] == sgm
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kind", [pytest.param(k, marks=[LONG] * (k in ("lora", "loha"))) for k in kinds.KINDS]
 )

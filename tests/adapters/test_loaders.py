@@ -16,6 +16,8 @@ import lora
 from adapters import files
 from inputs.vetting import SDXL_UNET
 
+pytestmark = pytest.mark.slow
+
 RANK, ALPHA = 2, 3  # alpha != rank: who forgets alpha is off by half
 READERS = [pytest.param(loader, id=loader.name) for loader in LOADERS]
 

@@ -24,6 +24,8 @@ from inputs.vetting import SDXL_UNET
 from sentences import refused
 from stress import tiny
 
+pytestmark = pytest.mark.slow
+
 BASE = ("--pretrained-model-name-or-path", str(TINY_SDXL))
 PK = ("peft", "kohya")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -418,7 +420,6 @@ def test_the_newest_runs_base_is_found_beside_its_file(tmp_path, capsys):
     assert a.is_file()
 
 
-@pytest.mark.slow
 def test_the_pages_lines_bake_an_adapter_into_a_checkpoint(tmp_path):
     """Of docs/adapters.md, with the small model in fp32."""
     path, page = written(tmp_path / "a.safetensors"), (ROOT / "docs" / "adapters.md").read_text()

@@ -168,6 +168,7 @@ def test_what_is_not_recorded_has_one_stream(monkeypatch):
     assert gradient(unet, vector, make_batch(2))[1].norm() > 0 and ASIDE.stream is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edited", ["", "loop.diffusion_loss", "model.predict"])
 def test_a_loss_of_another_form_has_one_stream(tmp_path, monkeypatch, edited):
     """It may run the UNet twice: then a matrix's gradients are added up before all are there."""

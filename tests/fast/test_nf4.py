@@ -25,7 +25,7 @@ from keep import drawing, faster, identity, training
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DTYPES = [
     torch.float16,
     *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float32, torch.bfloat16)),
@@ -140,7 +140,6 @@ def test_the_kept_file_is_a_safetensors_file_that_others_read(tiny, tmp_path):
     assert kept["mid_block.attentions.0.proj_in.weight.absmax"].dtype == torch.uint8
 
 
-@pytest.mark.slow
 def test_another_dtype_or_base_has_a_file_of_its_own(tiny, tmp_path):
     load(tiny, tmp_path)
     load(tiny, tmp_path, torch.float16)
@@ -173,7 +172,6 @@ def test_edited_quantisation_has_a_file_of_its_own_and_is_another_run(
     assert code.changed(before, faster.digests(lowmem)) == [edited]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "damage", [lambda c: c[:-1000], lambda c: b"", lambda c: c[:8] + b"{" * 100]
 )
@@ -301,7 +299,6 @@ def train(cache, tmp_path):
     return run
 
 
-@pytest.mark.slow
 def test_a_run_continues_exports_and_draws_on_its_4_bit_base(
     train, cache, tmp_path, capsys, monkeypatch
 ):

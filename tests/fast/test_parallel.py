@@ -31,6 +31,8 @@ from inputs.options import RECIPES
 from keep import checkpoint, faster
 from runs import in_one, moved
 
+pytestmark = pytest.mark.slow
+
 pytest_plugins = "forked"
 CPU = torch.device("cpu")
 
@@ -124,7 +126,6 @@ def test_several_processes_take_the_steps_of_one(together, alone, n, size):
         assert theirs[0] == pytest.approx(said[0], rel=1e-4)  # loss and norm of the first gradient
 
 
-@pytest.mark.slow
 def test_an_overflow_in_one_process_is_skipped_by_all(together):
     def work(team):
         run = tiny_run(team, precision="fp16", fused=False)
@@ -262,7 +263,6 @@ def test_caching_is_shared_nobody_encodes_twice_and_all_leave_with_all_of_it(tog
         assert (tmp_path / "shared" / file.name).read_bytes() == file.read_bytes()
 
 
-@pytest.mark.slow
 def test_one_that_dies_while_caching_loses_the_block_in_hand_and_ends_the_other(together, tmp_path):
     def work(team):
         def at(i):
@@ -432,7 +432,6 @@ def test_make_train_takes_the_gpus_that_it_finds(tmp_path, cards, more, start, r
 # ---- the command ---------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train_by, tmp_path):
     assert train_by(1, "whole").codes == [0]
     for name, first, second in (("two-one", 2, 1), ("one-two", 1, 2)):
@@ -449,7 +448,6 @@ def test_a_run_saved_by_two_is_continued_by_one_and_the_reverse(train_by, tmp_pa
         assert [p.name for p in (tmp_path / name / "checkpoints").iterdir() if p.is_dir()]
 
 
-@pytest.mark.slow
 def test_a_damaged_picture_ends_all_processes_with_one_sentence(train_by, few, tmp_path):
     bad = tmp_path / "bad"
     shutil.copytree(few, bad)
@@ -462,7 +460,6 @@ def test_a_damaged_picture_ends_all_processes_with_one_sentence(train_by, few, t
     assert said.count("error: ") == 1 and f"picture {first} cannot be read" in said
 
 
-@pytest.mark.slow
 def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(train_by, monkeypatch):
     target = model.training_target
 
@@ -476,7 +473,6 @@ def test_a_loss_that_is_not_finite_in_one_process_ends_all_with_one_sentence(tra
     assert said.count("error: ") == 1 and "loss of step 1 is nan" in said and ".png" in said
 
 
-@pytest.mark.slow
 def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(train_by):
     assert train_by(1, "r", "--deterministic", "--max-train-steps", "2").codes == [0]
     done = train_by(2, "r", "--deterministic")
@@ -486,7 +482,6 @@ def test_a_deterministic_run_is_not_continued_by_another_number_of_processes(tra
     assert "1 CPU threads, and this command has computed by" in said and "2 processes;" in said
 
 
-@pytest.mark.slow
 def test_1_and_3_processes_and_2_hosts_of_2_give_the_same_adapter(train_by, tmp_path):
     """The two hosts share a folder in which nothing is encoded yet. (Of 8-bit AdamW, 1 and 2
     processes above.)
@@ -503,7 +498,6 @@ def test_1_and_3_processes_and_2_hosts_of_2_give_the_same_adapter(train_by, tmp_
         assert off <= 1e-3
 
 
-@pytest.mark.slow
 def test_two_processes_share_buckets_masks_and_tags(train_by, few, tmp_path, capfd):
     """The run of one process, where pictures have two shapes, one a mask, and captions vary."""
     folder = shutil.copytree(few, tmp_path / "shapes")
@@ -522,7 +516,6 @@ def test_two_processes_share_buckets_masks_and_tags(train_by, few, tmp_path, cap
     assert (moved(tmp_path / "of-2") - want).norm() <= 1e-3 * want.norm()
 
 
-@pytest.mark.slow
 def test_held_out_pictures_are_shared_and_all_end_at_the_same_step(train_by, tmp_path):
     """Three validations of passes that two processes share, and the loss of each example."""
     folder = write_pictures(tmp_path / "held", ink_rows(10)[6:])
@@ -539,7 +532,6 @@ def test_held_out_pictures_are_shared_and_all_end_at_the_same_step(train_by, tmp
     assert two["fits"] == pytest.approx(one["fits"], rel=1e-3) and len(one["fits"]) > 1
 
 
-@pytest.mark.slow
 def test_a_run_that_learns_otherwise_is_one_run_however_many_compute_it(train_by, tmp_path):
     """Strata over the whole step, Huber's loss, two vectors with a rate each, and their mean."""
     more = ("--stratified-timesteps", "--loss-type", "huber", "--ema-decay", "0.9")

@@ -27,7 +27,7 @@ from sentences import refused
 
 CPU = torch.device("cpu")
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.mark.parametrize(
@@ -394,7 +394,6 @@ def test_what_is_downloaded_is_said_once_and_of_the_files_that_are_taken(server,
     assert len(said) == 1 and f"0.04 GB of {HUB_NAME} (unet 0.01, vae 0.02) into" in said[0]
 
 
-@pytest.mark.slow
 def test_a_slow_download_says_where_it_stands_and_is_waited_for(server, monkeypatch, capsys):
     monkeypatch.setattr(download, "SAY", 0.2)
     monkeypatch.setattr(download, "GIVE_UP", 2.0)
@@ -409,7 +408,6 @@ def test_a_slow_download_says_where_it_stands_and_is_waited_for(server, monkeypa
     assert f"{HUB_NAME}: 0.00 of 0.00 GB are here" in said and "no byte" not in said
 
 
-@pytest.mark.slow
 def test_a_download_that_stands_still_is_said_and_then_refused(server, monkeypatch, capsys):
     monkeypatch.setattr(download, "QUIET", 0.5)
     monkeypatch.setattr(download, "GIVE_UP", 2.0)

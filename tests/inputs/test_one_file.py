@@ -29,7 +29,7 @@ CPU = torch.device("cpu")
 COUNTS = {"unet": 2_567_463_684, "vae": 83_653_863}
 COUNTS |= {"text_encoder": 123_060_480, "text_encoder_2": 694_659_840}
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 def refused(path: Path, words: str, **options):
@@ -181,7 +181,6 @@ def test_a_parts_fingerprint_is_that_of_its_own_tensors(whole, small, tmp_path):
         assert one_file.fingerprint(tmp_path / "all.safetensors", part) != before[part]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["fp32", "fp16"])
 def test_a_run_from_the_file_is_the_run_from_the_folder(
     dtype, train, whole, small, tmp_path, capfd
@@ -197,7 +196,6 @@ def test_a_run_from_the_file_is_the_run_from_the_folder(
     assert hub.unet_fingerprint(str(whole), False) == hub.unet_fingerprint(str(TINY_SDXL), False)
 
 
-@pytest.mark.slow
 def test_pictures_from_the_file_are_those_from_the_folder(train, whole, small, tmp_path):
     assert train("run", "--max-train-steps", "2") == 0
     adapter, drawn = str(tmp_path / "run" / "pytorch_lora_weights.safetensors"), []

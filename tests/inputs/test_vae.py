@@ -27,7 +27,7 @@ from runs import adapter
 CPU, PREFIX = torch.device("cpu"), one_file.PREFIXES["vae"]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 
-pytestmark = pytest.mark.usefixtures("one_thread")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 
 
 @pytest.fixture(autouse=True)
@@ -90,7 +90,6 @@ def test_the_scaling_that_is_said_is_the_shipped_ones():
     assert json.loads((SDXL / "vae" / "config.json").read_text())["scaling_factor"] == 0.13025
 
 
-@pytest.mark.slow
 def test_a_run_with_another_vae_is_another_and_its_files_draw_with_it(
     train, places, tmp_path, capsys
 ):
@@ -143,7 +142,6 @@ def test_a_checkpoint_without_vae_asks_for_one(places):
         hub.fetch(str(places["no"]), "unet")
 
 
-@pytest.mark.slow
 def test_a_checkpoint_without_vae_trains_with_one(train, places, tmp_path):
     base = ("--max-train-steps", "2", "--pretrained-model-name-or-path")
     assert train("r", *base, str(places["no"]), "--vae", str(places["bare"])) == 0

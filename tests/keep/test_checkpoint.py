@@ -47,6 +47,7 @@ def test_a_run_goes_on_to_the_same_bytes_with_and_without_the_vector(
         assert all(torch.as_tensor(v == theirs[name][k]).all() for k, v in ours[name].items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("save_dtype", ["fp32", "fp16"])
 def test_the_adapter_of_every_save_is_kept_in_both_layouts(tmp_path, save_dtype):
     """Also of those whose state is gone; and nothing else that draws lies in the run's folder."""

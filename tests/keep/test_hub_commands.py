@@ -17,6 +17,8 @@ from inputs.sources import read_dataset
 from keep import drawing, identity
 from stress.case import sentence_is_whole
 
+pytestmark = pytest.mark.slow
+
 NAME = "someone/sdxl"
 OTHERS = """
 .gitattributes 01.png LICENSE.md README.md comparison.png sd_xl_base_1.0.safetensors
@@ -72,7 +74,6 @@ def files_brought(server) -> set[str]:
     return {path for path, url in known.items() if any(url in each for each in server.asked)}
 
 
-@pytest.mark.slow
 def test_a_run_brings_only_what_it_needs_and_goes_on_and_draws_while_the_hub_is_away(
     server, train, tmp_path, said
 ):
@@ -111,7 +112,6 @@ def data_set(server, few, tmp_path) -> str:
     return "someone/ink"
 
 
-@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_trained_on_and_serves_while_the_hub_is_away(
     server, data_set, few, train, said
 ):
@@ -156,7 +156,6 @@ def test_without_a_network_a_mistyped_name_is_answered_within_seconds(server, tr
         assert f"{option[1]} (" in last and "ConnectError" in last and f"{option[0]} FOLDER" in last
 
 
-@pytest.mark.slow
 def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     server, train, tmp_path, said, model_files
 ):
@@ -206,7 +205,6 @@ def test_a_run_and_its_drawing_keep_the_commit_that_it_began_with(
     assert "leave --revision out" in said()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("begun", "asked_for", "taken"),
     [

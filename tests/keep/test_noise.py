@@ -99,6 +99,7 @@ def test_the_start_says_what_is_predicted_and_who_says_so(tmp_path, entries, sai
 # ---- what the base does --------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_base_that_does_not_predict_what_its_file_says_ends_the_run_unless_told_so(
     train, tmp_path, monkeypatch, capsys
 ):
@@ -144,6 +145,7 @@ def test_who_asks_for_it_trains_it_and_is_told(train, tmp_path, capsys, monkeypa
     assert "times nearer to" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_plain_trains_the_same_target_and_zero_terminal_snr(train, tmp_path):
     asked = ("--prediction-type", V, "--zero-terminal-snr", "yes", "--no-fused")
     asked += ("--max-train-steps", "2")

@@ -17,6 +17,8 @@ from keep import training
 from runs import Killed, adapter, log, matrices
 from see import preview
 
+pytestmark = pytest.mark.slow
+
 # Two steps of one prompt: long enough to be a picture.
 SHOWN = ("--preview-prompts", "red apple", "--preview-steps", "2")
 CPU = torch.device("cpu")
@@ -70,7 +72,6 @@ def test_a_run_with_previews_is_the_run_without_to_the_byte(train, tmp_path, mon
     assert one.shape == (64, 64, 3) and not np.array_equal(one, other)
 
 
-@pytest.mark.slow
 def test_a_preview_is_what_generate_draws_with_that_checkpoint(train, tmp_path):
     """The run computes with its layers fused: a pixel may round to the next number."""
     assert train("r", *SHOWN, "--keep-adapters") == 0
@@ -82,7 +83,6 @@ def test_a_preview_is_what_generate_draws_with_that_checkpoint(train, tmp_path):
     assert np.abs(one - np.asarray(Image.open(out / "pictures" / drawn(2)), int)).max() <= 1
 
 
-@pytest.mark.slow
 def test_a_preview_and_the_held_out_loss_are_in_tensorboard(train, tmp_path):
     held = write_pictures(tmp_path / "held", ink_rows(12)[6:])
     assert train("r", *SHOWN, "--tensorboard", "--validation-data", str(held)) == 0
@@ -98,7 +98,6 @@ def test_a_preview_and_the_held_out_loss_are_in_tensorboard(train, tmp_path):
 # ---- once each, also where a run goes on ---------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_a_run_that_goes_on_draws_nothing_twice(train, tmp_path, monkeypatch):
     """Nor is the picture lost of a run that was killed between saving and drawing."""
     made, draw, sample = [], preview.Previews.draw, generate.sample

@@ -23,6 +23,8 @@ from inputs.files import Refusal
 from inputs.options import RECIPES
 from keep import report, training
 
+pytestmark = pytest.mark.slow
+
 GPU = torch.device("cuda", 0)
 
 

@@ -80,6 +80,7 @@ def test_each_example_alone_is_as_uniform_as_it_was():
     assert np.bincount(found).tolist() == [n] * count
 
 
+@pytest.mark.slow
 def test_the_variance_of_the_gradients_estimate_falls_and_its_mean_stays():
     """On the tiny UNet, one picture and its noise fixed: what timesteps alone add to the variance,
     of 8 examples drawn independently and of 8 strata.
@@ -264,6 +265,7 @@ WAYS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", [pytest.param(w, marks=LONG if w in ALONE else ()) for w in WAYS])
 def test_interrupted_equals_uninterrupted_with_and_without_the_vector(tmp_path, monkeypatch, way):
     """Two steps, a checkpoint by matrix, two more; with one form or the other before and after.
@@ -330,6 +332,7 @@ def test_the_running_mean_is_its_recursion_from_the_first_step_on(tmp_path, monk
         assert not torch.equal(state["ema"], kept.run.trained[name])
 
 
+@pytest.mark.slow
 def test_the_running_mean_is_exported_beside_the_last_step(tmp_path, monkeypatch):
     kept = tiny_run.step(kept_run(tmp_path / "r", monkeypatch, ema_decay=0.9), 3)
     mean = {name: state["ema"].clone() for name, state in kept.moments.read().items()}
@@ -476,6 +479,7 @@ def test_the_memory_plan_counts_what_the_optimizer_keeps(tmp_path, monkeypatch, 
     assert planned == pytest.approx(counted, rel=1e-3) and planned >= least * count
 
 
+@pytest.mark.slow
 def test_the_sheet_shows_the_running_mean_behind_the_last_step(tmp_path, monkeypatch):
     kept = tiny_run.step(kept_run(tmp_path / "r", monkeypatch, ema_decay=0.9), 2)
     export.export(kept)
