@@ -20,10 +20,11 @@ def recorded(x: Tensor) -> bool:
 
 
 class Aside:
-    """The second stream of the pass that is being recorded; without one, nothing."""
+    """The second stream of a pass that is being recorded; else nothing."""
 
     def __init__(self):
-        self.stream: torch.cuda.Stream | None = None
+        self.stream: torch.cuda.Stream | None = None  # one for all recordings: each keeps memory
+        self.recording = False
         self.apart = False  # whether it has work that nobody has waited for
         self.held: list[Tensor] = []
 
@@ -33,12 +34,12 @@ class Aside:
         of the backward pass that reads the gradients which were computed there.
         """
         if recorded(part):
-            self.stream = self.stream or torch.cuda.Stream()
+            self.stream, self.recording = self.stream or torch.cuda.Stream(), True
             part.grad_fn.register_prehook(lambda _: self.meet())
         try:
             yield
         finally:
-            self.stream, self.apart = None, False
+            self.recording = self.apart = False
             self.held.clear()
 
     @contextlib.contextmanager
@@ -47,7 +48,7 @@ class Aside:
         `go_on`, only for that stream's own. What they read is kept until the streams meet: its
         memory would otherwise be given to others while they run.
         """
-        if self.stream is None:
+        if not self.recording:
             yield
             return
         self.apart = True
