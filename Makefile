@@ -80,7 +80,7 @@ check: $(SETUP)  ## lint and format
 notebooks: $(SETUP)  ## run both notebooks and check what they store; ARGS=--write stores it anew
 	$(PYTHON) notebooks/execute.py $(ARGS)
 
-stress: $(SETUP)  ## kill runs, fill disks, damage files: the laws must hold (CPU, 7 minutes); ARGS="--only kills"
+stress: $(SETUP)  ## kill runs, fill disks, damage files: the laws must hold (CPU, 19 minutes); ARGS="--only kills"
 	PYTHONPATH=tests $(PYTHON) -m stress $(if $(ARGS),$(ARGS),--seed 0 --runs 200 --inputs 1000 --out benchmarks/results/stress.json)
 
 slow: $(SETUP)  ## the tests that make test leaves out; those of the run's page need a Chromium, on the PATH or as $CHROME

@@ -70,6 +70,7 @@ def other(path: Path) -> str:
     told += [f"  {n} of {pair}" for pair, n in pairs.most_common(10)]
     told += [f"layers, of {len(layers)} kinds:"]
     told += [f"  {n:4} {name}" for name, n in layers.most_common(20)]
+    told += [f"  and {len(layers) - 20} kinds more"] * (len(layers) > 20)
     told += [file.left_out] * bool(file.left_out)
     told += [f"  {key}: {sayable(value, 160)}" for key, value in sorted(file.about.items())]
     return "\n".join(map(sayable, told))

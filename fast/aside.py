@@ -2,16 +2,16 @@
 
 At rank 16 a product of LoRA keeps a few of a GPU's processors busy, and the frozen product beside
 it not all of them. On a second stream of a recording they run at the same time
-(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams). The numbers stay those of one
-stream, since what is computed and in which order it is added does. What is not recorded has one
-stream: there the host is what is waited for.
+(https://docs.pytorch.org/docs/stable/notes/cuda.html#cuda-streams). The numbers are the same as on
+one stream: the same products, added in the same order. What is not recorded has one stream, since
+there the host is what is waited for.
 """
 
 import contextlib
 from collections.abc import Iterator
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def recorded(x: Tensor) -> bool:
@@ -27,11 +27,13 @@ class Aside:
         self.recording = False
         self.apart = False  # whether it has work that nobody has waited for
         self.held: list[Tensor] = []
+        self.given: set[int] = set()  # layers whose gradients are there
 
     @contextlib.contextmanager
     def while_recorded(self, part: Tensor) -> Iterator[None]:
-        """Inside there is a second stream, if a pass is being recorded. part: made by the one node
-        of the backward pass that reads the gradients which were computed there.
+        """Inside there is a second stream, if a pass is being recorded. part: a piece of what all
+        layers read; the node of the backward pass that made it, and no other, reads what the second
+        stream computes. What was made on that stream need not be named in branch().
         """
         if recorded(part):
             self.stream, self.recording = self.stream or torch.cuda.Stream(), True
@@ -39,8 +41,11 @@ class Aside:
         try:
             yield
         finally:
+            with contextlib.suppress(RuntimeError):  # of a recording that has failed already
+                self.meet()  # after an error, too, or that of the open branch would hide it
             self.recording = self.apart = False
             self.held.clear()
+            self.given.clear()
 
     @contextlib.contextmanager
     def branch(self, *reads: Tensor, go_on: bool = False) -> Iterator[None]:
@@ -58,9 +63,17 @@ class Aside:
         with torch.cuda.stream(self.stream):
             yield
 
+    def gave(self, layer: nn.Module) -> None:
+        """The gradients of `layer` go their way. Those of a layer that acts twice in a pass are
+        added up at once, so they must be there.
+        """
+        if id(layer) in self.given:
+            self.meet()
+        self.given.add(id(layer))
+
     def meet(self) -> None:
         """What follows waits for the second stream. One that no kernel has used is not part of the
-        recording, and waiting for it would spoil that.
+        recording, which would fail by waiting for it.
         """
         if self.apart:
             torch.cuda.current_stream().wait_stream(self.stream)

@@ -118,9 +118,10 @@ class Project(torch.autograd.Function):
                 dx = part @ weight if dx is None else dx.addmm_(part, weight)
             ASIDE.meet()
             dx.addmm_(dh, A)
-        with ASIDE.branch(x, h, g, dh, go_on=True):
+        with ASIDE.branch(x, g, go_on=True):
             dB = gs.mT @ hs  # (k, out, r); s is in h already
             dA = dh.t() @ x  # (k r, in)
+        ASIDE.gave(ctx.bases[0])
         return dx, None, None, *dA.chunk(k), *dB.unbind()
 
 
@@ -426,6 +427,7 @@ def answer_and_gradients(module: nn.Module, inputs: list[Tensor]) -> list[Tensor
     parameters that take one.
     """
     learning = [each for each in (*inputs, *module.parameters()) if each.requires_grad]
-    answer, how = module(*inputs), {"allow_unused": True, "materialize_grads": True}
+    as_tuple = {"return_dict": False} if convolution.has_doors(module) else {}
+    answer, how = module(*inputs, **as_tuple), {"allow_unused": True, "materialize_grads": True}
     answer = answer if isinstance(answer, Tensor) else answer[0]
     return [answer, *torch.autograd.grad(answer.square().sum(), learning, **how)]

@@ -48,6 +48,9 @@ def read_plain(path: Path) -> tuple[dict[str, Tensor], int, float, dict[str, str
     tensors, about = read_tensors(path)
     check_keys(path, tensors, PEFT_KEY)
     matrices = {re.fullmatch(PEFT_KEY, key)[1]: tensor for key, tensor in tensors.items()}
+    if convolutions := sorted(name for name, matrix in matrices.items() if matrix.ndim == 4):
+        found = f"{path} adapts convolutions, {convolutions[0].rpartition('.')[0]} for one"
+        raise Refusal(found, "Linears alone, as lora.py has them", "draw without --plain")
     rank = check_matrices(path, matrices)
     return matrices, rank, alpha_of_header(path, about.get("lora_adapter_metadata"), rank), about
 

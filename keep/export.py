@@ -179,9 +179,10 @@ def finished(config: Config) -> str:
     more = f"a larger --max-train-{'epochs' if epochs else 'steps'}"
     if note["stopped_when_worse"]:
         more = "--no-stop-when-worse"
+    fallen = " at the rate where its schedule ended" * (config.lr_scheduler != "constant")
     names = code.changed(faster.digests(config), note["code"])
     other = f", by other code ({', '.join(names)})" if names else ""
     return (
         f"{config.out} is finished{other}: {done} steps on {' '.join(config.dataset_name)}. To go "
-        f"on: {more}; to start anew: another --output-dir; to draw: make generate"
+        f"on{fallen}: {more}; to start anew: another --output-dir; to draw: make generate"
     )

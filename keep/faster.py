@@ -199,8 +199,9 @@ def faster(run, team, say: Callable[[str], None], unfused: str = "") -> tuple:
         views = {name: view for each in vectors for name, view in each.views.items()}
         run.trained = {name: views[name] for name in run.trained}
         run.optimizer = tricks.make_optimizer(run, [[v.vector for v in part] for part in of_part])
-        # A loss of another form may run the UNet twice, or read the matrices themselves.
-        aside = not edited("loop.diffusion_loss", "model.predict")
+        # A loss of another form may read the matrices themselves, and add to their gradients.
+        known = getattr(run.loss, "func", run.loss) is loop.diffusion_loss  # of a partial, too
+        aside = known and not edited("loop.diffusion_loss", "model.predict")
         for each in vectors:
             run.micro_step = each.micro_step(run.micro_step, aside)
         moments = flat.FlatMoments(vectors, run.optimizer)

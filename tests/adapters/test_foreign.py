@@ -422,6 +422,8 @@ def test_inspect_tells_what_is_more_than_lora_of_one_rank_on_attention(tmp_path,
     save_file(file.tensors, tmp_path / "a.safetensors", file.about)
     told = describe.other(tmp_path / "a.safetensors")
     assert told == "" if said is None else said in told and "a.safetensors" in told
+    of_kinds = re.search(r"layers, of (\d+) kinds", told)
+    assert ("kinds more" in told) == bool(of_kinds and int(of_kinds[1]) > 20)
 
 
 def test_alpha_may_be_a_whole_number_and_conv_in_is_drawn_in_half_precision(tmp_path):

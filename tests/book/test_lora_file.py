@@ -221,6 +221,20 @@ def test_what_fp16_cannot_hold_is_refused_when_read_back(tmp_path):
     assert f"{PEFT_MODULE}.lora_B holds NaN or Inf" in refused(tmp_path / "a.safetensors", lora)
 
 
+def test_a_file_of_convolutions_is_for_the_command(tmp_path):
+    path, name = tmp_path / "a.safetensors", "down_blocks.0.resnets.0.conv1"
+    lora.save(trained(), path, torch.float32, ABOUT)
+    with safetensors.safe_open(path, "pt") as file:
+        about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+    A, B = torch.ones(RANK, 16, 3, 3), torch.ones(16, RANK, 1, 1)
+    tensors |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
+    safetensors.torch.save_file(
+        tensors, tmp_path / "a.safetensors", header(tmp_path / "a.safetensors")
+    )
+    said = refused(tmp_path / "a.safetensors", lora)
+    assert f"adapts convolutions, {name} for one" in said and "draw without --plain" in said
+
+
 @pytest.mark.parametrize("how", BROKEN)
 def test_load_refuses_a_file_that_is_not_whole(tmp_path, how):
     path = tmp_path / "a.safetensors"

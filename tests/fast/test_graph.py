@@ -79,9 +79,8 @@ def test_a_shape_is_recorded_when_it_comes_again_and_each_batch_is_added_once(mo
     for rows, value in ((3, 100), (1, 1000), (3, 10**4), (1, 10**5)):
         stage.recorder(batch(rows, value))
     assert stage.sum.tolist() == [3 + 10 + 300 + 1000 + 3 * 10**4 + 10**5] * 3
-    assert (
-        stage.recorded == 2 and stage.pool == stage.recorded_step.pool.id
-    )  # the second shape shares the first's pool
+    # the second shape shares the first's pool
+    assert stage.recorded == 2 and stage.pool == stage.recorded_step.pool.id
     assert len(stage.said) == 2 and "recorded a pass over 3 in" in stage.said[0]
 
 

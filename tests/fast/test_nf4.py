@@ -28,7 +28,8 @@ CPU = torch.device("cpu")
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("one_thread")]
 DTYPES = [
     torch.float16,
-    *(pytest.param(each, marks=pytest.mark.slow) for each in (torch.float32, torch.bfloat16)),
+    torch.float32,
+    torch.bfloat16,
 ]
 
 
@@ -151,10 +152,9 @@ def test_another_dtype_or_base_has_a_file_of_its_own(tiny, tmp_path):
     "name",
     [
         "quantise",
-        *(
-            pytest.param(n, marks=pytest.mark.slow)
-            for n in ("WHOLE", "PER_SCALE", "shapes_to_quantise")
-        ),
+        "WHOLE",
+        "PER_SCALE",
+        "shapes_to_quantise",
     ],
 )
 def test_edited_quantisation_has_a_file_of_its_own_and_is_another_run(
@@ -225,7 +225,7 @@ def test_the_gradient_to_the_input_is_that_of_the_expanded_weight_and_no_input_i
     assert not kept  # the packed weight goes along outside autograd
 
 
-@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_step_moves_the_adapter_and_no_number_of_the_base(tiny, tmp_path, checkpointing):
     unet = load(tiny, tmp_path)
     before = stored(unet)

@@ -110,7 +110,7 @@ def alone():
 
 @pytest.mark.parametrize(
     ("n", "size"),
-    [(4, 2), *(pytest.param(*each, marks=pytest.mark.slow) for each in ((1, 2), (4, 3)))],
+    [(4, 2), (1, 2), (4, 3)],
 )
 def test_several_processes_take_the_steps_of_one(together, alone, n, size):
     """4 examples in 2 + 2 and 1 + 1 + 2, and 1 example in two processes, of which one has none."""
@@ -290,9 +290,7 @@ def at_once(monkeypatch):
     monkeypatch.setattr(parallel, "time", quick)
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
 def test_one_that_dies_or_hangs_ends_the_others_which_say_it_once(
     together, monkeypatch, at_once, number
 ):

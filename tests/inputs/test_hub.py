@@ -443,7 +443,6 @@ except (Refusal, KeyboardInterrupt) as error:
 """
 
 
-@pytest.mark.slow  # real processes
 @pytest.mark.parametrize(
     ("way", "code", "said"), [("give up", 1, "Refusal"), ("Ctrl-C", 130, "KeyboardInterrupt")]
 )

@@ -183,12 +183,22 @@ def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(train, whole, 
 
 
 @pytest.mark.slow
+def test_a_finished_run_whose_rate_has_fallen_says_so(train, capsys):
+    for _ in range(2):
+        assert train("fallen", "--max-train-steps", "1", "--lr-scheduler", "cosine") == 0
+    assert "To go on at the rate where its schedule ended: a larger" in capsys.readouterr().out
+
+
+@pytest.mark.slow
 def test_more_steps_go_on_where_a_finished_run_ended(train, whole, tmp_path, capsys):
     assert train("twice", "--max-train-steps", "2") == train("twice") == 0
     assert adapter(whole) == adapter(tmp_path / "twice")
     capsys.readouterr()
     assert train("twice") == 0
-    assert "is finished: 4 steps" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert (
+        "is finished: 4 steps" in said and "To go on at the rate where its schedule ended" in said
+    )
     assert train("twice", "--max-train-steps", "1") == 0
     assert "is finished: 4 steps" in capsys.readouterr().out
 

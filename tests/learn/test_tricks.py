@@ -256,7 +256,7 @@ def same(one, other) -> None:
             assert torch.equal(torch.as_tensor(value), torch.as_tensor(theirs[name][key])), key
 
 
-LONG, ALONE = pytest.mark.slow, ("LoRA+", "EMA")
+ALONE = ("LoRA+", "EMA")
 WAYS = {
     "LoRA+": {"loraplus_lr_ratio": 4.0, "use_8bit_adam": False},
     "EMA": {"ema_decay": 0.9},
@@ -266,7 +266,7 @@ WAYS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("way", [pytest.param(w, marks=LONG if w in ALONE else ()) for w in WAYS])
+@pytest.mark.parametrize("way", WAYS)
 def test_interrupted_equals_uninterrupted_with_and_without_the_vector(tmp_path, monkeypatch, way):
     """Two steps, a checkpoint by matrix, two more; with one form or the other before and after.
     Prodigy has the vector alone.

@@ -404,7 +404,7 @@ def test_better_is_what_helped_and_gives_way_to_what_is_asked_for(recipe):
     with pytest.raises(Refusal, match="--plain with --better; expected"):
         config.parse([recipe, "--better", "--plain"])
     begun = [recipe, "--better", "--start-from", "adapter"]
-    with pytest.raises(Refusal, match=r"--start-from with --targets; .* --targets attention"):
+    with pytest.raises(Refusal, match=r"--targets of --better; .* --targets attention"):
         config.parse(begun)
     assert config.parse([*begun, "--targets", "attention"]).loss_type == "huber"
 
