@@ -228,10 +228,8 @@ def test_a_file_of_convolutions_is_for_the_command(tmp_path):
         about, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
     A, B = torch.ones(RANK, 16, 3, 3), torch.ones(16, RANK, 1, 1)
     tensors |= {f"unet.{name}.lora_A.weight": A, f"unet.{name}.lora_B.weight": B}
-    safetensors.torch.save_file(
-        tensors, tmp_path / "a.safetensors", header(tmp_path / "a.safetensors")
-    )
-    said = refused(tmp_path / "a.safetensors", lora)
+    safetensors.torch.save_file(tensors, path, about)
+    said = refused(path, lora)
     assert f"adapts convolutions, {name} for one" in said and "draw without --plain" in said
 
 

@@ -195,10 +195,7 @@ def test_more_steps_go_on_where_a_finished_run_ended(train, whole, tmp_path, cap
     assert adapter(whole) == adapter(tmp_path / "twice")
     capsys.readouterr()
     assert train("twice") == 0
-    said = capsys.readouterr().out
-    assert (
-        "is finished: 4 steps" in said and "To go on at the rate where its schedule ended" in said
-    )
+    assert "is finished: 4 steps" in capsys.readouterr().out
     assert train("twice", "--max-train-steps", "1") == 0
     assert "is finished: 4 steps" in capsys.readouterr().out
 
