@@ -315,9 +315,9 @@ CARDS = (
 FILL = 0.84
 SHARES = (0.45, 0.25)  # of the peak, reached by products, convolutions and attention: assumed
 # s that a recorded kernel takes besides its arithmetic and bytes. With 45 % it gives the H200's
-# 0.106, 0.045 and 0.205 s of benchmarks/results/kernels.json within a tenth, and its 0.145 s (1024
-# px, 4 x 1) a sixth too long.
-LAUNCH = 3.5e-6
+# 0.097, 0.044 and 0.198 s of benchmarks/results/kernels.json within a tenth, and its 0.145 s (1024
+# px, 4 x 1) a seventh too long.
+LAUNCH = 3.1e-6
 
 
 def seconds(work: Work, card: Card, share: float = SHARES[0]) -> float:
