@@ -285,4 +285,5 @@ def test_the_estimate_shows_its_arithmetic():
     fp32 = plan.in_dtype(CARD, torch.float32)
     assert plan.seconds(plan.Work(flop=8.1e12), fp32, 0.5) == pytest.approx(2)
     assert plan.in_dtype(CARD, torch.float16) == CARD
-    assert plan.step_seconds(plan.shaped(SMALL, 2, None), work, CARD, 0.25) == pytest.approx(2 * 8.1)
+    two = plan.step_seconds(plan.shaped(SMALL, 2, None), work, CARD, 0.25)
+    assert two == pytest.approx(2 * 8.1)
