@@ -28,6 +28,7 @@ from inputs.progress import quiet, say
 from inputs.sources import Pictures, in_steps
 from inputs.vetting import check_device
 from keep import checkpoint, drawing, export, faster, faults, identity, meaning, noise, report
+from learn import tricks
 from learn.held_out import chosen
 from learn.judge import Judge
 from see import preview
@@ -122,9 +123,9 @@ def set_up(
         write_down(kept, told, everything)
     how = "; ".join(filter(None, (reason, attention, faster_by)))
     drawn = preview.describe(config, previews.previews, run.step)
-    base = describe_base(config, commit, predicts)
-    usual = [] if config.quiet else [kinds.describe(run.adapter), planned, drawn]
-    lines = [report.describe(kept, pictures, how), *base, *usual, changes, started, *notes, *said]
+    usual = [kinds.describe(run.adapter), tricks.describe(config), planned, drawn]
+    base = describe_base(config, commit, predicts) + usual * (not config.quiet)
+    lines = [report.describe(kept, pictures, how), *base, changes, started, *notes, *said]
     return kept, "".join(f"{each}\n" for each in lines if each)
 
 

@@ -17,11 +17,22 @@ from torch import Tensor
 import data
 import loop
 import model
+from inputs import options
 from inputs.options import Config
 
 STRATA = 5  # what a random stream is for, beside data.EXAMPLE, EPOCH, CROP and held_out.HELD_OUT
 # Of Prodigy's numbers those that it keeps for all matrices at once, and goes on from.
 OF_ALL = ("k", "d", "d_max", "d_numerator")
+
+
+def describe(config: Config) -> str:
+    """What of these a run has, as it is typed: the losses that it tells mean something by it."""
+    told = [
+        f"--{name.replace('_', '-')}" + f" {value}" * (value is not True)
+        for name in options.OTHERWISE
+        if (value := getattr(config, name)) != getattr(Config, name)
+    ]
+    return f"learns with {', '.join(told)}" if told else ""
 
 
 # ---- timesteps -----------------------------------------------------------------------------------

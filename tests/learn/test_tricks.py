@@ -292,6 +292,13 @@ def test_off_a_run_is_the_run_that_it_was(tmp_path, monkeypatch):
     assert faster.digests(POCKET).keys() == code.digests().keys()
 
 
+def test_a_run_says_what_makes_it_learn_otherwise():
+    assert tricks.describe(POCKET) == tricks.describe(options.RECIPES["original"][1]) == ""
+    said = tricks.describe(options.parse(["pocket", "--better", "--stratified-timesteps"]))
+    huber = "--loss-type huber, --huber-schedule constant, --huber-c 0.03"
+    assert said == f"learns with --stratified-timesteps, {huber}"
+
+
 # ---- LoRA+ ---------------------------------------------------------------------------------------
 
 
