@@ -33,7 +33,7 @@ class Aside:
     def while_recorded(self, part: Tensor) -> Iterator[None]:
         """Inside there is a second stream, if a pass is being recorded. part: a piece of what all
         layers read; the node of the backward pass that made it, and no other, reads what the second
-        stream computes. What was made on that stream need not be named in branch().
+        stream computes.
         """
         if recorded(part):
             self.stream, self.recording = self.stream or torch.cuda.Stream(), True
@@ -51,7 +51,8 @@ class Aside:
     def branch(self, *reads: Tensor, go_on: bool = False) -> Iterator[None]:
         """Inside, kernels are the second stream's. They wait for all before them, or where they
         `go_on`, only for that stream's own. What they read is kept until the streams meet: its
-        memory would otherwise be given to others while they run.
+        memory would otherwise be given to others while they run. What was made on the second stream
+        need not be named.
         """
         if not self.recording:
             yield

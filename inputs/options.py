@@ -716,7 +716,7 @@ def check_adapter(config: Config) -> list[tuple]:
     ranks = config.use_rslora and config.rank_pattern
     if other and config.better:
         other += " of --better"
-    apart = "--targets attention" if config.better else "leave one out"
+    apart = "leave one out" + ", or type --targets attention" * config.better
     return [
         (not config.targets, "--targets without any", "one or more", "--targets attention"),
         (unread, f"--targets {unread}", "a regular expression", "--targets attention"),
