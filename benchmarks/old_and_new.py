@@ -4,7 +4,8 @@
     python -m benchmarks.old_and_new ../before --resolution 512 1024 --out old_and_new.json
 
 Each version runs its own ladder in a process of its own; in turn, since a card's clock changes over
-minutes. A row's seconds are the median of its turns.
+minutes. A row's seconds are the median of its turns. s_start, from before the weights are drawn to
+the end of the first step, is that of a command only in a process's first row.
 """
 
 import json
@@ -54,6 +55,7 @@ def compare(old: list[dict], new: list[dict]) -> dict:
     row = {}
     for name, turns in (("old", old), ("new", new)):
         row |= {f"s_{name}": [turn["s_per_step"] for turn in turns]}
+        row |= {f"s_start_{name}": [turn.get("s_start") for turn in turns]}
         row |= {f"{key}_{name}": turns[0].get(key) for key in ("gib_allocated", "loss")}
     ratio = statistics.median(row["s_new"]) / statistics.median(row["s_old"])
     return {"new / old": round(ratio, 4)} | row

@@ -61,6 +61,7 @@ VARIANTS = {
     "constant": "--lr-scheduler constant",
     "rate-1.5": "--learning-rate 6e-3",
     "rate-2": "--learning-rate 8e-3",
+    "half-dropout": "--caption-dropout 0.05",
     "no-dropout": "--caption-dropout 0",
     "no-snr": "--snr-gamma 0",
     "transformer": "--targets transformer",
