@@ -107,7 +107,7 @@ def state_of(kept) -> dict:
         "commit": code.commit(),
         "unfused": kept.unfused,
         "losses": kept.losses,
-        "known": kept.judge.known,
+        "known": on_the_host(kept.judge.known),
         "config": dataclasses.asdict(run.config),
     }
 

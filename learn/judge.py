@@ -44,17 +44,16 @@ def sizes(adapter: lora.Adapter, dtype: torch.dtype) -> dict[str, float]:
 
 
 class Judge:
-    """Where pictures are held out, two of the run's sockets are wrapped: each batch gets the places
-    of its examples in the step, so that the loss can leave its numbers there, also where the step
-    is recorded in a CUDA graph.
+    """Two of the run's sockets are wrapped: each batch gets the places of its examples in the step,
+    so that the loss can leave its numbers there, also where the step is recorded in a CUDA graph.
 
     team: shares work among processes; held: loop.examples_of() the held-out pictures, or None;
     room: a context of the run in which it is looked at between two steps.
 
     known: all that is known, as a checkpoint keeps it: plan(), but with the --validation-steps of
     now; "rows", losses() of each validation by its step, and at step 0 the bare model's; "fits",
-    (2, pictures, BANDS) fp64, the sums of training losses and their counts; "sizes", sizes() by
-    steps.
+    (2, pictures, BANDS) fp64 on the device, the sums of training losses and their counts; "sizes",
+    sizes() by steps.
     """
 
     def __init__(self, run, team, known: dict, held: data.Examples | None, room: Callable):
@@ -62,14 +61,15 @@ class Judge:
         n, device, count = run.config.examples_per_step, run.unet.device, len(run.examples.names)
         self.known = {"rows": {}, "fits": torch.zeros(2, count, BANDS).double(), "sizes": {}}
         self.known |= (plan(run.config, len(held.names)) if held else {}) | known
+        self.known["fits"] = self.known["fits"].to(device)
         if run.config.validation_steps:
             self.known["every"] = run.config.validation_steps
         self.places = torch.arange(n, device=device)
         self.of_step = torch.zeros(2, n, device=device)  # each example's loss and timestep
         self.inner_loss, self.inner_batches = run.loss, run.batches
-        if held:  # else no step is touched
+        run.loss, run.batches = self.loss, self.batches
+        if held:
             self.held_out = HeldOut(held, self.known["pictures"], self.known["timesteps"])
-            run.loss, run.batches = self.loss, self.batches
 
     # ---- each step
 
@@ -83,30 +83,29 @@ class Judge:
     def loss(self, unet: torch.nn.Module, batch: dict[str, Tensor], *how) -> Tensor:
         """The run's own."""
         each = self.inner_loss(unet, batch, *how)
-        if "places" in batch:  # of a step, not of another look at an example
+        # Of a step, not of another look at an example; an edited loss may be one number.
+        if "places" in batch and each.shape == batch["t"].shape:
             told = torch.stack([each.detach(), batch["t"].float()])
             self.of_step.index_copy_(1, batch["places"], told)
         return each
 
     def after_step(self) -> None:
-        """Add up the losses of the step that has just ended, where pictures are held out."""
-        if not self.held_out:
-            return
+        """Add up the losses of the step that has just ended. Nothing here waits for a GPU."""
         self.team.all_reduce(self.of_step)
-        losses, t = self.of_step.cpu().numpy().astype(float)
-        self.of_step.zero_()  # each process writes its own places
+        losses, t = self.of_step
         n, examples = len(losses), self.run.examples
         numbers = range((self.run.step - 1) * n, self.run.step * n)
-        pictures = [examples.decks.picture(i) for i in numbers]
-        bands = (t * BANDS // examples.num_train_timesteps).astype(int)
-        values = np.stack([losses, np.ones(n)])
-        np.add.at(self.known["fits"].numpy(), (slice(None), pictures, bands), values)
+        pictures = torch.tensor([examples.decks.picture(i) for i in numbers]).to(t.device)
+        at = pictures * BANDS + (t * BANDS / examples.num_train_timesteps).long()
+        each = torch.stack([losses, torch.ones_like(losses)]).double()
+        self.known["fits"].flatten(1).index_add_(1, at, each)
+        self.of_step.zero_()  # each process writes its own places
 
     def fit_worst(self) -> dict[str, float]:
         """Of the ten pictures that fit worst the sum of their losses over what the means of the
         bands let expect at their timesteps: 1 is usual, and only more than that is told.
         """
-        losses, counts = self.known["fits"].numpy()
+        losses, counts = self.known["fits"].cpu().numpy()
         expected = counts * losses.sum(0) / np.maximum(counts.sum(0), 1)  # (pictures, BANDS)
         ratios = losses.sum(1) / np.maximum(expected.sum(1), 1e-12)  # 0 of one not shown
         first = np.argsort(-ratios, kind="stable")[:10]
@@ -190,9 +189,11 @@ class Judge:
         return said + (rise + (ends or "--stop-when-worse ends a run so")) * self.risen
 
     def worst(self) -> str:
-        """The pictures that fit worst; "" where none is held out."""
+        """The pictures that fit worst; "" where none is worse than usual."""
         told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
         said = f"fit worst, by loss over what is usual at their timesteps: {', '.join(told)}"
+        rough = self.known["fits"][1].sum() < 10 * len(self.run.examples.names)
+        said += " (each was seen fewer than ten times on average: much of it is chance)" * rough
         return said * bool(told)
 
     def verdict(self) -> str:

@@ -242,6 +242,11 @@ def test_a_pictures_loss_is_held_against_what_is_usual_at_its_timesteps(tmp_path
     found.known["fits"] = fits
     # the late one has the largest losses, and they are usual where it was drawn
     assert found.fit_worst() == pytest.approx({"hard": 1.5}) and len(names) == 4
+    assert found.worst().endswith(
+        "hard 1.50 (each was seen fewer than ten times on average: much of it is chance)"
+    )
+    found.known["fits"] = 3 * fits
+    assert found.worst().endswith("hard 1.50")
 
 
 def test_the_losses_of_a_steps_examples_are_the_runs_own(tmp_path):
@@ -249,7 +254,7 @@ def test_the_losses_of_a_steps_examples_are_the_runs_own(tmp_path):
     run, other = tiny_run.assembled(tmp_path), tiny_run.assembled(tmp_path)
     run.examples.num_train_timesteps = 1000
     run.examples.decks = type("Decks", (), {"picture": staticmethod(lambda i: 0)})
-    found = Judge(run, Alone(), {}, drawings(), None)
+    found = Judge(run, Alone(), {}, None, None)
     one, same = tiny_run.loop.optimizer_step(run), tiny_run.loop.optimizer_step(other)
     found.after_step()
     losses, counts = found.known["fits"]
