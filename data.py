@@ -26,7 +26,16 @@ from inputs.ahead import work_ahead
 from inputs.blocks import ROWS_PER_FILE, Place, cut, every_block, fill
 from inputs.code import makers, together
 from inputs.files import Refusal, digest, open_safetensors
-from inputs.pictures import all_damaged_named, decode, mask_of, upright_size
+from inputs.hub import encoder_fingerprints
+from inputs.options import Config
+from inputs.pictures import (
+    all_damaged_named,
+    check_pictures,
+    decode,
+    mask_of,
+    refuse_small,
+    upright_size,
+)
 from inputs.sources import Picture
 from inputs.vetting import check_finite
 
@@ -485,3 +494,30 @@ class Examples:
         if mask:
             batch["mask"] = loss_weights(*mask, self.chances.mask_floor)
         return {key: send(value, device) for key, value in batch.items()}
+
+
+def examples_of(
+    config: Config, pictures: list[Picture], device, dtype, timesteps: int, claim=every_block
+) -> Examples:
+    """The run's examples: every picture and caption is encoded once and read from the cache, or,
+    with --no-cache, anew in every step. device and dtype: the UNet's; timesteps: how many its
+    noise schedule has; claim: see fill_cache().
+    """
+    name, half = config.pretrained_model_name_or_path, dtype != torch.float32
+    vae = functools.partial(model.load_vae, name, device)
+    text = functools.partial(model.load_text_encoders, name, device, half, config.max_tokens)
+    crop = Crop(config.resolution, config.buckets, config.random_crop, config.seed)
+    source = encoder = Encoder(pictures, vae, text, crop)
+    if not config.upscale:
+        refuse_small(pictures, encoder.sizes)
+    if config.cache:
+        folder, fingerprints = Path(config.cache_dir), encoder_fingerprints(name, half)
+        fingerprints["text"] += f" {config.max_tokens} tokens"
+        source = fill_cache(folder, encoder, config.random_flip, dtype, fingerprints, claim)
+    else:
+        flips = (False, config.random_flip)
+        check_pictures(lambda i: encoder.views(i, flips), range(len(pictures)))
+    chances = (config.random_flip, config.caption_dropout, config.noise_offset, config.mask_floor)
+    drawn = (config.examples_per_step, config.seed, Chances(*chances), timesteps)
+    names, weights = [p.name for p in pictures], [p.weight for p in pictures]
+    return Examples(source, names, encoder.sizes, *drawn, weights)

@@ -23,8 +23,6 @@ if __name__ == "__main__":  # before torch, whose import takes seconds
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -35,10 +33,9 @@ import lora
 import model
 from inputs.drawing import header
 from inputs.files import Refusal
-from inputs.hub import encoder_fingerprints, use_revision
+from inputs.hub import use_revision
 from inputs.options import Config
-from inputs.pictures import check_pictures, refuse_small
-from inputs.sources import Picture, in_steps, read_datasets
+from inputs.sources import in_steps, read_datasets
 from inputs.vetting import check_device, check_widths, load_bitsandbytes
 
 # ---- the method ----------------------------------------------------------------------------------
@@ -253,38 +250,6 @@ def make_optimizer(config: Config, parameters: list[torch.nn.Parameter]) -> torc
     return bitsandbytes.optim.AdamW8bit(parameters, **settings, min_8bit_size=1)
 
 
-def examples_of(
-    config: Config,
-    pictures: list[Picture],
-    device: torch.device,
-    dtype: torch.dtype,
-    num_train_timesteps: int,
-    claim: Callable[[str], bool] = data.every_block,
-) -> data.Examples:
-    """The run's examples: every picture and caption is encoded once and read from the cache, or,
-    with --no-cache, anew in every step. dtype: the UNet's; num_train_timesteps: of its
-    noise schedule; claim: see data.fill_cache().
-    """
-    name, half = config.pretrained_model_name_or_path, dtype != torch.float32
-    vae = partial(model.load_vae, name, device)
-    text = partial(model.load_text_encoders, name, device, half, config.max_tokens)
-    crop = data.Crop(config.resolution, config.buckets, config.random_crop, config.seed)
-    source = data.Encoder(pictures, vae, text, crop)
-    sizes = source.sizes
-    if not config.upscale:
-        refuse_small(pictures, sizes)
-    if config.cache:
-        folder, fingerprints = Path(config.cache_dir), encoder_fingerprints(name, half)
-        fingerprints["text"] += f" {config.max_tokens} tokens"
-        source = data.fill_cache(folder, source, config.random_flip, dtype, fingerprints, claim)
-    else:
-        check_pictures(lambda i: source.views(i, (False, config.random_flip)), range(len(pictures)))
-    chances = (config.random_flip, config.caption_dropout, config.noise_offset, config.mask_floor)
-    drawn = (config.examples_per_step, config.seed, data.Chances(*chances), num_train_timesteps)
-    weights = [picture.weight for picture in pictures]
-    return data.Examples(source, [picture.name for picture in pictures], sizes, *drawn, weights)
-
-
 def assemble(
     config: Config,
     unet: torch.nn.Module,
@@ -317,7 +282,7 @@ def train_plain(config: Config) -> None:
     schedule = model.load_noise_schedule(name, device, *config.noise)
     pictures = read_datasets(config)
     config = in_steps(config, pictures)
-    examples = examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
+    examples = data.examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
     how = model.use_attention(unet, config.attention, device, dtype)
     print(f"{pictures}; UNet in {str(dtype)[6:]} ({reason}; {how})", flush=True)
@@ -328,8 +293,7 @@ def train_plain(config: Config) -> None:
         print(f"the file holds A and B alone, not {min(lost)}: it will act otherwise than trained")
     path = config.out / lora.FILE_NAME
     about = {"base_model": name, "recipe": config.recipe, "steps": str(run.step)}
-    about |= header(config, schedule)
-    lora.save(run.adapter, path, model.DTYPES[config.save_dtype], about)
+    lora.save(run.adapter, path, model.DTYPES[config.save_dtype], about | header(config, schedule))
     print(f"saved {path}")
 
 

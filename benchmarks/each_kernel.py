@@ -10,7 +10,6 @@ together anew in one process; "new / none" are its seconds over those of "none".
 import contextlib
 import functools
 import sys
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from unittest import mock

@@ -17,6 +17,7 @@ from importlib import metadata
 import torch
 from tqdm import tqdm
 
+import data
 import loop
 import model
 from adapters import kinds, start
@@ -132,8 +133,8 @@ def set_up(
 def encode(config: Config, pictures: Pictures, held: Pictures, *how) -> tuple:
     """The examples, those of held-out pictures or None, and the seconds that both took."""
     began = time.perf_counter()
-    examples = loop.examples_of(config, pictures, *how)
-    held = loop.examples_of(dataclasses.replace(config, cache=True), held, *how) if held else None
+    examples = data.examples_of(config, pictures, *how)
+    held = data.examples_of(dataclasses.replace(config, cache=True), held, *how) if held else None
     return examples, held, time.perf_counter() - began
 
 
@@ -273,8 +274,8 @@ def between_steps(run: loop.Run) -> Iterator[None]:
 def has_own(config: Config) -> bool:
     """Whether the pictures are others than the recipe's."""
     usual = options.RECIPES[config.recipe][1]
-    data, theirs = ([place(n).resolve() for n in each.dataset_name] for each in (config, usual))
-    return data != theirs
+    ours, theirs = ([place(n).resolve() for n in each.dataset_name] for each in (config, usual))
+    return ours != theirs
 
 
 def asks_for_own(config: Config) -> bool:

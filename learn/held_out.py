@@ -88,7 +88,7 @@ class HeldOut(data.Examples):
     at the j-th of its K timesteps, not mirrored, with its first caption. The M K timesteps lie at
     equal distances, and each picture has one in each of K equal parts.
 
-    of: what loop.examples_of() gives for all held-out pictures, encoded once, also where the others
+    of: what data.examples_of() gives for all held-out pictures, encoded once, also where the others
     are encoded in each step. passes: the numbers that go through the UNet at once, of one size, 8
     at 512 px, 2 at 1024 px; not by the run's batch, which may change, and on which a loss's last
     digits depend.

@@ -47,7 +47,7 @@ class Judge:
     """Two of the run's sockets are wrapped: each batch gets the places of its examples in the step,
     so that the loss can leave its numbers there, also where the step is recorded in a CUDA graph.
 
-    team: shares work among processes; held: loop.examples_of() the held-out pictures, or None;
+    team: shares work among processes; held: data.examples_of() the held-out pictures, or None;
     room: a context of the run in which it is looked at between two steps.
 
     known: all that is known, as a checkpoint keeps it: plan(), but with the --validation-steps of

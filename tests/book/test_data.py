@@ -22,7 +22,6 @@ from PIL import Image, ImageOps
 from torchvision import transforms
 
 import data
-import loop
 import model
 from conftest import INK, TINY_SDXL
 from inputs import ahead, blocks, files, hub
@@ -709,7 +708,7 @@ def test_models_that_differ_in_their_unconditional_embedding_do_not_share_it(tmp
     for name in (str(TINY_SDXL), str(other)):
         config = pocket_config(tmp_path)
         config = dataclasses.replace(config, pretrained_model_name_or_path=name)
-        examples = loop.examples_of(config, ink()[:3], CPU, torch.float32, 1000)
+        examples = data.examples_of(config, ink()[:3], CPU, torch.float32, 1000)
         want, _ = model.encode_unconditional(model.load_text_encoders(name, CPU))
         assert torch.equal(examples.source.prompt(3)[0], want[0]), name
 
@@ -720,7 +719,7 @@ def test_a_run_names_all_damaged_pictures_before_it_encodes(tmp_path, cache):
     pictures = changed(pictures, 2, name="bad2.png", digest="1" * 32, read=lambda: PNG[:99])
     config = pocket_config(tmp_path, cache=cache)
     with pytest.raises(Refusal, match=r"bad1\.png.*bad2\.png"):
-        loop.examples_of(config, pictures, CPU, torch.float32, 1000)
+        data.examples_of(config, pictures, CPU, torch.float32, 1000)
 
 
 # ---- what example i of the run is ----------------------------------------------------------------

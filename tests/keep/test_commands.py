@@ -15,8 +15,8 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import generate
-import loop
 import lora
 from conftest import INK, ROOT
 from inputs import files
@@ -238,7 +238,7 @@ def test_an_output_folder_that_cannot_be_written_is_refused_before_any_work(
     command, tmp_path, monkeypatch
 ):
     (tmp_path / "file").write_text("in the way")
-    monkeypatch.setattr(loop, "examples_of", lambda *_: pytest.fail("work was begun"))
+    monkeypatch.setattr(data, "examples_of", lambda *_: pytest.fail("work was begun"))
     out = ("--output-dir", str(tmp_path / "file" / "out"))
     refused(command(*out), "could not be written", "--output-dir")
 

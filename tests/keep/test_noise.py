@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
+import data
 import generate
 import loop
 import lora
@@ -69,7 +70,7 @@ def test_another_noise_is_refused_by_both_commands_before_anything_is_encoded(
     train, tmp_path, monkeypatch, capsys, entries, said
 ):
     name = model_saying(tmp_path / "m", **entries)
-    monkeypatch.setattr(loop, "examples_of", None)
+    monkeypatch.setattr(data, "examples_of", None)
     monkeypatch.setattr(generate, "encode", None)
     assert train("r", *base(name)) == 1
     assert said in (told := capsys.readouterr().err) and "; expected " in told

@@ -7,6 +7,7 @@ import sys
 import pytest
 import torch
 
+import data
 import loop
 import lora
 import model
@@ -109,7 +110,7 @@ def plain_run(config) -> loop.Run:
     name, device = config.pretrained_model_name_or_path, torch.device("cpu")
     dtype, _ = model.choose_dtype(config.mixed_precision, device)
     schedule, pictures = model.load_noise_schedule(name, device), read_datasets(config)
-    examples = loop.examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
+    examples = data.examples_of(config, pictures, device, dtype, len(schedule.alphas_cumprod))
     unet = model.load_unet(name, device, dtype)
     return loop.assemble(config, unet, examples, schedule, model.latent_scaling(name))
 

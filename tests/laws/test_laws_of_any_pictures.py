@@ -77,7 +77,7 @@ def examples(train, *more) -> data.Examples:
     """Those of such a run, without its UNet."""
     config = options.parse(train.argv("drawn", *more))
     pictures = read_datasets(config)
-    return loop.examples_of(config, pictures, torch.device("cpu"), torch.float32, 1000)
+    return data.examples_of(config, pictures, torch.device("cpu"), torch.float32, 1000)
 
 
 @pytest.mark.slow

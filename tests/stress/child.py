@@ -20,13 +20,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import data
 import loop
 from inputs import code
 from keep import checkpoint, export, report, training
 
 PHASES = ("starting", "caching", "stepping", "saving", "logging", "exporting", "drawing")
 PARTS_OF = {  # phase: the functions that make it up
-    "caching": [(loop, "examples_of")],
+    "caching": [(data, "examples_of")],
     "stepping": [(loop, "optimizer_step")],
     "saving": [(checkpoint, "save_state")],
     "logging": [(report.Log, "write")],
