@@ -359,7 +359,8 @@ def largest_difference(module: nn.Module) -> float:
         torch.manual_seed(0)
         plain = random_copy(module)
         inputs = random_inputs(module)
-        fused = copy.deepcopy(plain)
+        # One set of numbers for both: a block's may take a fifth of a GiB.
+        fused = copy.deepcopy(plain, {id(each): each for each in plain.parameters()})
         fuse(fused)
         with torch.backends.cudnn.flags(enabled=False):  # some of its fp32 convolutions round more
             forms = [answer_and_gradients(form, inputs) for form in (plain, fused)]
@@ -395,7 +396,7 @@ def fresh(layer: nn.Module) -> nn.Module:
     else:
         made = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None)
     for each, real in zip(made.parameters(), layer.parameters(), strict=True):
-        each.data = torch.randn(each.shape) / each[0].numel() ** 0.5
+        each.data.normal_().div_(each[0].numel() ** 0.5)  # in place: some are large
         each.requires_grad_(real.requires_grad)  # what an edit trains is compared, too
     return made
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from benchmarks import (
+    each_kernel,
     exactness,
     old_and_new,
     step_profile,
@@ -129,6 +130,18 @@ def test_two_versions_ladders_take_turns(tmp_path, monkeypatch, capsys):
     (before / "bench.py").write_text("raise SystemExit(3)")
     with pytest.raises(SystemExit, match="before ended with 3"):
         old_and_new.main([*argv, "--out", str(out)])
+
+
+@pytest.mark.slow
+def test_each_part_is_timed_alone_and_the_product_has_all_of_them(tmp_path):
+    out = tmp_path / "rows.json"
+    argv = "--tiny --device cpu --resolution 64 --steps 1 --warm-up 1 --mixed-precision fp32 --out"
+    assert each_kernel.main([*argv.split(), str(out)]) == 0
+    rows = {name.split(", ")[-1]: row for name, row in json.loads(out.read_text())["rows"].items()}
+    assert [*rows] == ["none", *each_kernel.PARTS, "all"] and rows["none"]["new / none"] == 1
+    for name, row in rows.items():  # what a part changes is there, and the step is the same
+        assert ("convolution blocks" in row["said"]) == (name in ("convolution blocks", "all"))
+        assert row["loss"] == pytest.approx(rows["none"]["loss"], rel=1e-3)
 
 
 @pytest.mark.slow
