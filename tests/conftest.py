@@ -21,6 +21,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # as make test runs them: each has its 
 
 import gc
 import json
+import re
 import shutil
 import sys
 import tempfile
@@ -61,6 +62,17 @@ TINY = {
     "addition_time_embed_dim": 8,
     "projection_class_embeddings_input_dim": 24 + 6 * 8,
 }
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    """Have make test not even import a file whose tests are all slow: what they need takes seconds
+    in each process.
+    """
+    if "not slow" in config.option.markexpr and collection_path.suffix == ".py":
+        text = collection_path.read_text(encoding="utf-8")
+        if re.search(r"^pytestmark = .*\bpytest\.mark\.slow\b", text, re.MULTILINE):
+            return True
+    return None  # as it would be
 
 
 def make_unet(seed: int = 0, **changes) -> UNet2DConditionModel:

@@ -63,6 +63,7 @@ def test_round_trip(tmp_path, layout, dtype):
     assert os.listdir(path.parent) == [path.name]  # no part file stays behind
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_alpha_that_config_allows_survives_its_file(tmp_path, layout, dtype):
@@ -201,6 +202,7 @@ def test_exported_equals_trained_at_every_strength(tmp_path, unet, batch, layout
     assert off(forgotten, answer(unet, batch)) > 10 * bound
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_a_merged_adapter_is_exported_as_it_was_trained(tmp_path, unet, batch, layout):
     """Merging changes the base's weights, not what is written; diffusers' own fusing agrees."""

@@ -307,6 +307,7 @@ def merged(D, batch, strength=1.0):
     return answer(unet, batch)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", DRAWN)
 def test_drawn_as_its_own_program_reads_it(kind, tmp_path, batch):
     file, path = DRAWN[kind](), tmp_path / "a.safetensors"

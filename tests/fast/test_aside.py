@@ -127,6 +127,7 @@ def watched(monkeypatch, rank=4, checkpointing=None, dtype=torch.float32):
 BLOCKS = ("mid_block.attentions.0",)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank, checkpointing", [(4, None), (1, None), (4, ()), (4, BLOCKS)])
 def test_nothing_is_read_too_early_or_freed_too_soon(monkeypatch, rank, checkpointing):
     """Rank 1 leaves padding between the matrices, so that they are copied together."""
@@ -200,6 +201,7 @@ class Forgetful(list):
         return self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name, broken, said",
     [

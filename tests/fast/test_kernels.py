@@ -31,6 +31,7 @@ def anew():
 # ---- the compiler --------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", kernels.NUMBERS)
 def test_the_gate_compiles_without_a_gpu(architecture, dtype):

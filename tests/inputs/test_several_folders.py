@@ -276,6 +276,7 @@ def test_the_books_own_lines_count_epochs_and_weights_alike(train, tmp_path, cap
     assert one.keys() == other.keys() and all(torch.equal(one[key], other[key]) for key in one)
 
 
+@pytest.mark.slow
 def test_another_number_before_a_folders_name_is_another_run(tmp_path, cache, capsys):
     rows = [json.loads(row) for row in ink_rows(2)]
     made = write_pictures(tmp_path / "ink", ink_rows(2))

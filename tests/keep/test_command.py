@@ -74,6 +74,7 @@ def test_of_several_processes_the_first_alone_says_it():
         assert process.stderr.read() == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py", "LICENSE"]])
 def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
     """A torch that takes for ever stands in for the real one, which takes seconds."""
@@ -87,6 +88,7 @@ def test_ctrl_c_during_the_imports_ends_with_a_sentence(words, tmp_path):
     assert process.returncode == 128 + signal.SIGINT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [["loop.py", "pocket"], ["generate.py", "LICENSE"]])
 def test_a_library_that_does_not_load_is_said_in_a_sentence(words, tmp_path):
     (tmp_path / "torch.py").write_text("raise OSError('libcudart.so.12: cannot open')")
@@ -112,6 +114,7 @@ def test_of_a_chain_of_failed_imports_the_first_is_named_and_no_remedy_changes_t
     assert "upgrade" not in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", ["loop.py --help", "loop.py t4 --help", "generate.py --help"])
 def test_help_whose_reader_has_left_ends_without_a_word(words):
     reader, writer = os.pipe()
@@ -122,6 +125,7 @@ def test_help_whose_reader_has_left_ends_without_a_word(words):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "given"), [("train", "training"), ("draw", "drawing")])
 def test_the_process_ends_as_soon_as_all_is_written_and_all_handlers_have_run(name, given):
     """What takes long at the end of Python is stood in for by an object that says so."""

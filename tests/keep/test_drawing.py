@@ -62,6 +62,7 @@ def refused(answer: tuple[int, str], *words: str) -> None:
 # ---- what is drawn -------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_several_adapters_are_drawn_each_at_its_strength(run, tmp_path, capsys):
     """As one file with their sum; a colon in a name is no strength; the picture says who acted."""
     odd = tmp_path / "a:2"  # a folder that is called so
@@ -505,6 +506,7 @@ def test_a_runs_own_picture_leaves_steps_and_guidance_to_the_base_unless_asked(
         assert drawn[-1].compare
 
 
+@pytest.mark.slow
 def test_a_run_whose_picture_cannot_be_drawn_says_that_the_adapter_is_saved(
     train, base, tmp_path, capsys
 ):
@@ -545,6 +547,7 @@ def test_an_adapter_that_names_no_base_asks_for_one(tmp_path, capsys):
     assert draw(capsys, str(path), "--pretrained-model-name-or-path", str(TINY_SDXL)) == (0, "")
 
 
+@pytest.mark.slow
 def test_a_file_given_away_alone_says_that_the_bases_name_is_its_own(run, tmp_path, capsys):
     """Its header keeps the last part of the folder; nobody has typed an option."""
     path = tmp_path / "alone" / "a.safetensors"
@@ -590,6 +593,7 @@ def test_a_run_that_was_moved_says_that_the_bases_place_is_its_config_jsons(run,
     assert draw(capsys, str(run), there[0], str(TINY_SDXL)) == (0, "")
 
 
+@pytest.mark.slow
 def test_what_leads_to_no_adapter_is_told_by_what_is_there(run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(run, "runs/a")

@@ -98,6 +98,7 @@ def test_a_begun_run_is_refused_with_other_held_out_pictures(train, tmp_path, he
     assert capsys.readouterr().err.count(" validation_data ") == 4
 
 
+@pytest.mark.slow
 def test_the_best_step_is_kept_and_exported_beside_the_last(train, tmp_path, held, worse, capsys):
     worse(2)  # of the bare model and step 1: so step 1 is best
     limit = ("--checkpoints-total-limit", "1", "--validation-steps", "1")

@@ -92,6 +92,7 @@ def test_another_file_or_none_is_another_run(train, first, tmp_path, capsys):
     assert all(before[name].equal(each) for name, each in matrices(tmp_path / "a").items())
 
 
+@pytest.mark.slow
 def test_another_base_is_refused_unless_it_is_meant(train, first, tmp_path, capsys):
     file = files.read(first)
     path = tmp_path / "elsewhere.safetensors"

@@ -127,6 +127,7 @@ def test_a_damaged_checkpoint_is_never_kept_for_a_whole_one(train, r, tmp_path):
     assert [p.name for p in (tmp_path / "r" / "checkpoints").iterdir()] == ["000003"]
 
 
+@pytest.mark.slow
 def test_no_whole_checkpoint_left_is_refused_with_the_way_out(train, r, capsys):
     for file in r.rglob("state.pt"):
         file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
@@ -152,6 +153,7 @@ def test_the_state_file_holds_each_matrix_by_name_and_what_the_run_is(train, tmp
 # ---- whether the folder holds this run -----------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_finished_run_writes_another_dtype(train, r):
     size = (r / lora.FILE_NAME).stat().st_size
     assert train("r", "--max-train-steps", "2", "--save-dtype", "fp16") == 0

@@ -155,6 +155,7 @@ def test_an_error_that_a_library_makes_of_an_interruption_is_none(
     assert train("r") == 0
 
 
+@pytest.mark.slow
 def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(
     train, tmp_path, monkeypatch, capsys
 ):
@@ -171,6 +172,7 @@ def test_a_signal_while_encoding_leaves_at_once_and_the_next_start_goes_on(
     assert train("r", "--cache-dir", str(tmp_path / "own")) == 0
 
 
+@pytest.mark.slow
 def test_a_checkpoint_cut_short_is_passed_over_for_the_one_before(train, whole, tmp_path, capsys):
     assert train("cut", "--max-train-steps", "2") == 0
     shutil.copytree(whole / "checkpoints" / "000004", tmp_path / "cut" / "checkpoints" / "000004")
