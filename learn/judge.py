@@ -95,7 +95,8 @@ class Judge:
         losses, t = self.of_step
         n, examples = len(losses), self.run.examples
         numbers = range((self.run.step - 1) * n, self.run.step * n)
-        pictures = torch.tensor([examples.decks.picture(i) for i in numbers]).to(t.device)
+        pictures = [examples.decks.picture(i) for i in numbers]
+        pictures = data.send(torch.tensor(pictures), t.device)
         at = pictures * BANDS + (t * BANDS / examples.num_train_timesteps).long()
         each = torch.stack([losses, torch.ones_like(losses)]).double()
         self.known["fits"].flatten(1).index_add_(1, at, each)
@@ -192,7 +193,7 @@ class Judge:
         """The pictures that fit worst; "" where none is worse than usual."""
         told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
         said = f"fit worst, by loss over what is usual at their timesteps: {', '.join(told)}"
-        rough = self.known["fits"][1].sum() < 10 * len(self.run.examples.names)
+        rough = bool(self.known["fits"][1].sum() < 10 * len(self.run.examples.names))
         said += " (each was seen fewer than ten times on average: much of it is chance)" * rough
         return said * bool(told)
 
