@@ -496,6 +496,9 @@ class Examples:
         return {key: send(value, device) for key, value in batch.items()}
 
 
+# ---- all of it, for a run ------------------------------------------------------------------------
+
+
 def examples_of(
     config: Config, pictures: list[Picture], device, dtype, timesteps: int, claim=every_block
 ) -> Examples:
@@ -507,7 +510,7 @@ def examples_of(
     vae = functools.partial(model.load_vae, name, device)
     text = functools.partial(model.load_text_encoders, name, device, half, config.max_tokens)
     crop = Crop(config.resolution, config.buckets, config.random_crop, config.seed)
-    source = encoder = Encoder(pictures, vae, text, crop)
+    source = encoder = Encoder(pictures, vae, text, crop)  # the source becomes the cache, if asked
     if not config.upscale:
         refuse_small(pictures, encoder.sizes)
     if config.cache:

@@ -55,7 +55,7 @@ def row(options: Options, side: int, way: str, name: str, none: list[float]) -> 
         config = ladder.changed(options, side, way)
         found = ladder.time_row(options, config, False, options.steps)
     none += [found["s_per_step"]] if name == "none" else []
-    ratio = {"new / none": round(found["s_per_step"] / none[0], 4)}
+    ratio = {"new / none": round(found["s_per_step"] / none[0], 4)} if none else {}
     return ratio | {key: value for key, value in found.items() if key != "losses"}
 
 

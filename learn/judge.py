@@ -65,7 +65,7 @@ class Judge:
         if run.config.validation_steps:
             self.known["every"] = run.config.validation_steps
         self.places = torch.arange(n, device=device)
-        self.of_step = torch.zeros(2, n, device=device)  # each example's loss and timestep
+        self.of_step = torch.zeros(3, n, device=device)  # each example's loss, timestep, and a 1
         self.inner_loss, self.inner_batches = run.loss, run.batches
         run.loss, run.batches = self.loss, self.batches
         if held:
@@ -81,24 +81,30 @@ class Judge:
             at += len(batch["t"])
 
     def loss(self, unet: torch.nn.Module, batch: dict[str, Tensor], *how) -> Tensor:
-        """The run's own."""
+        """The run's own, which leaves what it found in of_step, at the examples' places."""
         each = self.inner_loss(unet, batch, *how)
         # Of a step, not of another look at an example; an edited loss may be one number.
         if "places" in batch and each.shape == batch["t"].shape:
-            told = torch.stack([each.detach(), batch["t"].float()])
-            self.of_step.index_copy_(1, batch["places"], told)
+            told = torch.stack([each.detach(), batch["t"].float(), torch.ones_like(each)])
+            # By comparing: index_copy_() waits where kernels are deterministic, and then no step
+            # can be recorded.
+            here = batch["places"][:, None] == self.places  # (B, n)
+            told = torch.where(here, told[:, :, None], 0.0).sum(1)  # (3, n)
+            self.of_step.copy_(torch.where(here.any(0), told, self.of_step))
         return each
 
     def after_step(self) -> None:
-        """Add up the losses of the step that has just ended. Nothing here waits for a GPU."""
+        """Add up the losses of the step that has just ended. Nothing here waits for a GPU, unless
+        kernels are deterministic.
+        """
         self.team.all_reduce(self.of_step)
-        losses, t = self.of_step
+        losses, t, seen = self.of_step
         n, examples = len(losses), self.run.examples
         numbers = range((self.run.step - 1) * n, self.run.step * n)
         pictures = [examples.decks.picture(i) for i in numbers]
         pictures = data.send(torch.tensor(pictures), t.device)
         at = pictures * BANDS + (t * BANDS / examples.num_train_timesteps).long()
-        each = torch.stack([losses, torch.ones_like(losses)]).double()
+        each = torch.stack([losses, seen]).double()
         self.known["fits"].flatten(1).index_add_(1, at, each)
         self.of_step.zero_()  # each process writes its own places
 
@@ -194,7 +200,7 @@ class Judge:
         told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
         said = f"fit worst, by loss over what is usual at their timesteps: {', '.join(told)}"
         rough = bool(self.known["fits"][1].sum() < 10 * len(self.run.examples.names))
-        said += " (each was seen fewer than ten times on average: much of it is chance)" * rough
+        said += " (fewer than ten losses of each are known: much of it is chance)" * rough
         return said * bool(told)
 
     def verdict(self) -> str:

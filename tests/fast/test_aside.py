@@ -127,8 +127,10 @@ def watched(monkeypatch, rank=4, checkpointing=None, dtype=torch.float32):
 BLOCKS = ("mid_block.attentions.0",)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("rank, checkpointing", [(4, None), (1, None), (4, ()), (4, BLOCKS)])
+SLOW = [pytest.param(*each, marks=pytest.mark.slow) for each in ((1, None), (4, ()), (4, BLOCKS))]
+
+
+@pytest.mark.parametrize("rank, checkpointing", [(4, None), *SLOW])
 def test_nothing_is_read_too_early_or_freed_too_soon(monkeypatch, rank, checkpointing):
     """Rank 1 leaves padding between the matrices, so that they are copied together."""
     watch, loss, grad = watched(monkeypatch, rank, checkpointing)

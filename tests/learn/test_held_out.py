@@ -243,7 +243,7 @@ def test_a_pictures_loss_is_held_against_what_is_usual_at_its_timesteps(tmp_path
     # the late one has the largest losses, and they are usual where it was drawn
     assert found.fit_worst() == pytest.approx({"hard": 1.5}) and len(names) == 4
     assert found.worst().endswith(
-        "hard 1.50 (each was seen fewer than ten times on average: much of it is chance)"
+        "hard 1.50 (fewer than ten losses of each are known: much of it is chance)"
     )
     found.known["fits"] = 3 * fits
     assert found.worst().endswith("hard 1.50")
