@@ -198,7 +198,7 @@ class Judge:
     def worst(self) -> str:
         """The pictures that fit worst; "" where none is worse than usual."""
         told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
-        said = f"fit worst, by loss over what is usual at their timesteps: {', '.join(told)}"
+        said = f"fit worst (loss over the usual; look at picture and caption): {', '.join(told)}"
         rough = bool(self.known["fits"][1].sum() < 10 * len(self.run.examples.names))
         said += " (fewer than ten losses of each are known: much of it is chance)" * rough
         return said * bool(told)
