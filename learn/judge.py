@@ -86,8 +86,8 @@ class Judge:
         # Of a step, not of another look at an example; an edited loss may be one number.
         if "places" in batch and each.shape == batch["t"].shape:
             told = torch.stack([each.detach(), batch["t"].float(), torch.ones_like(each)])
-            # By comparing: index_copy_() waits where kernels are deterministic, and then no step
-            # can be recorded.
+            # By comparing: where kernels are deterministic, some versions of torch wait for the
+            # GPU inside index_copy_(), which no recording can hold.
             here = batch["places"][:, None] == self.places  # (B, n)
             told = torch.where(here, told[:, :, None], 0.0).sum(1)  # (3, n)
             self.of_step.copy_(torch.where(here.any(0), told, self.of_step))
