@@ -43,7 +43,12 @@ def argv(few, cache, tmp_path):
 
 @pytest.fixture
 def torchrun(argv):
-    """torchrun("name", "--option", ..., how=[...]) starts two processes, or what `how` says."""
+    """torchrun("name", "--option", ..., how=[...]) starts two processes, or what `how` says.
+
+    What torchrun itself warns of is left out, since tests compare what the processes say: of two
+    hosts that are done, one may leave first, and the other then warns that its store is gone.
+    """
+    quiet = {"TORCH_CPP_LOG_LEVEL": "ERROR", "LOGLEVEL": "ERROR"}
     started = []
 
     def start(name, *options, how=("--standalone", "--nproc-per-node", "2")):
@@ -53,7 +58,7 @@ def torchrun(argv):
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            env=os.environ | quiet | {"OMP_NUM_THREADS": "1"},
         )
         started.append(process)
         return process
