@@ -50,19 +50,19 @@ plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIP
 	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)
 
 look: $(SETUP)  ## the set before training, no model needed: the crops that make train would make, and what is odd; DATA=my_pictures RECIPE=native
-	$(PYTHON) -m see.look $(or $(RECIPE),$(shell nvidia-smi -L >/dev/null 2>&1 && echo t4 || echo pocket)) $${PICTURES:+--dataset-name "$$PICTURES"} $(ARGS)
+	@$(PYTHON) -m see.look $(or $(RECIPE),$(shell nvidia-smi -L >/dev/null 2>&1 && echo t4 || echo pocket)) $${PICTURES:+--dataset-name "$$PICTURES"} $(ARGS)
 
 xformers: $(SETUP)  ## add xFormers for RECIPE=original, without its dependencies: it must not change torch
 	-$(PYTHON) -m pip install --quiet --no-deps xformers
 
 generate: $(SETUP)  ## before/after picture of the newest run, also with options alone, ARGS="--seeds 1 2"; an adapter or prompts are drawn as given, ARGS="runs/t4 --prompts 'a fox'"
-	$(PYTHON) generate.py $(ARGS) $(if $(filter-out -%,$(firstword $(ARGS)))$(filter --prompts% --plain --checkpoints --strengths% --help -h,$(ARGS)),,--compare)
+	@$(PYTHON) generate.py $(ARGS) $(if $(filter-out -%,$(firstword $(ARGS)))$(filter --prompts% --plain --checkpoints --strengths% --help -h,$(ARGS)),,--compare)
 
 inspect: $(SETUP)  ## what an adapter file holds, where it acts, its traps in other programs; FILE=a.safetensors, else the newest run's (docs/adapters.md)
 	@$(PYTHON) -m adapters inspect $${ADAPTER:+"$$ADAPTER"} $(ARGS)
 
 report: $(SETUP)  ## the newest run's page anew, all of it in one file for any browser: OUT/report.html; RUN=runs/t4
-	$(PYTHON) -m see.page $${FOLDER:+"$$FOLDER"}
+	@$(PYTHON) -m see.page $${FOLDER:+"$$FOLDER"}
 
 board: $(SETUP)  ## losses, learning rates and previews of all runs in TensorBoard, at the address that it prints
 	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)

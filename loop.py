@@ -65,22 +65,7 @@ def diffusion_loss(
         each = robust(each, t, schedule)
     if "mask" in batch:  # weights (B, 1, H, W) of mean 1, the same in all channels
         each = each * batch["mask"]
-    return each.mean(dim=(1, 2, 3)) * snr_weight(t, schedule, snr_gamma)  # (B,)
-
-
-def snr_weight(t: Tensor, schedule: model.NoiseSchedule, gamma: float) -> Tensor | float:
-    """Weights (B,): min(SNR, gamma) / SNR, and for v_prediction min(SNR, gamma) / (SNR + 1). gamma
-    = 0 switches this off.
-
-    Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4.
-    """
-    if not gamma:
-        return 1.0
-    abar = schedule.alphas_cumprod[t]
-    snr = abar / (1 - abar)
-    if schedule.prediction_type == "v_prediction":
-        return snr.clamp(max=gamma) / (snr + 1)
-    return (gamma / snr).clamp(max=1)  # finite at SNR 0, too
+    return each.mean(dim=(1, 2, 3)) * model.snr_weight(t, schedule, snr_gamma)  # (B,)
 
 
 def learning_rate(step: int, config: Config) -> float:

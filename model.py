@@ -369,3 +369,18 @@ def training_target(x0: Tensor, noise: Tensor, t: Tensor, schedule: NoiseSchedul
         return noise
     abar = schedule.alphas_cumprod[t].view(-1, 1, 1, 1)
     return abar.sqrt() * noise - (1 - abar).sqrt() * x0
+
+
+def snr_weight(t: Tensor, schedule: NoiseSchedule, gamma: float) -> Tensor | float:
+    """Weights (B,): min(SNR, gamma) / SNR, and for v_prediction min(SNR, gamma) / (SNR + 1). gamma
+    = 0 switches this off.
+
+    Hang et al. 2023, https://arxiv.org/abs/2303.09556, section 3.4.
+    """
+    if not gamma:
+        return 1.0
+    abar = schedule.alphas_cumprod[t]
+    snr = abar / (1 - abar)
+    if schedule.prediction_type == "v_prediction":
+        return snr.clamp(max=gamma) / (snr + 1)
+    return (gamma / snr).clamp(max=1)  # finite at SNR 0, too

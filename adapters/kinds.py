@@ -113,7 +113,8 @@ class LoRAConv2d(Beside):
     def change(self, x: Tensor, y: Tensor) -> Tensor:
         how = self.frozen
         h = F.conv2d(x, self.lora_A.to(x.dtype), None, how.stride, how.padding)
-        return self.scale * F.conv2d(h, self.lora_B.to(x.dtype))  # (B, r, H, W) -> (B, out, H, W)
+        # s times h, which is smaller than the answer: (B, r, H, W) -> (B, out, H, W)
+        return F.conv2d(self.scale * h, self.lora_B.to(x.dtype))
 
 
 class DoRALinear(Beside):

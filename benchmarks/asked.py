@@ -18,7 +18,8 @@ Sides = Annotated[tuple[int, ...], Within(8, 4096, step=8)]
 
 def asked(kind: type, argv: list[str] | None = None, **how) -> Any:
     """The command line as the dataclass `kind`, by tyro. Leaves with exit code 1 and a sentence for
-    numbers that are neither the default nor in the bounds of the field's type, all at once.
+    numbers that are neither the default nor in the bounds of the field's type, all at once, and
+    where `kind` says by its property `on` that there is no device to measure on.
     """
 
     def parse(argv: list[str] | None) -> Any:
@@ -30,6 +31,7 @@ def asked(kind: type, argv: list[str] | None = None, **how) -> Any:
             for bounds in getattr(each.type, "__metadata__", ())
             if isinstance(bounds, Within) and value != each.default and not bounds.hold(value)
         )
+        getattr(options, "on", None)
         return options
 
     return or_leave(parse, argv)

@@ -61,8 +61,6 @@ def row(options: Options, side: int, way: str, name: str, none: list[float]) -> 
 
 def main(argv: list[str] | None = None) -> int:
     options, words = asked(Options, argv), sys.argv[1:] if argv is None else argv
-    if options.device == "auto" and not options.tiny and options.on.type == "cpu":
-        sys.exit("error: no GPU is seen; expected a CUDA GPU. What to do: take one, or add --tiny")
     path = Path(options.out or ladder.ROOT / "runs" / "bench" / "each_kernel.json")
     typed = " ".join(["python -m benchmarks.each_kernel", *words])
     found = ladder.measure(rows(options), path, typed, ladder.machine(options.on))

@@ -127,7 +127,13 @@ class Common:
 
     @property
     def on(self) -> torch.device:
-        return check_device(self.device)
+        """Raises Refusal for a GPU that is not there, and for full-size SDXL on a CPU unasked."""
+        device = check_device(self.device)
+        if self.device == "auto" and not self.tiny and device.type == "cpu":
+            found = "no GPU is seen, and full-size SDXL takes minutes a step on a CPU"
+            remedy = "take one, such as Colab's T4 (notebooks/train.ipynb); or add --tiny for the "
+            raise Refusal(found, "a CUDA GPU", f"{remedy}small model's shape, or --device cpu")
+        return device
 
     def precision(self) -> str:
         return self.mixed_precision or ("fp16" if self.on.type == "cuda" else "fp32")
@@ -434,13 +440,6 @@ def main(argv: list[str] | None = None) -> int:
     rows = rows[options.command](options)
     typed = " ".join(["python -m benchmarks.ladder", *(sys.argv[1:] if argv is None else argv)])
     try:
-        if options.device == "auto" and not options.tiny and options.on.type == "cpu":
-            remedy = "add --tiny for the small model's shape, or --device cpu"
-            raise Refusal(
-                "no GPU is seen, and full-size SDXL takes minutes a step on a CPU",
-                "a CUDA GPU",
-                "take one, such as Colab's T4 (notebooks/train.ipynb)" if of_card else remedy,
-            )
         path = Path(options.out) if options.out else default_file(options)
         if options.cap_gib and options.on.type == "cuda":
             whole = torch.cuda.get_device_properties(options.on).total_memory

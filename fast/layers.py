@@ -125,11 +125,21 @@ class Project(torch.autograd.Function):
         return dx, None, None, *dA.chunk(k), *dB.unbind()
 
 
+def acts_beside(layer: nn.Module) -> bool:
+    """Whether a LoRALinear's branch is more than nothing, and not in its weight already."""
+    return layer.strength != 0 and layer.weight_before_merge is None
+
+
+def alone(layer: nn.Module, x: Tensor) -> Tensor:
+    """What a LoRALinear answers to x (..., in): (..., out)."""
+    return project(x, [layer])[0]
+
+
 def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
     acts = {(layer.strength, layer.scale, layer.weight_before_merge is None) for layer in layers}
-    if len(acts) > 1 or layers[0].strength == 0 or layers[0].weight_before_merge is not None:
-        return tuple(layer(x) for layer in layers)  # where a layer is its base, to the bit
+    if len(acts) > 1 or not acts_beside(layers[0]):  # where a layer is its base, to the bit
+        return tuple(type(layer).forward(layer, x) for layer in layers)
     matrices = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
     scale = layers[0].strength * layers[0].scale
     bases = tuple(layer.base for layer in layers)
@@ -203,30 +213,51 @@ def answer_under(unet, groups, sample, timestep, encoder_hidden_states, *rest, *
 
 class GatedLinear(torch.autograd.Function):
     """GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): x (M, in) -> (W x + b) gelu(V x + c),
-    (M, F), where a frozen Linear holds W over V.
+    (M, F), where a frozen Linear holds W over V. With A (r, in) and B (2 F, r), of a LoRALinear,
+    W over V stands for that with s B A added.
 
     Two products, so that both halves lie contiguous and every pass reads whole cache lines. Only
     they are kept: gelu(V x + c), a third of what autograd would keep, is computed again.
     """
 
     @staticmethod
-    def forward(ctx, x, linear):
+    def forward(ctx, x, linear, scale=0.0, A=None, B=None):
         halves = zip(dense(linear).chunk(2), linear.bias.chunk(2), strict=True)
         value, gate = (torch.addmm(bias, x, weight.t()) for weight, bias in halves)
-        ctx.save_for_backward(value, gate)
-        ctx.linear = linear
+        branch = ()
+        if A is not None:
+            h = torch.addmm(x.new_empty(()), x, A.t(), beta=0, alpha=scale)  # (M, r)
+            for half, rows in zip((value, gate), B.chunk(2), strict=True):
+                half.addmm_(h, rows.t())
+            branch = (x, h, A, B)
+        ctx.save_for_backward(value, gate, *branch)
+        ctx.linear, ctx.scale = linear, scale
         return geglu.forward(value, gate)
 
     @staticmethod
     def backward(ctx, grad):
-        dvalue, dgate = geglu.backward(*ctx.saved_tensors, grad.contiguous())
+        value, gate, *branch = ctx.saved_tensors
+        dvalue, dgate = geglu.backward(value, gate, grad.contiguous())
         W, V = dense(ctx.linear).chunk(2)
-        return (dvalue @ W).addmm_(dgate, V), None
+        dx = (dvalue @ W).addmm_(dgate, V)
+        if not branch:
+            return dx, None, None, None, None
+        x, h, A, B = branch
+        of_value, of_gate = B.chunk(2)
+        dh = (dvalue @ of_value).addmm_(dgate, of_gate).mul_(ctx.scale)  # (M, r)
+        dB = torch.cat([dvalue.t() @ h, dgate.t() @ h])  # s is in h already
+        return dx.addmm_(dh, A), None, None, dh.t() @ x, dB
 
 
 def gated(module: nn.Module, x: Tensor) -> Tensor:
     """What diffusers' GEGLU `module` answers to x (..., in): (..., F)."""
-    return GatedLinear.apply(x.flatten(0, -2), module.proj).unflatten(0, x.shape[:-1])
+    linear, branch = module.proj, ()
+    if type(linear) is LoRALinear:
+        if not acts_beside(linear):
+            return type(module).forward(module, x)
+        scale, matrices = linear.strength * linear.scale, (linear.lora_A, linear.lora_B)
+        linear, branch = linear.base, (scale, *(m.to(x.dtype) for m in matrices))
+    return GatedLinear.apply(x.flatten(0, -2), linear, *branch).unflatten(0, x.shape[:-1])
 
 
 # ---- which layers, and whether they mean the same ------------------------------------------------
@@ -262,22 +293,33 @@ def is_plain(linear: nn.Module) -> bool:
     return type(linear) is nn.Linear or hasattr(getattr(linear, "weight", None), "quant_state")
 
 
+def is_adapted(linear: nn.Module) -> bool:
+    """Whether it is the book's LoRALinear beside a plain Linear."""
+    return type(linear) is LoRALinear and is_plain(linear.base)
+
+
 def fusible(unet: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers whose four projections are the book's LoRALinear of one rank, the gates
-    whose projection has no adapter, and the convolutions' part, by name: what else there is
-    computes by its definition.
+    """The attention layers whose four projections are the book's LoRALinear of one rank, the gates,
+    other LoRALinear, the norms of transformer blocks and the convolutions' part, by name: what else
+    there is computes by its definition.
     """
-    found = convolution.fusible(unet)
+    found, part_of_another = convolution.fusible(unet), set()
     for name, module in unet.named_modules():
+        needed = []
         if is_attention(module):
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
-            if all(type(each) is LoRALinear and is_plain(each.base) for each in needed):
-                if len({(len(each.lora_A), each.scale) for each in needed}) == 1:
-                    found[name] = module
-        elif is_gate(module) and is_plain(module.proj):
+            known = all(map(is_adapted, needed))
+            known = known and len({(len(each.lora_A), each.scale) for each in needed}) == 1
+        elif is_gate(module):
+            needed = [module.proj]
+            known = is_plain(module.proj) or is_adapted(module.proj)
+        elif is_transformer(module):
+            known = layernorm.is_known(module)
+        else:
+            known = is_adapted(module) and module not in part_of_another
+        if known:
             found[name] = module
-        elif is_transformer(module) and layernorm.is_known(module):
-            found[name] = module
+            part_of_another |= {*needed}
     return found
 
 
@@ -285,6 +327,8 @@ def fuse(module: nn.Module) -> None:
     """Have one of fusible() compute in its other form, in place."""
     if is_gate(module):
         module.forward = types.MethodType(gated, module)
+    elif is_adapted(module):
+        module.forward = types.MethodType(alone, module)
     elif is_attention(module):
         module.set_processor(Attention())
     elif is_transformer(module):
@@ -300,12 +344,11 @@ def wrap(unet: nn.Module) -> str:
         whys = (each.unavailable(unet.dtype, unet.device) for each in (geglu, groupnorm, layernorm))
         why = next(filter(None, whys), "")
     if why:  # for all else diffusers' own lines are the faster ones then
-        found = [each for each in found if is_attention(each) or is_gate(each)]
+        found = [each for each in found if is_attention(each) or is_gate(each) or is_adapted(each)]
     for module in found:
         fuse(module)
-    attention, gates, blocks = (
-        list(filter(kind, found)) for kind in (is_attention, is_gate, convolution.is_block)
-    )
+    kinds = (is_attention, is_gate, is_adapted, convolution.is_block)
+    attention, gates, others, blocks = (list(filter(kind, found)) for kind in kinds)
     groups = of_one_size([each for each in attention if each.is_cross_attention])
     for each in attention:
         if not each.is_cross_attention:
@@ -314,7 +357,7 @@ def wrap(unet: nn.Module) -> str:
         join([layer for each in group for layer in (each.to_k, each.to_v)])
     if groups:
         unet.forward = functools.partial(answer_under, unet, groups)
-    said = f"{len(attention)} attention layers"
+    said = f"{len(attention)} attention layers" + f", {len(others)} others" * bool(others)
     if blocks:
         convolution.lay_out(unet, torch.channels_last)
         said += f", {len(blocks)} convolution blocks"
@@ -405,8 +448,8 @@ def random_inputs(module: nn.Module) -> list[Tensor]:
     """Of the shapes that a fusible module takes; what is trained there reaches all but the
     timestep's embedding.
     """
-    if is_gate(module):
-        shapes = [(2, 7, module.proj.in_features)]
+    if is_gate(module) or is_adapted(module):
+        shapes = [(2, 7, getattr(module, "proj", module).in_features)]
     elif is_attention(module):
         context = [(2, 8, module.to_k.in_features)] if module.is_cross_attention else []
         shapes = [(2, 7, module.to_q.in_features), *context]

@@ -40,7 +40,7 @@ WRITTEN_FOR = {
     "loop.optimizer_step": "cb1b77caeff3635cdec4d407bb0f7119",
     "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
     "loop.step_batches": "522709fce811ad7922b1f39601d6cf0c",
-    "loop.diffusion_loss": "1c479e87c9406e967b91a2ed2b7be1f1",
+    "loop.diffusion_loss": "c8525f68c58c5d82db4469a907636100",
     "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
 }
 # What may mean each matrix by itself, and would mean the one vector instead.

@@ -350,13 +350,16 @@ def test_the_table_on_paper_names_the_gpus_that_reach_90_percent():
 
 def test_without_a_gpu_the_full_size_is_not_begun_unasked(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert bench.main(["ladder", "--out", str(tmp_path / "a.json")]) == 1
-    said = capsys.readouterr().err
-    assert "no GPU is seen" in said and "--device cpu" in said and not list(tmp_path.iterdir())
-    assert bench.main(["card", "--out", str(tmp_path / "a.json")]) == 1
-    (said,) = capsys.readouterr().err.splitlines()
-    assert said.startswith("error: no GPU is seen") and "Colab" in said
-    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    out = ["--out", str(tmp_path / "a.json")]
+    mains = [(bench.main, ["ladder"]), (bench.main, ["card"]), (exactness.main, [])]
+    mains += [(step_profile.main, ["floor"]), (each_kernel.main, [])]
+    for main, words in mains:
+        with pytest.raises(SystemExit, match="1"):
+            main([*words, *out])
+        (said,) = capsys.readouterr().err.splitlines()
+        assert said.startswith("error: no GPU is seen") and "--device cpu" in said
+        assert "Colab" in said and not list(tmp_path.iterdir())
     monkeypatch.setattr(bench, "measure", lambda rows, *_: {})  # the small model's is
     assert bench.main(["ladder", "--tiny", "--out", str(tmp_path / "a.json")]) == 0
 

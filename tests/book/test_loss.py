@@ -84,7 +84,7 @@ def test_snr_weight_is_min_snr_gamma_over_snr(kind):
     t = torch.arange(1000)
     snr = compute_snr(ddpm, t).double()
     want = snr.clamp(max=5) / (snr if kind == "epsilon" else snr + 1)
-    weight = loop.snr_weight(t, schedule, 5.0)
+    weight = model.snr_weight(t, schedule, 5.0)
     torch.testing.assert_close(weight.double(), want, atol=0, rtol=1e-5)
     assert weight.max() <= 1
     if kind == "epsilon":  # above gamma the weight is gamma / SNR, below it one
@@ -95,7 +95,7 @@ def test_gamma_zero_weighs_nothing(unet):
     _, schedule = ddpm_and_ours("epsilon")
     plain = loop.diffusion_loss(unet, early_and_late(), schedule, SCALING)
     huge = loop.diffusion_loss(unet, early_and_late(), schedule, SCALING, 1e9)
-    assert loop.snr_weight(torch.arange(1000), schedule, 0.0) == 1.0
+    assert model.snr_weight(torch.arange(1000), schedule, 0.0) == 1.0
     torch.testing.assert_close(plain, huge)  # no SNR is above such a gamma
 
 

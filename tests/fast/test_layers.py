@@ -22,12 +22,15 @@ def off(a, b):
     return ((a - b).norm() / b.norm()).item()
 
 
-def adapted(fuse: bool, rank: int = 4, dtype=torch.float32, **changes):
+MORE = ("ff.net.0.proj", "ff.net.2", "proj_in", "proj_out")  # what may be adapted besides
+
+
+def adapted(fuse: bool, rank: int = 4, dtype=torch.float32, targets=lora.TARGETS):
     """A UNet with a trained-looking adapter in one vector, fused or as diffusers and lora.py
     define it.
     """
-    unet = make_unet(**changes).to(dtype)
-    adapter = lora.inject(unet, rank=rank, alpha=6, seed=3)
+    unet = make_unet().to(dtype)
+    adapter = lora.inject(unet, targets, rank=rank, alpha=6, seed=3)
     said = fused.wrap(unet) if fuse else ""
     vector = flat.Flat(unet, lora.trained(unet))
     with torch.no_grad():
@@ -64,6 +67,24 @@ def test_loss_and_gradient_equal_the_definitions(rank, checkpointing, one_thread
             model.use_gradient_checkpointing(unet, some if checkpointing == "some" else ())
         found.append(gradient(unet, vector, batch))
     assert said == "16 attention layers, 8 convolution blocks and 8 feed-forward gates fused"
+    (loss, grad), (fused_loss, fused_grad) = found
+    torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
+    assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("targets", [(*lora.TARGETS, *MORE), MORE, ("to_q", *MORE[1:3])])
+def test_so_they_do_where_more_or_other_layers_are_adapted(targets, checkpointing, one_thread):
+    batch, found = make_batch(3), []
+    for fuse in (False, True):
+        unet, adapter, vector, said = adapted(fuse, targets=targets)
+        unet.train()
+        if checkpointing:
+            model.use_gradient_checkpointing(unet)
+        found.append(gradient(unet, vector, batch))
+    inside = (".attn1.", ".attn2.", "ff.net.0.proj") if lora.TARGETS[1] in targets else ("net.0.",)
+    others = [name for name in adapter.layers if not any(part in name for part in inside)]
+    assert f" {len(others)} others, 8 convolution blocks and 8 feed-forward gates fused" in said
     (loss, grad), (fused_loss, fused_grad) = found
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5
@@ -127,6 +148,23 @@ def test_the_gate_passes_a_numerical_gradient_check_and_keeps_only_its_halves():
     assert torch.autograd.gradcheck(lambda x: fused.GatedLinear.apply(x, gate.proj), (x,))
 
 
+def test_an_adapted_gate_passes_a_numerical_gradient_check():
+    torch.manual_seed(0)
+    gate = GEGLU(8, 16).double()
+    layer = next(iter(lora.inject(gate, ("proj",), rank=3, alpha=6).layers.values()))
+    sizes = ((5, 8), (3, 8), (32, 3))
+    x, A, B = (torch.randn(s, dtype=torch.double, requires_grad=True) for s in sizes)
+
+    def together(x, A, B):
+        return fused.GatedLinear.apply(x, layer.base, layer.scale, A, B)
+
+    assert torch.autograd.gradcheck(together, (x, A, B))
+    layer.lora_A.data, layer.lora_B.data = A.detach(), B.detach()
+    torch.testing.assert_close(together(x, A, B), gate(x))
+    layer.strength = 0.0
+    assert torch.equal(fused.gated(gate, x), gate(x))
+
+
 def test_an_nf4_layer_is_fused_as_its_own_forward_computes_it():
     torch.manual_seed(0)
     plain = torch.nn.Linear(64, 32)
@@ -155,14 +193,11 @@ def test_a_layer_with_more_than_sdxls_is_noticed():
 
 
 def test_only_layers_that_are_known_are_fused():
-    """Adapted feed-forward layers, and a LoRALinear of another kind, compute by their own lines."""
-    assert fused.wrap(bare((*lora.TARGETS, "ff.net.0.proj", "ff.net.2"))).endswith(
-        "0 feed-forward gates fused"
-    )
+    """A LoRALinear of another kind computes by its own lines, the others of its attention alone."""
     unet = bare()
     attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attention.to_k.__class__ = type("Other", (lora.LoRALinear,), {})
-    assert fused.wrap(unet).startswith("15 attention layers")
+    assert fused.wrap(unet).startswith("15 attention layers, 3 others, ")
 
 
 def test_fused_layers_go_back_to_their_definitions(one_thread):

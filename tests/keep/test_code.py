@@ -24,7 +24,7 @@ EDITS = {  # in loop.py, and which functions count as changed
     "docstring": ('"""The loss of each example', '"""What is lost in each example', []),
     "another loss": ("F.mse_loss", "F.l1_loss", ["loop.diffusion_loss"]),
     "another string": ('reduction="none"', 'reduction="mean"', ["loop.diffusion_loss"]),
-    "a name gone": ("def snr_weight(", "def weight_of(", ["loop.snr_weight", "loop.weight_of"]),
+    "a name gone": ("def micro_step(", "def pass_of(", ["loop.micro_step", "loop.pass_of"]),
     "two": ("run", "one_run", ["loop.micro_step", "loop.optimizer_step", "loop.step_batches"]),
     "around it": ('print(f"saved {path}")', 'print(f"kept {path}")', []),
     "a constant": ("2.0**16", "2.0**15", ["loop.assemble"]),

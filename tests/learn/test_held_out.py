@@ -263,6 +263,19 @@ def test_the_losses_of_a_steps_examples_are_the_runs_own(tmp_path):
     assert not found.of_step.any()
 
 
+def test_a_loss_of_one_number_for_a_pass_is_trained_and_judged_by_no_picture(tmp_path):
+    run = tiny_run.assembled(tmp_path)
+    run.examples.num_train_timesteps = 1000
+    run.examples.decks = type("Decks", (), {"picture": staticmethod(lambda i: 0)})
+    own = run.loss
+    run.loss = lambda *args: own(*args).sum()
+    found = Judge(run, Alone(), {}, None, None)
+    loss, _ = tiny_run.loop.optimizer_step(run)
+    found.after_step()
+    assert loss > 0 and found.fit_worst() == {}
+    assert found.worst().startswith("which pictures fit worst is not known")
+
+
 def test_sizes_are_those_of_the_products(tmp_path):
     run = tiny_run.assembled(tmp_path)
     assert set(sizes(run.adapter, torch.float32).values()) == {0.0}

@@ -181,7 +181,7 @@ def test_masks_and_min_snr_weigh_hubers_loss_as_they_weigh_the_squared_error(une
     e = model.predict(unet, model.add_noise(x0, batch["noise"], t, SCHEDULE), batch)
     e, c = e - batch["noise"], (0.1 ** (t / T))[:, None, None, None]
     want = (2 * c * ((e**2 + c**2).sqrt() - c) * batch["mask"]).mean((1, 2, 3))
-    torch.testing.assert_close(each, want * loop.snr_weight(t, SCHEDULE, 5.0), rtol=1e-4, atol=0)
+    torch.testing.assert_close(each, want * model.snr_weight(t, SCHEDULE, 5.0), rtol=1e-4, atol=0)
     plain = loop.diffusion_loss(unet, batch, SCHEDULE, (0.13, 0.0), 5.0)
     assert (each < plain).all()
     same = loop.diffusion_loss(unet, batch, SCHEDULE, (0.13, 0.0), 5.0, lambda squares, *_: squares)
