@@ -47,7 +47,7 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without (--better, but with
 	exec $$start loop.py $$recipe "$$@" $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"
-	$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)
+	@$(PYTHON) loop.py $(or $(RECIPE),t4) --plan-for "$(or $(CARD),T4)" $(ARGS)
 
 look: $(SETUP)  ## the set before training, no model needed: the crops that make train would make, and what is odd; DATA=my_pictures RECIPE=native
 	@$(PYTHON) -m see.look $(or $(RECIPE),$(shell nvidia-smi -L >/dev/null 2>&1 && echo t4 || echo pocket)) $${PICTURES:+--dataset-name "$$PICTURES"} $(ARGS)
@@ -65,7 +65,7 @@ report: $(SETUP)  ## the newest run's page anew, all of it in one file for any b
 	@$(PYTHON) -m see.page $${FOLDER:+"$$FOLDER"}
 
 board: $(SETUP)  ## losses, learning rates and previews of all runs in TensorBoard, at the address that it prints
-	$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)
+	@$(PYTHON) -m tensorboard.main --logdir runs $(ARGS)
 
 bench: $(SETUP)  ## seconds and GiB per technique on this GPU, random weights; ARGS=card: this card in five minutes, one file to share
 	$(PYTHON) -m benchmarks.ladder $(if $(ARGS),$(ARGS),ladder)

@@ -31,7 +31,8 @@ def asked(kind: type, argv: list[str] | None = None, **how) -> Any:
             for bounds in getattr(each.type, "__metadata__", ())
             if isinstance(bounds, Within) and value != each.default and not bounds.hold(value)
         )
-        getattr(options, "on", None)
+        if hasattr(kind, "on"):
+            _ = options.on
         return options
 
     return or_leave(parse, argv)

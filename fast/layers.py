@@ -126,19 +126,20 @@ class Project(torch.autograd.Function):
 
 
 def acts_beside(layer: nn.Module) -> bool:
-    """Whether a LoRALinear's branch is more than nothing, and not in its weight already."""
+    """Whether a LoRALinear's branch acts: its strength is not 0, and it is not merged."""
     return layer.strength != 0 and layer.weight_before_merge is None
 
 
 def alone(layer: nn.Module, x: Tensor) -> Tensor:
-    """What a LoRALinear answers to x (..., in): (..., out)."""
+    """The forward of a LoRALinear that shares its x with no other: (..., in) -> (..., out)."""
     return project(x, [layer])[0]
 
 
 def project(x: Tensor, layers: list[nn.Module]) -> tuple[Tensor, ...]:
     """What the LoRALinear `layers`, of one size, answer to one x (..., in): (..., out) each."""
     acts = {(layer.strength, layer.scale, layer.weight_before_merge is None) for layer in layers}
-    if len(acts) > 1 or not acts_beside(layers[0]):  # where a layer is its base, to the bit
+    if len(acts) > 1 or not acts_beside(layers[0]):
+        # By the book, where a layer is its base, to the bit. Not layer(x): that may be alone().
         return tuple(type(layer).forward(layer, x) for layer in layers)
     matrices = [layer.lora_A for layer in layers] + [layer.lora_B for layer in layers]
     scale = layers[0].strength * layers[0].scale
@@ -213,19 +214,20 @@ def answer_under(unet, groups, sample, timestep, encoder_hidden_states, *rest, *
 
 class GatedLinear(torch.autograd.Function):
     """GEGLU (Shazeer 2020, https://arxiv.org/abs/2002.05202): x (M, in) -> (W x + b) gelu(V x + c),
-    (M, F), where a frozen Linear holds W over V. With A (r, in) and B (2 F, r), of a LoRALinear,
-    W over V stands for that with s B A added.
+    (M, F), where a frozen Linear holds W over V. With s, A (r, in) and B (2 F, r) of a LoRALinear,
+    W over V is replaced by (W over V) + s B A.
 
     Two products, so that both halves lie contiguous and every pass reads whole cache lines. Only
-    they are kept: gelu(V x + c), a third of what autograd would keep, is computed again.
+    they are kept, with A and B also x and A x: gelu(V x + c), a third of what autograd would keep,
+    is computed again.
     """
 
     @staticmethod
-    def forward(ctx, x, linear, scale=0.0, A=None, B=None):
+    def forward(ctx, x, linear, scale=1.0, *branch):
         halves = zip(dense(linear).chunk(2), linear.bias.chunk(2), strict=True)
         value, gate = (torch.addmm(bias, x, weight.t()) for weight, bias in halves)
-        branch = ()
-        if A is not None:
+        if branch:
+            A, B = branch
             h = torch.addmm(x.new_empty(()), x, A.t(), beta=0, alpha=scale)  # (M, r)
             for half, rows in zip((value, gate), B.chunk(2), strict=True):
                 half.addmm_(h, rows.t())
@@ -241,10 +243,10 @@ class GatedLinear(torch.autograd.Function):
         W, V = dense(ctx.linear).chunk(2)
         dx = (dvalue @ W).addmm_(dgate, V)
         if not branch:
-            return dx, None, None, None, None
-        x, h, A, B = branch
+            return dx, None
+        (x, h, A, B), s = branch, ctx.scale
         of_value, of_gate = B.chunk(2)
-        dh = (dvalue @ of_value).addmm_(dgate, of_gate).mul_(ctx.scale)  # (M, r)
+        dh = (dvalue @ of_value).addmm_(dgate, of_gate, beta=s, alpha=s)  # (M, r)
         dB = torch.cat([dvalue.t() @ h, dgate.t() @ h])  # s is in h already
         return dx.addmm_(dh, A), None, None, dh.t() @ x, dB
 
@@ -299,12 +301,12 @@ def is_adapted(linear: nn.Module) -> bool:
 
 
 def fusible(unet: nn.Module) -> dict[str, nn.Module]:
-    """The attention layers whose four projections are the book's LoRALinear of one rank, the gates,
-    other LoRALinear, the norms of transformer blocks and the convolutions' part, by name: what else
-    there is computes by its definition.
+    """The attention layers whose four projections are the book's LoRALinear of one rank, the gates
+    whose projection is one or has nothing beside it, every other LoRALinear, transformer blocks for
+    their norms and the convolutions' part, by name: what else there is computes by its definition.
     """
     found, part_of_another = convolution.fusible(unet), set()
-    for name, module in unet.named_modules():
+    for name, module in unet.named_modules():  # a layer comes before its parts
         needed = []
         if is_attention(module):
             needed = [module.to_q, module.to_k, module.to_v, module.to_out[0]]
@@ -357,7 +359,8 @@ def wrap(unet: nn.Module) -> str:
         join([layer for each in group for layer in (each.to_k, each.to_v)])
     if groups:
         unet.forward = functools.partial(answer_under, unet, groups)
-    said = f"{len(attention)} attention layers" + f", {len(others)} others" * bool(others)
+    said = f"{len(attention)} attention layers"
+    said += f", {len(others)} other adapted layers" * bool(others)
     if blocks:
         convolution.lay_out(unet, torch.channels_last)
         said += f", {len(blocks)} convolution blocks"

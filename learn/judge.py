@@ -198,7 +198,7 @@ class Judge:
     def worst(self) -> str:
         """The pictures that fit worst; "" where none is worse than usual."""
         if not self.known["fits"][1].any():
-            return "which pictures fit worst is not known: the loss has no number for each example"
+            return "which pictures fit worst is not known: no loss had a number for each example"
         told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
         said = f"fit worst (loss over the usual; look at picture and caption): {', '.join(told)}"
         rough = bool(self.known["fits"][1].sum() < 10 * len(self.run.examples.names))

@@ -278,7 +278,8 @@ def test_only_attention_of_one_rank_is_fused(batch):
     unet, _ = adapted(targets=("all",), pattern={"attn2.to_k": 5})
     want = answer(unet, batch)
     assert fused.disagreement(unet) == ""
-    assert fused.wrap(unet) == "8 attention layers, 48 others and 8 feed-forward gates fused"
+    said = fused.wrap(unet)
+    assert said == "8 attention layers, 48 other adapted layers and 8 feed-forward gates fused"
     assert off(answer(unet, batch), want) < 1e-5
 
 

@@ -84,7 +84,7 @@ def test_so_they_do_where_more_or_other_layers_are_adapted(targets, checkpointin
         found.append(gradient(unet, vector, batch))
     inside = (".attn1.", ".attn2.", "ff.net.0.proj") if lora.TARGETS[1] in targets else ("net.0.",)
     others = [name for name in adapter.layers if not any(part in name for part in inside)]
-    assert f" {len(others)} others, 8 convolution blocks and 8 feed-forward gates fused" in said
+    assert f" {len(others)} other adapted layers, 8 convolution blocks and 8 feed" in said
     (loss, grad), (fused_loss, fused_grad) = found
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5
@@ -162,7 +162,8 @@ def test_an_adapted_gate_passes_a_numerical_gradient_check():
     layer.lora_A.data, layer.lora_B.data = A.detach(), B.detach()
     torch.testing.assert_close(together(x, A, B), gate(x))
     layer.strength = 0.0
-    assert torch.equal(fused.gated(gate, x), gate(x))
+    layer.lora_B.data.fill_(float("inf"))  # times 0 it would be NaN
+    assert torch.equal(fused.gated(gate, x), gate(x)) and gate(x).isfinite().all()
 
 
 def test_an_nf4_layer_is_fused_as_its_own_forward_computes_it():
@@ -197,7 +198,7 @@ def test_only_layers_that_are_known_are_fused():
     unet = bare()
     attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attention.to_k.__class__ = type("Other", (lora.LoRALinear,), {})
-    assert fused.wrap(unet).startswith("15 attention layers, 3 others, ")
+    assert fused.wrap(unet).startswith("15 attention layers, 3 other adapted layers, ")
 
 
 def test_fused_layers_go_back_to_their_definitions(one_thread):
@@ -248,10 +249,11 @@ def test_a_parameter_that_the_fused_form_does_not_know_is_noticed(monkeypatch):
     assert "would be off by" in fused.disagreement(bare())
 
 
-def test_merged_and_at_strength_0_fused_layers_are_the_base_to_the_bit(one_thread):
+@pytest.mark.parametrize("targets", [lora.TARGETS, (*lora.TARGETS, *MORE)])
+def test_merged_and_at_strength_0_fused_layers_are_the_base_to_the_bit(targets, one_thread):
     batch = make_batch(2)
-    unet, adapter, _, _ = adapted(True)
-    plain, same, _, _ = adapted(False)
+    unet, adapter, _, _ = adapted(True, targets=targets)
+    plain, same, _, _ = adapted(False, targets=targets)
 
     def answers(change):
         with torch.no_grad():
