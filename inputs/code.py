@@ -23,7 +23,7 @@ MODULES = {
     # Of inputs/ all else either says no, or gives what is told by its content: the files of the
     # base, the pictures and captions, the options.
     "inputs.pictures": "LONGEST_SIDE check_pictures all_damaged_named refuse_small made_to_fit "
-    "table_of_sizes changes",
+    "table_of_sizes changes warnings",
 }
 parsed = functools.lru_cache(maxsize=8)(ast.parse)  # a module's text is asked for many names
 DOCUMENTED = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
@@ -50,15 +50,28 @@ def together(*names: str) -> str:
 
 
 def named(root: Path, module: str) -> dict[str, list[ast.stmt]]:
-    """The statements of a module's top level that give a name something, by that name."""
+    """The statements of a module's top level that give a name something, or an attribute of it, by
+    that name; and those that call one of its functions, as torch.manual_seed(0) does.
+    """
     found: dict[str, list[ast.stmt]] = {}
     for each in parsed((root / f"{module.replace('.', '/')}.py").read_bytes()).body:
         if isinstance(each, DOCUMENTED):
-            found.setdefault(each.name, []).append(each)
-        for target in each.targets if isinstance(each, ast.Assign) else ():
-            for name in ast.unparse(target).strip("()").split(", "):  # of A, B = 1, 2 both
-                found.setdefault(name, []).append(each)
+            names = {each.name}
+        else:  # of A, B = 1, 2 both
+            nodes = [n for n in ast.walk(each) if isinstance(getattr(n, "ctx", None), ast.Store)]
+            if isinstance(each, ast.Expr) and isinstance(each.value, ast.Call):
+                nodes.append(each.value.func)
+            names = {*map(first_name, nodes)} - {""}
+        for name in names:
+            found.setdefault(name, []).append(each)
     return found
+
+
+def first_name(node: ast.AST) -> str:
+    """The name that a.b, a[0] or a begin with; "" where there is none."""
+    while hasattr(node, "value"):
+        node = node.value
+    return getattr(node, "id", "")
 
 
 def of_one(root: Path, name: str) -> str:

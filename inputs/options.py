@@ -303,7 +303,8 @@ class Config:
     # On a GPU, record the forward and backward pass once and replay it, since launching kernels one
     # by one takes longer than they run. Off is the reference, and for debugging.
     cuda_graph: bool = True
-    # Layers that read the same input share their matrix products; off, each is computed by itself.
+    # Compute layers in fewer kernels: those that read the same input share their products, and LoRA
+    # is added inside a product. Off, each is computed by its definition.
     fused: bool = True
     # Only kernels that add in one fixed order, so that a continued run equals an uninterrupted one
     # to the bit on a GPU, too, with the same GPU, torch and memory options. Without it the backward

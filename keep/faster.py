@@ -59,6 +59,9 @@ class Alone(contextlib.nullcontext):
     asked: Callable[[], bool] = staticmethod(lambda: False)
     claim = staticmethod(data.every_block)
 
+    def __enter__(self):
+        return self
+
     def start(self, device):
         """The device that this process computes on."""
         return device

@@ -120,12 +120,18 @@ class HeldOut(data.Examples):
     def losses(self, run, team) -> list[float]:
         """The held-out loss of each number: the squared error, whatever loss is trained, with the
         run's masks and min-SNR weight, which runs that are compared must share; the same in all
-        processes, each of which computes its share of the passes.
+        processes, each of which computes its share of the passes. Raises Refusal where an edited
+        loss is not one of each example.
         """
         device, found = run.unet.device, torch.zeros(self.t.size, device=run.unet.device)
         how = (run.schedule, run.latent_scaling, run.config.snr_gamma)
         for at in team.share(range(len(self.passes))):
             numbers = self.passes[at]
-            found[numbers] = loop.diffusion_loss(run.unet, self.batch(numbers, device), *how)
+            each = loop.diffusion_loss(run.unet, self.batch(numbers, device), *how)
+            if each.shape != (len(numbers),):
+                said = f"diffusion_loss() gives {tuple(each.shape)} for {len(numbers)} examples"
+                remedy = "leave the mean or sum to micro_step(), or hold no pictures out"
+                raise Refusal(said, "a held-out loss of each", remedy)
+            found[numbers] = each
         team.all_reduce(found)
         return found.tolist()

@@ -115,8 +115,8 @@ class Judge:
         losses, counts = self.known["fits"].cpu().numpy()
         expected = counts * losses.sum(0) / np.maximum(counts.sum(0), 1)  # (pictures, BANDS)
         ratios = losses.sum(1) / np.maximum(expected.sum(1), 1e-12)  # 0 of one not shown
-        first = np.argsort(-ratios, kind="stable")[:10]
-        return {self.run.examples.names[i]: float(ratios[i]) for i in first if 1 < ratios[i] < inf}
+        first = [i for i in np.argsort(-ratios, kind="stable")[:10] if 1.005 <= ratios[i] < inf]
+        return {self.run.examples.names[i]: float(ratios[i]) for i in first}
 
     # ---- now and then
 
@@ -198,7 +198,8 @@ class Judge:
     def worst(self) -> str:
         """The pictures that fit worst; "" where none is worse than usual."""
         if not self.known["fits"][1].any():
-            return "which pictures fit worst is not known: no loss had a number for each example"
+            said = "which pictures fit worst is not known: no loss had a number for each example "
+            return said + "(one number for a pass counts as the sum of its examples' losses)"
         told = [f"{sayable(name)} {ratio:.2f}" for name, ratio in self.fit_worst().items()]
         said = f"fit worst (loss over the usual; look at picture and caption): {', '.join(told)}"
         rough = bool(self.known["fits"][1].sum() < 10 * len(self.run.examples.names))

@@ -125,7 +125,7 @@ def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
     assert argv == [*own, "--validation-prompts", "a fox", "fish"]
     look = typed(f"DATA={data}", "RECIPE=native", "ARGS=--seed 1", target="look")[1]
     assert look[-4:] == ["--dataset-name", data, "--seed", "1"] and "native" in look
-    assert typed(f"RUN={data}", target="report")[1] == ["see.page", data]
+    assert typed(f"RUN={data}", target="report") == ("see.page", [data])
     assert typed(f"FILE={data}", "ARGS=--a b", target="inspect")[1] == ["inspect", data, "--a", "b"]
 
 

@@ -78,6 +78,29 @@ def test_one_of_several_names_given_at_once_is_found(tmp_path, old, new, name):
     assert name in code.changed(code.digests(), code.digests(root=tmp_path))
 
 
+AFTER = 'TARGETS = ("to_q", "to_k", "to_v", "to_out.0")\n'
+
+
+@pytest.mark.parametrize(
+    ("one", "other", "name"),
+    [
+        ("GAIN: float = 1.0", "GAIN: float = 7.0", "lora.GAIN"),
+        ("TARGETS += ()", 'TARGETS += ("ff.net.2",)', "lora.TARGETS"),
+        ("if True:\n    GAIN = 1.0", "if True:\n    GAIN = 7.0", "lora.GAIN"),
+        ("", "LoRALinear.forward = LoRALinear.up", "lora.LoRALinear"),
+        ("", "TIMES[0] = 7", "lora.TIMES"),
+        ("", "torch.backends.cudnn.allow_tf32 = False", "lora.torch"),
+        ("", 'torch.set_float32_matmul_precision("high")', "lora.torch"),
+    ],
+)
+def test_statements_of_any_kind_count(tmp_path, one, other, name):
+    for folder, line in (("one", one), ("other", other)):
+        (tmp_path / folder).mkdir()
+        edit(tmp_path / folder, "lora.py", AFTER, f"{AFTER}{line}\n")
+    digests = (code.digests(root=tmp_path / folder) for folder in ("one", "other"))
+    assert code.changed(*digests) == [name]
+
+
 @pytest.mark.slow
 def test_an_edit_of_the_decoding_is_refused_by_name_and_when_accepted_encodes_anew(
     train, cache, tmp_path, monkeypatch, capsys

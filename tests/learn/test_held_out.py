@@ -276,6 +276,20 @@ def test_a_loss_of_one_number_for_a_pass_is_trained_and_judged_by_no_picture(tmp
     assert found.worst().startswith("which pictures fit worst is not known")
 
 
+def test_a_held_out_loss_of_one_number_for_a_pass_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(held_out.loop, "diffusion_loss", lambda *_: torch.tensor(1.0))
+    run = tiny_run.assembled(tmp_path)
+    held = held_out.HeldOut(drawings(4), 4, 2)
+    monkeypatch.setattr(held, "batch", lambda numbers, device: {})
+    with pytest.raises(Refusal, match=r"diffusion_loss\(\) gives \(\) for 8 examples"):
+        held.losses(run, Alone())
+
+
+def test_one_process_is_a_team_of_itself():
+    with Alone() as team:
+        assert team.first and team.start("cpu") == "cpu"
+
+
 def test_sizes_are_those_of_the_products(tmp_path):
     run = tiny_run.assembled(tmp_path)
     assert set(sizes(run.adapter, torch.float32).values()) == {0.0}
