@@ -2,8 +2,9 @@
 copies each picture before and after every convolution.
 
 ResnetBlock2D becomes one function, which keeps for its backward pass its input, the answer of its
-first convolution and the groups' moments; all else is computed again. A transformer's doors become
-views. The rest of the UNet follows the order of what it is given.
+first convolution and the groups' moments; all else is computed again. Where something is trained
+beside its convolutions, these are called as they are, between norms in this order. A transformer's
+doors become views. The rest of the UNet follows the order of what it is given.
 """
 
 import types
@@ -68,28 +69,35 @@ class Resnet(torch.autograd.Function):
 
 
 class Norm(torch.autograd.Function):
-    """x (B, C, H, W) -> norm(x), a frozen GroupNorm."""
+    """x (B, C, H, W), shift (B, C) or None -> norm(x + shift), norm a frozen GroupNorm, then SiLU
+    if asked for. The gradient reaches x alone.
+    """
 
     @staticmethod
-    def forward(ctx, x, norm):
+    def forward(ctx, x, norm, shift=None, silu=False):
         x = nhwc(x)
-        y, moments = groupnorm.forward(x, norm, None, False)
-        ctx.save_for_backward(x, moments)
-        ctx.norm = norm
+        y, moments = groupnorm.forward(x, norm, shift, silu)
+        ctx.save_for_backward(x, shift, moments)
+        ctx.norm, ctx.silu = norm, silu
         return y
 
     @staticmethod
     def backward(ctx, grad):
-        x, moments = ctx.saved_tensors
-        return groupnorm.backward(nhwc(grad), x, ctx.norm, None, moments, None, False), None
+        x, shift, moments = ctx.saved_tensors
+        dx = groupnorm.backward(nhwc(grad), x, ctx.norm, shift, moments, None, ctx.silu)
+        return dx, None, None, None
 
 
 def resnet(block: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
     """What diffusers' ResnetBlock2D answers to x (B, C, H, W) and temb (B, D)."""
-    shift = block.time_emb_proj(block.nonlinearity(temb)) + block.conv1.bias
+    shift = block.time_emb_proj(block.nonlinearity(temb))
     if shift.requires_grad:  # something before the timestep's embedding is trained
         return type(block).forward(block, x, temb)
-    return Resnet.apply(x, shift, block)
+    if is_bare(block):
+        return Resnet.apply(x, shift + block.conv1.bias, block)
+    y = block.conv1(Norm.apply(x, block.norm1, None, True))
+    y = block.conv2(Norm.apply(y, block.norm2, shift, True))
+    return y + (block.conv_shortcut(x) if block.conv_shortcut else x)
 
 
 def normed(norm: nn.Module, x: Tensor) -> Tensor:
@@ -121,29 +129,38 @@ def is_frozen(norm: nn.Module) -> bool:
     return type(norm) is nn.GroupNorm and not any(p.requires_grad for p in norm.parameters())
 
 
+def is_bare(block: nn.Module) -> bool:
+    """Whether the convolutions of a ResnetBlock2D are those that Resnet computes, with nothing that
+    is trained in them or beside them.
+    """
+    convs = [each for each in (block.conv1, block.conv2, block.conv_shortcut) if each is not None]
+    return all(
+        type(each) is nn.Conv2d and not any(p.requires_grad for p in each.parameters())
+        for each in convs
+    ) and all((each.kernel_size, each.stride) == ((3, 3), (1, 1)) for each in convs[:2])
+
+
 def is_known(block: nn.Module) -> bool:
-    """Whether a ResnetBlock2D is frozen and computes what Resnet does."""
-    convs, norms = [block.conv1, block.conv2], [block.norm1, block.norm2]
-    short = [] if block.conv_shortcut is None else [block.conv_shortcut]
+    """Whether a ResnetBlock2D computes what resnet() does, whatever its convolutions are."""
     settings = (block.time_embedding_norm, block.skip_time_act, block.output_scale_factor)
     return (
-        all(type(each) is nn.Conv2d for each in convs + short)
-        and all((each.kernel_size, each.stride) == ((3, 3), (1, 1)) for each in convs)
-        and all(map(is_frozen, norms))
+        is_frozen(block.norm1)
+        and is_frozen(block.norm2)
         and type(block.nonlinearity) is nn.SiLU
         and block.upsample is block.downsample is None
         and (*settings, block.dropout.p) == ("default", False, 1, 0)
-        and not any(each.requires_grad for each in block.parameters())
     )
 
 
 def fusible(unet: nn.Module) -> dict[str, nn.Module]:
     """The convolution blocks of `unet`, its transformers, for their doors, and its last norm, by
-    name: nothing where one block is not SDXL's, since the order NHWC pays for all or none.
+    name: nothing where one block is not SDXL's, since the order NHWC pays for all or none, nor on a
+    CPU where a convolution is adapted, since it does not pay there.
     """
     modules = dict(unet.named_modules())
     blocks = {name: each for name, each in modules.items() if is_block(each)}
-    if not all(map(is_known, blocks.values())):
+    gains = unet.device.type != "cpu" or all(map(is_bare, blocks.values()))
+    if not gains or not all(map(is_known, blocks.values())):
         return {}
     doors = {name: each for name, each in modules.items() if has_doors(each)}
     norms = [unet.conv_norm_out, *(each.norm for each in doors.values())]

@@ -430,7 +430,7 @@ def random_copy(module: nn.Module) -> nn.Module:
     for layer in copied.modules():
         for each in layer.parameters(recurse=False):
             if each.requires_grad:
-                length = (each.shape[-1] * getattr(layer, "scale", 1.0)) ** 0.5
+                length = (each[0].numel() * getattr(layer, "scale", 1.0)) ** 0.5
                 each.data = torch.randn(each.shape) / length
     return copied
 

@@ -18,8 +18,8 @@ import model
 from adapter_tools import answer, numbers, off, pipeline
 from adapters import files, foreign, kinds
 from conftest import SDXL, TINY, make_batch, make_unet
+from fast import convolution, plan
 from fast import layers as fused
-from fast import plan
 from fast.flat import Flat, alike
 from inputs.files import Refusal
 from inputs.options import RECIPES, parse
@@ -281,6 +281,47 @@ def test_only_attention_of_one_rank_is_fused(batch):
     said = fused.wrap(unet)
     assert said == "8 attention layers, 48 other adapted layers and 8 feed-forward gates fused"
     assert off(answer(unet, batch), want) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_convolutions_that_are_adapted_are_called_between_fused_norms(
+    batch, checkpointing, monkeypatch, one_thread
+):
+    """All gradients; as on a GPU, since a CPU keeps torch's order of channels where they are."""
+    found = []
+    for device in ("cpu", "meta"):
+        unet, adapter = adapted(targets=("all",))
+        unet.train()
+        if checkpointing:
+            model.use_gradient_checkpointing(unet)
+        with monkeypatch.context() as patch:
+            patch.setattr(type(unet), "device", torch.device(device))
+            assert fused.disagreement(unet) == ""
+            said = fused.wrap(unet)
+        assert ("8 convolution blocks" in said) == (device == "meta")
+        y = model.predict(unet, batch["noise"], batch)
+        y.square().sum().backward()
+        grads = {k: p.grad for k, p in unet.named_parameters() if p.grad is not None}
+        found.append({"answer": y.detach()} | grads)
+    usual, nhwc = found
+    assert usual.keys() == nhwc.keys() and len(usual) == 1 + 2 * len(adapter.layers)
+    assert all(off(nhwc[name], usual[name]) < 2e-5 for name in usual)
+    assert usual["down_blocks.0.resnets.0.conv1.lora_A"].norm() > 0
+
+
+@pytest.mark.parametrize("what", ["SiLU", "the timestep", "the gradient"])
+def test_what_is_left_out_around_an_adapted_convolution_is_noticed(what, monkeypatch):
+    unet, _ = adapted(targets=("all",))
+    usual = convolution.Norm.apply
+
+    def without(x, norm, shift=None, silu=False):
+        shift = None if what == "the timestep" else shift
+        y = usual(x, norm, shift, silu and what != "SiLU")
+        return y.detach() if what == "the gradient" else y
+
+    monkeypatch.setattr(type(unet), "device", torch.device("meta"))
+    monkeypatch.setattr(convolution.Norm, "apply", without)
+    assert "resnets.0 would be off by" in fused.disagreement(unet)
 
 
 def test_a_rank_pattern_of_layers_that_are_not_adapted_and_conv_in_are_refused():

@@ -127,9 +127,6 @@ CHANGES = {
     "dropout": lambda b: setattr(b.dropout, "p", 0.1),
     "another activation": lambda b: setattr(b, "nonlinearity", torch.nn.GELU()),
     "a trained norm": lambda b: b.norm1.weight.requires_grad_(),
-    "another convolution": lambda b: setattr(
-        b.conv2, "__class__", type("Other", (torch.nn.Conv2d,), {})
-    ),
 }
 
 
