@@ -39,9 +39,9 @@ WRITTEN_FOR = {
     "loop.unscale_and_clip": "514fbaf61f81d1cd5a6ffc75b7393b59",
     "loop.optimizer_step": "cb1b77caeff3635cdec4d407bb0f7119",
     "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
-    "loop.step_batches": "522709fce811ad7922b1f39601d6cf0c",
+    "loop.step_batches": "b1089584eaf89bb1ab272b0afcb4be7b",
     "loop.diffusion_loss": "c8525f68c58c5d82db4469a907636100",
-    "model.predict": "f2a79095c1dbb4cad1246209da591fc0",
+    "model.predict": "0849ff700abf161f461798ad0ef5fa3b",
 }
 # What may mean each matrix by itself, and would mean the one vector instead.
 OF_ALL_AT_ONCE = ("loop.step_batches", "loop.diffusion_loss", "model.predict")

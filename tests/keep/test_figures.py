@@ -68,8 +68,9 @@ def test_a_log_says_what_the_watch_says(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(report.Watch, "after", lambda *given: said.append(given[1:]) or ["slow"])
     with report.Log(replace(config, tensorboard=False), 0) as log:
         for step, device in enumerate((torch.device("cpu"), GPU), start=1):
-            scale, unet = loop.LossScale(device == GPU), SimpleNamespace(device=device)
-            log.write(SimpleNamespace(step=step, loss_scale=scale, unet=unet), 1.0, 1.0, 1e-4, 0.5)
+            scale, there = loop.LossScale(device == GPU), SimpleNamespace(device=device)
+            run = SimpleNamespace(step=step, loss_scale=scale, loss_sum=there)
+            log.write(run, 1.0, 1.0, 1e-4, 0.5)
     told = capsys.readouterr()
     assert said == [(2, 0.5, GPU)] and "slow" in told.out
     assert told.err == ""  # in a pipe a line in 50 steps
