@@ -11,6 +11,11 @@ CARD   ?= T4
 # tests in a process for each core, up to four
 SHARED := -n auto --maxprocesses 4 --dist worksteal
 SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
+# make itself takes any name: `make train data=mine` would train for hours on other pictures
+NAMES  := PYTHON RECIPE ARGS GPUS DATA FILE RUN CARD
+TYPED  := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
+$(if $(filter-out $(NAMES) VENV SHARED SHELL,$(TYPED)),$(error found $(filter-out $(NAMES),$(TYPED))=; \
+expected names of $(NAMES). What to do: correct the name (capital letters); options of a run go into ARGS="--seed 1"))
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12

@@ -269,7 +269,9 @@ def judge(results: dict) -> None:
 
 if __name__ == "__main__":
     tiny = "--tiny" in sys.argv
-    command, *paths = [arg for arg in sys.argv[1:] if arg != "--tiny"]
+    command, *paths = [arg for arg in sys.argv[1:] if arg != "--tiny"] or [""]
+    if len(paths) < 1 + (command == "measure"):
+        sys.exit(__doc__)
     if command == "predict":
         predict(Path(paths[0]), tiny)
     elif command != "measure":

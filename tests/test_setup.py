@@ -129,6 +129,16 @@ def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
     assert typed(f"FILE={data}", "ARGS=--a b", target="inspect")[1] == ["inspect", data, "--a", "b"]
 
 
+@pytest.mark.parametrize("names", [["data"], ["DTA", "seed"]])
+def test_a_name_that_make_does_not_know_stops_it(names):
+    """`make train data=mine` would train on the recipe's pictures."""
+    argv = ["make", "-n", "train", *(f"{name}=mine" for name in names)]
+    env = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
+    done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (2, "") and "expected names of PYTHON" in done.stderr
+    assert {*done.stderr.split("found ")[1].split("=;")[0].split()} == {*names}
+
+
 def test_make_names_no_recipe_where_a_file_does(typed):
     assert typed() == ("recipe pocket --better (no GPU found)", ["pocket", "--better"])
     for word in ("--quick", "--plain", "--no-better", "--dataset-name=x"):
