@@ -14,7 +14,8 @@ SETUP  := $(if $(filter $(VENV)/bin/python,$(PYTHON)),$(VENV)/.ready)
 # make itself takes any name: `make train data=mine` would train for hours on other pictures
 NAMES  := PYTHON RECIPE ARGS GPUS DATA FILE RUN CARD
 TYPED  := $(foreach name,$(.VARIABLES),$(if $(findstring command line,$(origin $(name))),$(name)))
-$(if $(filter-out $(NAMES) VENV SHARED SHELL,$(TYPED)),$(error found $(filter-out $(NAMES),$(TYPED))=; \
+WRONG  := $(filter-out $(NAMES) VENV SHARED SHELL MAKE MAKEFLAGS,$(TYPED))
+$(if $(WRONG),$(error found $(WRONG)=; \
 expected names of $(NAMES). What to do: correct the name (capital letters); options of a run go into ARGS="--seed 1"))
 
 help:  ## this list
@@ -48,7 +49,7 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without (--better, but with
 	  start="$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $$gpus"; fi; \
 	echo "recipe $${recipe:-of the file} ($$why)"; \
 	if [ -n "$$PICTURES" ]; then name=$$(basename -- "$$PICTURES"); kind=$${recipe:-config}; \
-	  set -- --dataset-name "$$PICTURES" --output-dir "runs/$${kind%% *}-$$name$(patsubst --%,-%,$(filter --quick --better,$(RECIPE) $(ARGS)))"; fi; \
+	  set -- --dataset-name "$$PICTURES" --output-dir "runs/$${kind%% *}-$$name$(patsubst --%,-%,$(filter --quick --better --plain,$(RECIPE) $(ARGS)))"; fi; \
 	exec $$start loop.py $$recipe "$$@" $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"

@@ -178,7 +178,7 @@ def predict(unet: UNet2DConditionModel, x_t: Tensor, batch: dict[str, Tensor]) -
     batch["context"] (B, T, D) and batch["pooled"] (B, P), cast to the UNet's dtype, and
     batch["time_ids"] (B, 6), which stay fp32, since the UNet embeds them itself.
     """
-    dtype = unet.conv_in.weight.dtype  # unet.dtype looks through all modules
+    dtype = next(unet.parameters()).dtype  # as unet.dtype, which looks through all modules
     condition = {"text_embeds": batch["pooled"].to(dtype), "time_ids": batch["time_ids"]}
     context = batch["context"].to(dtype)
     answer = unet(

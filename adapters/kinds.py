@@ -303,8 +303,9 @@ def find(unet: nn.Module, wanted: Iterable[str]) -> dict[str, nn.Module]:
     if nothing or adapted:
         raise Refusal(
             f"targets {', '.join(nothing) or '(all)'} match {', '.join(adapted[:1]) or 'nothing'}",
-            f"{', '.join(SETS)}, or parts of names of a bare model's layers, such as {min(names)}",
-            "correct --targets or --rank-pattern, or load the model again",
+            f"{', '.join(SETS)}, or parts of names of a bare model's layers, such as "
+            + max(names, key=lambda name: ("attn" in name, name)),
+            "correct --targets or --rank-pattern" if nothing else "load the model again",
         )
     return {name: each for name, each in names.items() if name in found}
 

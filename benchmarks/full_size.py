@@ -377,7 +377,7 @@ def check(folder: Path, run_folder: Path) -> dict:
 
 if __name__ == "__main__":
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
-    if len(sys.argv) < 4:
+    if len(sys.argv) < 4 + (sys.argv[1:2] == ["run"]):
         sys.exit(__doc__)
     if sys.argv[1] == "make":
         make(Path(sys.argv[2]), Path(sys.argv[3]))

@@ -2,8 +2,8 @@
 copies each picture before and after every convolution.
 
 ResnetBlock2D becomes one function, which keeps for its backward pass its input, the answer of its
-first convolution and the groups' moments; all else is computed again. Where something is trained
-beside its convolutions, these are called as they are, between norms in this order. A transformer's
+first convolution and the groups' moments; all else is computed again. Where one of its convolutions
+is adapted or trained, all are called as they are, and only its norms are ours. A transformer's
 doors become views. The rest of the UNet follows the order of what it is given.
 """
 
@@ -91,10 +91,16 @@ class Norm(torch.autograd.Function):
 def resnet(block: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
     """What diffusers' ResnetBlock2D answers to x (B, C, H, W) and temb (B, D)."""
     shift = block.time_emb_proj(block.nonlinearity(temb))
-    if shift.requires_grad:  # something before the timestep's embedding is trained
+    if shift.requires_grad:  # what leads to temb is trained
         return type(block).forward(block, x, temb)
-    if is_bare(block):
-        return Resnet.apply(x, shift + block.conv1.bias, block)
+    return Resnet.apply(x, shift + block.conv1.bias, block)
+
+
+def around(block: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
+    """The same of a block whose convolutions are adapted or trained."""
+    shift = block.time_emb_proj(block.nonlinearity(temb))
+    if shift.requires_grad:
+        return type(block).forward(block, x, temb)
     y = block.conv1(Norm.apply(x, block.norm1, None, True))
     y = block.conv2(Norm.apply(y, block.norm2, shift, True))
     return y + (block.conv_shortcut(x) if block.conv_shortcut else x)
@@ -124,9 +130,13 @@ def has_doors(module: nn.Module) -> bool:
     return type(module).__name__ == "Transformer2DModel"
 
 
+def is_trained(module: nn.Module) -> bool:
+    return any(each.requires_grad for each in module.parameters())
+
+
 def is_frozen(norm: nn.Module) -> bool:
     """Whether it is a GroupNorm that nobody trains."""
-    return type(norm) is nn.GroupNorm and not any(p.requires_grad for p in norm.parameters())
+    return type(norm) is nn.GroupNorm and not is_trained(norm)
 
 
 def is_bare(block: nn.Module) -> bool:
@@ -134,10 +144,12 @@ def is_bare(block: nn.Module) -> bool:
     is trained in them or beside them.
     """
     convs = [each for each in (block.conv1, block.conv2, block.conv_shortcut) if each is not None]
-    return all(
-        type(each) is nn.Conv2d and not any(p.requires_grad for p in each.parameters())
-        for each in convs
-    ) and all((each.kernel_size, each.stride) == ((3, 3), (1, 1)) for each in convs[:2])
+    sizes = [(3, 3), (3, 3), (1, 1)][: len(convs)]
+    return (
+        all(type(each) is nn.Conv2d and each.stride == (1, 1) for each in convs)
+        and [each.kernel_size for each in convs] == sizes
+        and not any(map(is_trained, convs))
+    )
 
 
 def is_known(block: nn.Module) -> bool:
@@ -154,13 +166,14 @@ def is_known(block: nn.Module) -> bool:
 
 def fusible(unet: nn.Module) -> dict[str, nn.Module]:
     """The convolution blocks of `unet`, its transformers, for their doors, and its last norm, by
-    name: nothing where one block is not SDXL's, since the order NHWC pays for all or none, nor on a
-    CPU where a convolution is adapted, since it does not pay there.
+    name. Empty if one block is not SDXL's or computes by its definition: NHWC helps only if all use
+    it. Empty on a CPU if a resnet's convolution is adapted: there it is slower.
     """
     modules = dict(unet.named_modules())
     blocks = {name: each for name, each in modules.items() if is_block(each)}
-    gains = unet.device.type != "cpu" or all(map(is_bare, blocks.values()))
-    if not gains or not all(map(is_known, blocks.values())):
+    to_blocks = [unet.time_embedding, *(each.time_emb_proj for each in blocks.values())]
+    helps = unet.device.type != "cpu" or all(map(is_bare, blocks.values()))
+    if not helps or any(map(is_trained, to_blocks)) or not all(map(is_known, blocks.values())):
         return {}
     doors = {name: each for name, each in modules.items() if has_doors(each)}
     norms = [unet.conv_norm_out, *(each.norm for each in doors.values())]
@@ -172,7 +185,8 @@ def fusible(unet: nn.Module) -> dict[str, nn.Module]:
 def fuse(module: nn.Module) -> None:
     """Have one of fusible() compute in its other form, in place."""
     if is_block(module):
-        module.forward = types.MethodType(resnet, module)
+        # Decided here: later a trained weight is a part of the one vector, and no parameter.
+        module.forward = types.MethodType(resnet if is_bare(module) else around, module)
     elif has_doors(module):
         fuse(module.norm)
         setattr(module, LEAVE, types.MethodType(leave, module))

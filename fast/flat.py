@@ -98,7 +98,7 @@ class Flat:
 
         def micro_step(run, batch) -> None:
             scales = all(len(shape) == 1 for shape in self.shapes.values())  # they stay fp32
-            dtype = torch.float32 if scales else run.unet.conv_in.weight.dtype
+            dtype = torch.float32 if scales else next(run.unet.parameters()).dtype
             cast = self.vector.detach().to(dtype).requires_grad_()
             # split() and not slices: each slice's gradient would be a vector of the whole size.
             parts = cast.split(sizes)

@@ -359,12 +359,12 @@ def wrap(unet: nn.Module) -> str:
         join([layer for each in group for layer in (each.to_k, each.to_v)])
     if groups:
         unet.forward = functools.partial(answer_under, unet, groups)
-    said = f"{len(attention)} attention layers"
-    said += f", {len(others)} other adapted layers" * bool(others)
     if blocks:
         convolution.lay_out(unet, torch.channels_last)
-        said += f", {len(blocks)} convolution blocks"
-    said += f" and {len(gates)} feed-forward gates fused"
+    names = "attention layers", "feed-forward gates", "other adapted layers", "convolution blocks"
+    each = zip(names, (attention, gates, others, blocks), strict=True)
+    *first, last = [f"{len(these)} {name}" for name, these in each if these] or ["nothing"]
+    said = " and ".join([", ".join(first)] * bool(first) + [last]) + " fused"
     if why:
         said += f", all else by PyTorch's kernels, which take longer ({why})"
     return said

@@ -213,8 +213,9 @@ class Config:
     # pocket. Changes options that are not given.
     quick: bool = False
     # What helped as measured, on the small model: Huber's loss and all layers, with which an SDXL
-    # step takes 1.3 times as long and 1.6 GiB more; in the recipe pocket a quarter of the steps
-    # (for pictures of your own rather 225), drawn in 20. Changes options that are not given.
+    # step takes 1.3 times as long and 1.6 GiB more (one H200, 512 px); in the recipe pocket a
+    # quarter of the steps (for pictures of your own rather 225), drawn in 20. Changes options that
+    # are not given.
     better: bool = False
 
     # ---- Learning

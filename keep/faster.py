@@ -41,7 +41,7 @@ WRITTEN_FOR = {
     "loop.make_optimizer": "8e8e9fe0be138d8d4a31e813ab09e186",
     "loop.step_batches": "b1089584eaf89bb1ab272b0afcb4be7b",
     "loop.diffusion_loss": "c8525f68c58c5d82db4469a907636100",
-    "model.predict": "0849ff700abf161f461798ad0ef5fa3b",
+    "model.predict": "d1694223d7e044953a78323b74dfe49a",
 }
 # What may mean each matrix by itself, and would mean the one vector instead.
 OF_ALL_AT_ONCE = ("loop.step_batches", "loop.diffusion_loss", "model.predict")

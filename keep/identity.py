@@ -1,7 +1,9 @@
 """What makes two starts one run: the options, files and pictures that must be the same, as text."""
 
+import ast
 import dataclasses
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -144,6 +146,13 @@ def other_pictures(config: Config) -> str:
     return ", ".join(told) or "the same pictures in another order"
 
 
+def typed(value: str) -> str:
+    """An option's value, as the identity holds it, as it is typed: ('attn1', 'ff') is attn1 ff."""
+    if re.fullmatch(r"\(\)|\(['\d].*,.*\)", value):
+        value = " ".join(map(str, ast.literal_eval(value)))
+    return value or "(none)"
+
+
 def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None:
     """Raise Refusal where the checkpoint `state` is of another run than `mine`, naming every field
     that differs and both its values.
@@ -153,7 +162,7 @@ def check_same(config: Config, mine: dict[str, str], state: dict | None) -> None
     # A run from before an option existed ran as the option's default does.
     theirs = {k: state["identity"].get(k, str(getattr(Config, k, "not set"))) for k in mine}
     if other := [key for key in mine if theirs[key] != mine[key]]:
-        told = [{key: f"{key} {each[key] or '(none)'}" for key in other} for each in (theirs, mine)]
+        told = [{key: f"{key} {typed(each[key])}" for key in other} for each in (theirs, mine)]
         if "data" in other:
             told[0]["data"] = f"the pictures in its {PICTURES}"
             told[1]["data"] = other_pictures(config)

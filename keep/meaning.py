@@ -1,5 +1,5 @@
-"""Whether the layers compute what an adapter file means. Whoever edits LoRALinear trains that very
-edit, but a file holds A, B and alpha alone, and every other program reads them as
+"""Whether the layers compute what an adapter file means. Whoever edits LoRALinear or LoRAConv2d
+trains that very edit, but a file holds A, B and alpha alone, and every other program reads them as
 base(x) + alpha / r * B A x.
 
 Letters as in lora.py.
@@ -9,10 +9,10 @@ import copy
 import functools
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import lora
+from adapters.kinds import LoRAConv2d
 from inputs.files import first_line
 
 
@@ -24,7 +24,8 @@ def meaning(run) -> list[str]:
     adapter, generator = run.adapter, torch.Generator(run.unet.device).manual_seed(0)
     wrong, lines = {}, []
     # Of other kinds no other program's formula is known here: tests hold them to their definition.
-    plain = {n: each for n, each in adapter.layers.items() if type(each) is lora.LoRALinear}
+    kinds = (lora.LoRALinear, LoRAConv2d)
+    plain = {n: each for n, each in adapter.layers.items() if type(each) in kinds}
     for name, layer in plain.items():
         try:
             off = distance(layer, adapter.alpha / len(layer.lora_A), generator)
@@ -35,7 +36,7 @@ def meaning(run) -> list[str]:
     if wrong:
         name, how = next(iter(wrong.items()))
         lines.append(
-            f"{len(wrong)} of {len(adapter.layers)} layers do not compute base(x) + alpha / r * B "
+            f"{len(wrong)} of {len(plain)} layers do not compute base(x) + alpha / r * B "
             f"A x, as does {name} ({how}): this run goes on with what they compute, and its files "
             "will act otherwise in other programs"
         )
@@ -48,21 +49,28 @@ def meaning(run) -> list[str]:
 
 
 @torch.no_grad()
-def distance(layer: lora.LoRALinear, scale: float, generator: torch.Generator) -> float:
+def distance(layer: nn.Module, scale: float, generator: torch.Generator) -> float:
     """How far a copy of `layer` with random numbers is from what a file means by alpha / r =
     `scale`, relative, in fp32.
     """
     normal = functools.partial(torch.randn, generator=generator, device=generator.device)
-    base = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
-    # Divided by sqrt(in), so that a matrix (out, in) keeps a vector's length.
-    weight = normal(base.weight.shape) / layer.in_features**0.5
-    base.weight = nn.Parameter(weight, requires_grad=False)
+    if isinstance(layer, LoRAConv2d):
+        how = {name: getattr(layer.base, name) for name in ("kernel_size", "stride", "padding")}
+        sizes = layer.base.in_channels, layer.base.out_channels
+        base = nn.Conv2d(*sizes, **how, bias=False, device="meta")
+        x = normal(2, sizes[0], 5, 7)
+    else:
+        base = nn.Linear(layer.in_features, layer.out_features, bias=False, device="meta")
+        x = normal(2, 3, layer.in_features)
+    # Each row is divided by the root of its length, so that the weight keeps a vector's length.
+    weight = normal(base.weight.shape)
+    base.weight = nn.Parameter(weight / weight[0].numel() ** 0.5, requires_grad=False)
     copied = copy.deepcopy(layer, {id(layer.base): base})  # what is in the memo stands for its copy
     for each in copied.parameters():
         if each.requires_grad:
-            each.data = normal(each.shape) / (each.shape[-1] ** 0.5 if each.ndim > 1 else 1)
+            each.data = normal(each.shape) / (each[0].numel() ** 0.5 if each.ndim > 1 else 1)
     A, B = copied.lora_A, copied.lora_B
     B.data /= scale  # so that the branch is as large as the base's answer
-    x = normal(2, 3, layer.in_features)
-    meant = base(x) + scale * F.linear(F.linear(x, A), B)  # (2, 3, in) -> (2, 3, out)
-    return ((copied(x) - meant).norm() / meant.norm()).item()
+    found = copied(x)
+    base.weight += scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape)
+    return ((found - base(x)).norm() / base(x).norm()).item()

@@ -85,7 +85,7 @@ class Log:
             self.hook(what)
 
     def write(self, run: Run, loss: float, norm: float, rate: float, seconds: float) -> None:
-        scale, device = run.loss_scale, run.loss_sum.device  # as in step_batches()
+        scale, device = run.loss_scale, run.loss_sum.device
         peak = torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else 0.0
         values = {"loss": loss, "lr": rate, "grad_norm": norm, "loss_scale": scale.value}
         values |= {"skipped": scale.skipped, "seconds": seconds, "gib": peak}

@@ -201,7 +201,7 @@ def charts(log: dict[str, np.ndarray], metrics: dict, config: dict) -> list[dict
         each = {name: (at, bands[:, 1 + i, 0]) for i, name in enumerate(BANDS)}
         found.append(chart("The same by timestep", "", each, level=0))
     for title, name, note, highest in (
-        ("Gradient norm", "grad_norm", f"cut to {config['max_grad_norm']:g}", 99),
+        ("Gradient norm", "grad_norm", f"cut where above {config['max_grad_norm']:g}", 99),
         ("Learning rate", "lr", "", 100),
         ("Loss scale", "loss_scale", "", 100),
         ("Seconds a step", "seconds", "", 99),  # the slowest hundredth is cut

@@ -14,6 +14,7 @@ import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
+import model
 from adapter_tools import answer, off
 from adapters import describe, files, foreign, kinds, names
 from conftest import make_batch, make_unet
@@ -439,3 +440,5 @@ def test_alpha_may_be_a_whole_number_and_conv_in_is_drawn_in_half_precision(tmp_
     drawn = foreign.Drawn(copy.deepcopy(UNET).bfloat16())
     foreign.load(drawn, foreign.read(tmp_path / "b.safetensors"))
     assert drawn.model.dtype == torch.bfloat16
+    batch = make_batch(1)
+    assert model.predict(drawn.model, batch["noise"], batch).isfinite().all()

@@ -2,6 +2,9 @@
 without a GPU can tell; benchmarks/norms.py compares the kernels themselves.
 """
 
+import copy
+import types
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,8 +12,10 @@ from diffusers.models.resnet import ResnetBlock2D
 
 import lora
 import model
+from adapters import kinds
 from conftest import make_batch, make_unet
 from fast import convolution, groupnorm, kernels, layers
+from fast.flat import Flat
 
 CL = {"memory_format": torch.channels_last}
 
@@ -108,9 +113,10 @@ def test_the_block_passes_a_numerical_gradient_check_and_keeps_two_pictures(out,
     assert torch.autograd.gradcheck(lambda x: convolution.resnet(plain, x, temb), (x,))
 
 
-def test_a_timestep_that_is_trained_gets_its_gradient_from_the_definition():
+@pytest.mark.parametrize("form", [convolution.resnet, convolution.around])
+def test_a_timestep_that_is_trained_gets_its_gradient_from_the_definition(form):
     plain, temb = block(), draw(2, 12).requires_grad_()
-    answer = convolution.resnet(plain, draw(2, 16, 3, 5), temb)
+    answer = form(plain, draw(2, 16, 3, 5), temb)
     (grad,) = torch.autograd.grad(answer.square().sum(), temb)
     assert grad.norm() > 0
 
@@ -127,6 +133,8 @@ CHANGES = {
     "dropout": lambda b: setattr(b.dropout, "p", 0.1),
     "another activation": lambda b: setattr(b, "nonlinearity", torch.nn.GELU()),
     "a trained norm": lambda b: b.norm1.weight.requires_grad_(),
+    "another trained norm": lambda b: b.norm2.weight.requires_grad_(),
+    "a trained timestep": lambda b: b.time_emb_proj.weight.requires_grad_(),
 }
 
 
@@ -135,11 +143,66 @@ def test_only_blocks_that_are_sdxls_are_fused(name):
     assert change(make_unet(), CHANGES[name]) == (name == "nothing")
 
 
-@pytest.mark.parametrize("name", ["conv_norm_out", "mid_block.attentions.0.norm"])
-def test_a_norm_that_is_trained_is_left_alone(name):
+def frozen_adapter() -> kinds.LoRAConv2d:
+    made = kinds.LoRAConv2d(torch.nn.Conv2d(8, 8, 3, padding=1), 2, 4.0, rng(3))
+    made.lora_B.data = draw(8, 2, 1, 1)
+    return made.requires_grad_(False)
+
+
+OTHERS = {
+    "of another size": lambda: torch.nn.Conv2d(8, 8, 5, padding=2).requires_grad_(False),
+    "adapted by what is not trained": frozen_adapter,
+    "trained": lambda: torch.nn.Conv2d(8, 8, 3, padding=1),
+    "of another class": lambda: type("Own", (torch.nn.Conv2d,), {})(8, 8, 3, padding=1),
+}
+
+
+@pytest.mark.parametrize("place", ["conv2", "conv_shortcut"])
+@pytest.mark.parametrize("name", OTHERS)
+def test_other_convolutions_are_called_as_they_are(name, place, one_thread):
+    plain = block(wide=8, out=8, use_in_shortcut=True)
+    setattr(plain, place, OTHERS[name]())
+    fused, found = copy.deepcopy(plain), []
+    convolution.fuse(fused)
+    for each in (plain, fused):
+        x = draw(2, 8, 5, 7, seed=1).requires_grad_()
+        y = each(x, draw(2, 12))
+        learning = [x, *(p for p in each.parameters() if p.requires_grad)]
+        found.append([y, *torch.autograd.grad(y.square().sum(), learning)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["conv1.weight", "conv1.bias", "conv2.bias", "conv_shortcut.bias"])
+def test_a_trained_convolution_has_its_gradient_in_the_one_vector(name, monkeypatch, one_thread):
+    """As on a GPU: there its block was taken for one of which nothing is trained."""
+    found = []
+    for device in ("cpu", "meta"):
+        unet = make_unet()
+        adapter = lora.inject(unet, rank=4, alpha=6)
+        unet.get_parameter(f"up_blocks.0.resnets.0.{name}").requires_grad_()
+        with monkeypatch.context() as patch:
+            patch.setattr(type(unet), "device", torch.device(device))
+            assert layers.disagreement(unet) == ""
+            assert ("convolution blocks" in layers.wrap(unet)) == (device == "meta")
+        vector = Flat(unet, lora.trained(unet))
+        for each in adapter.layers.values():
+            each.lora_B.data.add_(0.1)
+
+        def step(run, batch):
+            model.predict(run.unet, batch["noise"], batch).square().sum().backward()
+
+        vector.micro_step(step)(types.SimpleNamespace(unet=unet), make_batch(2))
+        found.append(vector.vector.grad)
+        at, size = vector.spans[f"up_blocks.0.resnets.0.{name}"], 8
+        assert vector.vector.grad[at:][:size].norm() > 0
+    assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
+
+
+@pytest.mark.parametrize("name", ["conv_norm_out", "mid_block.attentions.0.norm", "time_embedding"])
+def test_a_norm_or_timestep_that_is_trained_is_left_alone(name):
     unet = make_unet()
     assert convolution.fusible(unet)
-    unet.get_submodule(name).bias.requires_grad_()
+    next(unet.get_submodule(name).parameters()).requires_grad_()
     assert not convolution.fusible(unet)
 
 

@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 
 import lora
+from adapters.kinds import LoRAConv2d
 from conftest import make_unet
 from keep.meaning import meaning
 from tiny_run import assembled
 
-PLAIN = lora.LoRALinear.forward
+PLAIN, AS_FILES_MEAN = lora.LoRALinear.forward, LoRAConv2d.change
 
 
-def with_forward(forward, tmp_path, monkeypatch, init=None):
+def with_forward(forward, tmp_path, monkeypatch, init=None, **options):
     """What is said of a run whose layers compute `forward`."""
     made = lora.LoRALinear.__init__
 
@@ -25,7 +26,7 @@ def with_forward(forward, tmp_path, monkeypatch, init=None):
 
     monkeypatch.setattr(lora.LoRALinear, "__init__", initialised)
     monkeypatch.setattr(lora.LoRALinear, "forward", forward)
-    run = assembled(tmp_path)
+    run = assembled(tmp_path, **options)
     before = {name: each.clone() for name, each in run.unet.state_dict().items()}
     random = torch.get_rng_state()
     lines = meaning(run)
@@ -74,6 +75,22 @@ def test_layers_that_mean_something_else_are_said_in_one_sentence(tmp_path, monk
     (line,) = with_forward(forward, tmp_path, monkeypatch)
     assert "64 of 64 layers" in line and ".to_q (" in line and "act otherwise" in line
     assert ("needs what is not there" in line) == (forward is broken)
+
+
+def twice(self, x, y):
+    return 2 * AS_FILES_MEAN(self, x, y)
+
+
+def without_strides(self, x, y):
+    return F.conv2d(F.conv2d(x, self.lora_A, padding=1), self.scale * self.lora_B)
+
+
+@pytest.mark.parametrize("change, wrong", [(AS_FILES_MEAN, 0), (twice, 18), (without_strides, 1)])
+def test_convolutions_are_tried_like_the_others(tmp_path, monkeypatch, change, wrong):
+    """Of 18 one has a stride of 2."""
+    monkeypatch.setattr(LoRAConv2d, "change", change)
+    said = with_forward(PLAIN, tmp_path, monkeypatch, targets=("all",))
+    assert [line.split(" layers")[0] for line in said] == [f"{wrong} of 106"] * bool(wrong)
 
 
 def test_so_is_another_scale(tmp_path, monkeypatch):
