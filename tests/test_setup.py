@@ -132,7 +132,7 @@ def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
 @pytest.mark.parametrize("names", [["data"], ["DTA", "seed"]])
 def test_a_name_that_make_does_not_know_stops_it(names):
     """`make train data=mine` would train on the recipe's pictures."""
-    argv = ["make", "-n", "train", *(f"{name}=mine" for name in names)]
+    argv = ["make", "-n", "--no-print-directory", "train", *(f"{name}=mine" for name in names)]
     env = {k: v for k, v in os.environ.items() if k != "MAKEFLAGS"}
     done = subprocess.run(argv, cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "") and "expected names of PYTHON" in done.stderr
