@@ -7,6 +7,7 @@ is adapted or trained, all are called as they are, and only its norms are ours. 
 doors become views. The rest of the UNet follows the order of what it is given.
 """
 
+import functools
 import types
 
 import torch
@@ -88,19 +89,13 @@ class Norm(torch.autograd.Function):
         return dx, None, None, None
 
 
-def resnet(block: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
-    """What diffusers' ResnetBlock2D answers to x (B, C, H, W) and temb (B, D)."""
+def resnet(block: nn.Module, x: Tensor, temb: Tensor, bare: bool = True) -> Tensor:
+    """What diffusers' ResnetBlock2D answers to x (B, C, H, W) and temb (B, D). bare: is_bare()."""
     shift = block.time_emb_proj(block.nonlinearity(temb))
     if shift.requires_grad:  # what leads to temb is trained
         return type(block).forward(block, x, temb)
-    return Resnet.apply(x, shift + block.conv1.bias, block)
-
-
-def around(block: nn.Module, x: Tensor, temb: Tensor) -> Tensor:
-    """The same of a block whose convolutions are adapted or trained."""
-    shift = block.time_emb_proj(block.nonlinearity(temb))
-    if shift.requires_grad:
-        return type(block).forward(block, x, temb)
+    if bare:
+        return Resnet.apply(x, shift + block.conv1.bias, block)
     y = block.conv1(Norm.apply(x, block.norm1, None, True))
     y = block.conv2(Norm.apply(y, block.norm2, shift, True))
     return y + (block.conv_shortcut(x) if block.conv_shortcut else x)
@@ -185,8 +180,8 @@ def fusible(unet: nn.Module) -> dict[str, nn.Module]:
 def fuse(module: nn.Module) -> None:
     """Have one of fusible() compute in its other form, in place."""
     if is_block(module):
-        # Decided here: later a trained weight is a part of the one vector, and no parameter.
-        module.forward = types.MethodType(resnet if is_bare(module) else around, module)
+        # Asked here: later a trained weight is a part of the one vector, and no parameter.
+        module.forward = functools.partial(resnet, module, bare=is_bare(module))
     elif has_doors(module):
         fuse(module.norm)
         setattr(module, LEAVE, types.MethodType(leave, module))
