@@ -49,7 +49,7 @@ train: $(SETUP)  ## fine-tune: t4 with a GPU, pocket without (--better, but with
 	  start="$(PYTHON) -m torch.distributed.run --standalone --nproc-per-node $$gpus"; fi; \
 	echo "recipe $${recipe:-of the file} ($$why)"; \
 	if [ -n "$$PICTURES" ]; then name=$$(basename -- "$$PICTURES"); kind=$${recipe:-config}; \
-	  set -- --dataset-name "$$PICTURES" --output-dir "runs/$${kind%% *}-$$name$(patsubst --%,-%,$(filter --quick --better --plain,$(RECIPE) $(ARGS)))"; fi; \
+	  set -- --dataset-name "$$PICTURES" --output-dir "runs/$${kind%% *}-$$name$(subst $() ,,$(patsubst --%,-%,$(filter --quick --better --plain,$(RECIPE) $(ARGS))))"; fi; \
 	exec $$start loop.py $$recipe "$$@" $(ARGS)
 
 plan: $(SETUP)  ## what a recipe needs on a card, without GPU or download; RECIPE=native CARD="RTX 3060"

@@ -166,7 +166,8 @@ def fusible(unet: nn.Module) -> dict[str, nn.Module]:
     """
     modules = dict(unet.named_modules())
     blocks = {name: each for name, each in modules.items() if is_block(each)}
-    to_blocks = [unet.time_embedding, *(each.time_emb_proj for each in blocks.values())]
+    to_blocks = [unet.time_embedding, unet.add_embedding]
+    to_blocks += [each.time_emb_proj for each in blocks.values()]
     helps = unet.device.type != "cpu" or all(map(is_bare, blocks.values()))
     if not helps or any(map(is_trained, to_blocks)) or not all(map(is_known, blocks.values())):
         return {}
@@ -180,7 +181,8 @@ def fusible(unet: nn.Module) -> dict[str, nn.Module]:
 def fuse(module: nn.Module) -> None:
     """Have one of fusible() compute in its other form, in place."""
     if is_block(module):
-        # Asked here: later a trained weight is a part of the one vector, and no parameter.
+        # Asked here: later a trained weight is a part of the one vector, and no parameter. So what
+        # is put beside a convolution later needs unwrap() and wrap() of fast/layers.py.
         module.forward = functools.partial(resnet, module, bare=is_bare(module))
     elif has_doors(module):
         fuse(module.norm)

@@ -361,8 +361,8 @@ def wrap(unet: nn.Module) -> str:
         unet.forward = functools.partial(answer_under, unet, groups)
     if blocks:
         convolution.lay_out(unet, torch.channels_last)
-    names = "attention layers", "feed-forward gates", "other adapted layers", "convolution blocks"
-    each = zip(names, (attention, gates, others, blocks), strict=True)
+    names = "attention layers", "other adapted layers", "convolution blocks", "feed-forward gates"
+    each = zip(names, (attention, others, blocks, gates), strict=True)
     *first, last = [f"{len(these)} {name}" for name, these in each if these] or ["nothing"]
     said = " and ".join([", ".join(first)] * bool(first) + [last]) + " fused"
     if why:

@@ -207,9 +207,9 @@ class Rehearsal:
             if config.base_quantization != "none":
                 quantise(unet, dtype)
             adapter = inject(unet, lora.TARGETS, config.lora_rank)
-            self.flat = Flat(unet, lora.trained(unet))
             if config.fused and config.attention == "sdpa":
-                layers.wrap(unet)
+                layers.wrap(unet)  # before, as a run does: the vector hides what is trained
+            self.flat = Flat(unet, lora.trained(unet))
             # No examples and no optimizer: a micro-step reads neither.
             more = ((1.0, 0.0), None, *torch.empty(2), None)
             schedule = model.NoiseSchedule(torch.empty(1000), "epsilon")

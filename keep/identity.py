@@ -148,7 +148,7 @@ def other_pictures(config: Config) -> str:
 
 def typed(value: str) -> str:
     """An option's value, as the identity holds it, as it is typed: ('attn1', 'ff') is attn1 ff."""
-    if re.fullmatch(r"\(\)|\(['\d].*,.*\)", value):
+    if re.fullmatch(r"\(\)|\([\"'\d].*,.*\)", value):
         value = " ".join(map(str, ast.literal_eval(value)))
     return value or "(none)"
 

@@ -36,9 +36,9 @@ def meaning(run) -> list[str]:
     if wrong:
         name, how = next(iter(wrong.items()))
         lines.append(
-            f"{len(wrong)} of {len(plain)} layers do not compute base(x) + alpha / r * B "
-            f"A x, as does {name} ({how}): this run goes on with what they compute, and its files "
-            "will act otherwise in other programs"
+            f"{len(wrong)} of {len(plain)} layers do not compute base(x) + alpha / r * B A x (of a "
+            f"convolution B * (A * x)), as does {name} ({how}): this run goes on with what they "
+            "compute, and its files will act otherwise in other programs"
         )
     if beyond := sorted(run.trained.keys() - adapter.matrices().keys()):
         lines.append(
@@ -71,6 +71,8 @@ def distance(layer: nn.Module, scale: float, generator: torch.Generator) -> floa
             each.data = normal(each.shape) / (each[0].numel() ** 0.5 if each.ndim > 1 else 1)
     A, B = copied.lora_A, copied.lora_B
     B.data /= scale  # so that the branch is as large as the base's answer
-    found = copied(x)
-    base.weight += scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape)
-    return ((found - base(x)).norm() / base(x).norm()).item()
+    with torch.backends.cudnn.flags(enabled=False):  # some of its fp32 convolutions round more
+        found = copied(x)
+        base.weight += scale * (B.flatten(1) @ A.flatten(1)).view(weight.shape)
+        meant = base(x)
+    return ((found - meant).norm() / meant.norm()).item()

@@ -123,6 +123,8 @@ def test_makes_data_is_handed_on_as_it_was_typed(typed, data, name):
     argv = typed(f"DATA={data}", "RECIPE=t4", "ARGS=--quick --validation-prompts 'a fox' fish")[1]
     own = ["t4", *own[1:4], f"runs/t4-{name}-quick", "--quick"]
     assert argv == [*own, "--validation-prompts", "a fox", "fish"]
+    plain = typed(f"DATA={data}", "RECIPE=pocket --better", "ARGS=--plain --seed 1")[1]
+    assert plain[-4] == f"runs/pocket-{name}-better-plain"
     look = typed(f"DATA={data}", "RECIPE=native", "ARGS=--seed 1", target="look")[1]
     assert look[-4:] == ["--dataset-name", data, "--seed", "1"] and "native" in look
     assert typed(f"RUN={data}", target="report") == ("see.page", [data])

@@ -268,7 +268,7 @@ def test_what_computes_lora_faster_leaves_the_others_alone(kind, batch):
     unet, adapter = adapted(kind, ("attention",))
     want = answer(unet, batch)
     assert fused.disagreement(unet) == ""
-    assert fused.wrap(unet) == "8 feed-forward gates and 8 convolution blocks fused"
+    assert fused.wrap(unet) == "8 convolution blocks and 8 feed-forward gates fused"
     Flat(unet, lora.trained(unet))
     assert off(answer(unet, batch), want) < 1e-5
     assert all(type(each) is kinds.KINDS[kind] for each in adapter.layers.values())
@@ -279,7 +279,7 @@ def test_only_attention_of_one_rank_is_fused(batch):
     want = answer(unet, batch)
     assert fused.disagreement(unet) == ""
     said = fused.wrap(unet)
-    assert said == "8 attention layers, 8 feed-forward gates and 48 other adapted layers fused"
+    assert said == "8 attention layers, 48 other adapted layers and 8 feed-forward gates fused"
     assert off(answer(unet, batch), want) < 1e-5
 
 

@@ -198,7 +198,9 @@ def test_a_trained_convolution_has_its_gradient_in_the_one_vector(name, monkeypa
     assert (found[1] - found[0]).norm() < 1e-5 * found[0].norm()
 
 
-@pytest.mark.parametrize("name", ["conv_norm_out", "mid_block.attentions.0.norm", "time_embedding"])
+@pytest.mark.parametrize(
+    "name", ["conv_norm_out", "mid_block.attentions.0.norm", "time_embedding", "add_embedding"]
+)
 def test_a_norm_or_timestep_that_is_trained_is_left_alone(name):
     unet = make_unet()
     assert convolution.fusible(unet)

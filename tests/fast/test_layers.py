@@ -66,7 +66,7 @@ def test_loss_and_gradient_equal_the_definitions(rank, checkpointing, one_thread
             some = ("mid_block.attentions.0", "up_blocks.0.attentions.0")
             model.use_gradient_checkpointing(unet, some if checkpointing == "some" else ())
         found.append(gradient(unet, vector, batch))
-    assert said == "16 attention layers, 8 feed-forward gates and 8 convolution blocks fused"
+    assert said == "16 attention layers, 8 convolution blocks and 8 feed-forward gates fused"
     (loss, grad), (fused_loss, fused_grad) = found
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5
@@ -84,7 +84,7 @@ def test_so_they_do_where_more_or_other_layers_are_adapted(targets, checkpointin
         found.append(gradient(unet, vector, batch))
     inside = (".attn1.", ".attn2.", "ff.net.0.proj") if lora.TARGETS[1] in targets else ("net.0.",)
     others = [name for name in adapter.layers if not any(part in name for part in inside)]
-    assert f" {len(others)} other adapted layers and 8 convolution blocks fused" in said
+    assert f" {len(others)} other adapted layers, 8 convolution blocks and 8 feed" in " " + said
     (loss, grad), (fused_loss, fused_grad) = found
     torch.testing.assert_close(fused_loss, loss, rtol=1e-5, atol=0)
     assert grad.norm() > 0 and off(fused_grad, grad) < 1e-5
@@ -198,7 +198,7 @@ def test_only_layers_that_are_known_are_fused():
     unet = bare()
     attention = unet.get_submodule("mid_block.attentions.0.transformer_blocks.0.attn1")
     attention.to_k.__class__ = type("Other", (lora.LoRALinear,), {})
-    assert fused.wrap(unet).startswith("15 attention layers, 8 feed-forward gates, 3 other ")
+    assert fused.wrap(unet).startswith("15 attention layers, 3 other adapted layers, ")
 
 
 def test_fused_layers_go_back_to_their_definitions(one_thread):
