@@ -32,7 +32,7 @@ def steps(log: report.Log, numbers: range, device=GPU, loss: float = 0.08) -> No
     """Write these steps, of which each takes 1.5 s and none is on a real GPU."""
     scale = loop.LossScale(device.type == "cuda", 2.0**16)
     for step in numbers:
-        run = SimpleNamespace(step=step, loss_scale=scale, unet=SimpleNamespace(device=device))
+        run = SimpleNamespace(step=step, loss_scale=scale, loss_sum=SimpleNamespace(device=device))
         log.write(run, loss, 1.0 if step != 3 else float("inf"), 1e-4, 1.5)
 
 
